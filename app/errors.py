@@ -1,0 +1,229 @@
+"""Every error that actserve raises on purpose. Nothing here knows about HTTP; `app.api` gives each its status.
+
+ActserveError
+├── InvalidRequest               what the client sent cannot be used; nothing was run
+│   ├── MalformedBody            the bytes are not what their content type says
+│   ├── UnsupportedContentType   no decoder for this content type
+│   ├── NotAcceptable            no encoder for what `Accept` asks
+│   ├── BodyTooLarge             more bytes than the service takes
+│   ├── InvalidTensor            a tensor's name, dtype, shape or values are not what the signature says
+│   └── UnknownOutput            an output was asked for that the policy does not give
+├── NotFound
+│   ├── UnknownPolicy
+│   └── UnknownVersion
+├── Unavailable                  the request was good; try again
+│   ├── Overloaded               the queue is full
+│   └── NotServing               still loading, or closing
+├── StoreError                   an artifact that must not be served
+│   ├── UnfinishedVersion        no manifest: publishing was cut short
+│   ├── InvalidManifest          the manifest cannot be read
+│   ├── NewerManifest            written by a newer actserve
+│   ├── MisplacedVersion         the manifest names another policy or version than its folder
+│   ├── MissingFile              listed in the manifest, not in the folder
+│   ├── UnexpectedFile           in the folder, not in the manifest
+│   ├── CorruptFile              size or SHA-256 differs from the manifest
+│   └── InvalidName              not a policy name
+├── RuntimeRefused               this host cannot run this program, and why
+├── RuntimeFailure               the program was refused or broken by its engine
+├── ExportError
+│   ├── CaptureFailed            the module cannot be turned into a program
+│   └── Disagreement             the programs do not do what the policy does
+└── ClientError                  raised on the client's side
+    ├── ServiceUnreachable       no connection, or it broke
+    ├── ServiceError             the service answered with an error
+    ├── EnvironmentMismatch      the game here is not the game the policy was trained for
+    └── UsageError               a wish that cannot be met (an unknown game, a format without an encoder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class ActserveError(Exception):
+    """The root. `code` is stable and for programs; the message says what was expected and what came."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, **detail: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.detail = detail  # JSON-able facts: what was expected, what came
+
+
+class InvalidRequest(ActserveError):
+    code = "invalid_request"
+
+
+class MalformedBody(InvalidRequest):
+    code = "malformed_body"
+
+
+class UnsupportedContentType(InvalidRequest):
+    code = "unsupported_content_type"
+
+    def __init__(self, got: str, supported: Sequence[str]) -> None:
+        super().__init__(
+            f"expected a Content-Type of {', '.join(supported)}; got {got or 'none'}",
+            expected=list(supported),
+            got=got,
+        )
+
+
+class NotAcceptable(InvalidRequest):
+    code = "not_acceptable"
+
+    def __init__(self, got: str, supported: Sequence[str]) -> None:
+        super().__init__(
+            f"answers can be had as {', '.join(supported)}; Accept asks for {got}", expected=list(supported), got=got
+        )
+
+
+class BodyTooLarge(InvalidRequest):
+    code = "body_too_large"
+
+    def __init__(self, limit_bytes: int, got_bytes: int | None = None) -> None:
+        came = "more" if got_bytes is None else f"{got_bytes:,} bytes"
+        super().__init__(
+            f"a body may have at most {limit_bytes:,} bytes; got {came}", limit_bytes=limit_bytes, got_bytes=got_bytes
+        )
+
+
+class InvalidTensor(InvalidRequest):
+    code = "invalid_tensor"
+
+    def __init__(self, name: str, expected: str, got: str) -> None:
+        super().__init__(f"{name}: expected {expected}; got {got}", name=name, expected=expected, got=got)
+
+
+class UnknownOutput(InvalidRequest):
+    code = "unknown_output"
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(f"no output named {name!r}; this policy gives {', '.join(known)}", got=name, known=list(known))
+
+
+class NotFound(ActserveError):
+    code = "not_found"
+
+
+class UnknownPolicy(NotFound):
+    code = "unknown_policy"
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(
+            f"no policy named {name[:80]!r}; there is {', '.join(known) or 'none'}", got=name[:80], known=list(known)
+        )
+
+
+class UnknownVersion(NotFound):
+    code = "unknown_version"
+
+    def __init__(self, name: str, version: object, known: Sequence[int]) -> None:
+        super().__init__(
+            f"{name} has no version {str(version)[:20]!r}; there is {', '.join(map(str, known)) or 'none'}",
+            got=str(version)[:20],
+            known=list(known),
+        )
+
+
+class Unavailable(ActserveError):
+    code = "unavailable"
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} items are waiting, the most that may; try again shortly", limit=limit)
+
+
+class NotServing(Unavailable):
+    code = "not_serving"
+
+
+class StoreError(ActserveError):
+    code = "store_error"
+
+
+class UnfinishedVersion(StoreError):
+    code = "unfinished_version"
+
+
+class InvalidManifest(StoreError):
+    code = "invalid_manifest"
+
+
+class NewerManifest(StoreError):
+    code = "newer_manifest"
+
+
+class MisplacedVersion(StoreError):
+    code = "misplaced_version"
+
+
+class MissingFile(StoreError):
+    code = "missing_file"
+
+
+class UnexpectedFile(StoreError):
+    code = "unexpected_file"
+
+
+class CorruptFile(StoreError):
+    code = "corrupt_file"
+
+
+class InvalidName(StoreError):
+    code = "invalid_name"
+
+    def __init__(self, got: str) -> None:
+        super().__init__(f"a policy name is lower-case letters, digits and '-'; got {got[:80]!r}", got=got[:80])
+
+
+class RuntimeRefused(ActserveError):
+    code = "runtime_refused"
+
+
+class RuntimeFailure(ActserveError):
+    code = "runtime_failure"
+
+
+class ExportError(ActserveError):
+    code = "export_error"
+
+
+class CaptureFailed(ExportError):
+    code = "capture_failed"
+
+
+class Disagreement(ExportError):
+    code = "disagreement"
+
+
+class ClientError(ActserveError):
+    code = "client_error"
+
+
+class ServiceUnreachable(ClientError):
+    code = "service_unreachable"
+
+
+class ServiceError(ClientError):
+    """The service's own error, as it came. `status` is the HTTP status, `reason` the service's error code."""
+
+    code = "service_error"
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"the service answered {status} {reason}: {message}", status=status, reason=reason)
+        self.status = status
+        self.reason = reason
+
+
+class EnvironmentMismatch(ClientError):
+    code = "environment_mismatch"
+
+
+class UsageError(ClientError):
+    code = "usage_error"

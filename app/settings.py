@@ -1,0 +1,37 @@
+"""Settings: one frozen record, read from the environment once, in `app.main`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PREFIX = "ACTSERVE_"
+
+
+class Settings(BaseModel):
+    """Everything that can be set. A field `x` is read from ACTSERVE_X."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: Path = Field(Path("models_store"), description="The folder of artifacts to serve.")
+    runtime: Literal["auto", "onnx", "pt2"] = Field(
+        "auto", description="Which program to run. auto: `.pt2` where this host can run it, else `.onnx`."
+    )
+    policy: str | None = Field(None, description="The policy behind `/act`. Unset: the first by name.")
+    threads: int = Field(1, ge=1, description="Threads inside one inference call.")
+    max_body_bytes: int = Field(32 << 20, ge=1, description="The largest request body, in bytes.")
+    max_waiting: int = Field(1024, ge=1, description="Items that may wait for one policy; more are refused with 503.")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read ACTSERVE_* variables. Raises pydantic's ValidationError, which names the field."""
+        found = {name.removeprefix(PREFIX).lower(): v for name, v in environment.items() if name.startswith(PREFIX)}
+        return cls.model_validate({name: value for name, value in found.items() if name in cls.model_fields})
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables from which `from_environment` makes this record again, in another process."""
+        dumped = self.model_dump(mode="json", exclude_none=True)
+        return {PREFIX + name.upper(): str(value) for name, value in dumped.items()}
