@@ -1,0 +1,57 @@
+"""Runtime: one loaded program file. Implementations are chosen by name through a lazy import path."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from app.artifact import Artifact
+from app.errors import RuntimeFailure
+from app.lazy import resolve
+from app.signature import Array, Arrays, Signature, describe
+
+RUNTIMES = {
+    "onnx": "app.runtimes.onnx:OnnxRuntime",
+    "pt2": "app.runtimes.aoti:AotiRuntime",
+}
+
+
+class Runtime(ABC):
+    """One loaded program. `run` may be called from one thread at a time; a run never changes the runtime."""
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+
+    @classmethod
+    @abstractmethod
+    def load(cls, artifact: Artifact, threads: int) -> Runtime:
+        """Verify and open the artifact's program. Raises `StoreError` or `RuntimeFailure`."""
+
+    def run(self, batch: Mapping[str, Array]) -> Arrays:
+        """One inference call. `batch`: every input of the signature, each (B, *shape), 1 <= B <= max_batch.
+
+        Returns every output of the signature, each (B, *shape). Raises `InvalidTensor` before the program sees an
+        array that is not what it was built for, and `RuntimeFailure` when the engine fails.
+        """
+        size = self.signature.validate(batch)
+        if size > self.signature.max_batch:
+            raise RuntimeFailure(f"the program takes at most {self.signature.max_batch} items a call; got {size}")
+        arrays = self._run([batch[spec.name] for spec in self.signature.inputs])
+        for spec, array in zip(self.signature.outputs, arrays, strict=True):
+            if array.shape != (size, *spec.shape) or array.dtype != spec.numpy_dtype:
+                raise RuntimeFailure(f"{spec.name}: the program gave {describe(array)}; the manifest says {spec}")
+        return dict(zip(self.signature.output_names, arrays, strict=True))
+
+    @abstractmethod
+    def _run(self, arrays: list[Array]) -> list[Array]:
+        """Inputs in the signature's order, checked -> outputs in the signature's order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the program's memory back. The runtime cannot be used afterwards."""
+
+
+def load(runtime: str, artifact: Artifact, threads: int = 1) -> Runtime:
+    """Load the artifact's program for the runtime of this name."""
+    implementation: type[Runtime] = resolve(RUNTIMES[runtime])
+    return implementation.load(artifact, threads)

@@ -1,0 +1,68 @@
+"""OnnxRuntime: `.onnx` in ONNX Runtime. The only import of onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime as ort
+
+from app.artifact import Artifact
+from app.errors import RuntimeFailure
+from app.runtimes.base import Runtime
+from app.signature import Array, Signature, TensorSpec
+
+_DTYPES = {
+    "uint8": "tensor(uint8)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+    "bool": "tensor(bool)",
+}
+
+
+class OnnxRuntime(Runtime):
+    def __init__(self, signature: Signature, session: Any) -> None:
+        super().__init__(signature)
+        self._session = session
+
+    @classmethod
+    def load(cls, artifact: Artifact, threads: int) -> OnnxRuntime:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # An idle service must cost nothing: workers sleep between calls rather than spin.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        data = artifact.read_program("onnx")
+        try:
+            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ORT raises many types of its own, with no common base
+            raise RuntimeFailure(f"{artifact.label}: ONNX Runtime refused the program: {_brief(error)}") from error
+        signature = artifact.manifest.signature
+        _compare(artifact.label, "input", session.get_inputs(), signature.inputs)
+        _compare(artifact.label, "output", session.get_outputs(), signature.outputs)
+        return cls(signature, session)
+
+    def _run(self, arrays: list[Array]) -> list[Array]:
+        feed = {spec.name: array for spec, array in zip(self.signature.inputs, arrays, strict=True)}
+        try:
+            outputs: list[Array] = self._session.run(self.signature.output_names, feed)
+        except Exception as error:
+            raise RuntimeFailure(f"ONNX Runtime failed: {_brief(error)}") from error
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _compare(label: str, what: str, nodes: list[Any], specs: tuple[TensorSpec, ...]) -> None:
+    """Refuse a program whose tensors are not the signature's. A dimension that is a name is symbolic."""
+    found = {node.name: (node.type, tuple(node.shape[1:])) for node in nodes}
+    expected = {spec.name: (_DTYPES[spec.dtype], spec.shape) for spec in specs}
+    if found != expected:
+        raise RuntimeFailure(f"{label}: the .onnx program's {what}s are {found}; the manifest says {expected}")
+
+
+def _brief(error: Exception) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -1,0 +1,39 @@
+"""ExportedProgram -> one self-contained `.onnx` file."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from app.errors import CaptureFailed
+from exporters.capture import Captured
+
+
+def build(captured: Captured, target: Path) -> dict[str, Any]:
+    """Write the program to `target`; returns what it requires of its host. Raises `CaptureFailed`."""
+    signature = captured.signature
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent; nothing needs it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations; its result is checked below and certified
+        # From an ExportedProgram: exporting the module with dynamic_shapes silently fixes the batch.
+        exported = torch.onnx.export(
+            captured.program,
+            dynamo=True,
+            input_names=[spec.name for spec in signature.inputs],
+            output_names=list(signature.output_names),
+            optimize=True,
+            verbose=False,
+        )
+    assert exported is not None
+    exported.save(str(target), external_data=False)
+    model = onnx.load(str(target))
+    onnx.checker.check_model(model)
+    for value in (*model.graph.input, *model.graph.output):
+        if not value.type.tensor_type.shape.dim[0].dim_param:
+            raise CaptureFailed(f"{value.name}: expected a symbolic batch axis in the .onnx graph; it became fixed")
+    return {"opset": max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))}

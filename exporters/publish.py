@@ -1,0 +1,155 @@
+"""The whole export, in order: capture, build, certify, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app import __version__
+from app.artifact import FORMAT, GOLDEN, Artifact, Manifest, Program
+from app.lazy import resolve
+from app.runtimes import preflight
+from app.signature import Arrays
+from app.store import ModelStore
+from exporters import certify
+from exporters.capture import Captured, capture
+from exporters.source import PolicySource
+
+PROGRAMS = {"onnx": "exporters.programs.onnx:build", "pt2": "exporters.programs.aoti:build"}
+GRAPH = "graph.txt"
+_TOOLS = ("torch", "torchrl", "tensordict", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export came to. `published` is False when the store already held the same thing for this host."""
+
+    artifact: Artifact
+    published: bool
+
+
+def export(
+    source: PolicySource,
+    name: str,
+    store: ModelStore,
+    *,
+    origin: str,
+    runtimes: Sequence[str] = ("onnx", "pt2"),
+    progress: Callable[[str], None] = lambda step: None,
+) -> Export:
+    """Publish `source` as the next version of `name`, if and only if its programs agree with it.
+
+    `origin` says where the source came from, for the manifest. Raises `CaptureFailed`, `Disagreement`, `StoreError`.
+    """
+    progress("capturing the policy with torch.export")
+    torch.set_num_threads(1)  # small batches gain nothing from more, and lose much where cores are busy
+    captured = capture(source)
+    graph = readable(captured)
+    fingerprint = _fingerprint(captured, graph, source)
+    existing = store.find(name, fingerprint)
+    for artifact in existing:
+        if _runs_here(artifact, runtimes):
+            return Export(artifact, published=False)
+    provenance = {"fingerprint": fingerprint, "origin": origin, "weights_sha256": _weights_digest(captured)}
+    manifest = Manifest(
+        format=FORMAT,
+        name=name,
+        version=1,
+        parent=existing[0].manifest.version if existing else None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        signature=captured.signature,
+        environment=source.environment,
+        programs={},
+        files={},
+        provenance=provenance | {"versions": _versions()},
+        certificate={},
+    )
+    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
+        return Export(
+            _build(Path(folder), captured, graph, source, manifest, store, runtimes, progress), published=True
+        )
+
+
+def _build(
+    folder: Path,
+    captured: Captured,
+    graph: str,
+    source: PolicySource,
+    manifest: Manifest,
+    store: ModelStore,
+    runtimes: Sequence[str],
+    progress: Callable[[str], None],
+) -> Artifact:
+    files: dict[str, Path] = {GRAPH: folder / GRAPH}
+    files[GRAPH].write_text(graph)
+    programs: dict[str, Program] = {}
+    for runtime in runtimes:
+        progress(f"building .{runtime}")
+        file = f"policy.{runtime}"
+        files[file] = folder / file
+        programs[runtime] = Program(file, resolve(PROGRAMS[runtime])(captured, files[file]))
+    # The draft is an artifact in a store of its own: what is certified is opened as what is served will be.
+    draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
+    progress("collecting samples")
+    inputs = samples(source, captured, certify.SAMPLES)
+    evidence = certify.certify(captured, inputs, source.observe is not None, draft, progress)
+    files[GOLDEN] = folder / GOLDEN
+    files[GOLDEN].write_bytes(evidence.golden)
+    return store.publish(replace(draft.manifest, certificate=evidence.certificate), files)
+
+
+def samples(source: PolicySource, captured: Captured, count: int) -> Arrays:
+    """`count` items of every input, each (count, *shape): real ones where the source can observe, else random."""
+    if source.observe is not None:
+        observed = source.observe(count)
+        return {spec.name: observed.get(spec.name).numpy() for spec in captured.signature.observations}
+    rng = np.random.default_rng(0)
+    return {spec.name: spec.sample(rng, count) for spec in captured.signature.observations}
+
+
+def readable(captured: Captured) -> str:
+    """The graph as torch prints it, without the folders of the machine that it was traced on."""
+    text: str = captured.program.graph_module.print_readable(print_output=False)
+    return re.sub(r"# File: (?:[^\s:]*/(?:site|dist)-packages/|[^\s:]*/)", "# File: ", text)
+
+
+def _fingerprint(captured: Captured, graph: str, source: PolicySource) -> str:
+    """What makes two exports the same thing: graph, weights, contract, and the tools that build them."""
+    identity = {
+        "graph": graph,
+        "weights": _weights_digest(captured),
+        "signature": asdict(captured.signature),
+        "environment": asdict(source.environment) if source.environment else None,
+        "versions": _versions(),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _weights_digest(captured: Captured) -> str:
+    digest = hashlib.sha256()
+    tensors: dict[str, Any] = dict(captured.program.state_dict) | dict(captured.program.constants)
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"actserve": __version__} | {tool: metadata.version(tool).partition("+")[0] for tool in _TOOLS}
+
+
+def _runs_here(artifact: Artifact, runtimes: Sequence[str]) -> bool:
+    host = preflight.this_host()
+    return all(preflight.refusal(runtime, artifact.manifest, host) is None for runtime in runtimes)

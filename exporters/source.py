@@ -1,0 +1,33 @@
+"""What the exporter starts from: a trained policy and what must be known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from app.environment import Environment
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """A policy to export.
+
+    `policy` takes and gives tensordicts; its in_keys are the observations.
+    `example` holds one item's inputs, without a batch axis; an entry's dtype and shape become the signature's.
+    `outputs` are the keys that the program gives, the action first.
+    `observe(n)` gives a TensorDict of n real observations, batch size [n], for the certificate; without it random
+    inputs within each dtype's range are used.
+    `environment` is what a client must reproduce to play; None where there is no game.
+    `weights` is the part of `policy` that a checkpoint fills; by default all of it.
+    """
+
+    policy: TensorDictModuleBase
+    example: TensorDict
+    outputs: tuple[str, ...] = ("action",)
+    observe: Callable[[int], TensorDict] | None = None
+    environment: Environment | None = None
+    weights: nn.Module | None = None

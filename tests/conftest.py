@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from app.artifact import Artifact
+from app.store import ModelStore
+
+# One thread: the networks are small, and threads that wait for a core that is busy elsewhere take forever.
+os.environ["OMP_NUM_THREADS"] = "1"
+settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
+settings.load_profile("shared-machine")
+
+
+@pytest.fixture(scope="session")
+def cart_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    """A store with `cart`@1, exported to both programs. To be looked at, not changed."""
+    from exporters.publish import export
+    from tests.policies import cart
+
+    store = ModelStore(tmp_path_factory.mktemp("cart"))
+    export(cart(), "cart", store, origin="tests.policies:cart")
+    return store
+
+
+@pytest.fixture
+def own_store(cart_store: ModelStore, tmp_path: Path) -> ModelStore:
+    """A copy of `cart_store` that a test may break."""
+    shutil.copytree(cart_store.root, tmp_path / "store")
+    return ModelStore(tmp_path / "store")
+
+
+@pytest.fixture
+def cart(cart_store: ModelStore) -> Artifact:
+    return cart_store.resolve("cart")

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from app.errors import CaptureFailed
+from exporters.capture import MAX_BATCH, capture
+from exporters.source import PolicySource
+from tests.policies import cart
+
+
+def source(function: nn.Module, example: Tensor | None = None) -> PolicySource:
+    module = TensorDictModule(function, in_keys=["x"], out_keys=["action"])
+    return PolicySource(module, TensorDict({"x": torch.zeros(3) if example is None else example}))
+
+
+class Ends(nn.Module):
+    """A policy that ends the batch: its output has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+class Fixed(nn.Module):
+    """A policy that fixes the batch at the traced size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.zeros(int(x.shape[0]), 3) if int(x.shape[0]) == 64 else x
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+class Transposed(nn.Module):
+    """Gives a view in another order than row-major."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, x], 1).transpose(1, 2)
+
+
+def test_the_signature_is_what_the_policy_takes_and_gives() -> None:
+    captured = capture(cart())
+    assert [str(spec) for spec in captured.signature.observations] == ["float32[4]"]
+    assert [(spec.name, str(spec)) for spec in captured.signature.outputs] == [
+        ("action", "int64[]"),
+        ("action_value", "float32[3]"),
+    ]
+    assert captured.signature.max_batch == MAX_BATCH
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64, 256])
+def test_the_program_takes_any_batch_and_repeats_the_policy(batch: int) -> None:
+    captured = capture(cart())
+    inputs = {"observation": captured.signature.observations[0].sample(np.random.default_rng(0), batch)}
+    action, value = captured.program.module()(torch.from_numpy(inputs["observation"]))
+    reference = captured.run_reference(inputs)
+    np.testing.assert_array_equal(action.numpy(), reference["action"])
+    np.testing.assert_allclose(value.detach().numpy(), reference["action_value"], atol=1e-6)
+
+
+def test_a_fixed_batch_is_found_out() -> None:
+    with pytest.raises(CaptureFailed, match=r"batch"):
+        capture(source(Fixed()))
+
+
+def test_an_output_without_a_batch_is_refused() -> None:
+    with pytest.raises(CaptureFailed, match="batch dimension"):
+        capture(source(Ends()))
+
+
+def test_lazy_layers_are_initialised_by_the_example() -> None:
+    assert str(capture(source(Lazy())).signature.action) == "float32[2]"
+
+
+def test_outputs_are_made_contiguous() -> None:
+    captured = capture(source(Transposed()))
+    (action,) = captured.program.module()(torch.zeros(5, 3))
+    assert action.is_contiguous()
+
+
+def test_a_dtype_that_no_client_can_send_is_refused() -> None:
+    with pytest.raises(CaptureFailed, match=r"x: expected one of uint8.*; got bfloat16"):
+        capture(source(nn.Identity(), torch.zeros(3, dtype=torch.bfloat16)))
+
+
+def test_a_policy_that_cannot_run_its_example_says_so() -> None:
+    with pytest.raises(CaptureFailed, match="cannot run its own example"):
+        capture(source(nn.Linear(7, 2)))

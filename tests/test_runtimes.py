@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from app.artifact import Artifact, Program
+from app.errors import CorruptFile, RuntimeFailure
+from app.runtimes.base import RUNTIMES, Runtime, load
+from app.signature import TensorSpec
+from app.store import ModelStore
+from tests.contracts import RuntimeContract
+
+
+class TestOnnxRuntime(RuntimeContract):
+    @pytest.fixture
+    def runtime(self, cart: Artifact) -> Runtime:
+        return load("onnx", cart)
+
+
+class TestAotiRuntime(RuntimeContract):
+    @pytest.fixture
+    def runtime(self, cart: Artifact) -> Runtime:
+        return load("pt2", cart)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_changed_program_is_not_opened(own_store: ModelStore, name: str) -> None:
+    artifact = own_store.resolve("cart")
+    file = artifact.folder / artifact.manifest.programs[name].file
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptFile, match="is not what was published"):
+        load(name, artifact)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_file_that_is_no_program_is_refused(cart: Artifact, tmp_path: Path, name: str) -> None:
+    (tmp_path / "program").write_bytes(b"not a program")
+    draft = dataclasses.replace(cart.manifest, programs={name: Program("program")})
+    artifact = ModelStore(tmp_path / "store").publish(draft, {"program": tmp_path / "program"})
+    with pytest.raises(RuntimeFailure, match="refused the"):
+        load(name, artifact)
+
+
+def test_a_program_that_is_not_the_signature_is_refused(cart: Artifact) -> None:
+    signature = dataclasses.replace(cart.manifest.signature, observations=(TensorSpec("observation", "float32", (5,)),))
+    forged = Artifact(cart.folder, dataclasses.replace(cart.manifest, signature=signature))
+    with pytest.raises(RuntimeFailure, match="the manifest says"):
+        load("onnx", forged)
