@@ -1,0 +1,87 @@
+"""Errors -> answers: the only place that knows status codes. One JSON shape for all of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pydantic_core
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from app import errors
+
+log = logging.getLogger("actserve")
+
+STATUS: dict[type[errors.ActserveError], int] = {
+    errors.MalformedBody: 400,
+    errors.UnsupportedContentType: 415,
+    errors.NotAcceptable: 406,
+    errors.BodyTooLarge: 413,
+    errors.InvalidRequest: 422,
+    errors.NotFound: 404,
+    errors.Unavailable: 503,
+    errors.StoreError: 503,
+    errors.RuntimeRefused: 503,
+    errors.ActserveError: 500,
+}
+RETRY_AFTER_S = 1
+
+
+def status_of(error: errors.ActserveError) -> int:
+    """The status of the nearest ancestor that has one."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def answer(status: int, code: str, message: str, detail: Any = None, headers: dict[str, str] | None = None) -> Response:
+    body = {"error": {"code": code, "message": message, "detail": detail}}
+    content = pydantic_core.to_json(body, fallback=str)
+    return Response(content, status, headers, media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Give every error that can leave a route the agreed shape."""
+    app.add_exception_handler(errors.ActserveError, _ours)
+    app.add_exception_handler(HTTPException, _routing)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _ours(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.ActserveError)
+    status = status_of(error)
+    if status >= 500 and not isinstance(error, errors.Unavailable):
+        log.error("%s", error.message, exc_info=error.__cause__)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, errors.Unavailable) else None
+    return answer(status, error.code, error.message, error.detail, headers)
+
+
+async def _routing(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    codes = {404: "no_such_route", 405: "method_not_allowed"}
+    allowed = (error.headers or {}).get("Allow") or (error.headers or {}).get("allow")
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    if allowed:
+        message += f"; expected {allowed}"
+    return answer(
+        error.status_code, codes.get(error.status_code, "http_error"), message, headers=dict(error.headers or {})
+    )
+
+
+async def _validation(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return answer(422, "invalid_request", f"{where}: {first['msg']}")
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)  # nobody is there to read it
+
+
+async def _unexpected(_request: Request, error: Exception) -> Response:
+    return answer(500, "internal", "the service failed on this request; its log says why")

@@ -1,0 +1,42 @@
+"""create_app: the composition root. The environment is read here, once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from app import __version__
+from app.api import act, errors, health, policies
+from app.registry import Registry
+from app.settings import Settings
+from app.store import ModelStore
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
+    settings = settings or Settings.from_environment(os.environ)
+    registry = Registry(ModelStore(settings.store), settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        registry.start()
+        try:
+            yield
+        finally:
+            await registry.close()
+
+    app = FastAPI(
+        title="actserve",
+        version=__version__,
+        description="Answers `/act` with the action of a policy trained with TorchRL.",
+        lifespan=lifespan,
+    )
+    app.state.settings = settings
+    app.state.registry = registry
+    errors.install(app)
+    for routes in (act, policies, health):
+        app.include_router(routes.router)
+    return app

@@ -1,0 +1,91 @@
+"""Policy: one artifact being served: a runtime that was verified and warmed, behind a batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import numpy as np
+
+from app import golden
+from app.artifact import Artifact
+from app.batcher import Batcher
+from app.errors import RuntimeFailure
+from app.runtimes import preflight
+from app.runtimes.base import Runtime, load
+from app.settings import Settings
+from app.signature import Arrays
+
+log = logging.getLogger("actserve")
+
+
+class Policy:
+    """A served policy. Made by `Policy.load`; `start` and `close` belong to the event loop."""
+
+    def __init__(self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, settings: Settings) -> None:
+        self.artifact = artifact
+        self.signature = artifact.manifest.signature
+        self.choice = choice
+        self._runtime = runtime
+        self._batcher = Batcher(runtime.run, self.signature.max_batch, settings.max_waiting)
+
+    @classmethod
+    def load(cls, artifact: Artifact, settings: Settings) -> Policy:
+        """Choose a runtime, open the program, run the golden samples through it (which also warms it).
+
+        Blocking; to be called off the event loop. Raises `StoreError`, `RuntimeRefused` or `RuntimeFailure`.
+        """
+        failed: dict[str, str] = {}
+        while True:
+            choice = preflight.choose(settings.runtime, artifact.manifest, preflight.this_host(), failed)
+            try:
+                runtime = _load_verified(choice.runtime, artifact, settings.threads)
+            except RuntimeFailure as error:
+                if settings.runtime != "auto":
+                    raise
+                log.warning("%s", error.message)
+                failed[choice.runtime] = error.message
+                continue
+            log.info("%s is served by .%s (%s)", artifact.label, choice.runtime, choice.reason)
+            return cls(artifact, runtime, choice, settings)
+
+    def start(self) -> None:
+        self._batcher.start()
+
+    async def act(self, inputs: Arrays, size: int) -> Arrays:
+        """`size` items, each input (size, *shape), validated -> every output, each (size, *shape)."""
+        step = self.signature.max_batch
+        if size <= step:
+            return await self._batcher.submit(inputs, size)
+        slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        submitted = [self._batcher.submit({k: v[s] for k, v in inputs.items()}, s.stop - s.start) for s in slices]
+        parts = await asyncio.gather(*submitted)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    async def close(self) -> None:
+        await self._batcher.close()
+        self._runtime.close()
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: what is served, by which runtime, and why that one."""
+        manifest = self.artifact.manifest
+        return {
+            "name": manifest.name,
+            "version": manifest.version,
+            "runtime": self.choice.runtime,
+            "reason": self.choice.reason,
+        }
+
+
+def _load_verified(name: str, artifact: Artifact, threads: int) -> Runtime:
+    runtime = load(name, artifact, threads)
+    agreement = golden.check(artifact, runtime.run)
+    if not agreement.holds:
+        runtime.close()
+        raise RuntimeFailure(
+            f"{artifact.label}: the .{name} program does not repeat the golden samples on this host: "
+            f"{len(agreement.differing)} of {agreement.compared} actions differ; "
+            f"beyond tolerance: {', '.join(agreement.exceeding) or 'none'}"
+        )
+    return runtime

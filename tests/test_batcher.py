@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from app.batcher import Batcher, Waiting, form
+from app.errors import NotServing, Overloaded, RuntimeFailure
+from app.signature import Array, Arrays
+
+
+class Doubler:
+    """A runtime that doubles x, remembers its batch sizes, can be held up, and chokes on negative numbers."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.free = threading.Event()
+        self.free.set()
+        self.entered = threading.Event()
+
+    def run(self, batch: Mapping[str, Array]) -> Arrays:
+        self.entered.set()
+        assert self.free.wait(5)
+        x = batch["x"]
+        self.sizes.append(len(x))
+        if (x < 0).any():
+            raise RuntimeFailure("negative")
+        return {"y": x * 2}
+
+    def hold(self) -> None:
+        self.free.clear()
+        self.entered.clear()
+
+
+def items(*values: float) -> Arrays:
+    return {"x": np.array(values)}
+
+
+async def until(condition: threading.Event) -> None:
+    while not condition.is_set():
+        await asyncio.sleep(0.001)
+
+
+def waiting(*sizes: int) -> deque[Waiting]:
+    loop = asyncio.new_event_loop()
+    try:
+        return deque(Waiting(items(*range(size)), size, loop.create_future()) for size in sizes)
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "taken"), [([], 8, 0), ([1, 1, 1], 8, 3), ([1, 1, 1], 2, 2), ([8], 8, 1), ([5, 4, 1], 8, 1)]
+)
+def test_form_takes_what_fits_in_order(sizes: list[int], room: int, taken: int) -> None:
+    queue = waiting(*sizes)
+    before = list(queue)
+    assert form(queue, room) == (before[:taken], [])
+    assert list(queue) == before[taken:]
+
+
+def test_form_drops_the_cancelled() -> None:
+    queue = waiting(4, 4, 4)
+    first, second, third = queue
+    first.future.cancel()
+    third.future.cancel()
+    assert form(queue, 5) == ([second], [first, third])
+    assert not queue
+
+
+def test_a_crowd_is_answered_in_one_call_each_with_its_own_rows() -> None:
+    async def scenario() -> None:
+        runtime = Doubler()
+        batcher = Batcher(runtime.run, max_items=8, max_waiting=100)
+        batcher.start()
+        runtime.hold()
+        first = batcher.submit(items(1.0), 1)
+        await until(runtime.entered)
+        crowd = [batcher.submit(items(*range(n, n + size)), size) for n, size in ((10, 1), (20, 3), (30, 2), (40, 4))]
+        runtime.free.set()
+        assert (await first)["y"].tolist() == [2]
+        assert [(await one)["y"].tolist() for one in crowd] == [[20], [40, 42, 44], [60, 62], [80, 82, 84, 86]]
+        assert runtime.sizes == [1, 6, 4]
+        assert batcher.statistics().items == 11
+        assert batcher.statistics().waiting == 0
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_one_leaves_the_others() -> None:
+    async def scenario() -> None:
+        runtime = Doubler()
+        batcher = Batcher(runtime.run, max_items=8, max_waiting=100)
+        batcher.start()
+        runtime.hold()
+        running = batcher.submit(items(1.0), 1)
+        await until(runtime.entered)
+        queued = [batcher.submit(items(float(n)), 1) for n in range(4)]
+        queued[1].cancel()
+        running.cancel()  # in the runtime already
+        runtime.free.set()
+        assert [(await queued[n])["y"].item() for n in (0, 2, 3)] == [0, 4, 6]
+        assert runtime.sizes == [1, 3]
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_one_bad_request_does_not_fail_its_batch() -> None:
+    async def scenario() -> None:
+        runtime = Doubler()
+        batcher = Batcher(runtime.run, max_items=8, max_waiting=100)
+        batcher.start()
+        runtime.hold()
+        batcher.submit(items(0.0), 1)
+        await until(runtime.entered)
+        good, bad, good_too = (batcher.submit(items(x), 1) for x in (1.0, -1.0, 3.0))
+        runtime.free.set()
+        assert (await good)["y"].item() == 2
+        with pytest.raises(RuntimeFailure, match="negative"):
+            await bad
+        assert (await good_too)["y"].item() == 6
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_foreign_exception_reaches_the_waiter_and_the_thread_lives() -> None:
+    def run(batch: Mapping[str, Array]) -> Arrays:
+        return {"y": 1 / batch["x" if batch["x"][0] else "nothing"]}
+
+    async def scenario() -> None:
+        batcher = Batcher(run, max_items=8, max_waiting=100)
+        batcher.start()
+        with pytest.raises(RuntimeFailure, match="KeyError"):
+            await batcher.submit(items(0.0), 1)
+        assert (await batcher.submit(items(2.0), 1))["y"].item() == 0.5
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_queue_is_bounded_and_recovers() -> None:
+    async def scenario() -> None:
+        runtime = Doubler()
+        batcher = Batcher(runtime.run, max_items=2, max_waiting=3)
+        batcher.start()
+        runtime.hold()
+        taken = [batcher.submit(items(1.0), 1), batcher.submit(items(1.0, 2.0), 2)]
+        with pytest.raises(Overloaded, match="3 items are waiting"):
+            batcher.submit(items(1.0), 1)
+        runtime.free.set()
+        await asyncio.gather(*taken)
+        await batcher.submit(items(1.0, 2.0), 2)
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_close_answers_what_was_submitted_and_refuses_the_rest() -> None:
+    async def scenario() -> None:
+        runtime = Doubler()
+        batcher = Batcher(runtime.run, max_items=1, max_waiting=100)
+        with pytest.raises(NotServing):
+            batcher.submit(items(1.0), 1)
+        batcher.start()
+        runtime.hold()
+        accepted = [batcher.submit(items(float(n)), 1) for n in range(5)]
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0)
+        with pytest.raises(NotServing, match="closing"):
+            batcher.submit(items(1.0), 1)
+        runtime.free.set()
+        await closing
+        assert [(await one)["y"].item() for one in accepted] == [0, 2, 4, 6, 8]
+
+    asyncio.run(scenario())

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app import golden
+from app.artifact import GOLDEN, Artifact
+from app.errors import RuntimeFailure
+from app.policy import Policy
+from app.settings import Settings
+from app.store import ModelStore
+
+
+def settings(**changes: object) -> Settings:
+    return Settings.model_validate({"runtime": "onnx", **changes})
+
+
+@pytest.mark.parametrize("size", [1, 31, 256, 700])
+def test_any_number_of_items_is_answered_in_order(cart: Artifact, size: int) -> None:
+    async def scenario() -> None:
+        policy = Policy.load(cart, settings())
+        policy.start()
+        batch = cart.manifest.signature.observations[0].sample(np.random.default_rng(0), size)
+        outputs = await policy.act({"observation": batch}, size)
+        assert outputs["action"].shape == (size,)
+        last = await policy.act({"observation": batch[-1:]}, 1)
+        assert outputs["action"][-1] == last["action"][0]
+        await policy.close()
+
+    asyncio.run(scenario())
+
+
+def forge_golden(store: ModelStore, tmp_path: Path) -> Artifact:
+    """A new version whose golden samples are not what its programs do."""
+    artifact = store.resolve("cart")
+    inputs, outputs = golden.read(artifact)
+    (tmp_path / GOLDEN).write_bytes(golden.save(inputs, outputs | {"action": (outputs["action"] + 1) % 3}))
+    files = {name: artifact.folder / name for name in artifact.manifest.files} | {GOLDEN: tmp_path / GOLDEN}
+    return store.publish(artifact.manifest, files)
+
+
+def test_a_program_that_does_not_repeat_its_golden_samples_is_not_served(own_store: ModelStore, tmp_path: Path) -> None:
+    forged = forge_golden(own_store, tmp_path)
+    with pytest.raises(RuntimeFailure, match="32 of 32 actions differ"):
+        Policy.load(forged, settings())
+
+
+def test_auto_falls_back_when_a_program_cannot_be_opened(cart: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(b"junk")
+    files = {name: cart.folder / name for name in cart.manifest.files} | {"policy.pt2": tmp_path / "junk"}
+    artifact = ModelStore(tmp_path / "store").publish(cart.manifest, files)
+    policy = Policy.load(artifact, settings(runtime="auto"))
+    assert policy.choice.runtime == "onnx"
+    assert "refused the package" in policy.choice.reason
+    with pytest.raises(RuntimeFailure, match="refused the package"):
+        Policy.load(artifact, settings(runtime="pt2"))
+
+
+def test_settings_travel_through_the_environment() -> None:
+    given = settings(threads=2, policy="cart", store="elsewhere")
+    assert Settings.from_environment(given.to_environment() | {"HOME": "x", "ACTSERVE_URL": "x"}) == given

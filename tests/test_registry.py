@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from app.artifact import MANIFEST
+from app.errors import NotServing, StoreError, UnknownPolicy, UnknownVersion
+from app.registry import Registry
+from app.settings import Settings
+from app.store import ModelStore
+
+
+def with_registry(store: ModelStore, scenario: Callable[[Registry], Awaitable[None]], **changes: object) -> None:
+    async def main() -> None:
+        registry = Registry(store, Settings.model_validate({"runtime": "onnx", **changes}))
+        registry.start()
+        while registry.loading:
+            await asyncio.sleep(0.005)
+        try:
+            await scenario(registry)
+        finally:
+            await registry.close()
+
+    asyncio.run(main())
+
+
+def publish_again(store: ModelStore) -> None:
+    artifact = store.resolve("cart")
+    store.publish(artifact.manifest, {name: artifact.folder / name for name in artifact.manifest.files})
+
+
+def test_the_highest_good_version_is_live_and_the_refused_say_why(own_store: ModelStore) -> None:
+    publish_again(own_store)
+    publish_again(own_store)
+    (own_store.root / "cart" / "3" / MANIFEST).unlink()
+
+    async def scenario(registry: Registry) -> None:
+        assert registry.not_ready() is None
+        assert (await registry.get()).artifact.label == "cart@2"
+        described = registry.describe("cart")
+        assert described["version"] == 2
+        assert described["refused"][3]["code"] == "unfinished_version"
+        with pytest.raises(StoreError, match="cut short"):
+            await registry.get("cart", 3)
+
+    with_registry(own_store, scenario)
+
+
+def test_other_versions_are_loaded_once_when_asked_for(own_store: ModelStore) -> None:
+    publish_again(own_store)
+
+    async def scenario(registry: Registry) -> None:
+        first, second = await asyncio.gather(registry.get("cart", 1), registry.get("cart", 1))
+        assert first is second
+        assert first.artifact.label == "cart@1"
+        assert (await registry.get("cart", 2)) is (await registry.get("cart"))
+        with pytest.raises(UnknownVersion, match="there is 1, 2"):
+            await registry.get("cart", 3)
+
+    with_registry(own_store, scenario)
+
+
+def test_unknown_and_broken_policies(own_store: ModelStore) -> None:
+    (own_store.root / "broken" / "1").mkdir(parents=True)
+
+    async def scenario(registry: Registry) -> None:
+        assert registry.default == "cart"
+        with pytest.raises(UnknownPolicy, match="there is cart"):
+            await registry.get("nobody")
+        with pytest.raises(StoreError, match="broken@1"):
+            await registry.get("broken")
+        assert registry.describe("broken")["version"] is None
+
+    with_registry(own_store, scenario)
+
+
+def test_an_empty_store_is_not_ready(tmp_path_factory: pytest.TempPathFactory) -> None:
+    async def scenario(registry: Registry) -> None:
+        assert registry.not_ready() == "no policy in the store can be served"
+
+    with_registry(ModelStore(tmp_path_factory.mktemp("empty")), scenario)
+
+
+def test_while_loading_requests_are_told_to_come_back(cart_store: ModelStore) -> None:
+    async def main() -> None:
+        registry = Registry(cart_store, Settings(runtime="onnx"))
+        assert registry.not_ready() == "policies are being loaded"
+        with pytest.raises(NotServing, match="still being loaded"):
+            await registry.get("cart")
+        await registry.close()
+
+    asyncio.run(main())
