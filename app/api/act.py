@@ -87,9 +87,10 @@ async def act_by_name(request: Request, name: str) -> Response:
 
 @_route("/policies/{name}/versions/{version}/act")
 async def act_by_version(request: Request, name: str, version: str) -> Response:
+    registry = _registry(request)
     if not version.isdecimal() or len(version) > 9:
-        raise UnknownVersion(name[:80], version, [])
-    return await _act(request, await _registry(request).get(name, int(version)))
+        raise UnknownVersion(name[:80], version, registry.describe(name)["versions"])
+    return await _act(request, await registry.get(name, int(version)))
 
 
 async def _act(request: Request, policy: Policy) -> Response:

@@ -1,0 +1,330 @@
+"""The `actserve` command. What a subcommand needs is imported when it runs, so that serving starts fast.
+
+Exit code 0: the job was done; 1: it could not be, and stderr says why; 2: a usage error.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app import __version__
+from app.errors import ActserveError, UsageError
+from app.lazy import resolve
+
+cli = typer.Typer(
+    name="actserve",
+    help="Turn a TorchRL policy into a service, and play through it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)  # progress and messages; stdout is for results
+
+DEFAULT_STORE = Path("models_store")
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class RuntimeName(StrEnum):
+    AUTO = "auto"
+    ONNX = "onnx"
+    PT2 = "pt2"
+
+
+Store = Annotated[Path, typer.Option(help="The model store.", envvar="ACTSERVE_STORE")]
+Url = Annotated[str, typer.Option(help="The service.", envvar="ACTSERVE_URL")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Label = Annotated[str, typer.Argument(metavar="NAME[@VERSION]")]
+PolicyOption = Annotated[str | None, typer.Option(help="The policy's name; by default the service's default.")]
+
+
+@cli.command()
+def train(
+    name: Annotated[str, typer.Argument(help="A bundled policy: pong.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder: checkpoints, history, curve. Default runs/NAME.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Environment steps in all; default as in the recipe.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the run folder's checkpoint.")] = True,
+) -> None:
+    """Train a bundled policy with TorchRL; stop it at any time and run it again to go on."""
+    checkpoint = _offline("exporters.train:run")(
+        name, out=out or Path("runs") / name, total_frames=frames, seed=seed, resume=resume
+    )
+    print(checkpoint)
+
+
+@cli.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="NAME|MODULE:FACTORY", help="A bundled policy, or your own.")],
+    runtime: Annotated[str, typer.Option(help="Programs to build, comma-separated.")] = "onnx,pt2",
+    store: Store = DEFAULT_STORE,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
+    name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's.")] = None,
+    json: Json = False,
+) -> None:
+    """Export a policy to .onnx and .pt2, prove that they do what it does, and publish them into the store."""
+    runtimes = [part for part in runtime.split(",") if part]
+    if not runtimes or set(runtimes) - {RuntimeName.ONNX, RuntimeName.PT2}:
+        raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
+    from app.store import ModelStore
+
+    with console.status("importing torch") as status:
+
+        def progress(step: str) -> None:
+            status.console.log(step)
+            status.update(step)
+
+        default_name, source = _offline("exporters.load:load")(target, checkpoint)
+        done = _offline("exporters.publish:export")(
+            source,
+            name or default_name,
+            ModelStore(store),
+            origin=target,
+            runtimes=runtimes,
+            progress=progress,
+        )
+    manifest = done.artifact.manifest
+    if json:
+        _print_json(
+            {
+                "name": manifest.name,
+                "version": manifest.version,
+                "published": done.published,
+                "certificate": manifest.certificate,
+            }
+        )
+        return
+    what = "published" if done.published else "already in the store, nothing to do:"
+    console.print(f"[bold green]{what} {done.artifact.label}[/]")
+    _print_certificate(manifest.certificate)
+
+
+@cli.command()
+def inspect(
+    label: Label,
+    store: Store = DEFAULT_STORE,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the exported graph.")] = False,
+    json: Json = False,
+) -> None:
+    """Show an artifact: its signature, programs, environment and certificate."""
+    artifact = _resolve(store, label)
+    manifest = artifact.manifest
+    if graph:
+        print(artifact.read("graph.txt").decode())
+        return
+    if json:
+        _print_json(manifest.to_dict())
+        return
+    print(f"{artifact.label}  created {manifest.created}")
+    for title, specs in (("takes", manifest.signature.inputs), ("gives", manifest.signature.outputs)):
+        for spec in specs:
+            print(f"  {title}  {spec.name}: {spec}")
+    print(f"  batch  1 to {manifest.signature.max_batch}")
+    for runtime, program in manifest.programs.items():
+        print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {program.requires}")
+    if manifest.environment:
+        game = manifest.environment
+        actions = ", ".join(f"{i}={action.meaning}({action.code})" for i, action in enumerate(game.actions))
+        print(f"  plays  {game.id}: frame skip {game.frame_skip}, sticky {game.repeat_action_probability}; {actions}")
+    _print_certificate(manifest.certificate)
+
+
+@cli.command()
+def verify(label: Label, store: Store = DEFAULT_STORE, json: Json = False) -> None:
+    """Hash every file of an artifact and run its golden samples through every program that this host can run."""
+    from app import golden
+    from app.runtimes import base, preflight
+    from app.store import ModelStore
+
+    artifact = _resolve(store, label)
+    ModelStore(store).verify(artifact)
+    results: dict[str, Any] = {}
+    for runtime in artifact.manifest.programs:
+        reason = preflight.refusal(runtime, artifact.manifest, preflight.this_host())
+        if reason is None:
+            agreement = golden.check(artifact, base.load(runtime, artifact).run)
+            results[runtime] = {"ran": True, "holds": agreement.holds, **agreement.summary()}
+        else:
+            results[runtime] = {"ran": False, "reason": reason}
+    if json:
+        _print_json({"name": artifact.manifest.name, "version": artifact.manifest.version, "programs": results})
+    else:
+        print(f"{artifact.label}: {len(artifact.manifest.files)} files are what was published")
+        for runtime, found in results.items():
+            print(f"  .{runtime}: {_verdict(found)}")
+    if not all(found.get("holds", True) for found in results.values()):
+        raise typer.Exit(1)
+
+
+@cli.command()
+def serve(
+    store: Store = DEFAULT_STORE,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the port.")] = 1,
+    runtime: Annotated[RuntimeName, typer.Option(help="Which program to run.")] = RuntimeName.AUTO,
+    policy: Annotated[str | None, typer.Option(help="The policy behind /act; by default the first by name.")] = None,
+    uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
+) -> None:
+    """Serve every policy of a store over HTTP."""
+    import uvicorn
+
+    from app.settings import PREFIX, Settings
+
+    if not store.is_dir():
+        raise UsageError(f"there is no model store at {store}; export a policy first, or name it with --store")
+    given = {"store": str(store.resolve()), "runtime": runtime.value, **({"policy": policy} if policy else {})}
+    # Through the environment, so that workers, which are new processes, read the same settings.
+    os.environ.update({PREFIX + name.upper(): value for name, value in given.items()})
+    Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    uvicorn.run(
+        "app.main:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        uds=str(uds) if uds else None,
+        workers=workers,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=30,
+    )
+
+
+@cli.command()
+def play(
+    url: Url = DEFAULT_URL,
+    policy: PolicyOption = None,
+    game: Annotated[str | None, typer.Option(help="The game; must be the one that the policy was trained for.")] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="How many games.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first game; the next ones count up.")] = 0,
+    video: Annotated[Path | None, typer.Option(help="Write the games to this .mp4 or .gif.")] = None,
+    json: Json = False,
+) -> None:
+    """Play Atari games on this machine with a policy served over HTTP."""
+    from app.client import commands
+
+    report = commands.play(url, policy, game, episodes, seed, video, console)
+    if json:
+        _print_json(report.as_json())
+    else:
+        commands.print_report(report)
+
+
+@cli.command()
+def load(
+    url: Url = DEFAULT_URL,
+    policy: PolicyOption = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Closed loop: this many connections.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop: this many requests a second.")] = None,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10.0,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Load processes; by default as many as it takes.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Load a service and report rate, latency and errors."""
+    from app.client import commands
+
+    if concurrency is not None and rate is not None:
+        raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")
+    report = commands.load(url, policy, concurrency, rate, duration, processes, console)
+    if json:
+        _print_json(report.as_json())
+    else:
+        commands.print_load(report)
+
+
+@cli.command()
+def bench(
+    label: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")] = "pong",
+    store: Store = DEFAULT_STORE,
+    steps: Annotated[int, typer.Option(min=10, help="Game steps for each.")] = 1000,
+    json: Json = False,
+) -> None:
+    """The tutorial's comparison: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
+    from app import bench as benchmark
+
+    rows = benchmark.run(_resolve(store, label), store, steps, console)
+    if json:
+        _print_json({"label": label, "steps": steps, "rows": [row.as_json() for row in rows]})
+        return
+    benchmark.print_rows(rows)
+
+
+@cli.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run the command; turn every error that a user can mend into one line on stderr."""
+    try:
+        cli()
+        sys.exit(0)
+    except ActserveError as error:
+        console.print(f"[bold red]error:[/] {error.message}", soft_wrap=True, highlight=False)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _offline(path: str) -> Callable[..., Any]:
+    """A part of `exporters`, which needs torch and torchrl; `app` itself never imports it."""
+    try:
+        part: Callable[..., Any] = resolve(path)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'this needs {error.name}; install it with: pip install "actserve[export]"') from error
+    return part
+
+
+def _resolve(store: Path, label: str) -> Any:
+    from app.store import ModelStore
+
+    name, _, version = label.partition("@")
+    if version and not version.isdecimal():
+        raise UsageError(f"expected NAME or NAME@VERSION with a whole number; got {label!r}")
+    return ModelStore(store).resolve(name, int(version) if version else None)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(jsonlib.dumps(document))
+
+
+def _print_certificate(certificate: dict[str, Any]) -> None:
+    table = Table(title=f"certificate: {certificate['samples']} samples from the {certificate['samples_from']}")
+    for heading in ("program", "compared", "actions that differ", "largest difference"):
+        table.add_column(heading)
+    for runtime, found in certificate["programs"].items():
+        differences = ", ".join(f"{name} {value:.2g}" for name, value in found["largest_difference"].items())
+        table.add_row(f".{runtime}", f"{found['compared']:,}", str(found["action_disagreements"]), differences)
+    Console().print(table)
+    if certificate["smallest_margin"] is not None:
+        print(f"smallest lead of a chosen action: {certificate['smallest_margin']:.3g}")
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    if not found["ran"]:
+        return f"not run here: {found['reason']}"
+    if found["holds"]:
+        return f"repeats all {found['compared']} golden samples"
+    return (
+        f"DISAGREES on {len(found['differing'])} of {found['compared']} golden samples; "
+        f"beyond tolerance: {', '.join(found['exceeding']) or 'none'}"
+    )

@@ -1,0 +1,72 @@
+"""`make demo`: export the bundled policy, serve it with each runtime, play one whole game through each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from app.client import commands, local
+from app.client.play import Report
+from app.errors import ActserveError
+from app.lazy import resolve
+from app.store import ModelStore
+
+STORE = Path("models_store")
+POLICY = "pong"
+
+
+def main() -> None:
+    """Prints the scores and latencies, and what to try next."""
+    console = Console()
+    console.rule(f"1. export {POLICY} to .onnx and .pt2, and prove that they act as it does")
+    _, source = resolve("exporters.load:load")(POLICY)
+    export = resolve("exporters.publish:export")
+    done = export(source, POLICY, ModelStore(STORE), origin=POLICY, progress=lambda step: console.print(f"   {step}"))
+    certificate = done.artifact.manifest.certificate
+    for runtime, found in certificate["programs"].items():
+        difference = max(found["largest_difference"].values())
+        console.print(
+            f"   .{runtime}: {found['compared']:,} real screens, {found['action_disagreements']} actions differ, "
+            f"action values by at most {difference:.1g}"
+        )
+    console.rule("2. serve it, and play a game of Pong over HTTP")
+    reports = [_play(runtime, console) for runtime in certificate["programs"]]
+    _print(reports, console)
+    console.rule("3. your turn")
+    console.print("   .venv/bin/actserve serve            then open http://127.0.0.1:8000/docs")
+    console.print("   .venv/bin/actserve play --video pong.mp4")
+
+
+def _play(runtime: str, console: Console) -> Report:
+    with local.serve(STORE, "--runtime", runtime) as service:
+        return commands.play(service.url, POLICY, None, 1, 0, None, console)
+
+
+def _print(reports: list[Report], console: Console) -> None:
+    table = Table()
+    for heading in ("runtime", "score", "steps", "p50 ms", "p99 ms", "actions"):
+        table.add_column(heading, justify="right")
+    for report in reports:
+        (episode,) = report.episodes
+        latency = report.latency_ms
+        table.add_row(
+            f".{report.runtime}",
+            f"{episode.score:+.0f}",
+            f"{episode.steps:,}",
+            f"{latency['p50']:.2f}",
+            f"{latency['p99']:.2f}",
+            episode.actions_sha256[:12],
+        )
+    console.print(table)
+    if len({report.episodes[0].actions_sha256 for report in reports}) == 1:
+        console.print("   both runtimes played the same game, action for action")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ActserveError as error:
+        sys.exit(f"error: {error.message}")

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.client import local
+from app.signature import Array
+from app.store import ModelStore
+
+
+@pytest.fixture(scope="session")
+def pong_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with `pong`@1, both programs, exported from the checkpoint that ships."""
+    from exporters.load import load
+    from exporters.publish import export
+
+    store = ModelStore(tmp_path_factory.mktemp("pong"))
+    export(load("pong")[1], "pong", store, origin="pong")
+    return store.root
+
+
+@pytest.fixture(scope="session", params=["onnx", "pt2"])
+def service(request: pytest.FixtureRequest, pong_store: Path) -> Iterator[local.LocalService]:
+    """The real service as a process of its own, once with each runtime."""
+    with local.serve(pong_store, "--runtime", request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def both(pong_store: Path) -> Iterator[dict[str, local.LocalService]]:
+    with (
+        local.serve(pong_store, "--runtime", "onnx") as onnx,
+        local.serve(pong_store, "--runtime", "pt2") as pt2,
+    ):
+        yield {"onnx": onnx, "pt2": pt2}
+
+
+@pytest.fixture(scope="session")
+def screens() -> Array:
+    """512 real Pong screens, (512, 210, 160, 3) uint8, none of which the certificate saw."""
+    from app.client.ale import AtariGame
+    from exporters.policies.pong import environment
+
+    rng = np.random.default_rng(7)
+    taken: list[Array] = []
+    for seed in (1001, 1002):
+        game = AtariGame(environment(), seed)
+        while len(taken) < 256 * (seed - 1000):
+            if game.steps % 2 == 0:
+                taken.append(game.screen().copy())
+            game.act(int(rng.integers(6)))
+    return np.stack(taken)

@@ -1,0 +1,34 @@
+"""Whole games through the real service."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from app.client.local import LocalService
+
+
+def play(service: LocalService, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "app", "play", "--url", service.url, "--json", *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_a_seeded_game_is_the_same_twice_and_with_either_runtime(both: dict[str, LocalService]) -> None:
+    first, again, other = (
+        play(both["onnx"], "--seed", "3"),
+        play(both["onnx"], "--seed", "3"),
+        play(both["pt2"], "--seed", "3"),
+    )
+    assert first["episodes"] == again["episodes"] == other["episodes"]
+    assert (first["runtime"], other["runtime"]) == ("onnx", "pt2")
+    assert first["policy"] == "pong"
+    assert set(first["latency_ms"]) == {"p50", "p90", "p99", "p999"}
+    (episode,) = first["episodes"]
+    assert episode["seed"] == 3
+    assert abs(episode["score"]) <= 21
+    assert episode["steps"] > 500

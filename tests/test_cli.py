@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.client.local import serve
+from app.store import ModelStore
+
+ROOT = Path(__file__).parent.parent
+
+
+def actserve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments], capture_output=True, text=True, check=False, timeout=120, cwd=ROOT
+    )
+
+
+def test_help_lists_the_commands() -> None:
+    result = actserve("--help")
+    assert result.returncode == 0
+    for command in ("train", "export", "inspect", "verify", "serve", "play", "load", "bench"):
+        assert command in result.stdout
+
+
+def test_inspect_and_verify(cart_store: ModelStore) -> None:
+    store = ("--store", str(cart_store.root))
+    inspected = json.loads(actserve("inspect", "cart", "--json", *store).stdout)
+    assert inspected["signature"]["observations"][0]["name"] == "observation"
+    assert "float32[4]" in actserve("inspect", "cart@1", *store).stdout
+    assert "torch.ops.aten.argmax" in actserve("inspect", "cart", "--graph", *store).stdout
+    verified = json.loads(actserve("verify", "cart", "--json", *store).stdout)
+    assert verified["programs"]["onnx"]["holds"]
+    assert verified["programs"]["pt2"]["holds"]
+
+
+def test_verify_finds_corruption(own_store: ModelStore) -> None:
+    (own_store.root / "cart" / "1" / "policy.onnx").write_bytes(b"x")
+    result = actserve("verify", "cart", "--store", str(own_store.root))
+    assert result.returncode == 1
+    assert "policy.onnx has 1 bytes" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_export_of_a_users_module(tmp_path: Path) -> None:
+    store = ("--store", str(tmp_path))
+    result = actserve("export", "tests.policies:cart_pair", "--runtime", "onnx", "--json", *store)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["name"], document["version"], document["published"]) == ("cart-pair", 1, True)
+    again = json.loads(actserve("export", "tests.policies:cart_pair", "--runtime", "onnx", "--json", *store).stdout)
+    assert not again["published"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("export", "chess"), "expected one of pong"),
+        (("export", "pong", "--runtime", "tflite"), "--runtime takes"),
+        (("train", "chess"), "expected one of pong"),
+        (("inspect", "pong@x"), "NAME@VERSION"),
+        (("serve", "--store", "nowhere"), "no model store at nowhere"),
+        (("load", "--rate", "5", "--concurrency", "2"), "exclude each other"),
+        (("nonsense",), "No such command"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_one_line(arguments: tuple[str, ...], message: str) -> None:
+    result = actserve(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("play", "--url", "http://127.0.0.1:1"), "127.0.0.1:1"),
+        (("load", "--url", "http://127.0.0.1:1", "--duration", "1"), "127.0.0.1:1"),
+        (("inspect", "chess"), "no policy named 'chess'"),
+    ],
+)
+def test_jobs_that_cannot_be_done_exit_with_1(arguments: tuple[str, ...], message: str) -> None:
+    result = actserve(*arguments)
+    assert result.returncode == 1, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_policy_without_a_game_cannot_be_played(cart_store: ModelStore) -> None:
+    with serve(cart_store.root, "--runtime", "onnx") as service:
+        result = actserve("play", "--url", service.url)
+        assert (result.returncode, "plays no game" in result.stderr) == (2, True)
+        loaded = json.loads(actserve("load", "--url", service.url, "--duration", "0.5", "--json").stdout)
+        assert loaded["requests"] > 50
+        assert loaded["errors"] == {}
