@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from app.diff import diff, show
+from app.errors import UnknownPolicy, UnknownVersion
+from app.runtimes import base
+from app.store import ModelStore
+
+
+def text(store: ModelStore, before: str, after: str) -> str:
+    output = StringIO()
+    show(diff(store, before, after), Console(file=output, width=120))
+    return output.getvalue()
+
+
+def test_an_artifact_does_not_differ_from_itself(cart_store: ModelStore) -> None:
+    found = diff(cart_store, "cart@1", "cart")
+    assert found.signature == ()
+    assert found.agreement is not None
+    assert found.agreement.same == found.agreement.samples == 32  # the samples of both are the same 32
+    assert found.agreement.largest_difference == {"action_value": 0.0}
+    assert found.before.label == found.after.label == "cart@1"
+    assert found.before.runtime == found.after.runtime == "pt2"
+    assert set(found.before.median_us) == {1, 8}
+    assert found.before.files["policy.onnx"] > 0
+
+
+def test_it_is_json(cart_store: ModelStore) -> None:
+    document = json.loads(json.dumps(diff(cart_store, "cart", "cart").as_json()))
+    assert set(document) == {"before", "after", "signature", "agreement"}
+    assert set(document["before"]["median_us"]) == {"1", "8"}
+
+
+def test_two_runtimes_of_the_same_policy(own_store: ModelStore) -> None:
+    first = own_store.resolve("cart")
+    onnx_only = {"onnx": first.manifest.programs["onnx"]}
+    files = {name: first.folder / name for name in first.manifest.files if name != "policy.pt2"}
+    own_store.publish(replace(first.manifest, programs=onnx_only), files)
+    found = diff(own_store, "cart@1", "cart@2")
+    assert (found.before.runtime, found.after.runtime) == ("pt2", "onnx")
+    assert found.agreement is not None
+    assert found.agreement.same == found.agreement.samples
+    assert found.agreement.largest_difference["action_value"] < 1e-5
+    assert "policy.pt2" not in found.after.files
+    shown = text(own_store, "cart@1", "cart@2")
+    assert "the same action on 32 of 32 golden samples (100.0%)" in shown
+    assert "the same signature" in shown
+
+
+def test_a_changed_signature(own_store: ModelStore) -> None:
+    first = own_store.resolve("cart")
+    signature = first.manifest.signature
+    (observation,) = signature.observations
+    changed = replace(
+        signature, observations=(replace(observation, shape=(5,)),), outputs=signature.outputs[:1], max_batch=4
+    )
+    files = {name: first.folder / name for name in first.manifest.files}
+    own_store.publish(replace(first.manifest, signature=changed, programs={}), files)
+    found = diff(own_store, "cart@1", "cart@2")
+    assert [(change.way, change.name, change.before, change.after) for change in found.signature] == [
+        ("takes", "observation", "float32[4]", "float32[5]"),
+        ("gives", "action_value", "float32[3]", None),
+        ("takes", "max_batch", "256", "4"),
+    ]
+    assert found.agreement is None
+    assert found.after.runtime is None
+    assert found.after.median_us == {}
+    assert "actions not compared" in text(own_store, "cart@1", "cart@2")
+
+
+def test_a_program_that_does_not_open_gives_way(cart_store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(base.RUNTIMES, "pt2", "tests.test_diff:Broken")
+    found = diff(cart_store, "cart", "cart")
+    assert found.before.runtime == "onnx"
+    assert "not .pt2: broken" in found.before.reason
+
+
+class Broken:
+    @staticmethod
+    def load(artifact: object, threads: int) -> base.Runtime:
+        raise base.RuntimeFailure("broken")
+
+
+def test_unknown_labels(cart_store: ModelStore) -> None:
+    with pytest.raises(UnknownPolicy):
+        diff(cart_store, "pole", "cart")
+    with pytest.raises(UnknownVersion):
+        diff(cart_store, "cart@7", "cart")
+    with pytest.raises(UnknownVersion):
+        diff(cart_store, "cart@first", "cart")

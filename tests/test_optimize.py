@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporters.capture import Captured, capture
+from exporters.optimize import optimize
+from exporters.policies.pong import pong
+from exporters.programs import aoti, onnx
+from tests.policies import cart
+
+aten = torch.ops.aten
+BATCH = torch.export.Dim("batch", min=1, max=256)
+
+
+def export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(module, (example,), dynamic_shapes=({0: BATCH},), strict=False)
+
+
+def targets(program: torch.export.ExportedProgram) -> set[Any]:
+    return {node.target for node in program.graph.nodes if node.op == "call_function"}
+
+
+def screens(count: int, height: int = 210, width: int = 160) -> Tensor:
+    generator = torch.Generator().manual_seed(height * width + count)
+    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+class Pictures(nn.Module):
+    """The tutorial's preprocessing by other means: (B, H, W, 3) -> (B, 1, h, w) or, without grey, (B, 3, h, w)."""
+
+    def __init__(self, size: tuple[int, int], grey: bool = True, planes: bool = False, shift: float = 0.0) -> None:
+        super().__init__()
+        self.size, self.grey, self.planes, self.shift = size, grey, planes, shift
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pictures = (pixels if self.planes else pixels.permute(0, 3, 1, 2)) / 255
+        if self.shift:
+            pictures = (pictures - self.shift).relu()
+        pictures = nn.functional.interpolate(pictures, self.size, mode="nearest")
+        if not self.grey:
+            return pictures
+        red, green, blue = pictures.unbind(1)
+        return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    return capture(pong())
+
+
+@pytest.fixture(scope="module")
+def optimized(captured: Captured) -> Captured:
+    return replace(captured, program=optimize(captured.program)[0])
+
+
+def test_the_rewrites_are_named(captured: Captured) -> None:
+    _, applied = optimize(captured.program)
+    assert "pick pixels before converting them: 210x160 -> 84x84" in applied
+    assert "columns, scale and greyscale in one product: 120 -> 21" in applied
+    assert any(name.startswith("drop what no output needs") for name in applied)
+
+
+def test_the_batch_stays_symbolic_and_the_signature_as_it_was(captured: Captured, optimized: Captured) -> None:
+    before, after = captured.program, optimized.program
+    assert after.graph_signature.user_inputs == before.graph_signature.user_inputs
+    assert [(r.lower, r.upper) for r in after.range_constraints.values()] == [(1, 256)]
+    (pixels,) = [node for node in after.graph.nodes if node.name == "pixels"]
+    assert isinstance(pixels.meta["val"].shape[0], torch.SymInt)
+    assert aten.upsample_nearest2d.vec not in targets(after)
+    assert aten.gather.default not in targets(after)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_the_graph_gives_the_same_answers(captured: Captured, optimized: Captured, count: int) -> None:
+    batch = screens(count)
+    action, values = optimized.program.module()(batch)
+    expected = captured.run_reference({"pixels": batch.numpy()})
+    np.testing.assert_array_equal(action.numpy(), expected["action"])
+    np.testing.assert_allclose(values.detach().numpy(), expected["action_value"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [
+        (210, 160, (84, 84)),
+        (250, 160, (84, 84)),
+        (251, 163, (84, 84)),
+        (97, 101, (31, 97)),
+        (64, 64, (64, 64)),
+        (210, 160, (1, 1)),
+        (90, 90, (30, 45)),
+    ],
+)
+@pytest.mark.parametrize("grey", [True, False])
+@pytest.mark.parametrize("planes", [True, False])
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_any_nearest_resize_of_bytes(
+    height: int, width: int, size: tuple[int, int], grey: bool, planes: bool, shift: float
+) -> None:
+    module = Pictures(size, grey, planes, shift)
+    pixels = screens(4, height, width)
+    pixels = pixels.permute(0, 3, 1, 2).contiguous() if planes else pixels
+    program, applied = optimize(export(module, pixels))
+    assert any(name.startswith("pick") for name in applied)
+    found, expected = program.module()(pixels[:3]), module(pixels[:3])
+    torch.testing.assert_close(found, expected, atol=2e-7 if grey else 0.0, rtol=0.0)
+
+
+def test_picks_are_exact_where_nothing_else_changes() -> None:
+    module = Pictures((84, 84), grey=False)
+    program, _ = optimize(export(module, screens(4, 251, 163)))
+    assert torch.equal(program.module()(screens(3, 251, 163)), module(screens(3, 251, 163)))
+    assert aten.upsample_nearest2d.vec not in targets(program)
+
+
+class Leaky(Pictures):
+    """Greyscale of which a part is used elsewhere too."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        red, green, blue = nn.functional.interpolate(pixels.permute(0, 3, 1, 2) / 255, self.size).unbind(1)
+        half = 0.5 * red + 0.5 * green
+        return (half + 0.1 * blue) * half
+
+
+def test_a_sum_that_is_used_twice_is_not_folded() -> None:
+    program, applied = optimize(export(Leaky((84, 84)), screens(4)))
+    assert any(name.startswith("pick pixels") for name in applied)
+    assert not any("product" in name for name in applied)
+    assert torch.equal(program.module()(screens(3)), Leaky((84, 84))(screens(3)))
+
+
+class Enlarged(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return nn.functional.interpolate(pixels.permute(0, 3, 1, 2) / 255, (256, 256))
+
+
+class Smooth(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return nn.functional.interpolate(pixels.permute(0, 3, 1, 2) / 255, (84, 84), mode="bilinear")
+
+
+class OfFloats(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return nn.functional.interpolate(pixels.permute(0, 3, 1, 2), (84, 84))
+
+
+class Shared(nn.Module):
+    """The converted screen is wanted whole as well."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        converted = pixels.permute(0, 3, 1, 2) / 255
+        return nn.functional.interpolate(converted, (84, 84)), converted.mean((1, 2, 3))
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        return pixels / 255 + self.calls
+
+
+@pytest.mark.parametrize("module", [Enlarged(), Smooth(), OfFloats(), Shared(), InPlace()], ids=lambda m: str(m)[:-2])
+def test_what_is_not_known_is_left_untouched(module: nn.Module) -> None:
+    example = screens(4).float() if isinstance(module, OfFloats) else screens(4)
+    program = export(module, example)
+    assert optimize(program) == (program, [])
+
+
+def test_a_policy_without_pictures_is_only_tidied() -> None:
+    captured = capture(cart())
+    program, applied = optimize(captured.program)
+    assert not any("pick" in name for name in applied)
+    batch = torch.randn(5, 4)
+    action, values = program.module()(batch)
+    expected = captured.run_reference({"observation": batch.numpy()})
+    np.testing.assert_array_equal(action.numpy(), expected["action"])
+    np.testing.assert_array_equal(values.detach().numpy(), expected["action_value"])
+
+
+def test_nothing_is_left_for_a_second_time(optimized: Captured) -> None:
+    assert optimize(optimized.program) == (optimized.program, [])
+
+
+class Twice(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels / 255).sum(-1) * (pixels / 255).sum(-1) + (pixels / 255.5).sum(-1)
+
+
+def test_what_is_computed_twice_is_shared() -> None:
+    program, applied = optimize(export(Twice(), screens(4)))
+    assert applied == ["share what is computed twice: 2"]
+    assert torch.equal(program.module()(screens(2)), Twice()(screens(2)))
+
+
+class Random(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.rand_like(pixels, dtype=torch.float32) - torch.rand_like(pixels, dtype=torch.float32)
+
+
+def test_random_numbers_are_not_shared() -> None:
+    program, applied = optimize(export(Random(), screens(4)))
+    assert applied == []
+    assert program.module()(screens(2)).abs().max() > 0
+
+
+def onnx_run(captured: Captured, file: Path) -> Any:
+    onnx.build(captured, file)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(["action", "action_value"], {"pixels": pixels.numpy()})
+
+
+def pt2_run(captured: Captured, file: Path) -> Any:
+    from torch._inductor import aoti_load_package
+
+    aoti.build(captured, file)
+    logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
+    package = aoti_load_package(str(file))
+    return lambda pixels: [tensor.numpy() for tensor in package(pixels)]
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "pt2"])
+def test_the_programs_agree_with_the_policy(captured: Captured, tmp_path: Path, runtime: str) -> None:
+    build = {"onnx": onnx_run, "pt2": pt2_run}[runtime]
+    program, _ = optimize(captured.program, runtime)
+    run = build(replace(captured, program=program), tmp_path / f"policy.{runtime}")
+    pixels = screens(256)
+    expected = captured.run_reference({"pixels": pixels.numpy()})
+    for size in (1, 8, 256):
+        parts = [run(pixels[start : start + size]) for start in range(0, 256, size)]
+        action, values = (np.concatenate(found) for found in zip(*parts, strict=True))
+        np.testing.assert_array_equal(action, expected["action"])
+        np.testing.assert_allclose(values, expected["action_value"], atol=1e-4, rtol=1e-4)
