@@ -1,12 +1,66 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import urllib3
 
 from app.artifact import Artifact, Manifest, Program
-from app.errors import RuntimeRefused
-from app.runtimes.preflight import Host, choose, refusal, this_host
+from app.client import local
+from app.errors import RuntimeFailure, RuntimeRefused
+from app.runtimes import package, probe
+from app.runtimes.base import load
+from app.runtimes.host import newest
+from app.runtimes.preflight import Host, choose, inspect_package, refusal, this_host
+from app.store import ModelStore
+
+HOST = Host(
+    "Linux",
+    "x86_64",
+    (2, 36),
+    frozenset({"avx2"}),
+    {"torch": "2.13.0", "onnxruntime": "1.31.1"},
+    glibcxx=(3, 4, 28),
+    cxxabi=(1, 3, 12),
+    libraries=frozenset({"libc.so.6"}),
+)
+# What a manifest may ask, and what this actserve answers on HOST.
+FORGED: dict[str, tuple[dict[str, object], str]] = {
+    "platform": ({"platform": "Darwin-arm64"}, "built for Darwin-arm64, this host is Linux-x86_64"),
+    "device": ({"device": "cuda"}, "built for cuda, this host has cpu"),
+    "capability": (
+        {"compute_capability": "9.0"},
+        "built for compute capability 9.0, this host has no CUDA device",
+    ),
+    "torch": ({"torch": "9.9.9"}, "built for torch 9.9.9, this host has 2.13.0"),
+    "march": ({"march": "x86-64-v9"}, "built for the CPU architecture x86-64-v9, which this actserve does not know"),
+    "isa": ({"cpu_flags": ["avx2", "amx"]}, "needs the CPU features amx, which this host lacks"),
+    "glibc": ({"glibc": "99.1"}, "needs glibc 99.1, this host has 2.36"),
+    "glibcxx": ({"glibcxx": "3.4.99"}, "needs GLIBCXX 3.4.99, this host has 3.4.28"),  # on record
+    "cxxabi": ({"cxxabi": "1.3.99"}, "needs CXXABI 1.3.99, this host has 1.3.12"),
+    "library": (
+        {"needed": ["libc.so.6", "libnone.so.1"]},
+        "needs the libraries libnone.so.1, which this host does not have",
+    ),
+    "unknown": ({"moon": "full"}, "requires something this actserve does not know: moon 'full'"),
+    "unreadable": ({"glibc": "new"}, "requires glibc 'new', which this actserve cannot read"),
+    "untyped": ({"cpu_flags": "avx2"}, "requires cpu_flags 'avx2', which this actserve cannot read"),
+}
+CRASHES = {
+    "abort": ("abort();", "crashed its process on load (signal SIGABRT)"),
+    "fault": ("raise(SIGSEGV);", "crashed its process on load (signal SIGSEGV)"),
+    "illegal": ("__builtin_trap();", "crashed its process on load (signal SIGILL)"),
+    "leaves": ("_exit(0);", "ended its process on load (exit code 0)"),
+}
 
 
 def requiring(cart: Artifact, **requires: object) -> Manifest:
@@ -21,25 +75,60 @@ def test_this_host_runs_what_was_built_here(cart: Artifact) -> None:
     assert choose("onnx", cart.manifest, this_host(), {}).reason == ".onnx: asked for by --runtime onnx"
 
 
-@pytest.mark.parametrize(
-    ("requires", "reason"),
-    [
-        ({"platform": "Darwin-arm64"}, "built for Darwin-arm64, this host is Linux-x86_64"),
-        ({"torch": "9.9.9"}, "built for torch 9.9.9, this host has 2.13.0"),
-        ({"glibc": "99.1"}, r"needs glibc 99\.1, this host has 2\.36"),
-        ({"cpu_flags": ["avx2", "amx"]}, "needs the CPU features amx, which this host lacks"),
-    ],
-)
+@pytest.mark.parametrize(("requires", "reason"), FORGED.values(), ids=FORGED)
 def test_a_missing_requirement_is_named_and_auto_falls_back(
     cart: Artifact, requires: dict[str, object], reason: str
 ) -> None:
-    host = Host("Linux", "x86_64", (2, 36), frozenset({"avx2"}), {"torch": "2.13.0", "onnxruntime": "1.31.1"})
     manifest = requiring(cart, **requires)
-    with pytest.raises(RuntimeRefused, match=reason):
-        choose("pt2", manifest, host, {})
-    choice = choose("auto", manifest, host, {})
+    assert refusal("pt2", manifest, HOST) == reason
+    with pytest.raises(RuntimeRefused):
+        choose("pt2", manifest, HOST, {})
+    choice = choose("auto", manifest, HOST, {})
     assert choice.runtime == "onnx"
-    assert choice.reason.startswith("not .pt2: ")
+    assert choice.reason.startswith(f"not .pt2: {reason}; .onnx: ")
+
+
+@pytest.mark.parametrize(
+    "requires",
+    [
+        {"glibc": "2.36", "glibcxx": "3.4.28", "cxxabi": "1.3.12", "torch": "2.13.0", "device": "cpu"},
+        {"glibc": "2.4", "needed": ["libc.so.6"], "cpu_flags": ["avx2"], "march": "native"},
+        {"glibc": None, "compute_capability": None, "needed": [], "march": "x86-64"},
+    ],
+)
+def test_what_the_host_has_is_not_refused(cart: Artifact, requires: dict[str, object]) -> None:
+    assert refusal("pt2", requiring(cart, **requires), HOST) is None
+
+
+def test_an_architecture_is_the_features_it_promises(cart: Artifact) -> None:
+    reason = refusal("pt2", requiring(cart, march="x86-64-v3"), HOST)
+    assert reason is not None
+    assert reason.startswith("built for x86-64-v3 CPUs, this host lacks abm, avx, bmi1,")
+
+
+def test_another_compute_capability_is_refused(cart: Artifact) -> None:
+    gpu = dataclasses.replace(HOST, devices=("cpu", "cuda"), compute_capability=(8, 6))
+    manifest = requiring(cart, device="cuda", compute_capability="9.0")
+    assert refusal("pt2", manifest, gpu) == "built for compute capability 9.0, this host has 8.6"
+    same = dataclasses.replace(gpu, compute_capability=(9, 0))
+    assert refusal("pt2", manifest, same) is None
+
+
+def test_the_newest_symbol_version_is_found_by_number() -> None:
+    library = b"\0GLIBCXX_3.4\0GLIBCXX_3.4.9\0GLIBCXX_3.4.30\0GLIBCXX_DEBUG\0CXXABI_1.3.9\0"
+    assert newest(library, "GLIBCXX") == (3, 4, 30)
+    assert newest(library, "CXXABI") == (1, 3, 9)
+    assert newest(b"", "GLIBCXX") == ()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the dynamic loader of Linux")
+def test_this_host_knows_its_libstdcxx_and_libraries() -> None:
+    host = this_host()
+    assert host.glibcxx >= (3, 4, 22)  # what torch itself needs
+    assert host.cxxabi >= (1, 3)
+    assert host.libraries is not None
+    assert {"libc.so.6", "libstdc++.so.6", "libtorch_cpu.so"} <= host.libraries
+    assert json.loads(json.dumps(host.facts()))["glibcxx"].startswith("3.4.")
 
 
 def test_without_torch_there_is_no_pt2(cart: Artifact) -> None:
@@ -58,3 +147,179 @@ def test_an_absent_program_and_a_failed_one_are_reasons(cart: Artifact) -> None:
 def test_when_nothing_runs_every_reason_is_given(cart: Artifact) -> None:
     with pytest.raises(RuntimeRefused, match=r"not \.pt2: .*; not \.onnx: onnxruntime is not installed"):
         choose("auto", cart.manifest, dataclasses.replace(this_host(), packages={}), {})
+
+
+# What is inside the package.
+
+MODEL = "p/data/aotinductor/model/"
+
+
+def zipped(*members: str | zipfile.ZipInfo, content: bytes = b"x") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for member in members:
+            archive.writestr(member, content)
+    return buffer.getvalue()
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name)
+    member.external_attr = 0o120777 << 16
+    return member
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"not a package", "it is not a zip archive"),
+        (b"", "it is not a zip archive"),
+        (zipped(), "it holds no AOTInductor model"),
+        (zipped("p/archive_format"), "it holds no AOTInductor model"),
+        (zipped(MODEL + "m.cpp"), "it is .cpp-only, without a .so: loading it would run a compiler"),
+        (zipped(MODEL + "m.so", "p/../../etc/x"), "its member 'p/../../etc/x' is outside the package"),
+        (zipped(MODEL + "m.so", "/etc/x"), "its member '/etc/x' is outside the package"),
+        (zipped(MODEL + "m.so", "p\\..\\x"), "its member 'p\\\\..\\\\x' is outside the package"),
+        (zipped(MODEL + "m.so", link("p/data/link")), "its member 'p/data/link' is a symbolic link"),
+        (zipped(MODEL + "m.so", "p/data/aotinductor/other/m.so"), "it holds several models: model, other"),
+        (zipped(MODEL + "m.so", "q/data/aotinductor/model/m.so"), "it holds several archives"),
+        (zipped(MODEL + "m.so", MODEL + "n.so"), "it holds 2 .so files; expected one"),
+    ],
+)
+def test_a_package_that_the_loader_must_not_see(tmp_path: Path, data: bytes, reason: str) -> None:
+    assert inspect_package(data) == reason
+    (tmp_path / "p.pt2").write_bytes(data)
+    assert inspect_package(tmp_path / "p.pt2") == reason
+
+
+def test_a_package_holds_a_name_once() -> None:
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        data = zipped(MODEL + "m.so", MODEL + "m.so")
+    assert inspect_package(data) == f"it holds {MODEL + 'm.so'!r} twice"
+
+
+def test_a_package_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "MAX_UNPACKED_BYTES", 1000)
+    data = zipped(MODEL + "m.so", content=bytes(1001))
+    assert inspect_package(data) == "it would unpack to 1,001 bytes; at most 1,000 are read"
+    monkeypatch.setattr(package, "MAX_MEMBERS", 0)
+    assert inspect_package(data) == "it has 1 members; at most 0 are read"
+
+
+def test_what_aotinductor_wrote_is_accepted(cart: Artifact) -> None:
+    assert inspect_package(cart.folder / "policy.pt2") is None
+
+
+def republish(artifact: Artifact, store: ModelStore, pt2: bytes | None = None, **changes: Any) -> Artifact:
+    """The artifact once more, with another `.pt2` or manifest; every hash is right."""
+    folder = store.root.parent / "forging"
+    shutil.copytree(artifact.folder, folder, dirs_exist_ok=True)
+    if pt2 is not None:
+        (folder / "policy.pt2").write_bytes(pt2)
+    files = {name: folder / name for name in artifact.manifest.files}
+    return store.publish(dataclasses.replace(artifact.manifest, **changes), files)
+
+
+def test_the_package_is_looked_into_before_it_is_loaded(cart: Artifact, tmp_path: Path) -> None:
+    artifact = republish(cart, ModelStore(tmp_path / "store"), zipped(MODEL + "m.cpp"))
+    with pytest.raises(RuntimeFailure, match=r"refused the package: it is \.cpp-only"):
+        load("pt2", artifact)
+
+
+# What happens when it is loaded.
+
+
+@pytest.fixture
+def crashing(cart: Artifact, tmp_path: Path) -> Callable[[str], bytes]:
+    """The cart's package with a `.so` that does what `code` says as it is loaded."""
+
+    def make(code: str) -> bytes:
+        headers = "#include <signal.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
+        (tmp_path / "f.c").write_text(f"{headers}__attribute__((constructor)) void f(void) {{ {code} }}\n")
+        library = tmp_path / "f.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "f.c")], check=True)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(cart.folder / "policy.pt2") as old, zipfile.ZipFile(buffer, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, library.read_bytes() if name.endswith(".so") else old.read(name))
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_program_that_hangs_on_load_is_ended(
+    cart: Artifact, crashing: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "LIMIT_S", 1.0)
+    artifact = republish(cart, ModelStore(tmp_path / "store"), crashing("for (;;) sleep(1);"))
+    with pytest.raises(RuntimeFailure, match="did not load and run within 1 seconds"):
+        load("pt2", artifact)
+
+
+def test_a_library_that_is_no_model_is_the_loaders_refusal_without_folders(
+    cart: Artifact, crashing: Callable[[str], bytes], tmp_path: Path
+) -> None:
+    artifact = republish(cart, ModelStore(tmp_path / "store"), crashing(""))
+    with pytest.raises(RuntimeFailure, match="the AOTI loader refused the package: ") as caught:
+        load("pt2", artifact)
+    assert "/tmp" not in caught.value.message
+
+
+def test_a_file_is_tried_once(cart: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Path] = []
+    monkeypatch.setattr(probe, "crash", lambda path, artifact: tried.append(path))
+    for _ in range(3):
+        with probe.proven(cart) as path:
+            assert path.read_bytes() == cart.read_program("pt2")
+    assert len(tried) == 1
+    assert len(list((cache / "actserve" / "proven").iterdir())) == 1
+    assert not path.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    cart: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.write_text("not a folder")
+    tried: list[Path] = []
+    monkeypatch.setattr(probe, "crash", lambda path, artifact: tried.append(path))
+    for _ in range(2):
+        with probe.proven(cart):
+            pass
+    assert len(tried) == 2
+
+
+def test_the_service_starts_on_onnx_whatever_the_pt2_is(
+    cart: Artifact, crashing: Callable[[str], bytes], tmp_path: Path
+) -> None:
+    """One service over a store in which every `.pt2` is forged: newer requirements, refused packages, crashes."""
+    store = ModelStore(tmp_path / "store")
+    expected: dict[str, str | None] = {}
+    for name, (requires, _) in FORGED.items():
+        manifest = requiring(cart, **requires)
+        republish(cart, store, name=name, programs=manifest.programs)
+        expected[name] = refusal("pt2", manifest, this_host())
+    for name, (code, reason) in CRASHES.items():
+        republish(cart, store, crashing(code), name=name)
+        expected[name] = reason
+    republish(cart, store, zipped(MODEL + "m.cpp"), name="source")
+    expected["source"] = "it is .cpp-only"
+    republish(cart, store, name="good")
+    with (
+        local.serve(store.root, "--runtime", "auto", ready_within_s=300) as service,
+        urllib3.PoolManager() as http,
+    ):
+        for name, why in expected.items():
+            found = http.request("GET", f"{service.url}/policies/{name}").json()
+            assert (found["version"], found["runtime"]) == (1, "onnx"), found
+            assert why is not None
+            assert found["reason"].startswith("not .pt2: ")
+            assert why in found["reason"]
+            answer = http.request("POST", f"{service.url}/policies/{name}/act", json={"observation": [0, 0, 0, 0]})
+            assert answer.status == 200, answer.data
+        assert http.request("GET", f"{service.url}/policies/good").json()["runtime"] == "pt2"
+    assert len(set(expected.values())) == len(expected), "each has its own message"

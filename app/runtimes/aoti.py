@@ -7,7 +7,6 @@ has checked names, dtypes, shapes and contiguity before an array comes here. It 
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,49 @@ from torch._inductor import aoti_load_package
 from app.artifact import Artifact
 from app.errors import RuntimeFailure
 from app.runtimes.base import Runtime
+from app.runtimes.probe import brief, proven
 from app.signature import Array, Signature
 
 
 class AotiRuntime(Runtime):
-    def __init__(self, signature: Signature, package: Any) -> None:
+    def __init__(self, signature: Signature, package: Any, device: str = "cpu") -> None:
         super().__init__(signature)
         self._package = package
+        self._device = device
 
     @classmethod
     def load(cls, artifact: Artifact, threads: int) -> AotiRuntime:
-        data = artifact.read_program("pt2")
         torch.set_num_threads(threads)
-        # It warns when the program uses less than this CPU has; the preflight has made sure that it uses no more.
-        logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
-        # The loader takes a path: it gets a private copy of the bytes that were hashed.
-        with tempfile.NamedTemporaryFile(suffix=".pt2") as copy:
-            Path(copy.name).write_bytes(data)
+        with proven(artifact) as path:
             try:
-                package = aoti_load_package(copy.name)
+                package = open_package(path)
             except Exception as error:
-                raise RuntimeFailure(f"{artifact.label}: the AOTI loader refused the package: {error}") from error
-        return cls(artifact.manifest.signature, package)
+                raise RuntimeFailure(
+                    f"{artifact.label}: the AOTI loader refused the package: {brief(error)}"
+                ) from error
+        device = artifact.manifest.programs["pt2"].requires.get("device") or "cpu"
+        return cls(artifact.manifest.signature, package, device)
 
     def _run(self, arrays: list[Array]) -> list[Array]:
         try:
-            outputs = self._package(*(torch.from_numpy(array) for array in arrays))
+            return call(self._package, arrays, self._device)
         except Exception as error:
-            raise RuntimeFailure(f"the .pt2 program failed: {str(error).splitlines()[0][:300]}") from error
-        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        return [tensor.contiguous().numpy() for tensor in outputs]
+            raise RuntimeFailure(f"the .pt2 program failed: {brief(error)}") from error
 
     def close(self) -> None:
         self._package = None
+
+
+def open_package(path: Path) -> Any:
+    """The loaded package. Whatever the loader raises; a program that does not fit may end the process."""
+    # It warns when the program uses less than this CPU has; the preflight has made sure that it uses no more.
+    logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
+    return aoti_load_package(str(path))
+
+
+def call(package: Any, arrays: list[Array], device: str) -> list[Array]:
+    """Run a package on arrays of the host's memory, which are copied to and from `device` unless it is the CPU."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    outputs = package(*tensors) if device == "cpu" else package(*(tensor.to(device) for tensor in tensors))
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return [tensor.contiguous().cpu().numpy() for tensor in outputs]

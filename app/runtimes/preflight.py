@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import platform
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
-from importlib import metadata
+from dataclasses import dataclass
 from typing import Any
 
 from app.artifact import Manifest
 from app.errors import RuntimeRefused
 from app.runtimes.base import RUNTIMES
+from app.runtimes.host import Host, Version, dotted, this_host
+from app.runtimes.package import inspect_package
 
-
-@dataclass(frozen=True)
-class Host:
-    """What this machine offers. `packages` are versions without build tags; `cpu_flags` as Linux spells them."""
-
-    system: str
-    machine: str
-    glibc: tuple[int, ...]
-    cpu_flags: frozenset[str]
-    packages: dict[str, str] = field(default_factory=dict)
+__all__ = ["Choice", "Host", "choose", "inspect_package", "refusal", "this_host"]
 
 
 @dataclass(frozen=True)
@@ -33,17 +24,6 @@ class Choice:
     reason: str
 
 
-@cache
-def this_host() -> Host:
-    return Host(
-        system=platform.system(),
-        machine=platform.machine(),
-        glibc=_numbers(platform.libc_ver()[1]),
-        cpu_flags=_cpu_flags(),
-        packages={name: version for name in ("torch", "onnxruntime") if (version := _installed(name))},
-    )
-
-
 def refusal(runtime: str, manifest: Manifest, host: Host) -> str | None:
     """Why `host` cannot run this program, or None. The one reason that matters, the most basic first."""
     program = manifest.programs.get(runtime)
@@ -52,9 +32,12 @@ def refusal(runtime: str, manifest: Manifest, host: Host) -> str | None:
     package = {"onnx": "onnxruntime", "pt2": "torch"}[runtime]
     if package not in host.packages:
         return f"{package} is not installed here"
-    for requirement, check in _CHECKS.items():
-        needed = program.requires.get(requirement)
-        if needed is not None and (reason := check(needed, host)):
+    requires = {name: needed for name, needed in program.requires.items() if needed is not None}
+    unknown = [f"{name} {requires[name]!r}"[:100] for name in sorted(requires.keys() - _CHECKS.keys())]
+    if unknown:  # written by a newer actserve: what it means cannot be guessed
+        return f"requires something this actserve does not know: {', '.join(unknown)}"
+    for name, check in _CHECKS.items():
+        if name in requires and (reason := _apply(name, check, requires[name], host)):
             return reason
     return None
 
@@ -76,9 +59,31 @@ def choose(wanted: str, manifest: Manifest, host: Host, failed: Mapping[str, str
     raise RuntimeRefused(f"{label} cannot run here: {'; '.join(refused)}", runtimes=sorted(RUNTIMES))
 
 
+Check = Callable[[Any, Host], str | None]
+
+
+def _apply(name: str, check: Check, needed: Any, host: Host) -> str | None:
+    try:
+        return check(needed, host)
+    except (TypeError, ValueError, AttributeError):
+        return f"requires {name} {needed!r}"[:200] + ", which this actserve cannot read"
+
+
 def _check_platform(needed: str, host: Host) -> str | None:
     here = f"{host.system}-{host.machine}"
     return None if needed == here else f"built for {needed}, this host is {here}"
+
+
+def _check_device(needed: str, host: Host) -> str | None:
+    return None if needed in host.devices else f"built for {needed}, this host has {' and '.join(host.devices)}"
+
+
+def _check_compute_capability(needed: str, host: Host) -> str | None:
+    """Equality: the kernels inside are machine code for one of them."""
+    if host.compute_capability == _version(needed):
+        return None
+    here = dotted(host.compute_capability or ()) or "no CUDA device"
+    return f"built for compute capability {needed}, this host has {here}"
 
 
 def _check_torch(needed: str, host: Host) -> str | None:
@@ -86,39 +91,64 @@ def _check_torch(needed: str, host: Host) -> str | None:
     return None if needed == here else f"built for torch {needed}, this host has {here}"
 
 
-def _check_glibc(needed: str, host: Host) -> str | None:
-    here = ".".join(map(str, host.glibc))
-    return None if _numbers(needed) <= host.glibc else f"needs glibc {needed}, this host has {here or 'none'}"
+def _check_march(needed: str, host: Host) -> str | None:
+    if needed == "native":  # its instructions are listed in cpu_flags
+        return None
+    if needed not in _MARCHES:
+        return f"built for the CPU architecture {needed}, which this actserve does not know"
+    missing = sorted(_MARCHES[needed] - host.cpu_flags)
+    return f"built for {needed} CPUs, this host lacks {', '.join(missing)}" if missing else None
 
 
 def _check_cpu(needed: list[str], host: Host) -> str | None:
+    if isinstance(needed, str):
+        raise TypeError
     missing = sorted(set(needed) - host.cpu_flags)
     return f"needs the CPU features {', '.join(missing)}, which this host lacks" if missing else None
 
 
-_CHECKS: dict[str, Callable[[Any, Host], str | None]] = {
-    "platform": _check_platform,
-    "torch": _check_torch,
-    "glibc": _check_glibc,
-    "cpu_flags": _check_cpu,
+def _at_least(what: str, here: Callable[[Host], Version]) -> Check:
+    def check(needed: str, host: Host) -> str | None:
+        found = here(host)
+        return None if _version(needed) <= found else f"needs {what} {needed}, this host has {dotted(found) or 'none'}"
+
+    return check
+
+
+def _check_needed(needed: list[str], host: Host) -> str | None:
+    if isinstance(needed, str):
+        raise TypeError
+    missing = sorted(set(needed) - (host.libraries if host.libraries is not None else set(needed)))
+    return f"needs the libraries {', '.join(missing)}, which this host does not have" if missing else None
+
+
+def _version(text: str) -> Version:
+    if not re.fullmatch(r"\d+(\.\d+)*", text):
+        raise ValueError(text)
+    return tuple(map(int, text.split(".")))
+
+
+_V2 = frozenset(("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"))
+_V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_MARCHES = {  # what each promises, by the names in /proc/cpuinfo; https://gitlab.com/x86-psABIs/x86-64-ABI
+    "x86-64": frozenset[str](),
+    "x86-64-v2": _V2,
+    "x86-64-v3": _V3,
+    "x86-64-v4": _V4,
+    "armv8-a": frozenset(("asimd",)),
 }
 
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = [line for line in file if line.startswith(("flags", "Features"))]
-    except OSError:
-        return frozenset()
-    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return metadata.version(package).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
+_CHECKS: dict[str, Check] = {  # the most basic first
+    "platform": _check_platform,
+    "device": _check_device,
+    "compute_capability": _check_compute_capability,
+    "torch": _check_torch,
+    "march": _check_march,
+    "cpu_flags": _check_cpu,
+    "glibc": _at_least("glibc", lambda host: host.glibc),
+    "glibcxx": _at_least("GLIBCXX", lambda host: host.glibcxx),
+    "cxxabi": _at_least("CXXABI", lambda host: host.cxxabi),
+    "needed": _check_needed,
+    "opset": lambda needed, host: None,  # ONNX Runtime says itself which it reads
+}

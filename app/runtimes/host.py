@@ -1,0 +1,166 @@
+"""Host: what this machine offers a program. Found out without loading an engine."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Host:
+    """What this machine offers. `packages` are versions without build tags; `cpu_flags` as Linux spells them."""
+
+    system: str
+    machine: str
+    glibc: Version
+    cpu_flags: frozenset[str]
+    packages: dict[str, str] = field(default_factory=dict)
+    glibcxx: Version = ()  # the newest GLIBCXX_ of the libstdc++ that this process gets
+    cxxabi: Version = ()  # the same for CXXABI_
+    libraries: frozenset[str] | None = None  # file names the dynamic loader can find; None: not known
+    devices: tuple[str, ...] = ("cpu",)
+    compute_capability: Version | None = None  # of the first CUDA device
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able, for people; without the list of libraries."""
+        return {
+            "platform": f"{self.system}-{self.machine}",
+            "glibc": dotted(self.glibc),
+            "glibcxx": dotted(self.glibcxx),
+            "cxxabi": dotted(self.cxxabi),
+            "devices": list(self.devices),
+            "compute_capability": dotted(self.compute_capability or ()),
+            "packages": dict(self.packages),
+            "cpu_flags": sorted(self.cpu_flags),
+        }
+
+
+@cache
+def this_host() -> Host:
+    packages = {name: version for name in ("torch", "onnxruntime") if (version := _installed(name))}
+    capability = _cuda_capability() if "torch" in packages and not _full_version("torch").endswith("+cpu") else None
+    libstdcxx = _libstdcxx()
+    return Host(
+        system=platform.system(),
+        machine=platform.machine(),
+        glibc=_numbers(platform.libc_ver()[1]),
+        cpu_flags=_cpu_flags(),
+        packages=packages,
+        glibcxx=newest(libstdcxx, "GLIBCXX"),
+        cxxabi=newest(libstdcxx, "CXXABI"),
+        libraries=_libraries(),
+        devices=("cpu", "cuda") if capability else ("cpu",),
+        compute_capability=capability,
+    )
+
+
+def newest(library: bytes, name: str) -> Version:
+    """The highest symbol version `name`_x.y.z that a library's bytes define or mention; () for none."""
+    found = re.findall(name.encode() + rb"_(\d+(?:\.\d+)+)\0", library)
+    return max((_numbers(version.decode()) for version in found), default=())
+
+
+def dotted(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def _numbers(version: str) -> Version:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _libstdcxx() -> bytes:
+    """The libstdc++ that this process has or, from the dynamic loader itself, will get. Empty where there is none."""
+    path = _mapped("libstdc++.so")
+    if path is None and sys.platform == "linux":
+        try:
+            ctypes.CDLL("libstdc++.so.6")
+        except OSError:
+            return b""
+        path = _mapped("libstdc++.so")
+    try:
+        return Path(path).read_bytes() if path else b""
+    except OSError:
+        return b""
+
+
+def _mapped(name: str) -> str | None:
+    try:
+        with open("/proc/self/maps") as file:
+            paths = (line.split(maxsplit=5)[5].strip() for line in file if name in line)
+            return next((path for path in paths if os.path.basename(path).startswith(name)), None)
+    except OSError:
+        return None
+
+
+def _libraries() -> frozenset[str] | None:
+    """What the dynamic loader finds by name: its cache, the usual folders, and what torch brings along."""
+    if sys.platform != "linux":
+        return None
+    try:
+        cached = re.findall(rb"[\w.+-]+\.so[\w.+-]*", Path("/etc/ld.so.cache").read_bytes())
+    except OSError:
+        cached = []
+    return frozenset([*(name.decode() for name in cached), *_listed()])
+
+
+def _listed() -> Iterator[str]:
+    folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    multiarch = f"{platform.machine()}-linux-gnu"
+    for root in ("/lib", "/usr/lib", "/lib64", "/usr/lib64", "/usr/local/lib", f"{sys.prefix}/lib"):
+        folders += [root, f"{root}/{multiarch}"]
+    torch = importlib.util.find_spec("torch")  # finds, does not import
+    if torch is not None and torch.origin:
+        folders.append(str(Path(torch.origin).parent / "lib"))
+    for folder in folders:
+        try:
+            yield from (name for name in os.listdir(folder) if ".so" in name)
+        except OSError:
+            continue
+
+
+def _cuda_capability() -> Version | None:
+    """(major, minor) of the first CUDA device, asked of the driver; None without driver or device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, device, major, minor = (ctypes.c_int() for _ in range(4))
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return None
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    for number, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return (major.value, minor.value)
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [line for line in file if line.startswith(("flags", "Features"))]
+    except OSError:
+        return frozenset()
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
+def _full_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _installed(package: str) -> str:
+    return _full_version(package).partition("+")[0]

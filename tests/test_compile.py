@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import platform
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors.torch import save as save_tensors
+
+from app import golden
+from app.artifact import Artifact, Program
+from app.errors import CaptureFailed, Disagreement
+from app.runtimes.base import load
+from app.runtimes.preflight import refusal, this_host
+from app.store import ModelStore
+from exporters import compile as compiling
+from exporters.capture import Captured, capture
+from exporters.programs import aoti
+from exporters.programs.elf import read_needs
+from exporters.programs.exported import PROGRAM, load_program, save_program
+from tests.policies import cart as cart_source
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    return capture(cart_source())
+
+
+@pytest.fixture(scope="module")
+def stored(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("program") / PROGRAM
+    save_program(captured.program, path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def holding(own_store: ModelStore, stored: bytes, tmp_path: Path) -> Artifact:
+    """The cart, published with the exported program and with a `.pt2` for a host that is not this one."""
+    artifact = own_store.resolve("cart")
+    (tmp_path / PROGRAM).write_bytes(stored)
+    files = {name: artifact.folder / name for name in artifact.manifest.files} | {PROGRAM: tmp_path / PROGRAM}
+    programs = {**artifact.manifest.programs, "pt2": Program("policy.pt2", {"platform": "Plan9-mips"})}
+    provenance = {**artifact.manifest.provenance, "fingerprint": "of this test"}
+    return own_store.publish(dataclasses.replace(artifact.manifest, programs=programs, provenance=provenance), files)
+
+
+# The stored program.
+
+
+def forbid(*_: Any, **__: Any) -> NoReturn:
+    raise AssertionError("something was unpickled")
+
+
+def test_the_program_is_stored_and_loaded_without_pickle(
+    captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in (
+        (pickle, "Unpickler"), (pickle, "Pickler"), (pickle, "loads"), (pickle, "load"), (pickle, "dumps"),
+        (torch, "load"), (torch, "save"), (torch._C, "_pickle_load_obj"), (torch._C, "_pickle_save"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, forbid)
+    save_program(captured.program, tmp_path / PROGRAM)
+    program = load_program((tmp_path / PROGRAM).read_bytes())
+    assert not zipfile.is_zipfile(tmp_path / PROGRAM)
+    inputs = torch.randn(5, 4)
+    for ours, theirs in zip(program.module()(inputs), captured.program.module()(inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_byte_of_the_file_is_header_or_tensor(stored: bytes) -> None:
+    size = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + size])
+    metadata = header.pop("__metadata__")
+    assert sum(end - start for start, end in (entry["data_offsets"] for entry in header.values())) == (
+        len(stored) - 8 - size
+    )
+    assert set(metadata) == {"format", "torch", "graph", "layouts", "examples"}
+    json.loads(metadata["graph"])
+
+
+def test_no_folder_of_the_exporting_machine_is_in_it(stored: bytes) -> None:
+    assert str(ROOT).encode() not in stored
+    assert b"site-packages" not in stored
+    assert b"stack_trace" not in stored
+
+
+def test_the_batch_stays_symbolic(captured: Captured, stored: bytes) -> None:
+    program = load_program(stored)
+    assert [str(v) for v in program.range_constraints.values()] == [
+        str(v) for v in captured.program.range_constraints.values()
+    ]
+    assert len(program.module()(torch.zeros(1, 4))[0]) == 1
+
+
+class Odd(torch.nn.Module):
+    """Weights in another memory order, two that share memory, a constant, a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.first = torch.nn.Linear(4, 4)
+        self.second = torch.nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.rand(4), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = self.convolution(image).mean((-1, -2)) * self.scale
+        return self.second(self.first(features)) + torch.tensor([1.0, 2.0, 3.0, 4.0]), features.argmax(-1)
+
+
+def test_layouts_constants_and_shared_weights_survive(tmp_path: Path) -> None:
+    image = torch.rand(2, 3, 8, 8)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = torch.export.export(Odd().eval(), (image,), dynamic_shapes=({0: batch},), strict=False)
+    save_program(program, tmp_path / PROGRAM)
+    again = load_program((tmp_path / PROGRAM).read_bytes())
+    for ours, theirs in zip(again.module()(image), program.module()(image), strict=True):
+        assert torch.equal(ours, theirs)
+    assert again.state_dict["convolution.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def forged(stored: bytes, old: str, new: str) -> bytes:
+    size = int.from_bytes(stored[:8], "little")
+    metadata = json.loads(stored[8 : 8 + size])["__metadata__"]
+    assert old in metadata["graph"]
+    metadata["graph"] = metadata["graph"].replace(old, new)
+    return save_tensors({}, metadata)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("torch.ops.aten.tanh.default", "torch.hub.load", "'torch.hub.load', which is no operator"),
+        ("torch.ops.aten.tanh.default", "torch.ops.mine.tanh", "which is no operator of torch's own"),
+        ("torch.ops.aten.tanh.default", "_operator.__class__", "which is no operator of torch's own"),
+        ("Symbol(", "__import__(", "a size that is no arithmetic"),
+        ("Symbol(", "eval(", "a size that is no arithmetic"),
+        ("positive=True", "a=Symbol.mro", "a size that is no arithmetic"),
+        ('"guards_code": []', '"guards_code": ["exit()"]', "holds Python source"),
+    ],
+)
+def test_a_stored_program_that_would_do_more_than_compute_is_refused(
+    stored: bytes, old: str, new: str, reason: str
+) -> None:
+    with pytest.raises(CaptureFailed, match=reason):
+        load_program(forged(stored, old, new))
+
+
+@pytest.mark.parametrize("data", [b"", b"not safetensors at all", save_tensors({}, {"format": "1"})])
+def test_what_is_no_program_is_refused(data: bytes) -> None:
+    with pytest.raises(CaptureFailed, match="the stored program cannot be read"):
+        load_program(data)
+
+
+def test_a_program_of_another_torch_is_refused_with_both_versions(stored: bytes) -> None:
+    with pytest.raises(CaptureFailed, match=r"stored by torch \S+, cannot be read by torch "):
+        load_program(forged(stored, '"major":', '"major": 99, "was":'))
+
+
+# What the .pt2 asks of its host.
+
+
+def test_the_requirements_are_what_the_library_says(cart: Artifact) -> None:
+    requires = cart.manifest.programs["pt2"].requires
+    with zipfile.ZipFile(cart.folder / "policy.pt2") as package:
+        (name,) = [name for name in package.namelist() if name.endswith(".so")]
+        needs = read_needs(package.read(name))
+    assert requires["glibc"] == needs.versions["GLIBC"]
+    assert requires["glibcxx"] == needs.versions["GLIBCXX"]
+    assert requires["glibcxx"].startswith("3.4.")
+    assert requires["needed"] == list(needs.libraries)
+    assert {"libtorch_cpu.so", "libstdc++.so.6"} <= set(requires["needed"])
+    assert (requires["device"], requires["compute_capability"]) == ("cpu", None)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64's features")
+def test_portable_means_no_avx512_and_native_means_this_cpu() -> None:
+    portable = aoti.cpu_flags(aoti.march_for(False), {"cpp.simdlen": 256})
+    assert "avx2" in portable
+    assert not [flag for flag in portable if flag.startswith("avx512")]
+    native = aoti.cpu_flags(aoti.march_for(True), {})
+    assert set(portable) <= set(native) <= this_host().cpu_flags
+    if "avx512f" in this_host().cpu_flags:
+        assert "avx512f" in native
+
+
+# compile
+
+
+def test_compile_publishes_the_next_version_for_this_host(holding: Artifact, own_store: ModelStore) -> None:
+    assert refusal("pt2", holding.manifest, this_host()) is not None
+    steps: list[str] = []
+    artifact = compiling.compile(holding, own_store, steps.append)
+    manifest = artifact.manifest
+    assert (manifest.version, manifest.parent) == (holding.manifest.version + 1, holding.manifest.version)
+    assert refusal("pt2", manifest, this_host()) is None
+    assert manifest.provenance["compiled_from"]["version"] == holding.manifest.version
+    assert manifest.certificate["programs"]["pt2"]["compared"] == 32
+    assert manifest.certificate["programs"]["pt2"]["against"] == "golden samples"
+    assert manifest.files.keys() == holding.manifest.files.keys()
+    unchanged = [name for name, record in manifest.files.items() if record == holding.manifest.files[name]]
+    assert sorted(unchanged) == sorted(manifest.files.keys() - {"policy.pt2"})
+    runtime = load("pt2", artifact)
+    assert golden.check(artifact, runtime.run).holds
+    assert [step.split()[0] for step in steps] == ["reading", "building", "certifying"]
+    # Again: there is one for this host now.
+    assert compiling.compile(holding, own_store).manifest.version == manifest.version
+    assert compiling.compile(artifact, own_store).manifest.version == manifest.version
+    assert own_store.versions("cart")[-1] == manifest.version
+
+
+def test_a_program_that_is_not_the_policy_is_not_published(
+    holding: Artifact, own_store: ModelStore, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    other = cart_source()
+    with torch.no_grad():
+        for parameter in other.policy.parameters():
+            parameter.normal_()
+    save_program(capture(other).program, tmp_path / PROGRAM)
+    files = {name: holding.folder / name for name in holding.manifest.files} | {PROGRAM: tmp_path / PROGRAM}
+    wrong = own_store.publish(holding.manifest, files)
+    with pytest.raises(Disagreement, match="does not repeat the golden samples"):
+        compiling.compile(wrong, own_store)
+    assert own_store.versions("cart")[-1] == wrong.manifest.version
+
+
+def test_an_artifact_without_its_program_says_so(own_store: ModelStore) -> None:
+    artifact = own_store.resolve("cart")
+    files = {name: artifact.folder / name for name in artifact.manifest.files if name != PROGRAM}
+    without = own_store.publish(artifact.manifest, files)
+    with pytest.raises(CaptureFailed, match="export the policy again"):
+        compiling.compile(without, own_store)
+
+
+def test_neither_torchrl_nor_the_users_code_is_loaded() -> None:
+    code = (
+        "import sys, exporters.compile;"
+        "print(sorted({'torchrl', 'tensordict', 'onnx', 'gymnasium', 'tests', 'exporters.capture'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
