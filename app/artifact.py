@@ -39,6 +39,7 @@ class Program:
 
     file: str
     requires: dict[str, Any] = field(default_factory=dict)
+    rewrites: tuple[str, ...] = ()  # what was done to the captured graph before it was built
 
 
 @dataclass(frozen=True)

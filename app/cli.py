@@ -9,7 +9,8 @@ import json as jsonlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -73,6 +74,7 @@ def export(
     store: Store = DEFAULT_STORE,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
     name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's.")] = None,
+    native: Annotated[bool, typer.Option("--native", help="Build the .pt2 for this CPU alone.")] = False,
     json: Json = False,
 ) -> None:
     """Export a policy to .onnx and .pt2, prove that they do what it does, and publish them into the store."""
@@ -81,12 +83,7 @@ def export(
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
     from app.store import ModelStore
 
-    with console.status("importing torch") as status:
-
-        def progress(step: str) -> None:
-            status.console.log(step)
-            status.update(step)
-
+    with _steps("importing torch") as progress:
         default_name, source = _offline("exporters.load:load")(target, checkpoint)
         done = _offline("exporters.publish:export")(
             source,
@@ -94,6 +91,7 @@ def export(
             ModelStore(store),
             origin=target,
             runtimes=runtimes,
+            native=native,
             progress=progress,
         )
     manifest = done.artifact.manifest
@@ -110,6 +108,61 @@ def export(
     what = "published" if done.published else "already in the store, nothing to do:"
     console.print(f"[bold green]{what} {done.artifact.label}[/]")
     _print_certificate(manifest.certificate)
+
+
+@cli.command(name="compile")
+def compile_(
+    label: Label,
+    store: Store = DEFAULT_STORE,
+    native: Annotated[bool, typer.Option("--native", help="For this CPU alone.")] = False,
+    json: Json = False,
+) -> None:
+    """Build the .pt2 of an artifact for this host, from what the store holds, and publish it as the next version."""
+    from app.store import ModelStore
+
+    with _steps("importing torch") as progress:
+        built = _offline("exporters.compile:compile")(_resolve(store, label), ModelStore(store), progress, native)
+    manifest = built.manifest
+    if json:
+        _print_json({"name": manifest.name, "version": manifest.version, "certificate": manifest.certificate})
+    else:
+        console.print(f"[bold green]{built.label} has a .pt2 for this host[/]")
+
+
+@cli.command()
+def doctor(
+    name: Annotated[str | None, typer.Argument(help="A policy; by default all of the store's.")] = None,
+    store: Store = DEFAULT_STORE,
+    json: Json = False,
+) -> None:
+    """Say what this host can run, and what it cannot and why."""
+    from app.doctor import diagnose, print_diagnosis
+    from app.store import ModelStore
+
+    with console.status("looking"):
+        diagnosis = diagnose(ModelStore(store), name)
+    if json:
+        _print_json(diagnosis.as_json())
+    else:
+        print_diagnosis(diagnosis)
+
+
+@cli.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")],
+    after: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")],
+    store: Store = DEFAULT_STORE,
+    json: Json = False,
+) -> None:
+    """Say what changed between two artifacts: signature, actions on golden samples, speed, size."""
+    from app import diff as differ
+    from app.store import ModelStore
+
+    found = differ.diff(ModelStore(store), before, after)
+    if json:
+        _print_json(found.as_json())
+    else:
+        differ.show(found, Console())
 
 
 @cli.command()
@@ -135,6 +188,8 @@ def inspect(
     print(f"  batch  1 to {manifest.signature.max_batch}")
     for runtime, program in manifest.programs.items():
         print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {program.requires}")
+        for rewrite in program.rewrites:
+            print(f"      rewritten: {rewrite}")
     if manifest.environment:
         game = manifest.environment
         actions = ", ".join(f"{i}={action.meaning}({action.code})" for i, action in enumerate(game.actions))
@@ -283,6 +338,18 @@ def main() -> NoReturn:
     except ActserveError as error:
         console.print(f"[bold red]error:[/] {error.message}", soft_wrap=True, highlight=False)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+@contextmanager
+def _steps(first: str) -> Iterator[Callable[[str], None]]:
+    """A live line on stderr with the step under way; the steps done stay above it."""
+    with console.status(first) as status:
+
+        def progress(step: str) -> None:
+            console.print(f"  {step}")
+            status.update(step)
+
+        yield progress
 
 
 def _offline(path: str) -> Callable[..., Any]:

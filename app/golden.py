@@ -51,7 +51,7 @@ def compare(
     """Hold a program's outputs, each (B, *shape), against the reference's."""
     largest: dict[str, float] = {}
     exceeding: list[str] = []
-    for spec in signature.outputs:
+    for spec in signature.results:
         ours, theirs = outputs[spec.name], reference[spec.name]
         if spec.numpy_dtype.kind == "f":
             largest[spec.name] = float(np.max(np.abs(ours - theirs), initial=0.0))

@@ -12,10 +12,11 @@ from app import golden
 from app.artifact import Artifact
 from app.batcher import Batcher
 from app.errors import RuntimeFailure
+from app.requests import complete
 from app.runtimes import preflight
 from app.runtimes.base import Runtime, load
 from app.settings import Settings
-from app.signature import Arrays
+from app.signature import Arrays, Exploration
 
 log = logging.getLogger("actserve")
 
@@ -53,8 +54,20 @@ class Policy:
     def start(self) -> None:
         self._batcher.start()
 
-    async def act(self, inputs: Arrays, size: int) -> Arrays:
-        """`size` items, each input (size, *shape), validated -> every output, each (size, *shape)."""
+    async def act(
+        self, tensors: Arrays, size: int, exploration: Exploration | None = None, seed: int | None = None
+    ) -> tuple[Arrays, int | None]:
+        """`size` items of a valid request, each tensor (size, *shape) -> (outputs and new state, seed).
+
+        New state goes by the name of the input that it replaces. The seed is what anything random came from.
+        """
+        completed = complete(self.signature, tensors, size, exploration, seed)
+        results = await self._run(completed.inputs, size)
+        for state in self.signature.state:
+            results[state.spec.name] = results.pop(state.output)
+        return results, completed.seed
+
+    async def _run(self, inputs: Arrays, size: int) -> Arrays:
         step = self.signature.max_batch
         if size <= step:
             return await self._batcher.submit(inputs, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -76,20 +76,87 @@ class TensorSpec:
         return (low if self.low is None else self.low, high if self.high is None else self.high)
 
 
+Distribution = Literal["uniform", "normal", "gumbel", "exponential"]
+Exploration = Literal["deterministic", "random"]
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor that a policy carries from one step to the next: `output` of this step is `spec` of the next."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    spec: TensorSpec  # the input
+    output: str  # the program's output that replaces it
+    initial: float = 0.0  # what every element starts from
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random input: the standard uniform [0, 1), normal, Gumbel or exponential distribution, each element its own."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    spec: TensorSpec
+    distribution: Distribution
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number per item that a request may set, such as the epsilon of epsilon-greedy; float32."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    default: float  # as trained
+    low: float
+    high: float
+
+    @cached_property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, "float32", (), self.low, self.high)
+
+
+IS_INIT = TensorSpec("is_init", "bool", ())  # true on the first step of an episode: state starts anew
+EXPLORE = TensorSpec("explore", "bool", ())  # true: act at random as in training; false: deterministically
+
+
 @dataclass(frozen=True)
 class Signature:
-    """What a policy takes and gives. Programs take `inputs` in this order and give `outputs` in this order."""
+    """What a policy takes and gives.
+
+    A program takes `inputs` in this order and gives `results` in this order. A request may leave out everything but
+    the observations: `app.requests` completes it.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     observations: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]  # the action first
     max_batch: int  # 1: the program takes one item at a time
+    state: tuple[State, ...] = ()
+    is_init: bool = False  # whether the program takes the reset flag
+    exploration: tuple[Exploration, ...] = ("deterministic",)  # both: the program takes the flag `explore`
+    parameters: tuple[Parameter, ...] = ()
+    noise: tuple[Noise, ...] = ()
 
-    @property
+    @cached_property
+    def asked(self) -> tuple[TensorSpec, ...]:
+        """What a request may carry."""
+        flags = (IS_INIT,) if self.is_init else ()
+        parameters = tuple(parameter.spec for parameter in self.parameters)
+        return (*self.observations, *(state.spec for state in self.state), *flags, *parameters)
+
+    @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Everything a program takes, in its order."""
-        return self.observations
+        flags = (EXPLORE,) if len(self.exploration) > 1 else ()
+        return (*self.asked, *flags, *(noise.spec for noise in self.noise))
+
+    @cached_property
+    def results(self) -> tuple[TensorSpec, ...]:
+        """Everything a program gives, in its order."""
+        return (*self.outputs, *(replace(state.spec, name=state.output) for state in self.state))
 
     @property
     def action(self) -> TensorSpec:
@@ -101,22 +168,13 @@ class Signature:
 
     def validate(self, batch: Mapping[str, Array]) -> int:
         """Return the batch size of `batch`, or raise `InvalidTensor` if any array is not what a program takes."""
-        names = [spec.name for spec in self.inputs]
-        for name in batch:
-            if name not in names:
-                raise InvalidTensor(name, f"one of the inputs {', '.join(names)}", "a name that is none of them")
-        sizes = set()
-        for spec in self.inputs:
-            if spec.name not in batch:
-                raise InvalidTensor(spec.name, str(spec), "nothing")
-            spec.validate(batch[spec.name])
-            sizes.add(len(batch[spec.name]))
-        if len(sizes) != 1:
-            raise InvalidTensor(names[0], "the same number of items in every input", f"{sorted(sizes)}")
-        size: int = sizes.pop()
-        if size < 1:
-            raise InvalidTensor(names[0], "at least one item", "none")
-        return size
+        return _validate(batch, self.inputs, self.inputs)
+
+    def validate_request(self, tensors: Mapping[str, Array]) -> int:
+        """The same for what a request carries: every observation, and of the state all or nothing."""
+        states = tuple(state.spec for state in self.state)
+        carried = any(spec.name in tensors for spec in states)
+        return _validate(tensors, self.asked, (*self.observations, *(states if carried else ())))
 
     def select(self, names: Sequence[str]) -> tuple[str, ...]:
         """The outputs that a request asked for, or `UnknownOutput`. None asked: the action alone."""
@@ -124,6 +182,26 @@ class Signature:
             if name not in self.output_names:
                 raise UnknownOutput(name, self.output_names)
         return tuple(names) or (self.action.name,)
+
+
+def _validate(batch: Mapping[str, Array], known: Sequence[TensorSpec], needed: Sequence[TensorSpec]) -> int:
+    names = [spec.name for spec in known]
+    for name in batch:
+        if name not in names:
+            raise InvalidTensor(name, f"one of the inputs {', '.join(names)}", "a name that is none of them")
+    for spec in needed:
+        if spec.name not in batch:
+            raise InvalidTensor(spec.name, str(spec), "nothing")
+    for spec in known:
+        if spec.name in batch:
+            spec.validate(batch[spec.name])
+    sizes = {len(array) for array in batch.values()}
+    if len(sizes) != 1:
+        raise InvalidTensor(names[0], "the same number of items in every input", f"{sorted(sizes)}")
+    size: int = sizes.pop()
+    if size < 1:
+        raise InvalidTensor(names[0], "at least one item", "none")
+    return size
 
 
 def describe(array: Array) -> str:

@@ -9,13 +9,14 @@ import base64
 import binascii
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pydantic_core
 
 from app.errors import InvalidTensor, MalformedBody, NotAcceptable, UnsupportedContentType
-from app.signature import Array, Arrays, Signature, TensorSpec, describe
+from app.requests import MAX_SEED
+from app.signature import Array, Arrays, Exploration, Signature, TensorSpec, describe
 
 RAW = "application/octet-stream"
 JSON = "application/json"
@@ -27,6 +28,8 @@ class Items:
 
     tensors: Arrays
     batched: bool
+    exploration: Exploration | None = None  # None: as the policy does by default
+    seed: int | None = None  # of what is random; None: a fresh one
 
     @property
     def size(self) -> int:
@@ -39,14 +42,35 @@ def decode(content_type: str, body: bytes | bytearray | memoryview, signature: S
     if decoder is None:
         raise UnsupportedContentType(content_type, list(_DECODERS))
     items = decoder(body, signature)
-    signature.validate(items.tensors)
+    signature.validate_request(items.tensors)
     return items
 
 
-def encode(accept: str, outputs: Mapping[str, Array], batched: bool) -> tuple[str, bytes]:
-    """A policy's outputs, each (k, *shape) -> (content type, body), in the encoding that `accept` prefers."""
+def read_exploration(value: Any) -> Exploration:
+    """Raises `MalformedBody` for anything but one of the two words."""
+    for known in get_args(Exploration):
+        if value == known:
+            result: Exploration = known
+            return result
+    raise MalformedBody(f"expected an exploration of {' or '.join(get_args(Exploration))}; got {value!r}"[:200])
+
+
+def read_seed(value: Any) -> int:
+    """Raises `MalformedBody` for anything but a whole number of 0 to 2**63 - 1."""
+    if type(value) is str and value.isdecimal() and len(value) < 20:
+        value = int(value)
+    if type(value) is not int or not 0 <= value <= MAX_SEED:
+        raise MalformedBody(f"expected a seed of 0 to 2**63 - 1; got {value!r}"[:200])
+    return value
+
+
+def encode(accept: str, outputs: Mapping[str, Array], batched: bool, seed: int | None = None) -> tuple[str, bytes]:
+    """A policy's outputs, each (k, *shape) -> (content type, body), in the encoding that `accept` prefers.
+
+    `seed` is what anything random came from; JSON carries it beside the outputs.
+    """
     content_type = negotiate(accept)
-    return content_type, _ENCODERS[content_type](outputs, batched)
+    return content_type, _ENCODERS[content_type](outputs, batched, seed)
 
 
 def negotiate(accept: str) -> str:
@@ -82,10 +106,10 @@ def _essence(content_type: str) -> str:
 
 
 def _decode_raw(body: bytes | bytearray | memoryview, signature: Signature) -> Items:
-    if len(signature.inputs) != 1:
-        names = ", ".join(spec.name for spec in signature.inputs)
+    if len(signature.observations) != 1:
+        names = ", ".join(spec.name for spec in signature.observations)
         raise UnsupportedContentType(f"{RAW}, which can carry one tensor and this policy takes {names}", [JSON])
-    spec = signature.inputs[0]
+    spec = signature.observations[0]
     count, rest = divmod(len(body), spec.item_bytes)
     if count == 0 or rest:
         raise InvalidTensor(
@@ -95,14 +119,14 @@ def _decode_raw(body: bytes | bytearray | memoryview, signature: Signature) -> I
     return Items({spec.name: array}, batched=count > 1)
 
 
-def _encode_raw(outputs: Mapping[str, Array], batched: bool) -> bytes:
+def _encode_raw(outputs: Mapping[str, Array], batched: bool, seed: int | None) -> bytes:
     if len(outputs) != 1:
         raise NotAcceptable(f"{RAW}, which can carry one output, and {len(outputs)} were asked for", [JSON])
     (array,) = outputs.values()
     return np.ascontiguousarray(array).tobytes()
 
 
-# --- application/json: {"name": nested lists, or {"dtype", "shape", "b64"}}
+# --- application/json: {"name": nested lists, or {"dtype", "shape", "b64"}}, and "exploration" and "seed"
 
 
 def _decode_json(body: bytes | bytearray | memoryview, signature: Signature) -> Items:
@@ -111,8 +135,12 @@ def _decode_json(body: bytes | bytearray | memoryview, signature: Signature) -> 
     except ValueError as error:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
     if not isinstance(document, dict):
-        raise MalformedBody(f'expected a JSON object {{"{signature.inputs[0].name}": …}}; got {_json_kind(document)}')
-    specs = {spec.name: spec for spec in signature.inputs}
+        raise MalformedBody(
+            f'expected a JSON object {{"{signature.observations[0].name}": …}}; got {_json_kind(document)}'
+        )
+    exploration = read_exploration(document.pop("exploration")) if "exploration" in document else None
+    seed = read_seed(document.pop("seed")) if "seed" in document else None
+    specs = {spec.name: spec for spec in signature.asked}
     tensors: Arrays = {}
     batched: dict[str, bool] = {}
     for name, value in document.items():
@@ -123,7 +151,7 @@ def _decode_json(body: bytes | bytearray | memoryview, signature: Signature) -> 
         tensors[name] = array if batched[name] else array[None]
     if len(set(batched.values())) > 1:
         raise MalformedBody(f"expected every input as one item or every input as a batch; got a mixture: {batched}")
-    return Items(tensors, any(batched.values()))
+    return Items(tensors, any(batched.values()), exploration, seed)
 
 
 def _from_json(value: Any, spec: TensorSpec) -> Array:
@@ -173,8 +201,10 @@ def _from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:
     return np.frombuffer(data, spec.numpy_dtype.newbyteorder("<")).reshape(shape)
 
 
-def _encode_json(outputs: Mapping[str, Array], batched: bool) -> bytes:
-    document = {name: (array if batched else array[0]).tolist() for name, array in outputs.items()}
+def _encode_json(outputs: Mapping[str, Array], batched: bool, seed: int | None) -> bytes:
+    document: dict[str, Any] = {name: (array if batched else array[0]).tolist() for name, array in outputs.items()}
+    if seed is not None:
+        document["seed"] = seed
     return pydantic_core.to_json(document, inf_nan_mode="strings")
 
 
@@ -186,7 +216,7 @@ _DECODERS: dict[str, Callable[[bytes | bytearray | memoryview, Signature], Items
     RAW: _decode_raw,
     JSON: _decode_json,
 }
-_ENCODERS: dict[str, Callable[[Mapping[str, Array], bool], bytes]] = {
+_ENCODERS: dict[str, Callable[[Mapping[str, Array], bool, int | None], bytes]] = {
     JSON: _encode_json,
     RAW: _encode_raw,
 }

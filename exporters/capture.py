@@ -3,49 +3,109 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import set_composite_lp_aggregate
+from tensordict.nn import TensorDictSequential, set_composite_lp_aggregate
 from torch import Tensor, nn
+from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from app.errors import CaptureFailed
-from app.signature import Arrays, DType, Signature, TensorSpec
+from app.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
+from exporters.keys import Key, join, leaf, named
+from exporters.lift import Lifted, unchecked
+from exporters.ports import Ports, dtype_name
 from exporters.source import PolicySource
+from exporters.swaps import Step, reads_and_writes, swap
 
+log = logging.getLogger("actserve")
 MAX_BATCH = 256
 TRACED_BATCH = 64  # a traced batch of 1 is taken for a constant, and AOTInductor picks branches by the example
+# Outputs that are given beside the action where a policy writes them.
+KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
+MODES: dict[Exploration, Any] = {"deterministic": ExplorationType.DETERMINISTIC, "random": ExplorationType.RANDOM}
 
 
-class Positional(nn.Module):
-    """A tensordict policy as a function of tensors, (B, ...) each, in the order of `names`, to its `outputs`."""
+@dataclass(frozen=True)
+class Layout:
+    """Where a program's tensors live in the policy's tensordict."""
 
-    def __init__(self, policy: nn.Module, names: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    observations: dict[str, Key]  # by name
+    states: dict[str, tuple[Key, Key]]  # name -> (the key read, the key written)
+    outputs: dict[str, Key]
+    is_init: bool  # the policy itself reads "is_init"
+    is_init_shape: tuple[int, ...]
+
+
+class StepProgram(nn.Module):
+    """A tensordict policy as a function of tensors: the signature's inputs, (B, ...) each, to its results."""
+
+    def __init__(self, policy: nn.Module, ports: Ports, layout: Layout, modes: tuple[Exploration, ...]) -> None:
         super().__init__()
         self.policy = policy
-        self.names = names
-        self.outputs = outputs
-        # torch.export names the program's inputs after the parameters of forward.
+        self.layout = layout
+        self.modes = modes
+        self.__dict__["ports"] = ports
+
+    def bind(self, names: tuple[str, ...]) -> StepProgram:
+        """Fix the order of the inputs; torch.export names the program's inputs after the parameters of forward."""
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-        self.__dict__["forward"] = _with_signature(self.act, inspect.Signature(parameters))
+        signature = inspect.Signature(parameters)
 
-    def act(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = dict(zip(self.names, tensors, strict=True))
-        result: TensorDictBase = self.policy(TensorDict(inputs, batch_size=[tensors[0].shape[0]]))
+        def forward(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
+            return self.run(dict(signature.bind(*args, **kwargs).arguments), noting=False)
+
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        self.__dict__["forward"] = forward
+        return self
+
+    def run(self, inputs: Mapping[str, Tensor], noting: bool) -> tuple[Tensor, ...]:
+        """All results; with `noting` the ports note what the policy asks for beside the observations."""
+        batch = next(iter(inputs.values())).shape[0]
+        self.ports.begin(batch, None if noting else inputs)
+        runs = [self._act(mode, inputs, batch, noting) for mode in self.modes]
+        if len(runs) == 1:
+            return runs[0]
+        explore = torch.zeros(batch, dtype=torch.bool) if noting else inputs[EXPLORE.name]
         # Contiguous, because a program's reader takes strides on trust.
-        return tuple(result.get(name).contiguous() for name in self.outputs)
+        return tuple(_choose(explore, random, sure).contiguous() for sure, random in zip(*runs, strict=True))
+
+    def _act(self, mode: Exploration, inputs: Mapping[str, Tensor], batch: Any, noting: bool) -> tuple[Tensor, ...]:
+        tensordict = TensorDict({}, batch_size=[batch])
+        for name, key in self.layout.observations.items():
+            tensordict.set(key, inputs[name])
+        for name, (key, _) in self.layout.states.items():
+            tensordict.set(key, inputs[name])
+        if self.layout.is_init:
+            tensordict.set(IS_INIT.name, self.ports.is_init().reshape(-1, *self.layout.is_init_shape))
+        self.ports.given = {}
+        with set_exploration_type(MODES[mode]), Lifted(self.ports):
+            result: TensorDictBase = self.policy(tensordict)
+        outputs = [_get(result, key) for key in self.layout.outputs.values()]
+        outputs += [_get(result, written) for _, written in self.layout.states.values()]
+        if not noting:  # a deterministic step leaves the noise process where it is
+            outputs += [self.ports.given.get(name, inputs[name]) for name in self.ports.states]
+        return tuple(tensor.contiguous() for tensor in outputs)
 
 
-def _with_signature(function: Any, signature: inspect.Signature) -> Any:
-    def forward(*args: Tensor, **kwargs: Tensor) -> Any:
-        return function(*signature.bind(*args, **kwargs).args)
+def _choose(explore: Tensor, random: Tensor, sure: Tensor) -> Tensor:
+    if random.shape != sure.shape or random is sure:
+        return sure
+    return torch.where(explore.reshape(-1, *[1] * (random.ndim - 1)), random, sure)
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
+
+def _get(result: TensorDictBase, key: Key) -> Tensor:
+    value = result.get(key, None)
+    if value is None:
+        raise CaptureFailed(f"the policy was expected to write {key!r}; it wrote {list(result.keys(True, True))}")
+    tensor: Tensor = value
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -55,55 +115,151 @@ class Captured:
     program: torch.export.ExportedProgram
     reference: nn.Module
     signature: Signature
+    layout: Layout
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
         """The policy's own answers, eagerly. `inputs` by name, each (B, *shape)."""
         tensors = [torch.from_numpy(inputs[spec.name]) for spec in self.signature.inputs]
-        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        with torch.no_grad(), set_composite_lp_aggregate(False):
             outputs = self.reference(*tensors)
-        return {name: tensor.numpy() for name, tensor in zip(self.signature.output_names, outputs, strict=True)}
+        return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)}
 
 
 def capture(source: PolicySource) -> Captured:
-    """Trace the policy, deterministic, with a symbolic batch of 1 to `MAX_BATCH`. Raises `CaptureFailed`."""
-    observations = tuple(_spec(str(name), tensor) for name, tensor in source.example.items())
-    reference = Positional(source.policy, tuple(spec.name for spec in observations), source.outputs).eval()
-    examples = tuple(tensor.expand(TRACED_BATCH, *tensor.shape).contiguous() for tensor in source.example.values())
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC), set_composite_lp_aggregate(False):
-        outputs = _dry_run(reference, examples)
+    """Trace one step of the policy with a symbolic batch of 1 to `MAX_BATCH`; what resists, one item at a time.
+
+    Raises `CaptureFailed`.
+    """
+    ports = Ports()
+    policy = swap(source.policy, ports).eval()
+    layout = _layout(source, policy)
+    items = {name: source.example.get(key) for name, key in layout.observations.items()}
+    items |= {name: source.example.get(read) for name, (read, _) in layout.states.items()}
+    with torch.no_grad(), set_composite_lp_aggregate(False):
+        program = StepProgram(policy, ports, layout, _modes(policy, ports, layout, items, source.exploration))
+        results = _note(program, items)
+        signature = _signature(program, items, results)
+        program.bind(tuple(spec.name for spec in signature.inputs))
         try:
-            program = torch.export.export(
-                reference, examples, dynamic_shapes=tuple({0: batch} for _ in examples), strict=False
-            )
-        except Exception as error:  # torch.export raises a dozen types, with no common base
-            raise CaptureFailed(f"torch.export could not trace the policy: {_first_lines(error)}") from error
-    signature = Signature(
-        observations,
-        tuple(_spec(name, tensor[0]) for name, tensor in zip(source.outputs, outputs, strict=True)),
-        MAX_BATCH,
+            exported = _trace(program, signature, TRACED_BATCH)
+        except CaptureFailed as error:
+            log.warning("exported one item at a time, because with a batch %s", error.message)
+            signature = replace(signature, max_batch=1)
+            exported = _trace(program, signature, 1)
+    return Captured(exported, program, signature, layout)
+
+
+def _layout(source: PolicySource, policy: nn.Module) -> Layout:
+    """Sort the policy's keys into observations, state and outputs."""
+    steps = leaves(policy)
+    reads, writes = reads_and_writes(steps)
+    # A transform that writes what it read prepares an observation; a module that does carries state.
+    carried = {key for step in steps if not isinstance(step, (Transform, Step)) for key in step.out_keys}
+    present = set(source.example.keys(include_nested=True, leaves_only=True))
+    needed = [key for key in reads if leaf(key) != IS_INIT.name]
+    if missing := [key for key in needed if key not in present]:
+        raise CaptureFailed(f"the policy reads {missing}, which the example lacks; it has {sorted(map(str, present))}")
+    written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
+    names = named(needed, "input")
+    init = source.example.get(IS_INIT.name, None)
+    return Layout(
+        observations={name: key for name, key in names.items() if key not in written},
+        states={name: (key, written[key]) for name, key in names.items() if key in written},
+        outputs=named(source.outputs or _outputs(source.policy, steps, set(written.values())), "output"),
+        is_init=len(needed) < len(reads),
+        is_init_shape=() if init is None else tuple(init.shape),
     )
-    _assert_symbolic(program)
-    return Captured(program, reference, signature)
 
 
-def _dry_run(reference: nn.Module, examples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One eager call: it initialises lazy layers, and shows the outputs' dtypes and shapes."""
+def leaves(policy: nn.Module) -> list[Any]:
+    """The tensordict modules that a policy runs, in order."""
+    children = policy.module if isinstance(policy, TensorDictSequential) else getattr(policy, "steps", None)
+    if children is None:
+        return [policy]
+    return [found for child in children for found in leaves(child)]
+
+
+def _next(key: Key) -> Key:
+    return ("next", *((key,) if isinstance(key, str) else key))
+
+
+def _outputs(policy: Any, steps: list[Any], state: set[Key]) -> list[Key]:
+    """The action first, then what is known to be of use; of a policy without an action, all that it gives."""
+    state = state | {key for step in steps for key in getattr(step, "state_keys", ())}
+    given = [key for key in policy.out_keys if key not in state and join(key) not in map(join, state)]
+    actions = [key for key in given if leaf(key) == "action"]
+    return [*actions, *(key for key in given if leaf(key) in KNOWN_OUTPUTS)] if actions else given
+
+
+def _modes(
+    policy: nn.Module, ports: Ports, layout: Layout, items: Mapping[str, Tensor], wanted: tuple[Exploration, ...] | None
+) -> tuple[Exploration, ...]:
+    """How the policy can act: at random only if it then draws, deterministically only if that is defined."""
+    if wanted is not None:
+        return wanted
+    _note(StepProgram(policy, ports, layout, ("random",)), items)
+    if not ports.noises:
+        return ("deterministic",)
     try:
-        outputs: tuple[Tensor, ...] = reference(*examples)
+        _note(StepProgram(policy, ports, layout, ("deterministic",)), items)
+    except CaptureFailed as error:
+        log.warning("this policy only acts at random: deterministically %s", error.message)
+        return ("random",)
+    return ("deterministic", "random")
+
+
+def _note(program: StepProgram, items: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """One eager call: lazy layers are made, the ports note what is asked for, and outputs show their shapes."""
+    program.ports.clear()
+    examples = {name: item.expand(TRACED_BATCH, *item.shape).contiguous() for name, item in items.items()}
+    try:
+        results = program.run(examples, noting=True)
+    except CaptureFailed:
+        raise
     except Exception as error:
         raise CaptureFailed(f"the policy cannot run its own example: {_first_lines(error)}") from error
-    for tensor in outputs:
+    for name, tensor in zip(program.layout.outputs, results, strict=False):
         if tensor.shape[:1] != (TRACED_BATCH,):
-            raise CaptureFailed(f"every output must have the batch first; got the shape {tuple(tensor.shape)}")
-    return outputs
+            raise CaptureFailed(f"{name}: expected the batch first; got the shape {tuple(tensor.shape)}")
+    return results
+
+
+def _signature(program: StepProgram, items: Mapping[str, Tensor], results: tuple[Tensor, ...]) -> Signature:
+    layout, ports = program.layout, program.ports
+    states = [State(_spec(name, items[name]), f"next_{name}") for name in layout.states]
+    return Signature(
+        observations=tuple(_spec(name, items[name]) for name in layout.observations),
+        outputs=tuple(_spec(name, tensor[0]) for name, tensor in zip(layout.outputs, results, strict=False)),
+        max_batch=MAX_BATCH,
+        state=(*states, *ports.states.values()),
+        is_init=ports.takes_is_init,
+        exploration=program.modes,
+        parameters=tuple(ports.parameters.values()),
+        noise=tuple(ports.noises),
+    )
 
 
 def _spec(name: str, item: Tensor) -> TensorSpec:
-    dtype = str(item.dtype).removeprefix("torch.")
-    if dtype not in get_args(DType):
-        raise CaptureFailed(f"{name}: expected one of {', '.join(get_args(DType))}; got {dtype}")
-    return TensorSpec(name, dtype, tuple(item.shape))  # type: ignore[arg-type]
+    return TensorSpec(name, dtype_name(name, item.dtype), tuple(item.shape))
+
+
+def _trace(program: StepProgram, signature: Signature, batch: int) -> torch.export.ExportedProgram:
+    examples = tuple(torch.from_numpy(spec.zeros(batch)) for spec in signature.inputs)
+    dynamic = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch > 1 else None
+    try:
+        with unchecked(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*_flat_weights")  # torch's LSTM renews its own list of weights
+            exported = torch.export.export(
+                program, examples, dynamic_shapes=tuple(dynamic for _ in examples), strict=False
+            )
+    except CaptureFailed:
+        raise
+    except Exception as error:  # torch.export raises a dozen types, with no common base
+        raise CaptureFailed(f"torch.export could not trace the policy: {_first_lines(error)}") from error
+    if batch > 1:
+        _assert_symbolic(exported)
+    _assert_deterministic(exported)
+    return exported
 
 
 def _assert_symbolic(program: torch.export.ExportedProgram) -> None:
@@ -116,6 +272,18 @@ def _assert_symbolic(program: torch.export.ExportedProgram) -> None:
     for bounds in program.range_constraints.values():
         if bounds.lower > 1 or bounds.upper < MAX_BATCH:
             raise CaptureFailed(f"expected a batch of 1 to {MAX_BATCH}; tracing narrowed it to {bounds}")
+
+
+_DROPOUT = {torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.dropout.default}
+
+
+def _assert_deterministic(program: torch.export.ExportedProgram) -> None:
+    """No random node may be left: its numbers could neither be seeded nor be the same in both runtimes."""
+    for node in program.graph.nodes:
+        if node.target in _DROPOUT:  # tagged for the dropout that they do in training only
+            continue
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CaptureFailed(f"{node.target} is random, and was not made an input of the program")
 
 
 def _first_lines(error: Exception) -> str:

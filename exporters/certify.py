@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +12,19 @@ from app import golden
 from app.artifact import Artifact
 from app.errors import Disagreement
 from app.golden import Agreement, Tolerance
+from app.requests import draw
 from app.runtimes import base as runtimes
-from app.signature import Array, Arrays, Signature
+from app.runtimes.base import Runtime
+from app.signature import IS_INIT, Array, Arrays, Signature
+from exporters import samples, statistics
 from exporters.capture import Captured
+from exporters.source import PolicySource
 
 BATCH_SIZES = (1, 3, 8, 32)
 SAMPLES = 512
 GOLDEN_SAMPLES = 32
+ROLLOUT_STEPS = 200
+ROLLOUT_ROWS = 8
 TOLERANCE = Tolerance()
 _SCORES = ("action_value", "logits")  # outputs whose two largest entries decide the action
 
@@ -29,72 +35,126 @@ class Evidence:
     golden: bytes  # golden.safetensors
 
 
-def certify(
-    captured: Captured, inputs: Arrays, real: bool, draft: Artifact, progress: Callable[[str], None]
-) -> Evidence:
-    """Hold every program of `draft` against the eager policy, on all of `inputs`, at each batch size.
+def certify(captured: Captured, source: PolicySource, draft: Artifact, progress: Callable[[str], None]) -> Evidence:
+    """Hold every program of `draft` against the eager policy: single steps at several batch sizes, and rollouts.
 
-    `inputs`: by name, each (N, *shape); `real` says whether they came from the environment. Raises `Disagreement`,
-    which says which program, at which batch size, on which items.
+    Raises `Disagreement`, which says which program, at which batch size or step, on which items.
     """
-    sizes = [size for size in BATCH_SIZES if size <= captured.signature.max_batch]
+    signature = captured.signature
+    progress(f"collecting {SAMPLES} samples")
+    inputs = samples.collect(source, captured.layout, signature, SAMPLES)
+    sizes = [size for size in BATCH_SIZES if size <= signature.max_batch]
     references = {size: golden.in_batches(captured.run_reference, inputs, size) for size in sizes}
-    programs: dict[str, Any] = {}
-    for name in draft.manifest.programs:
-        progress(f"certifying .{name} on {SAMPLES} samples at batch {', '.join(map(str, sizes))}")
-        programs[name] = _certify_program(name, draft, inputs, references)
-    chosen = np.linspace(0, len(next(iter(inputs.values()))) - 1, GOLDEN_SAMPLES).astype(int)
-    reference = references[sizes[0]]
-    certificate = {
-        "samples": len(reference[captured.signature.action.name]),
-        "samples_from": "environment" if real else "random",
-        "reference": "the TorchRL policy, eager, float32, CPU",
+    rollout = _Rollout.of(captured, inputs) if signature.state else None
+    certificate: dict[str, Any] = {
+        "samples": SAMPLES,
+        "samples_from": "environment" if source.observe is not None else "random and boundary values",
+        "reference": "the TorchRL policy, eager, on the CPU",
         "batch_sizes": sizes,
         "tolerance": asdict(TOLERANCE),
-        "smallest_margin": smallest_margin(captured.signature, reference),
-        "programs": programs,
+        "smallest_margin": smallest_margin(signature, references[sizes[0]]),
+        "programs": {},
     }
-    picked = {k: v[chosen] for k, v in inputs.items()}, {k: v[chosen] for k, v in reference.items()}
+    for name in draft.manifest.programs:
+        progress(f"certifying .{name} on {SAMPLES} samples at batch {', '.join(map(str, sizes))}")
+        runtime = runtimes.load(name, draft)
+        try:
+            found = _certify_program(name, runtime, inputs, references)
+            if rollout is not None:
+                progress(f"certifying .{name} over {ROLLOUT_STEPS} steps with resets")
+                found["rollout"] = rollout.certify(name, runtime)
+        finally:
+            runtime.close()
+        certificate["programs"][name] = found
+    if signature.noise:
+        progress("comparing random actions with the policy's own")
+        certificate["statistics"] = statistics.compare(captured, source, inputs)
+    chosen = np.linspace(0, SAMPLES - 1, GOLDEN_SAMPLES).astype(int)
+    picked = [{k: v[chosen] for k, v in part.items()} for part in (inputs, references[sizes[0]])]
     return Evidence(certificate, golden.save(*picked))
 
 
-def _certify_program(name: str, draft: Artifact, inputs: Arrays, references: dict[int, Arrays]) -> dict[str, Any]:
-    runtime = runtimes.load(name, draft)
-    try:
-        found = {}
-        for size, reference in references.items():
-            outputs = golden.in_batches(runtime.run, inputs, size)
-            agreement = golden.compare(runtime.signature, outputs, reference, TOLERANCE)
-            if not agreement.holds:
-                raise _disagreement(name, size, runtime.signature, agreement, outputs, reference)
-            found[size] = agreement
-    finally:
-        runtime.close()
-    names = next(iter(found.values())).largest_difference
+def _certify_program(name: str, runtime: Runtime, inputs: Arrays, references: dict[int, Arrays]) -> dict[str, Any]:
+    found: dict[int, Agreement] = {}
+    for size, reference in references.items():
+        outputs = golden.in_batches(runtime.run, inputs, size)
+        found[size] = golden.compare(runtime.signature, outputs, reference, TOLERANCE)
+        if not found[size].holds:
+            raise _disagreement(f".{name} at batch {size}", runtime.signature, found[size], outputs, reference)
+    return _summary(found.values())
+
+
+def _summary(agreements: Any) -> dict[str, Any]:
+    agreements = list(agreements)
     return {
-        "compared": sum(agreement.compared for agreement in found.values()),
+        "compared": sum(agreement.compared for agreement in agreements),
         "action_disagreements": 0,
-        "largest_difference": {n: max(agreement.largest_difference[n] for agreement in found.values()) for n in names},
+        "largest_difference": {
+            name: max(agreement.largest_difference[name] for agreement in agreements)
+            for name in agreements[0].largest_difference
+        },
     }
 
 
+@dataclass(frozen=True)
+class _Rollout:
+    """Episodes of `ROLLOUT_STEPS` steps in several rows at once, with resets in some; state is fed back."""
+
+    steps: list[Arrays]  # the inputs of each step but for the state
+    reference: list[Arrays]  # the policy's own results, its own state fed back
+
+    @classmethod
+    def of(cls, captured: Captured, inputs: Arrays) -> _Rollout:
+        signature = captured.signature
+        rows = min(ROLLOUT_ROWS, signature.max_batch)
+        states = {state.spec.name for state in signature.state}
+        steps = []
+        for step in range(ROLLOUT_STEPS):
+            at = (np.arange(rows) * (SAMPLES // rows) + step) % SAMPLES
+            taken = {name: array[at] for name, array in inputs.items() if name not in states}
+            if signature.is_init:
+                taken[IS_INIT.name] = taken[IS_INIT.name] | (step == 0)
+            steps.append(taken | draw(signature.noise, step, rows))
+        return cls(steps, _roll(captured.run_reference, signature, steps))
+
+    def certify(self, name: str, runtime: Runtime) -> dict[str, Any]:
+        found = []
+        results = _roll(runtime.run, runtime.signature, self.steps)
+        for step, (ours, theirs) in enumerate(zip(results, self.reference, strict=True)):
+            found.append(golden.compare(runtime.signature, ours, theirs, TOLERANCE))
+            if not found[-1].holds:
+                raise _disagreement(f".{name} at step {step} of a rollout", runtime.signature, found[-1], ours, theirs)
+        return {"steps": len(self.steps), **_summary(found)}
+
+
+def _roll(run: Callable[[Arrays], Arrays], signature: Signature, steps: list[Arrays]) -> list[Arrays]:
+    rows = len(next(iter(steps[0].values())))
+    state = {s.spec.name: np.full((rows, *s.spec.shape), s.initial, s.spec.numpy_dtype) for s in signature.state}
+    results = []
+    for step in steps:
+        given = step | state
+        results.append(run({spec.name: given[spec.name] for spec in signature.inputs}))
+        state = {s.spec.name: results[-1][s.output] for s in signature.state}
+    return results
+
+
 def _disagreement(
-    name: str, size: int, signature: Signature, agreement: Agreement, outputs: Arrays, reference: Arrays
+    what: str, signature: Signature, agreement: Agreement, outputs: Mapping[str, Array], reference: Mapping[str, Array]
 ) -> Disagreement:
     action = signature.action.name
-    lines = [f".{name} at batch {size} is not the policy: nothing was published."]
+    lines = [f"{what} is not the policy: nothing was published."]
     for item in agreement.differing[:5]:
         ours, theirs = outputs[action][item].tolist(), reference[action][item].tolist()
-        lines.append(f"  item {item}: the policy's {action} is {theirs}, .{name} gives {ours}")
+        lines.append(f"  item {item}: the policy's {action} is {theirs}, the program gives {ours}")
     if len(agreement.differing) > 5:
         lines.append(f"  and {len(agreement.differing) - 5} more of {agreement.compared}")
     for output in agreement.exceeding:
         difference = agreement.largest_difference.get(output, 1.0)
         lines.append(f"  {output}: largest difference {difference:.3g}, allowed {asdict(TOLERANCE)}")
-    return Disagreement("\n".join(lines), runtime=name, batch_size=size, **agreement.summary())
+    return Disagreement("\n".join(lines), where=what, **agreement.summary())
 
 
-def smallest_margin(signature: Signature, outputs: Arrays) -> float | None:
+def smallest_margin(signature: Signature, outputs: Mapping[str, Array]) -> float | None:
     """The smallest lead of a chosen action over the next best: what noise must stay below. None: no scores."""
     for name in _SCORES:
         if name in signature.output_names:

@@ -13,17 +13,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from app import __version__
 from app.artifact import FORMAT, GOLDEN, Artifact, Manifest, Program
 from app.lazy import resolve
 from app.runtimes import preflight
-from app.signature import Arrays
 from app.store import ModelStore
 from exporters import certify
 from exporters.capture import Captured, capture
+from exporters.optimize import optimize
+from exporters.programs.exported import PROGRAM, save_program
 from exporters.source import PolicySource
 
 PROGRAMS = {"onnx": "exporters.programs.onnx:build", "pt2": "exporters.programs.aoti:build"}
@@ -46,22 +46,23 @@ def export(
     *,
     origin: str,
     runtimes: Sequence[str] = ("onnx", "pt2"),
+    native: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Export:
     """Publish `source` as the next version of `name`, if and only if its programs agree with it.
 
-    `origin` says where the source came from, for the manifest. Raises `CaptureFailed`, `Disagreement`, `StoreError`.
+    `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU alone. Raises
+    `CaptureFailed`, `Disagreement`, `StoreError`.
     """
     progress("capturing the policy with torch.export")
     torch.set_num_threads(1)  # small batches gain nothing from more, and lose much where cores are busy
     captured = capture(source)
     graph = readable(captured)
-    fingerprint = _fingerprint(captured, graph, source)
+    fingerprint = _fingerprint(captured, graph, source, native)
     existing = store.find(name, fingerprint)
     for artifact in existing:
         if _runs_here(artifact, runtimes):
             return Export(artifact, published=False)
-    provenance = {"fingerprint": fingerprint, "origin": origin, "weights_sha256": _weights_digest(captured)}
     manifest = Manifest(
         format=FORMAT,
         name=name,
@@ -72,50 +73,38 @@ def export(
         environment=source.environment,
         programs={},
         files={},
-        provenance=provenance | {"versions": _versions()},
+        provenance={
+            "fingerprint": fingerprint,
+            "origin": origin,
+            "weights_sha256": _weights_digest(captured),
+            "versions": _versions(),
+        },
         certificate={},
     )
-    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
-        return Export(
-            _build(Path(folder), captured, graph, source, manifest, store, runtimes, progress), published=True
-        )
+    with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
+        folder = Path(name_of_folder)
+        files = {GRAPH: folder / GRAPH, PROGRAM: folder / PROGRAM}
+        files[GRAPH].write_text(graph)
+        save_program(captured.program, files[PROGRAM])
+        programs = {runtime: _build(runtime, captured, folder, native, progress) for runtime in runtimes}
+        files |= {program.file: folder / program.file for program in programs.values()}
+        # The draft is an artifact in a store of its own: what is certified is opened as what is served will be.
+        draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
+        evidence = certify.certify(captured, source, draft, progress)
+        files[GOLDEN] = folder / GOLDEN
+        files[GOLDEN].write_bytes(evidence.golden)
+        published = store.publish(replace(draft.manifest, certificate=evidence.certificate), files)
+    return Export(published, published=True)
 
 
-def _build(
-    folder: Path,
-    captured: Captured,
-    graph: str,
-    source: PolicySource,
-    manifest: Manifest,
-    store: ModelStore,
-    runtimes: Sequence[str],
-    progress: Callable[[str], None],
-) -> Artifact:
-    files: dict[str, Path] = {GRAPH: folder / GRAPH}
-    files[GRAPH].write_text(graph)
-    programs: dict[str, Program] = {}
-    for runtime in runtimes:
-        progress(f"building .{runtime}")
-        file = f"policy.{runtime}"
-        files[file] = folder / file
-        programs[runtime] = Program(file, resolve(PROGRAMS[runtime])(captured, files[file]))
-    # The draft is an artifact in a store of its own: what is certified is opened as what is served will be.
-    draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
-    progress("collecting samples")
-    inputs = samples(source, captured, certify.SAMPLES)
-    evidence = certify.certify(captured, inputs, source.observe is not None, draft, progress)
-    files[GOLDEN] = folder / GOLDEN
-    files[GOLDEN].write_bytes(evidence.golden)
-    return store.publish(replace(draft.manifest, certificate=evidence.certificate), files)
-
-
-def samples(source: PolicySource, captured: Captured, count: int) -> Arrays:
-    """`count` items of every input, each (count, *shape): real ones where the source can observe, else random."""
-    if source.observe is not None:
-        observed = source.observe(count)
-        return {spec.name: observed.get(spec.name).numpy() for spec in captured.signature.observations}
-    rng = np.random.default_rng(0)
-    return {spec.name: spec.sample(rng, count) for spec in captured.signature.observations}
+def _build(runtime: str, captured: Captured, folder: Path, native: bool, progress: Callable[[str], None]) -> Program:
+    """Rewrite the graph for one runtime and build its program file in `folder`."""
+    progress(f"building .{runtime}")
+    program, rewrites = optimize(captured.program, runtime)
+    file = f"policy.{runtime}"
+    options = {"native": native} if runtime == "pt2" else {}
+    requires = resolve(PROGRAMS[runtime])(replace(captured, program=program), folder / file, **options)
+    return Program(file, requires, tuple(rewrites))
 
 
 def readable(captured: Captured) -> str:
@@ -124,7 +113,7 @@ def readable(captured: Captured) -> str:
     return re.sub(r"# File: (?:[^\s:]*/(?:site|dist)-packages/|[^\s:]*/)", "# File: ", text)
 
 
-def _fingerprint(captured: Captured, graph: str, source: PolicySource) -> str:
+def _fingerprint(captured: Captured, graph: str, source: PolicySource, native: bool) -> str:
     """What makes two exports the same thing: graph, weights, contract, and the tools that build them."""
     identity = {
         "graph": graph,
@@ -132,6 +121,7 @@ def _fingerprint(captured: Captured, graph: str, source: PolicySource) -> str:
         "signature": asdict(captured.signature),
         "environment": asdict(source.environment) if source.environment else None,
         "versions": _versions(),
+        **({"native": True} if native else {}),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from app.environment import Environment
+from app.signature import Exploration
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class PolicySource:
 
     `policy` takes and gives tensordicts; its in_keys are the observations.
     `example` holds one item's inputs, without a batch axis; an entry's dtype and shape become the signature's.
-    `outputs` are the keys that the program gives, the action first.
+    `outputs` are the keys that the program gives, the action first; by default the action, and of action values,
+    logits, distribution parameters and log-probabilities what the policy writes.
+    `exploration` says how the exported policy can act; by default every way that it can.
     `observe(n)` gives a TensorDict of n real observations, batch size [n], for the certificate; without it random
     inputs within each dtype's range are used.
     `environment` is what a client must reproduce to play; None where there is no game.
@@ -27,7 +30,8 @@ class PolicySource:
 
     policy: TensorDictModuleBase
     example: TensorDict
-    outputs: tuple[str, ...] = ("action",)
+    outputs: tuple[str, ...] = ()
+    exploration: tuple[Exploration, ...] | None = None
     observe: Callable[[int], TensorDict] | None = None
     environment: Environment | None = None
     weights: nn.Module | None = None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from app.store import ModelStore
 
 # One thread: the networks are small, and threads that wait for a core that is busy elsewhere take forever.
 os.environ["OMP_NUM_THREADS"] = "1"
+# What the tests prove about their programs is no news to later runs.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="actserve-tests-")
 settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared-machine")
 

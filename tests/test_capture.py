@@ -69,9 +69,10 @@ def test_the_program_takes_any_batch_and_repeats_the_policy(batch: int) -> None:
     np.testing.assert_allclose(value.detach().numpy(), reference["action_value"], atol=1e-6)
 
 
-def test_a_fixed_batch_is_found_out() -> None:
-    with pytest.raises(CaptureFailed, match=r"batch"):
-        capture(source(Fixed()))
+def test_what_fixes_the_batch_is_exported_one_item_at_a_time() -> None:
+    captured = capture(source(Fixed()))
+    assert captured.signature.max_batch == 1
+    assert captured.program.module()(torch.ones(1, 3))[0].shape == (1, 3)
 
 
 def test_an_output_without_a_batch_is_refused() -> None:

@@ -23,7 +23,7 @@ from tests.policies import cart
 def test_an_artifact_is_whole(cart_store: ModelStore, cart: Artifact) -> None:
     manifest = cart.manifest
     cart_store.verify(cart)
-    assert set(manifest.files) == {"policy.onnx", "policy.pt2", "graph.txt", GOLDEN}
+    assert set(manifest.files) == {"policy.onnx", "policy.pt2", "graph.txt", "program.safetensors", GOLDEN}
     assert manifest.certificate["batch_sizes"] == [1, 3, 8, 32]
     for program in manifest.certificate["programs"].values():
         assert program["action_disagreements"] == 0
@@ -87,7 +87,7 @@ def test_a_disagreement_publishes_nothing_and_says_where(
     with torch.no_grad():
         next(source.policy.parameters()).mul_(3)
     with pytest.raises(
-        Disagreement, match=r"\.onnx at batch 8 .*\n  item 17: the policy's action is \d, \.onnx gives \d"
+        Disagreement, match=r"\.onnx at batch 8 .*\n  item 17: the policy's action is \d, the program gives \d"
     ):
         export(source, "cart", own_store, origin="x", runtimes=["onnx"])
     assert own_store.versions("cart") == [1]

@@ -12,6 +12,7 @@ from app import wire
 from app.errors import BodyTooLarge, UnknownVersion
 from app.policy import Policy
 from app.registry import Registry
+from app.signature import Exploration
 
 router = APIRouter(tags=["act"])
 
@@ -20,6 +21,8 @@ Post one observation and get the policy's action for it.
 
 * `application/octet-stream`: the raw bytes of the observation, row-major. For an Atari policy that is one RGB screen,
   210x160x3 uint8: 100,800 bytes. k observations back to back are a batch of k.
+* State is carried by the client: a recurrent policy's answer has its state; send it back with the next observation.
+  Without state, or with `"is_init": true`, an episode begins.
 * `application/json`: `{"pixels": nested lists}` or
   `{"pixels": {"dtype": "uint8", "shape": [210, 160, 3], "b64": "..."}}`.
 
@@ -46,7 +49,19 @@ _EXTRA: dict[str, Any] = {
             "schema": {"type": "string"},
             "description": "Which outputs to answer, comma-separated; the action alone by default.",
             "example": "action,action_value",
-        }
+        },
+        {
+            "name": "exploration",
+            "in": "query",
+            "schema": {"type": "string", "enum": ["deterministic", "random"]},
+            "description": "Act as trained, or as while training; what the policy can do is in its signature.",
+        },
+        {
+            "name": "seed",
+            "in": "query",
+            "schema": {"type": "integer", "minimum": 0},
+            "description": "The same seed gives the same random actions; without one the answer tells a fresh one.",
+        },
     ],
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -101,9 +116,18 @@ async def _act(request: Request, policy: Policy) -> Response:
     wire.negotiate(accept)
     body = await _read(request, request.app.state.settings.max_body_bytes)
     items = wire.decode(request.headers.get("content-type", ""), body, signature)
-    outputs = await policy.act(items.tensors, items.size)
-    content_type, content = wire.encode(accept, {name: outputs[name] for name in wanted}, items.batched)
+    exploration, seed = _randomness(request, items)
+    outputs, seed = await policy.act(items.tensors, items.size, exploration, seed)
+    answered = {name: outputs[name] for name in (*wanted, *(state.spec.name for state in signature.state))}
+    content_type, content = wire.encode(accept, answered, items.batched, seed)
     return Response(content, media_type=content_type)
+
+
+def _randomness(request: Request, items: wire.Items) -> tuple[Exploration | None, int | None]:
+    """What the query says, which any encoding can have, before what the body says."""
+    query = request.query_params
+    exploration = wire.read_exploration(query["exploration"]) if "exploration" in query else items.exploration
+    return exploration, wire.read_seed(query["seed"]) if "seed" in query else items.seed
 
 
 async def _read(request: Request, limit_bytes: int) -> bytearray:

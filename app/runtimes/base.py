@@ -30,21 +30,23 @@ class Runtime(ABC):
     def run(self, batch: Mapping[str, Array]) -> Arrays:
         """One inference call. `batch`: every input of the signature, each (B, *shape), 1 <= B <= max_batch.
 
-        Returns every output of the signature, each (B, *shape). Raises `InvalidTensor` before the program sees an
+        Returns every result of the signature, outputs and new state, each (B, *shape).
+
+        Raises `InvalidTensor` before the program sees an
         array that is not what it was built for, and `RuntimeFailure` when the engine fails.
         """
         size = self.signature.validate(batch)
         if size > self.signature.max_batch:
             raise RuntimeFailure(f"the program takes at most {self.signature.max_batch} items a call; got {size}")
         arrays = self._run([batch[spec.name] for spec in self.signature.inputs])
-        for spec, array in zip(self.signature.outputs, arrays, strict=True):
+        for spec, array in zip(self.signature.results, arrays, strict=True):
             if array.shape != (size, *spec.shape) or array.dtype != spec.numpy_dtype:
                 raise RuntimeFailure(f"{spec.name}: the program gave {describe(array)}; the manifest says {spec}")
-        return dict(zip(self.signature.output_names, arrays, strict=True))
+        return {spec.name: array for spec, array in zip(self.signature.results, arrays, strict=True)}
 
     @abstractmethod
     def _run(self, arrays: list[Array]) -> list[Array]:
-        """Inputs in the signature's order, checked -> outputs in the signature's order."""
+        """Inputs in the signature's order, checked -> results in the signature's order."""
 
     @abstractmethod
     def close(self) -> None:

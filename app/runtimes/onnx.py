@@ -25,6 +25,7 @@ class OnnxRuntime(Runtime):
     def __init__(self, signature: Signature, session: Any) -> None:
         super().__init__(signature)
         self._session = session
+        self._names = [spec.name for spec in signature.results]
 
     @classmethod
     def load(cls, artifact: Artifact, threads: int) -> OnnxRuntime:
@@ -41,13 +42,13 @@ class OnnxRuntime(Runtime):
             raise RuntimeFailure(f"{artifact.label}: ONNX Runtime refused the program: {_brief(error)}") from error
         signature = artifact.manifest.signature
         _compare(artifact.label, "input", session.get_inputs(), signature.inputs)
-        _compare(artifact.label, "output", session.get_outputs(), signature.outputs)
+        _compare(artifact.label, "output", session.get_outputs(), signature.results)
         return cls(signature, session)
 
     def _run(self, arrays: list[Array]) -> list[Array]:
         feed = {spec.name: array for spec, array in zip(self.signature.inputs, arrays, strict=True)}
         try:
-            outputs: list[Array] = self._session.run(self.signature.output_names, feed)
+            outputs: list[Array] = self._session.run(self._names, feed)
         except Exception as error:
             raise RuntimeFailure(f"ONNX Runtime failed: {_brief(error)}") from error
         return outputs

@@ -25,7 +25,7 @@ def build(captured: Captured, target: Path) -> dict[str, Any]:
             captured.program,
             dynamo=True,
             input_names=[spec.name for spec in signature.inputs],
-            output_names=list(signature.output_names),
+            output_names=[spec.name for spec in signature.results],
             optimize=True,
             verbose=False,
         )
@@ -34,6 +34,6 @@ def build(captured: Captured, target: Path) -> dict[str, Any]:
     model = onnx.load(str(target))
     onnx.checker.check_model(model)
     for value in (*model.graph.input, *model.graph.output):
-        if not value.type.tensor_type.shape.dim[0].dim_param:
+        if signature.max_batch > 1 and not value.type.tensor_type.shape.dim[0].dim_param:
             raise CaptureFailed(f"{value.name}: expected a symbolic batch axis in the .onnx graph; it became fixed")
     return {"opset": max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))}

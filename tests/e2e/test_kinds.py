@@ -1,0 +1,202 @@
+"""Every kind of policy x both programs x each way to act x single and batched: exported, certified, served.
+
+`python -m tests.kinds` turns what this test finds into the README's table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import urllib3
+
+from app.artifact import Artifact
+from app.client import local
+from app.signature import Arrays, Exploration
+from app.store import ModelStore
+from exporters.load import load
+from exporters.publish import export
+from tests import kinds, policies
+
+ITEMS = 9
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    return ModelStore(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="module")
+def artifacts(store: ModelStore) -> dict[str, Artifact]:
+    """Every kind, exported to both programs: each has its certificate, or this fails with its name."""
+    exported = {}
+    for kind in policies.KINDS:
+        name, source = load(f"tests.policies:{kind}")
+        exported[kind] = export(source, name, store, origin=f"tests.policies:{kind}").artifact
+    return exported
+
+
+@pytest.fixture(scope="module")
+def services(artifacts: dict[str, Artifact], store: ModelStore) -> Iterator[dict[str, str]]:
+    assert artifacts
+    with local.serve(store.root, "--runtime", "onnx") as onnx, local.serve(store.root, "--runtime", "pt2") as pt2:
+        yield {"onnx": onnx.url, "pt2": pt2.url}
+
+
+@pytest.fixture(scope="module")
+def http() -> urllib3.PoolManager:
+    return urllib3.PoolManager(retries=False, timeout=30)
+
+
+def ask(http: urllib3.PoolManager, url: str, name: str, document: dict[str, Any], outputs: str) -> dict[str, Any]:
+    url = f"{url}/policies/{name}/act?outputs={outputs}"
+    response = http.request("POST", url, body=json.dumps(document), headers={"Content-Type": "application/json"})
+    answer: dict[str, Any] = json.loads(response.data)
+    assert response.status == 200, answer
+    return answer
+
+
+def observations(artifact: Artifact) -> Arrays:
+    rng = np.random.default_rng(5)
+    made = {}
+    for spec in artifact.manifest.signature.observations:
+        values = rng.integers(0, 2, (ITEMS, *spec.shape)).astype(spec.numpy_dtype) if spec.dtype == "int64" else None
+        made[spec.name] = spec.sample(rng, ITEMS) if values is None else values
+        if "mask" in spec.name:
+            made[spec.name][:, 0] = True
+    return made
+
+
+@pytest.mark.parametrize("kind", policies.KINDS)
+def test_a_kind_is_exported_certified_and_served(
+    artifacts: dict[str, Artifact], services: dict[str, str], http: urllib3.PoolManager, kind: str
+) -> None:
+    artifact = artifacts[kind]
+    signature, certificate = artifact.manifest.signature, artifact.manifest.certificate
+    assert set(certificate["programs"]) == {"onnx", "pt2"}
+    assert ("rollout" in certificate["programs"]["onnx"]) == bool(signature.state)
+    assert ("statistics" in certificate) == bool(signature.noise)
+    batch = {name: values.tolist() for name, values in observations(artifact).items()}
+    outputs = ",".join(signature.output_names)
+    for exploration in signature.exploration:
+        extra = {"exploration": exploration, "seed": 11}
+        found = {
+            runtime: ask(http, url, artifact.manifest.name, batch | extra, outputs) for runtime, url in services.items()
+        }
+        agree(found["onnx"], found["pt2"])
+        for runtime, url in services.items():
+            first = {name: values[0] for name, values in batch.items()}
+            alone = ask(http, url, artifact.manifest.name, first | extra, outputs)
+            agree(alone, {name: value[0] if name != "seed" else value for name, value in found[runtime].items()})
+            kinds.record(kind, runtime, exploration, signature.max_batch)
+
+
+def agree(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(np.array(value, float), np.array(other[name], float), rtol=1e-4, atol=1e-4)
+
+
+USERS_FILE = """
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.envs import BatchSizeTransform
+from torchrl.modules import LSTMModule, MLP
+
+
+def recurrent():
+    torch.manual_seed(3)
+    lstm = LSTMModule(
+        input_size=32,
+        num_layers=2,
+        hidden_size=256,
+        in_keys=["observation", "hidden0", "hidden1"],
+        out_keys=["intermediate", "hidden0", "hidden1"],
+    )
+    lstm = lstm.make_python_based()
+    recurrent_policy = TensorDictSequential(
+        BatchSizeTransform(reshape_fn=lambda x: x.unsqueeze(0)),
+        lstm,
+        TensorDictModule(
+            MLP(in_features=256, out_features=5, num_cells=[64, 64]),
+            in_keys=["intermediate"],
+            out_keys=["action"],
+        ),
+        BatchSizeTransform(reshape_fn=lambda x: x.squeeze(0)),
+    )
+    recurrent_policy.select_out_keys("action", "hidden0", "hidden1")
+    return recurrent_policy, TensorDict({
+        "observation": torch.randn(32),
+        "hidden0": torch.randn(2, 256),
+        "hidden1": torch.randn(2, 256),
+        "is_init": torch.zeros((), dtype=torch.bool),
+    })
+"""
+
+
+def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager(
+    tmp_path: Path, http: urllib3.PoolManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from tensordict import TensorDict
+
+    (tmp_path / "robot_policies.py").write_text(USERS_FILE)
+    monkeypatch.chdir(tmp_path)
+    name, source = load("robot_policies:recurrent")
+    export(source, name, ModelStore(tmp_path / "store"), origin="robot_policies:recurrent")
+    rng = np.random.default_rng(0)
+    for runtime in ("onnx", "pt2"):
+        with local.serve(tmp_path / "store", "--runtime", runtime) as service:
+            ours: dict[str, Any] = {}
+            theirs = {"hidden0": torch.zeros(2, 256), "hidden1": torch.zeros(2, 256)}
+            for step in range(200):
+                observation = rng.standard_normal(32).astype(np.float32)
+                is_init = step == 0 or bool(rng.random() < 0.05)
+                document = {"observation": observation.tolist(), "is_init": is_init, **ours}
+                answer = ask(http, service.url, "recurrent", document, "action")
+                assert answer.keys() == {"action", "hidden0", "hidden1"}
+                inputs = {"observation": torch.from_numpy(observation), "is_init": torch.tensor(is_init), **theirs}
+                with torch.no_grad():
+                    expected = source.policy(TensorDict(inputs))
+                np.testing.assert_allclose(answer["action"], expected["action"].numpy(), atol=1e-5)
+                ours = {key: answer[key] for key in ("hidden0", "hidden1")}
+                theirs = {key: expected[key] for key in ("hidden0", "hidden1")}
+
+
+def test_a_thousand_seeded_requests_are_the_same_on_both_runtimes_singly_and_in_mixed_batches(
+    artifacts: dict[str, Artifact], services: dict[str, str], http: urllib3.PoolManager
+) -> None:
+    name = artifacts["epsilon_greedy"].manifest.name
+    rng = np.random.default_rng(1)
+    batches = rng.standard_normal((1000, 4)).astype(np.float32)
+    mode: Exploration = "random"
+    answers: dict[str, list[int]] = {"onnx": [], "pt2": []}
+    for runtime, url in services.items():
+        for seed, observation in enumerate(batches):
+            document = {"observation": observation.tolist(), "exploration": mode, "seed": seed}
+            answers[runtime].append(ask(http, url, name, document, "action")["action"])
+    assert answers["onnx"] == answers["pt2"]
+    sizes = [int(size) for size in rng.integers(1, 32, 40)]
+    for seed, size in enumerate(sizes):
+        document = {"observation": batches[seed : seed + 1].repeat(size, 0).tolist(), "exploration": mode, "seed": seed}
+        batched = {runtime: ask(http, url, name, document, "action")["action"] for runtime, url in services.items()}
+        assert batched["onnx"] == batched["pt2"]
+        assert batched["onnx"][0] == answers["onnx"][seed]
+
+
+def test_unseeded_the_rate_of_exploration_is_epsilon(
+    artifacts: dict[str, Artifact], services: dict[str, str], http: urllib3.PoolManager
+) -> None:
+    name = artifacts["epsilon_greedy"].manifest.name
+    document = {"observation": [[0.3, -0.2, 0.1, 0.5]] * 8000, "exploration": "random"}
+    answer = ask(http, services["onnx"], name, document, "action")
+    greedy = ask(http, services["onnx"], name, {"observation": [0.3, -0.2, 0.1, 0.5]}, "action")["action"]
+    other = ask(http, services["onnx"], name, document, "action")
+    assert answer["seed"] != other["seed"]
+    rate = np.mean(np.array(answer["action"]) != greedy)
+    assert abs(rate - 0.25 * 2 / 3) < 0.02, "epsilon 0.25, and one random action in three is the greedy one"
