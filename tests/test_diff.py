@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from app.diff import diff, show
-from app.errors import UnknownPolicy, UnknownVersion
+from app.errors import RuntimeFailure, UnknownPolicy, UnknownVersion
 from app.runtimes import base
 from app.store import ModelStore
 
@@ -84,7 +84,7 @@ def test_a_program_that_does_not_open_gives_way(cart_store: ModelStore, monkeypa
 class Broken:
     @staticmethod
     def load(artifact: object, threads: int) -> base.Runtime:
-        raise base.RuntimeFailure("broken")
+        raise RuntimeFailure("broken")
 
 
 def test_unknown_labels(cart_store: ModelStore) -> None:
