@@ -59,10 +59,13 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the run folder's checkpoint.")] = True,
+    method: Annotated[
+        str | None, typer.Option(help="pong: dqn, the tutorial's, or distill, which made the weights that ship.")
+    ] = None,
 ) -> None:
     """Train a bundled policy with TorchRL; stop it at any time and run it again to go on."""
     checkpoint = _offline("exporters.train:run")(
-        name, out=out or Path("runs") / name, total_frames=frames, seed=seed, resume=resume
+        name, out=out or Path("runs") / name, total_frames=frames, seed=seed, resume=resume, method=method
     )
     print(checkpoint)
 

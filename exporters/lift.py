@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -68,14 +69,13 @@ class Lifted(TorchFunctionMode):
 def unchecked() -> Iterator[None]:
     """While tracing, TruncatedNormal branches on no values: it checks no bounds, and masks what needs no mask."""
     base = truncated_normal.TruncatedNormal
-    branching = TruncatedNormal.log_prob, base.icdf
-    truncated_normal.__dict__["any"] = lambda checks: False
+    branching = TruncatedNormal.log_prob, base.icdf, FakeTensor.tolist
     TruncatedNormal.log_prob, base.icdf = _truncated_log_prob, _truncated_icdf
+    FakeTensor.tolist = lambda tensor: [] if tensor.dtype == torch.bool else branching[2](tensor)
     try:
         yield
     finally:
-        TruncatedNormal.log_prob, base.icdf = branching
-        del truncated_normal.__dict__["any"]
+        TruncatedNormal.log_prob, base.icdf, FakeTensor.tolist = branching
 
 
 def _truncated_log_prob(self: Any, value: Tensor) -> Tensor:

@@ -70,9 +70,13 @@ class Run:
         # As bytes: safetensors' own writing makes a file that only its owner may read. The counters are in the file
         # that they count for, because two files cannot be replaced at once.
         kept = save(dict(training), metadata={"counters": json.dumps(self.counters)})
-        _write(self.folder / "checkpoint.safetensors", lambda path: path.write_bytes(save(dict(weights))))
+        self.keep("checkpoint.safetensors", weights)
         _write(self.folder / "training.safetensors", lambda path: path.write_bytes(kept))
         self._saved_at = time.monotonic()
+
+    def keep(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Write weights into the run folder, whole or not at all."""
+        _write(self.folder / name, lambda path: path.write_bytes(save(dict(weights))))
 
     @property
     def save_is_due(self) -> bool:
@@ -98,13 +102,22 @@ class Run:
             writer.writerow(row)
 
 
-def run(name: str, *, out: Path, total_frames: int | None, seed: int, resume: bool = True) -> Path:
-    """Train the bundled policy `name` in the folder `out`; returns the checkpoint's path. Raises `UsageError`."""
+def run(
+    name: str, *, out: Path, total_frames: int | None, seed: int, resume: bool = True, method: str | None = None
+) -> Path:
+    """Train the bundled policy `name` in the folder `out`; returns the checkpoint's path. Raises `UsageError`.
+
+    `method`: one of the policy's; None: its first.
+    """
     if name not in POLICIES:
         raise UsageError(f"expected one of {', '.join(POLICIES)}; got {name!r}")
+    methods = POLICIES[name].train
+    method = method or next(iter(methods))
+    if method not in methods:
+        raise UsageError(f"{name} can be trained by {', '.join(methods)}; got {method!r}")
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notes would break the live line
     training = Run(out, total_frames, resume)
-    resolve(POLICIES[name].train)(training, seed)
+    resolve(methods[method])(training, seed)
     if (out / "history.csv").exists():
         draw(out / "history.csv", out / "curve.png", title=name)
     return out / "checkpoint.safetensors"

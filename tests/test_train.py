@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from app.errors import UsageError
+from exporters.policies import distill
+from exporters.policies.distill import Student, StudentRecipe
 from exporters.policies.pong import Recipe, pong, train, value_network
+from exporters.policies.teacher import TeacherRecipe
 from exporters.train import Run, draw, optimizer_tensors, restore_optimizer, run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -174,3 +178,32 @@ def test_observed_screens_are_distinct_and_the_same_every_time() -> None:
     assert screens.shape == (64, 210, 160, 3)
     assert len({screen.numpy().tobytes() for screen in screens}) == 64
     assert torch.equal(screens, source.observe(64)["pixels"])
+
+
+def test_the_teacher_and_the_student_learn_in_turn_and_go_on(tmp_path: Path) -> None:
+    teacher = TeacherRecipe(total_steps=256, games=2, steps_per_round=64, batch_size=32)
+    student = StudentRecipe(
+        total_steps=128, games=2, batch_size=8, buffer_size=256, warm_up=32, evaluate_every=10**6, evaluation_games=1
+    )
+    distill.train(Run(tmp_path, None, resume=True), 0, teacher, student)
+    first = load_file(tmp_path / "training.safetensors")
+    assert (int(first["teacher.steps"]), int(first["student.steps"])) == (256, 128)
+    value_network().load_state_dict(load_file(tmp_path / "best.safetensors"))
+    distill.train(Run(tmp_path, None, resume=True), 0, teacher, replace(student, total_steps=256))
+    second = load_file(tmp_path / "training.safetensors")
+    assert int(second["student.steps"]) == 256
+    assert torch.equal(first["teacher.policy.0.weight"], second["teacher.policy.0.weight"])
+    assert not torch.equal(first["student.network.0.0.weight"], second["student.network.0.0.weight"])
+
+
+def test_centring_is_folded_into_the_first_convolution_exactly() -> None:
+    torch.manual_seed(0)
+    student = Student(StudentRecipe(), 0)
+    screens = torch.randint(0, 256, (4, 84, 84), dtype=torch.uint8)
+    centred = student.network(distill._centred(screens))
+    torch.testing.assert_close(student.plain()(screens.float()[:, None] / 255), centred, atol=1e-5, rtol=1e-5)
+
+
+def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pong can be trained by dqn, distill; got 'magic'"):
+        run("pong", out=tmp_path, total_frames=1, seed=0, method="magic")

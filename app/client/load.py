@@ -72,7 +72,17 @@ def load(
         raise UsageError("concurrency, rate, duration and timeout are positive numbers")
     with RemotePolicy(url, policy, uds) as remote:
         job = Job(
-            url, uds, remote.name, remote.signature, seed, concurrency, rate, MOST_CONNECTIONS, duration_s, timeout_s
+            url=url,
+            uds=uds,
+            policy=remote.name,
+            signature=remote.signature,
+            seed=seed,
+            concurrency=concurrency,
+            rate=rate,
+            phase_s=0.0,
+            most_connections=MOST_CONNECTIONS,
+            duration_s=duration_s,
+            timeout_s=timeout_s,
         )
     count = _enough_processes(job) if processes is None else processes
     count = max(1, min(count, concurrency or count))
@@ -119,6 +129,7 @@ def _shares(job: Job, count: int) -> list[Job]:
             job,
             concurrency=job.concurrency and job.concurrency // count + (index < job.concurrency % count),
             rate=job.rate and job.rate / count,
+            phase_s=index / job.rate if job.rate else 0.0,
             most_connections=max(1, job.most_connections // count),
         )
         for index in range(count)

@@ -100,9 +100,13 @@ class Loop(ABC):
     def _left(self, connection: Connection) -> None:
         """A connection is no more."""
 
+    def _asking(self, now: int) -> bool:
+        """There is, or will be, something to ask."""
+        return now < self._end_ns
+
     def _finished(self, now: int) -> bool:
         """Nothing more to ask and nothing unanswered."""
-        return now >= self._end_ns and not any(connection.busy for connection in self._connections)
+        return not self._asking(now) and not any(connection.busy for connection in self._connections)
 
     def _expire(self, oldest: int) -> None:
         """Give up what has been due since before `oldest`."""
@@ -127,13 +131,13 @@ class Loop(ABC):
         self._turn = (self._turn + 1) % len(self._requests)
 
     def _open_one(self) -> None:
-        """Open a connection in the background, again and again until it works or the time is over."""
+        """Open a connection in the background, again and again until it works or there is nothing more to ask."""
         task = asyncio.get_running_loop().create_task(self._open())
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
     async def _open(self) -> None:
-        while perf_counter_ns() < self._end_ns:
+        while self._asking(perf_counter_ns()):
             try:
                 connection = await self._connect(self._protocol)
             except OSError:  # TimeoutError is one
@@ -196,13 +200,15 @@ class OpenLoop(Loop):
         duration_s: float,
         timeout_s: float,
         rate: float,
+        phase_s: float,
         most: int,
     ) -> None:
         super().__init__(connect, requests, duration_s, timeout_s)
         self._interval_ns = 1e9 / rate
         self._total = max(1, round(rate * duration_s))
         self._most = most
-        self._started_ns = 0
+        self._phase_ns = int(phase_s * 1e9)
+        self._started_ns = 0  # when the first falls due
         self._number = 0  # requests that have fallen due
         self._due: deque[int] = deque()  # since when; not sent yet
         self._free: list[Connection] = []  # the last used first, so that a surplus stays unused
@@ -218,9 +224,9 @@ class OpenLoop(Loop):
         return min(FIRST_CONNECTIONS, self._most)
 
     def _start(self, now: int) -> None:
-        self._started_ns = now
+        self._started_ns = now + self._phase_ns
         self._free.extend(self._connections)
-        self._metronome.start(now, self._interval_ns, self._total)
+        self._metronome.start(self._started_ns, self._interval_ns, self._total)
 
     def _tick(self) -> None:
         """Put everything in line that is due by now."""
@@ -252,8 +258,8 @@ class OpenLoop(Loop):
             self._free.remove(connection)
         self._serve()
 
-    def _finished(self, now: int) -> bool:
-        return self._number == self._total and not self._due and super()._finished(now)
+    def _asking(self, now: int) -> bool:
+        return self._number < self._total or bool(self._due) or super()._asking(now)
 
     def _expire(self, oldest: int) -> None:
         while self._due and self._due[0] < oldest:

@@ -113,7 +113,7 @@ class RemotePolicy:
 
     def _checked(self, observation: Array | Mapping[str, Array]) -> tuple[dict[str, Array], bool]:
         """-> ({name: (k, *shape)} as the signature wants it, whether it came as a batch)."""
-        specs = {spec.name: spec for spec in self.signature.inputs}
+        specs = {spec.name: spec for spec in self.signature.observations}
         if not isinstance(observation, Mapping):
             if len(specs) > 1:
                 raise UsageError(f"{self.name} takes {', '.join(specs)}: give them by name")
@@ -166,7 +166,7 @@ def act_path(name: str) -> str:
 
 def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bool) -> tuple[str, Any]:
     """Observations {name: (k, *shape)} -> (content type, body): raw bytes of a single tensor, JSON for several."""
-    if len(signature.inputs) > 1:
+    if len(signature.observations) > 1:
         return wire.encode(wire.JSON, tensors, batched)
     (array,) = tensors.values()
     # A view: 100 KB of screen are not copied before they are sent.

@@ -34,6 +34,7 @@ class Job:
     seed: int
     concurrency: int | None  # closed loop: connections
     rate: float | None  # open loop: requests a second
+    phase_s: float  # open loop: when the first falls due, so that several processes do not ask at the same moments
     most_connections: int  # open loop
     duration_s: float
     timeout_s: float
@@ -86,7 +87,7 @@ async def _work(job: Job, progress: Progress, when_ready: Callable[[], None]) ->
 def _loop(job: Job) -> Loop:
     shared = (partial(_connect, job), _requests(job), job.duration_s, job.timeout_s)
     if job.rate is not None:
-        return OpenLoop(*shared, rate=job.rate, most=job.most_connections)
+        return OpenLoop(*shared, rate=job.rate, phase_s=job.phase_s, most=job.most_connections)
     assert job.concurrency is not None
     return ClosedLoop(*shared, concurrency=job.concurrency)
 
@@ -105,7 +106,7 @@ async def _connect(job: Job, protocol: Callable[[], Connection]) -> Connection:
 def _requests(job: Job) -> list[bytes]:
     """Whole HTTP requests with one random observation each. The same in every process with the same seed."""
     rng = np.random.default_rng(job.seed)
-    batches = {spec.name: spec.sample(rng, OBSERVATIONS) for spec in job.signature.inputs}
+    batches = {spec.name: spec.sample(rng, OBSERVATIONS) for spec in job.signature.observations}
     url = urllib3.util.parse_url(job.url)
     path = (url.path or "").rstrip("/") + act_path(job.policy)
     requests = []

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 class Bundled:
     """Import paths, followed only when needed: see `app.lazy.resolve`.
 
-    `factory` gives the `exporters.source.PolicySource`, with the weights that ship; `train` fills an
-    `exporters.train.Run`.
+    `factory` gives the `exporters.source.PolicySource`, with the weights that ship; `train`, by method, fills an
+    `exporters.train.Run`. The first method is the default.
     """
 
     factory: str
-    train: str
+    train: dict[str, str]
 
 
-POLICIES = {"pong": Bundled("exporters.policies.pong:pong", "exporters.policies.pong:train")}
+POLICIES = {
+    "pong": Bundled(
+        "exporters.policies.pong:pong",
+        {"dqn": "exporters.policies.pong:train", "distill": "exporters.policies.distill:train"},
+    ),
+}
