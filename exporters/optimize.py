@@ -114,6 +114,10 @@ def _tidy(module: fx.GraphModule) -> list[str]:
 
 def _share(module: fx.GraphModule) -> list[str]:
     """Compute only once what is computed twice from the same things."""
+    if any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in module.graph.nodes
+    ):
+        return []  # what is written to must not be what somebody else reads
     seen: dict[Any, fx.Node] = {}
     shared = 0
     for node in list(module.graph.nodes):

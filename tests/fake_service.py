@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,8 @@ class FakeService:
             pass
         finally:
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def _answer(self, path: str, body: bytes) -> Answer:
         if path == "/policies":
@@ -98,7 +100,6 @@ def running(service: FakeService) -> Iterator[FakeService]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0.01)  # the transports close
 
     def work() -> None:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:

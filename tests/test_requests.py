@@ -10,8 +10,7 @@ from app.signature import Distribution, Noise, Parameter, Signature, State, Tens
 
 X = TensorSpec("x", "float32", (2,))
 NOISES: tuple[Noise, ...] = tuple(
-    Noise(TensorSpec(name, "float32", (3,)), name)
-    for name in ("uniform", "normal", "gumbel", "exponential")
+    Noise(TensorSpec(name, "float32", (3,)), name) for name in ("uniform", "normal", "gumbel", "exponential")
 )
 SIGNATURE = Signature(
     observations=(X,),

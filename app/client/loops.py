@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from time import perf_counter_ns
 from typing import Any
+from weakref import WeakSet
 
 from app.client.connection import Connection
 from app.client.tally import Tally
@@ -40,6 +41,7 @@ class Loop(ABC):
         self._turn = 0
         self._connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
+        self._made: WeakSet[Connection] = WeakSet()  # also those that were given up while they were opened
 
     async def prepare(self) -> None:
         """Open the connections that are wanted from the start. Raises OSError if the service cannot be reached."""
@@ -118,7 +120,9 @@ class Loop(ABC):
     # what both use
 
     def _protocol(self) -> Connection:
-        return Connection(self)
+        connection = Connection(self)
+        self._made.add(connection)
+        return connection
 
     def _joined(self, connection: Connection) -> None:
         self._connections.add(connection)
@@ -153,7 +157,7 @@ class Loop(ABC):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for connection in list(self._connections):
+        for connection in list(self._made):
             connection.drop()
         self._connections.clear()
         await asyncio.sleep(0)  # the transports close

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -37,7 +38,6 @@ from exporters.quantize import certify_int8, quantize
 
 BATCHES = (1, 8, 32)
 ROUNDS = 30
-CALIBRATION = 128
 Run = Callable[[Arrays], Arrays]
 
 
@@ -108,45 +108,47 @@ def scores(run: Run, game: Environment, episodes: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path, help="weights of exporters.policies.pong.value_network()")
-    parser.add_argument("--screens", type=int, default=10_000, help="for the comparison of actions")
+    parser.add_argument("--screens", type=int, default=10_000, help="to compare actions on; int8 is calibrated on half")
     parser.add_argument("--recorded", type=Path, help="screens from an .npy file, rather than from games played now")
     parser.add_argument("--play", type=int, default=0, metavar="GAMES", help="let original and int8 play")
     parser.add_argument("--pt2", action="store_true", help="compile and time the .pt2 programs too")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
     source = pong()
     assert source.weights is not None
     if arguments.checkpoint:
         source.weights.load_state_dict(load_file(arguments.checkpoint))
-    wanted = arguments.screens + CALIBRATION
+    wanted = arguments.screens
     console = Console(stderr=arguments.json)
     with console.status(f"{wanted:,} screens of played games"):
         recorded = np.load(arguments.recorded, mmap_mode="r") if arguments.recorded else None
-        screens = recorded[:wanted] if recorded is not None else observe(source.weights, wanted)["pixels"].numpy()
+        screens = (
+            np.array(recorded[:wanted]) if recorded is not None else observe(source.weights, wanted)["pixels"].numpy()
+        )
     captured = capture(source)
     with tempfile.TemporaryDirectory() as folder, console.status("building"):
-        programs, applied, int8 = build(captured, np.array(screens[:CALIBRATION]), Path(folder), arguments.pt2)
-    held_out = screens[CALIBRATION:]
-    medians = race(programs, held_out)
+        programs, applied, int8 = build(captured, screens[::2], Path(folder), arguments.pt2)
+    medians = race(programs, screens)
     original, rewritten, quantized = list(programs.values())[:3]
     certificate = certify_int8(
         captured.signature,
         quantized,
         original,
-        {"pixels": held_out},
+        {"pixels": screens[1::2]},
         (lambda run: scores(run, environment(), arguments.play)) if arguments.play else None,
     )
-    actions = [golden.in_batches(run, {"pixels": held_out}, 8)["action"] for run in (original, rewritten)]
+    actions = [golden.in_batches(run, {"pixels": screens}, 8)["action"] for run in (original, rewritten)]
     identical = int((actions[0] == actions[1]).sum())
     if arguments.json:
-        results = {"us": medians, "identical": identical, "screens": len(held_out), "int8": int8 | certificate}
+        results = {"us": medians, "identical": identical, "screens": len(screens), "int8": int8 | certificate}
         print(json.dumps(results | {"rewrites": applied}))
         return
     for rewrite in applied:
         console.print(f"  {rewrite}", highlight=False)
     show(medians, console)
-    console.print(f"rewritten: the same action on {identical:,} of {len(held_out):,} screens", highlight=False)
+    console.print(f"rewritten: the same action on {identical:,} of {len(screens):,} screens", highlight=False)
     console.print(f"int8: {int8 | certificate}", highlight=False)
 
 

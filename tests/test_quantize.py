@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from app.errors import CaptureFailed, Disagreement
+from app.signature import Array, Arrays
+from exporters import quantize as quantization
+from exporters.capture import Captured, capture
+from exporters.optimize import optimize
+from exporters.policies.pong import pong
+from exporters.programs.onnx import build
+from exporters.quantize import Run, certify_int8, quantize
+from tests.policies import cart
+
+SCREENS = 384
+FEW = 0.98  # what agreement can be asked for on a hundred screens; the full claim is in tests/benchmarks/programs.py
+
+
+def runner(file: Path) -> Run:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda batch: dict(zip(names, session.run(names, batch), strict=True))
+
+
+@pytest.fixture(scope="module")
+def screens() -> Array:
+    source = pong()
+    assert source.observe is not None
+    pixels: Array = source.observe(SCREENS)["pixels"].numpy()
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    found = capture(pong())
+    return replace(found, program=optimize(found.program)[0])
+
+
+@pytest.fixture(scope="module")
+def folder(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("programs")
+    build(captured, folder / "policy.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("full_range", [True, False])
+def test_int8_does_what_the_policy_does(
+    captured: Captured, folder: Path, screens: Array, full_range: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "AGREEMENT", FEW)
+    target = folder / "int8.onnx"
+    done = quantize(folder / "policy.onnx", target, {"pixels": screens[::2]}, full_range=full_range)
+    assert done["int8_layers"]
+    assert done["float_layers"]
+    assert done["calibration_samples"] == SCREENS // 2
+    assert done["calibration_agreement"] >= FEW
+    assert target.stat().st_size < 0.5 * (folder / "policy.onnx").stat().st_size
+    assert onnx.load(str(target)).graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    certificate = certify_int8(
+        captured.signature,
+        runner(target),
+        runner(folder / "policy.onnx"),
+        {"pixels": screens[1::2]},
+        lambda run: [float(run({"pixels": screens[:1]})["action"][0])],
+    )
+    assert certificate["samples"] == SCREENS // 2
+    assert certificate["agreement"] >= FEW
+    assert certificate["scores"]["int8"] == certificate["scores"]["original"]
+
+
+def test_a_program_that_disagrees_gets_no_certificate(captured: Captured, folder: Path, screens: Array) -> None:
+    original = runner(folder / "policy.onnx")
+
+    def wrong(batch: Arrays) -> Arrays:
+        outputs = original(batch)
+        return outputs | {"action": (outputs["action"] + 1) % 6}
+
+    with pytest.raises(Disagreement, match=r"0\.00% of the actions"):
+        certify_int8(captured.signature, wrong, original, {"pixels": screens[:16]})
+
+
+def test_more_stays_in_floats_until_it_agrees(
+    folder: Path, screens: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "AGREEMENT", 1.01)
+    with pytest.raises(CaptureFailed, match=r"at best .* of the actions agree"):
+        quantize(folder / "policy.onnx", tmp_path / "int8.onnx", {"pixels": screens[:16]})
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_too_small_to_quantise(tmp_path: Path) -> None:
+    build(capture(cart()), tmp_path / "policy.onnx")
+    with pytest.raises(CaptureFailed, match="has 2 in all"):
+        quantize(tmp_path / "policy.onnx", tmp_path / "int8.onnx", {"observation": np.zeros((8, 4), np.float32)})
