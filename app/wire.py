@@ -175,7 +175,7 @@ def _from_lists(value: Any, spec: TensorSpec) -> Array:
         limits = np.iinfo(spec.numpy_dtype)
         if array.size and (array.min() < limits.min or array.max() > limits.max):
             raise InvalidTensor(spec.name, f"{limits.min} to {limits.max}", f"{array.min()} to {array.max()}")
-    return np.ascontiguousarray(array, spec.numpy_dtype)
+    return np.asarray(array, spec.numpy_dtype, order="C")
 
 
 _KIND_NAMES = {"b": "booleans", "i": "integers", "u": "integers", "f": "fractions", "U": "text", "O": "mixed values"}

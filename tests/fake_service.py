@@ -38,11 +38,13 @@ class FakeService:
     connections: int = 0
     acts: int = 0
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    serving: set[asyncio.Task[Any] | None] = field(default_factory=set)
     url: str = ""
     uds: str | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.serving.add(asyncio.current_task())
         answered = 0
         try:
             while self.closes_after is None or answered < self.closes_after:
@@ -95,11 +97,11 @@ def running(service: FakeService) -> Iterator[FakeService]:
         started.set()
         await stop.wait()
         server.close()
-        mine = asyncio.current_task()
-        tasks = [task for task in asyncio.all_tasks() if task is not mine]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # The other tasks are asyncio's own, which turn what was just accepted into a call of `serve`.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks & service.serving:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=0.05)
 
     def work() -> None:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:

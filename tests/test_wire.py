@@ -71,6 +71,12 @@ def test_json_carries_several_tensors_and_batches() -> None:
     }
 
 
+def test_a_scalar_is_one_item() -> None:
+    items = decode_json({"pixels": np.zeros((4, 3), int).tolist(), "speed": [0, 1], "on": True}, TWO)
+    assert not items.batched
+    assert items.tensors["on"].shape == (1,)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
