@@ -78,10 +78,13 @@ def export(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
     name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's.")] = None,
     native: Annotated[bool, typer.Option("--native", help="Build the .pt2 for this CPU alone.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Publish NAME-int8 too, with a certificate of its own.")] = False,
     json: Json = False,
 ) -> None:
     """Export a policy to .onnx and .pt2, prove that they do what it does, and publish them into the store."""
     runtimes = [part for part in runtime.split(",") if part]
+    if int8 and RuntimeName.ONNX not in runtimes:
+        raise UsageError("--int8 is made from the .onnx program: add onnx to --runtime")
     if not runtimes or set(runtimes) - {RuntimeName.ONNX, RuntimeName.PT2}:
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
     from app.store import ModelStore
@@ -97,6 +100,9 @@ def export(
             native=native,
             progress=progress,
         )
+        if int8:
+            quantise = _offline("exporters.int8:export_int8")
+            done = quantise(done.artifact, source, ModelStore(store), _play_in_process, progress)
     manifest = done.artifact.manifest
     if json:
         _print_json(
@@ -343,6 +349,17 @@ def main() -> NoReturn:
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
+def _play_in_process(run: Callable[[Any], Any], environment: Any) -> list[float]:
+    """The score of one seeded game with a program's `run`."""
+    from app.client.play import play
+
+    def act(screen: Any) -> int:
+        (action, *_) = run({environment.screen: screen[None]}).values()
+        return int(action[0])
+
+    return play(act, environment, episodes=1, seed=0).scores
+
+
 @contextmanager
 def _steps(first: str) -> Iterator[Callable[[str], None]]:
     """A live line on stderr with the step under way; the steps done stay above it."""
@@ -385,6 +402,11 @@ def _print_certificate(certificate: dict[str, Any]) -> None:
         differences = ", ".join(f"{name} {value:.2g}" for name, value in found["largest_difference"].items())
         table.add_row(f".{runtime}", f"{found['compared']:,}", str(found["action_disagreements"]), differences)
     Console().print(table)
+    if "int8" in certificate:
+        print(
+            f"int8: {certificate['int8']['agreement']:.2%} of the actions are the original's; "
+            f"scores {certificate['int8'].get('scores')}"
+        )
     if certificate["smallest_margin"] is not None:
         print(f"smallest lead of a chosen action: {certificate['smallest_margin']:.3g}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
@@ -72,8 +71,8 @@ class Policy:
         if size <= step:
             return await self._batcher.submit(inputs, size)
         slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-        submitted = [self._batcher.submit({k: v[s] for k, v in inputs.items()}, s.stop - s.start) for s in slices]
-        parts = await asyncio.gather(*submitted)
+        # One after the other, so that a large batch waits in line with everybody else and never fills the queue.
+        parts = [await self._batcher.submit({k: v[s] for k, v in inputs.items()}, s.stop - s.start) for s in slices]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     async def close(self) -> None:

@@ -22,7 +22,19 @@ def actserve(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands() -> None:
     result = actserve("--help")
     assert result.returncode == 0
-    for command in ("train", "export", "inspect", "verify", "serve", "play", "load", "bench"):
+    for command in (
+        "train",
+        "export",
+        "compile",
+        "inspect",
+        "verify",
+        "diff",
+        "doctor",
+        "serve",
+        "play",
+        "load",
+        "bench",
+    ):
         assert command in result.stdout
 
 
@@ -35,6 +47,18 @@ def test_inspect_and_verify(cart_store: ModelStore) -> None:
     verified = json.loads(actserve("verify", "cart", "--json", *store).stdout)
     assert verified["programs"]["onnx"]["holds"]
     assert verified["programs"]["pt2"]["holds"]
+
+
+def test_doctor_diff_and_compile(own_store: ModelStore) -> None:
+    store = ("--store", str(own_store.root))
+    diagnosis = json.loads(actserve("doctor", "cart", "--json", *store).stdout)
+    assert {row["runtime"]: row["runs"] for row in diagnosis["programs"]} == {"onnx": True, "pt2": True}
+    assert "cart@1" in actserve("doctor", *store).stdout
+    compiled = json.loads(actserve("compile", "cart", "--json", *store).stdout)
+    assert compiled["version"] == 1, "it has a .pt2 for this host already"
+    found = json.loads(actserve("diff", "cart@1", "cart", "--json", *store).stdout)
+    assert found["signature"] == []
+    assert "the same signature" in actserve("diff", "cart", "cart", *store).stdout
 
 
 def test_verify_finds_corruption(own_store: ModelStore) -> None:

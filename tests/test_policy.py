@@ -18,7 +18,7 @@ def settings(**changes: object) -> Settings:
     return Settings.model_validate({"runtime": "onnx", **changes})
 
 
-@pytest.mark.parametrize("size", [1, 31, 256, 700])
+@pytest.mark.parametrize("size", [1, 31, 256, 700, 3000])
 def test_any_number_of_items_is_answered_in_order(cart: Artifact, size: int) -> None:
     async def scenario() -> None:
         policy = Policy.load(cart, settings())

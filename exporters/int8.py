@@ -1,0 +1,95 @@
+"""An artifact's `.onnx` program in int8, published beside it as `<name>-int8` with a certificate of its own.
+
+int8 is not the policy to the last bit, so it is another artifact: its certificate says how often its actions are the
+original's on screens it was not calibrated on, and what a game played with each came to. Its golden samples are its
+own answers: what a host must repeat.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from app import golden
+from app.artifact import GOLDEN, Artifact, Program
+from app.environment import Environment
+from app.runtimes import preflight
+from app.runtimes.base import load
+from app.signature import Arrays
+from app.store import ModelStore
+from exporters import certify, samples
+from exporters.capture import capture
+from exporters.publish import Export
+from exporters.quantize import certify_int8, quantize
+from exporters.source import PolicySource
+
+SAMPLES = 4096  # half to calibrate, half held out; hundreds cannot tell 99.4 % from 99.7 %
+ONNX = "policy.onnx"
+
+Run = Callable[[Arrays], Arrays]
+Play = Callable[[Run, Environment], Sequence[float]]  # plays the same games each time; their scores
+
+
+def export_int8(
+    original: Artifact, source: PolicySource, store: ModelStore, play: Play, progress: Callable[[str], None]
+) -> Export:
+    """Quantise `original`'s `.onnx` and publish it. Raises `CaptureFailed` or `Disagreement` below 99.5 % agreement."""
+    manifest = original.manifest
+    fingerprint = f"{manifest.provenance['fingerprint']}-int8"
+    for artifact in store.find(f"{manifest.name}-int8", fingerprint):
+        return Export(artifact, published=False)
+    progress(f"collecting {SAMPLES} samples to calibrate on and to hold out")
+    captured = capture(source)
+    inputs = samples.collect(source, captured.layout, manifest.signature, SAMPLES)
+    calibration, held_out = ({k: v[start::2].copy() for k, v in inputs.items()} for start in (0, 1))
+    with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
+        folder = Path(name_of_folder)
+        float32 = folder / "float32.onnx"
+        float32.write_bytes(original.read_program("onnx"))
+        progress("quantising")
+        x86 = platform.machine() == "x86_64"
+        full_range = not x86 or "avx512_vnni" in preflight.this_host().cpu_flags
+        made = quantize(float32, folder / ONNX, calibration, full_range=full_range)
+        requires = {**manifest.programs["onnx"].requires, **made.pop("requires")}
+        rewrites = (*manifest.programs["onnx"].rewrites, f"int8: {made['method']}")
+        draft = replace(
+            manifest,
+            name=f"{manifest.name}-int8",
+            parent=manifest.version,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            programs={"onnx": Program(ONNX, requires, rewrites)},
+            provenance={**manifest.provenance, "fingerprint": fingerprint, "quantised_from": original.label},
+        )
+        built = ModelStore(folder / "draft").publish(draft, {ONNX: folder / ONNX})
+        progress(f"certifying int8 on {SAMPLES // 2} held-out samples, and playing a game with each")
+        ours, theirs = load("onnx", built), load("onnx", original)
+        environment = source.environment
+        games = (lambda run: play(run, environment)) if environment is not None else None
+        evidence = certify_int8(manifest.signature, ours.run, theirs.run, held_out, games)
+        chosen = np.linspace(0, SAMPLES // 2 - 1, certify.GOLDEN_SAMPLES).astype(int)
+        picked = {k: v[chosen] for k, v in held_out.items()}
+        (folder / GOLDEN).write_bytes(golden.save(picked, golden.in_batches(ours.run, picked, 1)))
+        differing = round((1 - evidence["agreement"]) * evidence["samples"])
+        certificate = {
+            "samples": evidence["samples"],
+            "samples_from": manifest.certificate["samples_from"],
+            "reference": evidence["reference"],
+            "tolerance": asdict(certify.TOLERANCE),
+            "smallest_margin": None,
+            "programs": {
+                "onnx": {
+                    "compared": evidence["samples"],
+                    "action_disagreements": differing,
+                    "largest_difference": evidence["largest_difference"],
+                }
+            },
+            "int8": made | evidence,
+        }
+        files = {ONNX: folder / ONNX, GOLDEN: folder / GOLDEN}
+        return Export(store.publish(replace(draft, certificate=certificate), files), published=True)

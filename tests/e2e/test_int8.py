@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from app import golden
+from app.runtimes.base import load
+from app.store import ModelStore
+
+
+def test_int8_is_published_with_a_certificate_of_its_own(pong_store: Path) -> None:
+    command = [sys.executable, "-m", "app", "export", "pong", "--int8", "--json", "--store", str(pong_store)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["name"] == "pong-int8"
+    artifact = ModelStore(pong_store).resolve("pong-int8")
+    evidence = artifact.manifest.certificate["int8"]
+    assert evidence["agreement"] >= 0.995
+    assert len(evidence["scores"]["int8"]) == len(evidence["scores"]["original"]) == 1
+    assert artifact.manifest.programs["onnx"].rewrites[-1].startswith("int8: ")
+    assert golden.check(artifact, load("onnx", artifact).run).holds
+    assert ModelStore(pong_store).versions("pong") == [1], "the original stays what it was"
