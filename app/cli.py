@@ -41,6 +41,11 @@ class RuntimeName(StrEnum):
     PT2 = "pt2"
 
 
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 Store = Annotated[Path, typer.Option(help="The model store.", envvar="ACTSERVE_STORE")]
 Url = Annotated[str, typer.Option(help="The service.", envvar="ACTSERVE_URL")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
@@ -78,6 +83,7 @@ def export(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
     name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's.")] = None,
     native: Annotated[bool, typer.Option("--native", help="Build the .pt2 for this CPU alone.")] = False,
+    device: Annotated[Device, typer.Option(help="What the .pt2 is built for.")] = Device.CPU,
     int8: Annotated[bool, typer.Option("--int8", help="Publish NAME-int8 too, with a certificate of its own.")] = False,
     json: Json = False,
 ) -> None:
@@ -98,6 +104,7 @@ def export(
             origin=target,
             runtimes=runtimes,
             native=native,
+            device=device.value,
             progress=progress,
         )
         if int8:

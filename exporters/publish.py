@@ -47,18 +47,20 @@ def export(
     origin: str,
     runtimes: Sequence[str] = ("onnx", "pt2"),
     native: bool = False,
+    device: str = "cpu",
     progress: Callable[[str], None] = lambda step: None,
 ) -> Export:
     """Publish `source` as the next version of `name`, if and only if its programs agree with it.
 
-    `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU alone. Raises
-    `CaptureFailed`, `Disagreement`, `StoreError`.
+    `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU alone,
+    `device` for "cpu" or "cuda". Raises `CaptureFailed`, `Disagreement`, `StoreError`.
     """
     progress("capturing the policy with torch.export")
     torch.set_num_threads(1)  # small batches gain nothing from more, and lose much where cores are busy
     captured = capture(source)
     graph = readable(captured)
-    fingerprint = _fingerprint(captured, graph, source, native)
+    target = {"native": native, "device": device}  # what the .pt2 is built for
+    fingerprint = _fingerprint(captured, graph, source, target)
     existing = store.find(name, fingerprint)
     for artifact in existing:
         if _runs_here(artifact, runtimes):
@@ -86,7 +88,7 @@ def export(
         files = {GRAPH: folder / GRAPH, PROGRAM: folder / PROGRAM}
         files[GRAPH].write_text(graph)
         save_program(captured.program, files[PROGRAM])
-        programs = {runtime: _build(runtime, captured, folder, native, progress) for runtime in runtimes}
+        programs = {runtime: _build(runtime, captured, folder, target, progress) for runtime in runtimes}
         files |= {program.file: folder / program.file for program in programs.values()}
         # The draft is an artifact in a store of its own: what is certified is opened as what is served will be.
         draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
@@ -97,12 +99,14 @@ def export(
     return Export(published, published=True)
 
 
-def _build(runtime: str, captured: Captured, folder: Path, native: bool, progress: Callable[[str], None]) -> Program:
+def _build(
+    runtime: str, captured: Captured, folder: Path, target: dict[str, Any], progress: Callable[[str], None]
+) -> Program:
     """Rewrite the graph for one runtime and build its program file in `folder`."""
     progress(f"building .{runtime}")
     program, rewrites = optimize(captured.program, runtime)
     file = f"policy.{runtime}"
-    options = {"native": native} if runtime == "pt2" else {}
+    options = target if runtime == "pt2" else {}
     requires = resolve(PROGRAMS[runtime])(replace(captured, program=program), folder / file, **options)
     return Program(file, requires, tuple(rewrites))
 
@@ -113,7 +117,7 @@ def readable(captured: Captured) -> str:
     return re.sub(r"# File: (?:[^\s:]*/(?:site|dist)-packages/|[^\s:]*/)", "# File: ", text)
 
 
-def _fingerprint(captured: Captured, graph: str, source: PolicySource, native: bool) -> str:
+def _fingerprint(captured: Captured, graph: str, source: PolicySource, target: dict[str, Any]) -> str:
     """What makes two exports the same thing: graph, weights, contract, and the tools that build them."""
     identity = {
         "graph": graph,
@@ -121,7 +125,7 @@ def _fingerprint(captured: Captured, graph: str, source: PolicySource, native: b
         "signature": asdict(captured.signature),
         "environment": asdict(source.environment) if source.environment else None,
         "versions": _versions(),
-        **({"native": True} if native else {}),
+        "target": target,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

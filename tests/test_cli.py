@@ -104,6 +104,7 @@ def test_usage_errors_exit_with_2_and_one_line(arguments: tuple[str, ...], messa
         (("play", "--url", "http://127.0.0.1:1"), "127.0.0.1:1"),
         (("load", "--url", "http://127.0.0.1:1", "--duration", "1"), "127.0.0.1:1"),
         (("inspect", "chess"), "no policy named 'chess'"),
+        (("export", "tests.policies:cart_pair", "--device", "cuda"), "AOTInductor could not compile the program"),
     ],
 )
 def test_jobs_that_cannot_be_done_exit_with_1(arguments: tuple[str, ...], message: str) -> None:
