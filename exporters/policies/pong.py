@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ale_py import ALEInterface, LoggerMode
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -82,6 +83,7 @@ def observe(network: nn.Module, count: int, games: int = 4) -> TensorDict:
     At most every third screen of a game is taken, so that they spread over play, and none twice: a weak policy's games
     look alike. The same count gives the same screens.
     """
+    ALEInterface.setLoggerMode(LoggerMode.Error)  # no banner among the export's steps
     policy, resize = greedy(network), preprocessing()
     generator = torch.Generator().manual_seed(0)
     screens: dict[bytes, torch.Tensor] = {}
