@@ -77,9 +77,17 @@ def load(
     if rate is None and concurrency is None:
         concurrency = 8
     what = f"{rate:g} requests/s" if rate is not None else f"{concurrency} connections"
-    with console.status(f"{what} for {duration_s:g} s"):
+    with console.status(f"{what} for {duration_s:g} s") as status:
         return run_load(
-            url, policy=policy, concurrency=concurrency, rate=rate, duration_s=duration_s, processes=processes
+            url,
+            policy=policy,
+            concurrency=concurrency,
+            rate=rate,
+            duration_s=duration_s,
+            processes=processes,
+            on_progress=lambda elapsed_s, answers: status.update(
+                f"{what}  {elapsed_s:.0f} of {duration_s:g} s  {answers:,} answers"
+            ),
         )
 
 
