@@ -84,8 +84,7 @@ class RecurrentStep(Step):
         super().__init__(original, ports)
         fused = original.make_cudnn_based()  # torch's own cell, which both program builders know
         self.cell: Any = fused.lstm if isinstance(original, LSTMModule) else fused.gru
-        self.inner = {True: 2, False: 1}[isinstance(original, LSTMModule)]
-        self.state_keys = self.in_keys[1 : 1 + self.inner]
+        self.state_keys = self.in_keys[1 : 3 if isinstance(original, LSTMModule) else 2]
         self.in_keys, self.out_keys = self.in_keys[:1], self.out_keys[:1]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -97,7 +96,7 @@ class RecurrentStep(Step):
             state = self.ports.state(join(key), shape, features.dtype)  # (B, layers, hidden)
             states.append(torch.where(started, torch.zeros_like(state), state).transpose(0, 1).contiguous())
         steps = features.reshape(-1, 1, features.shape[-1])
-        if self.inner == 2:
+        if len(states) == 2:
             result, new = self.cell(steps, (states[0], states[1]))
         else:
             result, new_state = self.cell(steps, states[0])

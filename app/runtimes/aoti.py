@@ -15,8 +15,8 @@ from torch._inductor import aoti_load_package
 
 from app.artifact import Artifact
 from app.errors import RuntimeFailure
-from app.runtimes.base import Runtime
-from app.runtimes.probe import brief, proven
+from app.runtimes.base import Runtime, brief
+from app.runtimes.probe import proven
 from app.signature import Array, Signature
 
 

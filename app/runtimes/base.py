@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -57,3 +58,9 @@ def load(runtime: str, artifact: Artifact, threads: int = 1) -> Runtime:
     """Load the artifact's program for the runtime of this name."""
     implementation: type[Runtime] = resolve(RUNTIMES[runtime])
     return implementation.load(artifact, threads)
+
+
+def brief(error: Exception) -> str:
+    """The first line of an engine's message, without folders, which are nobody's business."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"(?:/[\w.+-]+)+/", "", lines[0])[:300]

@@ -8,7 +8,7 @@ import onnxruntime as ort
 
 from app.artifact import Artifact
 from app.errors import RuntimeFailure
-from app.runtimes.base import Runtime
+from app.runtimes.base import Runtime, brief
 from app.signature import Array, Signature, TensorSpec
 
 _DTYPES = {
@@ -39,7 +39,7 @@ class OnnxRuntime(Runtime):
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT raises many types of its own, with no common base
-            raise RuntimeFailure(f"{artifact.label}: ONNX Runtime refused the program: {_brief(error)}") from error
+            raise RuntimeFailure(f"{artifact.label}: ONNX Runtime refused the program: {brief(error)}") from error
         signature = artifact.manifest.signature
         _compare(artifact.label, "input", session.get_inputs(), signature.inputs)
         _compare(artifact.label, "output", session.get_outputs(), signature.results)
@@ -50,7 +50,7 @@ class OnnxRuntime(Runtime):
         try:
             outputs: list[Array] = self._session.run(self._names, feed)
         except Exception as error:
-            raise RuntimeFailure(f"ONNX Runtime failed: {_brief(error)}") from error
+            raise RuntimeFailure(f"ONNX Runtime failed: {brief(error)}") from error
         return outputs
 
     def close(self) -> None:
@@ -63,7 +63,3 @@ def _compare(label: str, what: str, nodes: list[Any], specs: tuple[TensorSpec, .
     expected = {spec.name: (_DTYPES[spec.dtype], spec.shape) for spec in specs}
     if found != expected:
         raise RuntimeFailure(f"{label}: the .onnx program's {what}s are {found}; the manifest says {expected}")
-
-
-def _brief(error: Exception) -> str:
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 from app.artifact import Artifact
 from app.errors import RuntimeFailure
+from app.runtimes.base import brief
 from app.runtimes.host import this_host
 from app.runtimes.package import inspect_package
 
@@ -103,12 +103,6 @@ def _verdict(code: int, answer: bytes, token: str) -> str | None:
     if lines and lines[-1].startswith(token):
         return f"the AOTI loader refused the package: {lines[-1].removeprefix(token).strip()}"
     return f"the .pt2 program ended its process on load (exit code {code})"
-
-
-def brief(error: Exception) -> str:
-    """The first line of a loader's message, without folders, which are nobody's business."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return re.sub(r"(?:/[\w.+-]+)+/", "", lines[0])[:300]
 
 
 def _marker(data: bytes) -> Path | None:
