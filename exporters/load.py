@@ -17,21 +17,26 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from app.errors import CaptureFailed, UsageError
 from app.lazy import resolve
 from app.signature import Array
-from exporters.policies import POLICIES
+from exporters.policies import expected, find
 from exporters.source import PolicySource
 
 
 def load(target: str, checkpoint: Path | None = None) -> tuple[str, PolicySource]:
-    """(artifact name, source) for a bundled policy's name or a ``module:factory``; weights from `checkpoint` if given.
+    """(artifact name, source) for a known policy's name or a ``module:factory``; weights from `checkpoint` if given.
 
     Raises `UsageError` for what cannot be found and `CaptureFailed` for a factory that gives something else.
     """
-    path = POLICIES[target].factory if target in POLICIES else target
+    known = find(target)
+    path = known.factory if known else target
     if ":" not in path:
-        raise UsageError(f"expected one of {', '.join(POLICIES)} or module:factory; got {target!r}")
+        raise UsageError(f"expected {expected()}, or module:factory; got {target!r}")
+    if known and not known.weights_ship and checkpoint is None:
+        raise UsageError(
+            f"no weights of {target} ship: train it (actserve train {target}), then export it with --checkpoint"
+        )
     sys.path.insert(0, str(Path.cwd()))  # the user's own module is where the user stands
     try:
-        made = resolve(path)()
+        made = resolve(path)(*(known.arguments if known else ()))
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{target!r} cannot be imported: {error}") from error
     finally:
@@ -39,7 +44,7 @@ def load(target: str, checkpoint: Path | None = None) -> tuple[str, PolicySource
     source = _as_source(target, made)
     if checkpoint is not None:
         _restore(source, checkpoint)
-    name = target if target in POLICIES else path.partition(":")[2]
+    name = target if known else path.partition(":")[2]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), source
 
 
@@ -67,14 +72,25 @@ def _restore(source: PolicySource, checkpoint: Path) -> None:
 
 
 def actor(target: str) -> Callable[[Array], int]:
-    """The policy as TorchRL runs it, called with one observation without a batch axis; for comparisons."""
+    """The policy as TorchRL runs it, called with one observation after the other of one episode; for comparisons.
+
+    Each without a batch axis. What the policy writes for its next step it is given there.
+    """
     _, source = load(target)
     torch.set_num_threads(1)
-    (name,) = source.example.keys()
+    (name,) = (key for key in source.policy.in_keys if key not in _carried(source))
+    carried = source.example.exclude(name).set("is_init", torch.ones(1, dtype=torch.bool))
 
     def act(observation: Array) -> int:
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-            seen = TensorDict({name: torch.from_numpy(observation)})
-            return int(source.policy(seen)[source.outputs[0]])
+            seen = source.policy(carried.clone().set(name, torch.from_numpy(observation)))
+            if "next" in seen:
+                carried.update(seen["next"]).set("is_init", torch.zeros(1, dtype=torch.bool))
+            return int(seen[source.outputs[0]])
 
     return act
+
+
+def _carried(source: PolicySource) -> set[str]:
+    """The inputs that a policy writes itself, and the reset flag."""
+    return {"is_init"} | {key[1] for key in source.policy.out_keys if isinstance(key, tuple)}

@@ -2,6 +2,7 @@
 
     <run>/checkpoint.safetensors   weights: what `actserve export --checkpoint` takes
     <run>/training.safetensors     the optimiser, the counters, and whatever else going on needs
+    <run>/recipe.json              hyperparameters, seed, versions
     <run>/history.csv  curve.png   the learning curve, as numbers and as a picture
 
 The replay buffer is not kept: a resumed run fills it again before it goes on learning.
@@ -15,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from torch import Tensor
 
 from app.errors import UsageError
 from app.lazy import resolve
-from exporters.policies import POLICIES
+from exporters.policies import expected, find
 
 CHECKPOINT_EVERY_S = 60.0
+_TOOLS = ("torch", "torchrl", "tensordict", "ale-py", "gymnasium", "numpy")
 
 
 class Run:
@@ -49,7 +52,7 @@ class Run:
         training = self.folder / "training.safetensors"
         if not self.resume or not training.exists():
             # All of it: what is left would be taken for this run's, should it be stopped before it first saves.
-            for name in ("training.safetensors", "checkpoint.safetensors", "history.csv", "curve.png"):
+            for name in ("training.safetensors", "checkpoint.safetensors", "recipe.json", "history.csv", "curve.png"):
                 (self.folder / name).unlink(missing_ok=True)
             return {}
         with safe_open(training, "pt") as file:
@@ -90,9 +93,16 @@ class Run:
         self.counters["seconds"] += now - self._ticked_at
         self._ticked_at = now
 
-    def record(self, **values: float) -> None:
-        """Append one row to the history: the counters and `values`."""
-        row = {name: round(value, 5) for name, value in (self.counters | values).items()}
+    def describe(self, **recipe: Any) -> None:
+        """Write down what makes this run: `recipe` (JSON-able) and the versions of the tools."""
+        versions = {tool: metadata.version(tool).partition("+")[0] for tool in _TOOLS}
+        text = json.dumps({**recipe, "versions": versions}, indent=1) + "\n"
+        _write(self.folder / "recipe.json", lambda path: path.write_text(text))
+
+    def record(self, *, stage: str = "", **values: float) -> None:
+        """Append one row to the history: the counters and `values`. A curve is drawn for each `stage`."""
+        numbers = {name: round(value, 5) for name, value in (self.counters | values).items()}
+        row = {**numbers, "stage": stage}
         history = self.folder / "history.csv"
         new = not history.exists()
         with history.open("a", newline="") as file:
@@ -105,19 +115,19 @@ class Run:
 def run(
     name: str, *, out: Path, total_frames: int | None, seed: int, resume: bool = True, method: str | None = None
 ) -> Path:
-    """Train the bundled policy `name` in the folder `out`; returns the checkpoint's path. Raises `UsageError`.
+    """Train the policy known as `name` in the folder `out`; returns the checkpoint's path. Raises `UsageError`.
 
     `method`: one of the policy's; None: its first.
     """
-    if name not in POLICIES:
-        raise UsageError(f"expected one of {', '.join(POLICIES)}; got {name!r}")
-    methods = POLICIES[name].train
-    method = method or next(iter(methods))
-    if method not in methods:
-        raise UsageError(f"{name} can be trained by {', '.join(methods)}; got {method!r}")
+    known = find(name)
+    if known is None:
+        raise UsageError(f"expected {expected()}; got {name!r}")
+    method = method or next(iter(known.train))
+    if method not in known.train:
+        raise UsageError(f"{name} can be trained by {', '.join(known.train)}; got {method!r}")
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notes would break the live line
     training = Run(out, total_frames, resume)
-    resolve(methods[method])(training, seed)
+    resolve(known.train[method])(training, seed, *known.arguments)
     if (out / "history.csv").exists():
         draw(out / "history.csv", out / "curve.png", title=name)
     return out / "checkpoint.safetensors"
@@ -154,19 +164,37 @@ def unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def draw(history: Path, target: Path, title: str) -> None:
-    """The learning curve: mean return over frames."""
+    """The learning curve: mean return over steps, a line for each stage."""
     from matplotlib.figure import Figure
 
     with history.open() as file:
         rows = list(csv.DictReader(file))
-    frames = [float(row["frames"]) / 1000 for row in rows]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(frames, [float(row["mean_return"]) for row in rows], color="#2f6f8f", linewidth=2)
-    axes.set(title=f"{title}: learning curve", xlabel="environment steps (thousands)", ylabel="mean return")
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    for stage, colour in zip(stages, ("#2f6f8f", "#c8553d"), strict=False):
+        line = [(float(row["frames"]) / 1e6, float(row["mean_return"])) for row in rows if row["stage"] == stage]
+        axes.plot(*zip(*line, strict=True), color=colour, linewidth=2, label=stage)
+    axes.set(title=f"{title}: learning curve", xlabel="environment steps (millions)", ylabel="mean return, exploring")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    if any(stages):
+        axes.legend(frameon=False)
     _write(target, lambda path: figure.savefig(path, dpi=120, format="png"))
+
+
+class Meter:
+    """Steps a second, over the time since it was made or last read."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+
+    def read(self, steps: int) -> float:
+        """What `steps` more steps came to."""
+        now = time.monotonic()
+        rate = steps / (now - self._at)
+        self._at = now
+        return rate
 
 
 def _write(target: Path, write: Callable[[Path], Any]) -> None:

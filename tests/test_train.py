@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensordict import TensorDict
 
 from app.errors import UsageError
 from exporters.policies import distill
-from exporters.policies.distill import Student, StudentRecipe
-from exporters.policies.pong import Recipe, pong, train, value_network
-from exporters.policies.teacher import TeacherRecipe
+from exporters.policies.dqn import Recipe, train
+from exporters.policies.games import CODES, Games
+from exporters.policies.pong import WEIGHTS, Head, begin_as, pong, recurrent_network, value_network
+from exporters.policies.recurrent import RecurrentRecipe, RecurrentStudent
+from exporters.policies.student import ACTIONS, Student, StudentRecipe, centre, centred, uncentre
+from exporters.policies.teacher import SIZES, Points, TeacherRecipe, features
 from exporters.train import Run, draw, optimizer_tensors, restore_optimizer, run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -98,7 +103,7 @@ def test_a_run_can_start_anew(tmp_path: Path) -> None:
 
 
 def test_run_trains_by_name_and_draws_the_curve(tmp_path: Path) -> None:
-    checkpoint = run("pong", out=tmp_path / "new" / "pong", total_frames=64, seed=0)
+    checkpoint = run("pong", out=tmp_path / "new" / "pong", total_frames=64, seed=0, method="dqn")
     assert checkpoint == tmp_path / "new" / "pong" / "checkpoint.safetensors"
     assert load_file(checkpoint)
     assert (checkpoint.parent / "curve.png").read_bytes().startswith(PNG)
@@ -106,8 +111,8 @@ def test_run_trains_by_name_and_draws_the_curve(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected one of pong; got 'chess'"):
-        run("chess", out=tmp_path, total_frames=1, seed=0)
+    with pytest.raises(UsageError, match=r"expected pong, pong-lstm, a game of ale-py .*; got 'checkers'"):
+        run("checkers", out=tmp_path, total_frames=1, seed=0)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -131,7 +136,7 @@ def test_an_optimizer_survives_being_tensors() -> None:
 
 
 def test_a_curve_of_one_point_can_be_drawn(tmp_path: Path) -> None:
-    (tmp_path / "history.csv").write_text("frames,mean_return\n64,-21\n")
+    (tmp_path / "history.csv").write_text("frames,mean_return,stage\n64,-21,\n")
     draw(tmp_path / "history.csv", tmp_path / "curve.png", title="pong")
     assert (tmp_path / "curve.png").read_bytes().startswith(PNG)
 
@@ -154,15 +159,15 @@ def test_a_fresh_start_that_is_stopped_leaves_nothing_of_the_old_run(
 def test_steps_after_the_checkpoint_are_not_in_the_history_twice(tmp_path: Path) -> None:
     train(Run(tmp_path, 128, resume=True), seed=0, recipe=TINY)
     with (tmp_path / "history.csv").open("a") as file:
-        file.write("192,0,1.0,-21.0,0.0,1.0\n")  # recorded, and then the machine went down
+        file.write("192,0,1.0,-21.0,0.0,1.0,\n")  # recorded, and then the machine went down
     train(Run(tmp_path, 256, resume=True), seed=0, recipe=TINY)
     assert [float(row["frames"]) for row in history(tmp_path)] == [128, 256]
 
 
 def test_a_finished_run_without_a_history_is_no_error(tmp_path: Path) -> None:
-    run("pong", out=tmp_path, total_frames=64, seed=0)
+    run("pong", out=tmp_path, total_frames=64, seed=0, method="dqn")
     (tmp_path / "history.csv").unlink()
-    assert run("pong", out=tmp_path, total_frames=64, seed=0).exists()
+    assert run("pong", out=tmp_path, total_frames=64, seed=0, method="dqn").exists()
 
 
 def test_checkpoints_can_be_read_by_others(tmp_path: Path) -> None:
@@ -192,18 +197,103 @@ def test_the_teacher_and_the_student_learn_in_turn_and_go_on(tmp_path: Path) -> 
     distill.train(Run(tmp_path, None, resume=True), 0, teacher, replace(student, total_steps=256))
     second = load_file(tmp_path / "training.safetensors")
     assert int(second["student.steps"]) == 256
-    assert torch.equal(first["teacher.policy.0.weight"], second["teacher.policy.0.weight"])
+    assert torch.equal(first["teacher.policy.0.table.weight"], second["teacher.policy.0.table.weight"])
     assert not torch.equal(first["student.network.0.0.weight"], second["student.network.0.0.weight"])
+
+
+def test_a_student_with_memory_learns_and_goes_on(tmp_path: Path) -> None:
+    teacher = TeacherRecipe(total_steps=128, games=2, steps_per_round=64, batch_size=32, movement=True)
+    student = RecurrentRecipe(
+        total_steps=96, games=2, batch_size=2, buffer_size=8, warm_up=32, evaluate_every=10**6, evaluation_games=1
+    )
+    distill.train_recurrent(Run(tmp_path, None, resume=True), 0, teacher, student)
+    first = load_file(tmp_path / "training.safetensors")
+    recurrent_network().load_state_dict(load_file(tmp_path / "best.safetensors"))
+    distill.train_recurrent(Run(tmp_path, None, resume=True), 0, teacher, replace(student, total_steps=192))
+    second = load_file(tmp_path / "training.safetensors")
+    assert int(second["student.steps"]) == 192
+    lstm = "student.network.module.1.lstm.weight_hh_l0"
+    assert not torch.equal(first[lstm], second[lstm])
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe["student"]["total_steps"] == 192
+    assert recipe["versions"]["torchrl"]
+
+
+def test_a_student_with_memory_starts_as_the_one_without() -> None:
+    weights = load_file(WEIGHTS["pong"])
+    network = recurrent_network()
+    with torch.no_grad():
+        begin_as(network, weights)
+    feed_forward = value_network()
+    feed_forward.load_state_dict(weights)
+    pixels = torch.rand(3, 1, 84, 84)
+    state = torch.randn(3, 1, 256)
+    step = TensorDict(
+        {"pixels": pixels, "recurrent_state_h": state, "recurrent_state_c": state, "is_init": torch.zeros(3, 1) > 0},
+        [3],
+    )
+    torch.testing.assert_close(network(step)["action_value"], feed_forward(pixels))
+
+
+def test_a_window_is_learned_from_as_it_was_played() -> None:
+    """Stepping with the state carried, with a game that begins in between, gives what the whole window gives."""
+    torch.manual_seed(0)
+    recipe = RecurrentRecipe(games=2, steps_per_round=8, burn_in=2)
+    student = RecurrentStudent(recipe, 0)
+    torch.nn.init.normal_(next(m for m in student.network.modules() if isinstance(m, Head)).linear.weight, std=0.05)
+    games = Games(2, 0)
+    values = student.playing(student.network)
+    steps = []
+    for number in range(8):
+        games.begun[:] = number in (0, 5)
+        step = values(games)
+        steps.append(step.set("target", step["values"].softmax(-1)))
+        games.step(CODES[[1, 2]])
+    window = student.arrange(TensorDict.stack(steps, 1))
+    with torch.autocast("cpu", enabled=False):
+        logits, _ = student.logits(window)
+    stepped = torch.stack([step["values"] for step in steps], 1)
+    torch.testing.assert_close(logits[..., ACTIONS], stepped[:, 2:], atol=0.05, rtol=0.05)  # bfloat16
+
+
+def test_movement_is_what_changed_between_two_screens() -> None:
+    games = Games(1, 0)
+    while (features(games.before)[:, 0] == 84).any() or (features(games.screens)[:, 0] == 84).any():
+        games.step(CODES[[0]])  # until there is a ball
+    with_movement, without = features(games.screens, games.before), features(games.screens)
+    assert torch.equal(with_movement[:, :5], without)
+    still = features(games.screens, games.screens)
+    assert not torch.equal(with_movement, still)
+    assert (still[0, 5:7] - still.new_tensor([sum(SIZES) + 12, sum(SIZES) + 26 + 40])).tolist() == [0, 0]
+
+
+def test_a_point_is_an_episode_and_the_game_goes_on() -> None:
+    from torchrl.envs.utils import check_env_specs
+
+    env = Points(Games(2, 0), movement=True)
+    check_env_specs(env)
+    rollout = env.rollout(200, break_when_any_done=False)
+    scored = rollout["next", "reward"] != 0
+    assert scored.any()
+    assert torch.equal(rollout["next", "done"], scored)
+    assert env.games.scores.sum() == rollout["next", "reward"].sum()  # no game is over yet
 
 
 def test_centring_is_folded_into_the_first_convolution_exactly() -> None:
     torch.manual_seed(0)
     student = Student(StudentRecipe(), 0)
     screens = torch.randint(0, 256, (4, 84, 84), dtype=torch.uint8)
-    centred = student.network(distill._centred(screens))
-    torch.testing.assert_close(student.plain()(screens.float()[:, None] / 255), centred, atol=1e-5, rtol=1e-5)
+    network = value_network()
+    network.load_state_dict(student.weights())
+    torch.testing.assert_close(
+        network(screens.float()[:, None] / 255), student.network(centred(screens)), atol=1e-5, rtol=1e-5
+    )
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    centre(network)
+    uncentre(network)
+    torch.testing.assert_close(network.state_dict(), before)
 
 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="pong can be trained by dqn, distill; got 'magic'"):
+    with pytest.raises(UsageError, match="pong can be trained by distill, dqn; got 'magic'"):
         run("pong", out=tmp_path, total_frames=1, seed=0, method="magic")

@@ -32,7 +32,7 @@ from app.environment import Environment
 from app.signature import Array, Arrays
 from exporters.capture import Captured, capture
 from exporters.optimize import optimize
-from exporters.policies.pong import environment, observe, pong
+from exporters.policies.pong import pong
 from exporters.programs import aoti, onnx
 from exporters.quantize import certify_int8, quantize
 
@@ -124,9 +124,7 @@ def main() -> None:
     console = Console(stderr=arguments.json)
     with console.status(f"{wanted:,} screens of played games"):
         recorded = np.load(arguments.recorded, mmap_mode="r") if arguments.recorded else None
-        screens = (
-            np.array(recorded[:wanted]) if recorded is not None else observe(source.weights, wanted)["pixels"].numpy()
-        )
+        screens = np.array(recorded[:wanted]) if recorded is not None else source.observe(wanted)["pixels"].numpy()
     captured = capture(source)
     with tempfile.TemporaryDirectory() as folder, console.status("building"):
         programs, applied, int8 = build(captured, screens[::2], Path(folder), arguments.pt2)
@@ -137,7 +135,7 @@ def main() -> None:
         quantized,
         original,
         {"pixels": screens[1::2]},
-        (lambda run: scores(run, environment(), arguments.play)) if arguments.play else None,
+        (lambda run: scores(run, source.environment, arguments.play)) if arguments.play else None,
     )
     actions = [golden.in_batches(run, {"pixels": screens}, 8)["action"] for run in (original, rewritten)]
     identical = int((actions[0] == actions[1]).sum())

@@ -42,12 +42,12 @@ def both(pong_store: Path) -> Iterator[dict[str, local.LocalService]]:
 def screens() -> Array:
     """512 real Pong screens, (512, 210, 160, 3) uint8, none of which the certificate saw."""
     from app.client.ale import AtariGame
-    from exporters.policies.pong import environment
+    from exporters.policies.atari import environment
 
     rng = np.random.default_rng(7)
     taken: list[Array] = []
     for seed in (1001, 1002):
-        game = AtariGame(environment(), seed)
+        game = AtariGame(environment("pong"), seed)
         while len(taken) < 256 * (seed - 1000):
             if game.steps % 2 == 0:
                 taken.append(game.screen().copy())
