@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,17 @@ class Waiting:
 
     inputs: Arrays
     size: int
-    future: asyncio.Future[Arrays]
+    future: asyncio.Future[Answer]
+    since_ns: int  # when it was submitted, on `time.perf_counter_ns`'s clock
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Every output, each (size, *shape), and what the request spent its time on."""
+
+    outputs: Arrays
+    queue_ns: int  # until its batch was formed
+    run_ns: int  # of the runtime call, which it shared with the others of its batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Statistics:
     waiting: int  # items submitted and not yet answered
     batches: int  # runtime calls so far
     items: int  # items in those calls
+    run_ns: int  # the time in those calls
 
 
 def form(waiting: deque[Waiting], max_items: int) -> tuple[list[Waiting], list[Waiting]]:
@@ -66,6 +78,7 @@ class Batcher:
         self._waiting = 0
         self._batches = 0
         self._items = 0
+        self._run_ns = 0
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -79,8 +92,8 @@ class Batcher:
         self._inbox.put(None)
         await loop.run_in_executor(None, self._thread.join)
 
-    def submit(self, inputs: Arrays, size: int) -> asyncio.Future[Arrays]:
-        """Queue `size` items (at most `max_items`). The future gives every output, each (size, *shape).
+    def submit(self, inputs: Arrays, size: int) -> asyncio.Future[Answer]:
+        """Queue `size` items (at most `max_items`).
 
         Raises `Overloaded` when the queue has no room and `NotServing` when the batcher is not running.
         """
@@ -88,13 +101,13 @@ class Batcher:
             raise NotServing("this policy is closing; try again shortly")
         if self._waiting + size > self._max_waiting:
             raise Overloaded(self._max_waiting)
-        request = Waiting(inputs, size, self._loop.create_future())
+        request = Waiting(inputs, size, self._loop.create_future(), time.perf_counter_ns())
         self._waiting += size
         self._inbox.put(request)
         return request.future
 
     def statistics(self) -> Statistics:
-        return Statistics(self._waiting, self._batches, self._items)
+        return Statistics(self._waiting, self._batches, self._items, self._run_ns)
 
     def _work(self) -> None:
         """The thread: collect what waits, form a batch, run it, hand the answers to the event loop."""
@@ -119,16 +132,20 @@ class Batcher:
             return True
         return False
 
-    def _answer(self, batch: list[Waiting]) -> list[Arrays | ActserveError]:
+    def _answer(self, batch: list[Waiting]) -> list[Answer | ActserveError]:
         """One answer a request. When a shared call fails each request is run alone: none pays for another."""
+        begun_ns = time.perf_counter_ns()
         try:
             outputs = self._call(batch)
         except ActserveError as error:
             return [error] if len(batch) == 1 else [self._answer([request])[0] for request in batch]
-        answers: list[Arrays | ActserveError] = []
+        run_ns = time.perf_counter_ns() - begun_ns
+        self._run_ns += run_ns
+        answers: list[Answer | ActserveError] = []
         start = 0
         for request in batch:
-            answers.append({name: array[start : start + request.size] for name, array in outputs.items()})
+            part = {name: array[start : start + request.size] for name, array in outputs.items()}
+            answers.append(Answer(part, begun_ns - request.since_ns, run_ns))
             start += request.size
         return answers
 
@@ -145,7 +162,7 @@ class Batcher:
         except Exception as error:  # the thread must outlive whatever a runtime does
             raise RuntimeFailure(f"inference failed: {type(error).__name__}") from error
 
-    def _deliver(self, batch: list[Waiting], answers: list[Arrays | ActserveError], cancelled: list[Waiting]) -> None:
+    def _deliver(self, batch: list[Waiting], answers: list[Answer | ActserveError], cancelled: list[Waiting]) -> None:
         """In the event loop: settle the futures, free their places in the queue."""
         self._waiting -= sum(request.size for request in (*batch, *cancelled))
         for request, answer in zip(batch, answers, strict=True):

@@ -9,6 +9,7 @@ import json as jsonlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -41,6 +42,10 @@ class RuntimeName(StrEnum):
     PT2 = "pt2"
 
 
+class Protocol(StrEnum):
+    MACHADO = "machado"
+
+
 class Device(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
@@ -55,7 +60,7 @@ PolicyOption = Annotated[str | None, typer.Option(help="The policy's name; by de
 
 @cli.command()
 def train(
-    name: Annotated[str, typer.Argument(help="A bundled policy: pong.")],
+    name: Annotated[str, typer.Argument(help="pong, pong-lstm, or any other game of ale-py, such as breakout.")],
     out: Annotated[
         Path | None, typer.Option(help="Run folder: checkpoints, history, curve. Default runs/NAME.")
     ] = None,
@@ -65,10 +70,10 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the run folder's checkpoint.")] = True,
     method: Annotated[
-        str | None, typer.Option(help="pong: dqn, the tutorial's, or distill, which made the weights that ship.")
+        str | None, typer.Option(help="pong: distill, which made the weights that ship, or dqn, the tutorial's.")
     ] = None,
 ) -> None:
-    """Train a bundled policy with TorchRL; stop it at any time and run it again to go on."""
+    """Train a policy with TorchRL; stop it at any time and run it again to go on."""
     checkpoint = _offline("exporters.train:run")(
         name, out=out or Path("runs") / name, total_frames=frames, seed=seed, resume=resume, method=method
     )
@@ -85,6 +90,11 @@ def export(
     native: Annotated[bool, typer.Option("--native", help="Build the .pt2 for this CPU alone.")] = False,
     device: Annotated[Device, typer.Option(help="What the .pt2 is built for.")] = Device.CPU,
     int8: Annotated[bool, typer.Option("--int8", help="Publish NAME-int8 too, with a certificate of its own.")] = False,
+    evaluate: Annotated[int, typer.Option(min=0, help="Games to play with each program, for the certificate.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first of these games.")] = 0,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Certify everything, publish what runs anywhere: no .pt2.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Export a policy to .onnx and .pt2, prove that they do what it does, and publish them into the store."""
@@ -105,6 +115,8 @@ def export(
             runtimes=runtimes,
             native=native,
             device=device.value,
+            portable=portable,
+            evaluate=_evaluation(evaluate, seed) if evaluate else None,
             progress=progress,
         )
         if int8:
@@ -260,22 +272,25 @@ def serve(
     given = {"store": str(store.resolve()), "runtime": runtime.value, **({"policy": policy} if policy else {})}
     # Through the environment, so that workers, which are new processes, read the same settings.
     os.environ.update({PREFIX + name.upper(): value for name, value in given.items()})
-    Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
+    settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    uvicorn.run(
-        "app.main:create_app",
-        factory=True,
-        host=host,
-        port=port,
-        uds=str(uds) if uds else None,
-        workers=workers,
-        loop="uvloop",
-        http="httptools",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=30,
-    )
+    with _sessions_file(settings.sessions, workers):
+        uvicorn.run(
+            "app.main:create_app",
+            factory=True,
+            host=host,
+            port=port,
+            uds=str(uds) if uds else None,
+            workers=workers,
+            loop="uvloop",
+            http="httptools",
+            ws="app.api.websocket:WebSocketProtocol",
+            ws_per_message_deflate=False,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=30,
+        )
 
 
 @cli.command()
@@ -286,16 +301,32 @@ def play(
     episodes: Annotated[int, typer.Option(min=1, help="How many games.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first game; the next ones count up.")] = 0,
     video: Annotated[Path | None, typer.Option(help="Write the games to this .mp4 or .gif.")] = None,
+    speed: Annotated[int, typer.Option(min=1, help="Film every n-th step only.")] = 1,
+    protocol: Annotated[
+        Protocol | None, typer.Option(help="Evaluate by this protocol: Machado et al. 2018, Agarwal et al. 2021.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="NAME|URL", help="Play the same seeds with this policy, or this service.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Play Atari games on this machine with a policy served over HTTP."""
     from app.client import commands
 
-    report = commands.play(url, policy, game, episodes, seed, video, console)
+    def games(url: str, policy: str | None, video: Path | None) -> Any:
+        return commands.play(
+            url, policy, console=console, game=game, episodes=episodes, seed=seed, video=video, speed=speed,
+            protocol=protocol.value if protocol else None,
+        )  # fmt: skip
+
+    report = games(url, policy, video)
+    other = None
+    if compare is not None:
+        other = games(compare, policy, None) if "://" in compare else games(url, compare, None)
     if json:
-        _print_json(report.as_json())
+        _print_json(commands.report_as_json(report, protocol is not None, other))
     else:
-        commands.print_report(report)
+        commands.print_report(report, protocol is not None, other)
 
 
 @cli.command()
@@ -364,7 +395,31 @@ def _play_in_process(run: Callable[[Any], Any], environment: Any) -> list[float]
         (action, *_) = run({environment.screen: screen[None]}).values()
         return int(action[0])
 
-    return play(act, environment, episodes=1, seed=0).scores
+    return play(lambda: act, environment, episodes=1, seed=0).scores
+
+
+def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None]], dict[str, Any]]:
+    from app.evaluate import evaluate
+
+    return lambda artifact, progress: {"evaluation": evaluate(artifact, episodes, seed, progress)}
+
+
+@contextmanager
+def _sessions_file(named: Path | None, workers: int) -> Iterator[None]:
+    """Have a file for the sessions that all workers share: the one named, which must be usable, or a temporary one.
+    A lone worker makes its own: uvicorn ends it by the signal that it was sent, and nothing here would run again."""
+    from app.sessions import Limits, Sessions
+    from app.settings import PREFIX
+
+    if named is not None:
+        with Sessions(named, Limits()):
+            pass
+    if named is not None or workers == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
+        os.environ[PREFIX + "SESSIONS"] = str(Path(folder) / "sessions.sqlite")
+        yield
 
 
 @contextmanager

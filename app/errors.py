@@ -4,16 +4,22 @@ ActserveError
 ├── InvalidRequest               what the client sent cannot be used; nothing was run
 │   ├── MalformedBody            the bytes are not what their content type says
 │   ├── UnsupportedContentType   no decoder for this content type
+│   ├── UnsupportedContentEncoding  no decompressor for this coding, or several of them
 │   ├── NotAcceptable            no encoder for what `Accept` asks
 │   ├── BodyTooLarge             more bytes than the service takes
 │   ├── InvalidTensor            a tensor's name, dtype, shape or values are not what the signature says
-│   └── UnknownOutput            an output was asked for that the policy does not give
+│   ├── UnknownOutput            an output was asked for that the policy does not give
+│   └── StepConflict             the number of a session's step is neither the next one nor the last
 ├── NotFound
 │   ├── UnknownPolicy
-│   └── UnknownVersion
+│   ├── UnknownVersion
+│   ├── UnknownSession           no session of this policy was ever given this id
+│   └── SessionExpired           it was begun here and is gone: ended, idle for too long, or it made room
 ├── Unavailable                  the request was good; try again
 │   ├── Overloaded               the queue is full
-│   └── NotServing               still loading, or closing
+│   ├── NotServing               still loading, or closing
+│   └── SessionsUnavailable      the sessions' file cannot be used
+├── SessionTooLarge              one session alone has more state than all may have together
 ├── StoreError                   an artifact that must not be served
 │   ├── UnfinishedVersion        no manifest: publishing was cut short
 │   ├── InvalidManifest          the manifest cannot be read
@@ -71,6 +77,17 @@ class UnsupportedContentType(InvalidRequest):
         )
 
 
+class UnsupportedContentEncoding(InvalidRequest):
+    code = "unsupported_content_encoding"
+
+    def __init__(self, got: str, supported: Sequence[str]) -> None:
+        super().__init__(
+            f"expected one Content-Encoding, of {', '.join(supported)}; got {got[:80]}",
+            expected=list(supported),
+            got=got[:80],
+        )
+
+
 class NotAcceptable(InvalidRequest):
     code = "not_acceptable"
 
@@ -104,6 +121,14 @@ class UnknownOutput(InvalidRequest):
         super().__init__(f"no output named {name!r}; this policy gives {', '.join(known)}", got=name, known=list(known))
 
 
+class StepConflict(InvalidRequest):
+    code = "step_conflict"
+
+    def __init__(self, expected: int, got: int) -> None:
+        again = f" (or {expected - 1} again, for its stored answer)" if expected > 1 else ""
+        super().__init__(f"expected step {expected}{again}; got {got}", expected=expected, got=got)
+
+
 class NotFound(ActserveError):
     code = "not_found"
 
@@ -128,6 +153,17 @@ class UnknownVersion(NotFound):
         )
 
 
+class UnknownSession(NotFound):
+    code = "unknown_session"
+
+
+class SessionExpired(NotFound):
+    code = "session_expired"
+
+    def __init__(self, why: str = "it was ended, was idle for too long, or made room for others") -> None:
+        super().__init__(f"this session is gone: {why}; begin a new one")
+
+
 class Unavailable(ActserveError):
     code = "unavailable"
 
@@ -141,6 +177,21 @@ class Overloaded(Unavailable):
 
 class NotServing(Unavailable):
     code = "not_serving"
+
+
+class SessionsUnavailable(Unavailable):
+    code = "sessions_unavailable"
+
+
+class SessionTooLarge(ActserveError):
+    code = "session_too_large"
+
+    def __init__(self, limit_bytes: int, got_bytes: int) -> None:
+        super().__init__(
+            f"all sessions together may have {limit_bytes:,} bytes of state and answers; this one has {got_bytes:,}",
+            limit_bytes=limit_bytes,
+            got_bytes=got_bytes,
+        )
 
 
 class StoreError(ActserveError):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import act, errors, health, policies
+from app.api import act, errors, health, oip, policies, sessions, stream
 from app.registry import Registry
+from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.store import ModelStore
 
@@ -21,12 +24,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     registry = Registry(ModelStore(settings.store), settings)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        registry.start()
-        try:
-            yield
-        finally:
-            await registry.close()
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        limits = Limits(settings.max_sessions, settings.max_session_bytes, settings.session_idle_s)
+        with ExitStack() as stack:
+            path = settings.sessions
+            if path is None:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
+            app.state.sessions = stack.enter_context(Sessions(path, limits))
+            registry.start()
+            try:
+                yield
+            finally:
+                await registry.close()
 
     app = FastAPI(
         title="actserve",
@@ -37,6 +46,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.registry = registry
     errors.install(app)
-    for routes in (act, policies, health):
+    for routes in (act, sessions, stream, oip, policies, health):
         app.include_router(routes.router)
     return app

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from app import golden
 from app.artifact import Artifact
-from app.batcher import Batcher
+from app.batcher import Answer, Batcher, Statistics
 from app.errors import RuntimeFailure
 from app.requests import complete
 from app.runtimes import preflight
@@ -18,6 +19,16 @@ from app.settings import Settings
 from app.signature import Arrays, Exploration
 
 log = logging.getLogger("actserve")
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What a policy answered. New state goes by the name of the input that it replaces."""
+
+    outputs: Arrays  # and new state, each (size, *shape)
+    seed: int | None  # what anything random came from
+    queue_ns: int  # waiting for the runtime
+    run_ns: int  # in the runtime
 
 
 class Policy:
@@ -55,25 +66,27 @@ class Policy:
 
     async def act(
         self, tensors: Arrays, size: int, exploration: Exploration | None = None, seed: int | None = None
-    ) -> tuple[Arrays, int | None]:
-        """`size` items of a valid request, each tensor (size, *shape) -> (outputs and new state, seed).
-
-        New state goes by the name of the input that it replaces. The seed is what anything random came from.
-        """
+    ) -> Acted:
+        """Act on `size` items of a valid request, each tensor (size, *shape)."""
         completed = complete(self.signature, tensors, size, exploration, seed)
-        results = await self._run(completed.inputs, size)
+        answer = await self._run(completed.inputs, size)
+        results = answer.outputs
         for state in self.signature.state:
             results[state.spec.name] = results.pop(state.output)
-        return results, completed.seed
+        return Acted(results, completed.seed, answer.queue_ns, answer.run_ns)
 
-    async def _run(self, inputs: Arrays, size: int) -> Arrays:
+    async def _run(self, inputs: Arrays, size: int) -> Answer:
         step = self.signature.max_batch
         if size <= step:
             return await self._batcher.submit(inputs, size)
         slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
         # One after the other, so that a large batch waits in line with everybody else and never fills the queue.
         parts = [await self._batcher.submit({k: v[s] for k, v in inputs.items()}, s.stop - s.start) for s in slices]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+        return Answer(outputs, sum(part.queue_ns for part in parts), sum(part.run_ns for part in parts))
+
+    def statistics(self) -> Statistics:
+        return self._batcher.statistics()
 
     async def close(self) -> None:
         await self._batcher.close()

@@ -6,6 +6,7 @@ gives the same numbers to the same item of a request, whatever else is in the ba
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,16 @@ def complete(
         return Completed(inputs | {noise.spec.name: noise.spec.zeros(size) for noise in signature.noise}, None)
     seed = secrets.randbelow(MAX_SEED) if seed is None else seed
     return Completed(inputs | draw(signature.noise, seed, size), seed)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of the noise of one step, counted from 1, of an episode with `seed`; both of 0 to 2**63 - 1.
+
+    The first eight bytes of SHA-256 over the two, each as eight bytes, little-endian, the highest bit cleared: the
+    seeds of neighbouring steps and episodes have nothing in common, and any client can derive them.
+    """
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + step.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "little") & MAX_SEED
 
 
 def draw(noises: tuple[Noise, ...], seed: int, size: int) -> Arrays:

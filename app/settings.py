@@ -24,6 +24,16 @@ class Settings(BaseModel):
     threads: int = Field(1, ge=1, description="Threads inside one inference call.")
     max_body_bytes: int = Field(32 << 20, ge=1, description="The largest request body, in bytes.")
     max_waiting: int = Field(1024, ge=1, description="Items that may wait for one policy; more are refused with 503.")
+    sessions: Path | None = Field(
+        None,
+        description="The file, on a local disk, that holds the sessions; it outlives restarts. "
+        "Unset: a temporary one, which `actserve serve` makes for all its workers.",
+    )
+    max_sessions: int = Field(10_000, ge=1, description="Sessions that may be held; the longest idle make room.")
+    max_session_bytes: int = Field(
+        256 << 20, ge=1, description="What all sessions' state and last answers may come to, in bytes."
+    )
+    session_idle_s: float = Field(600, gt=0, description="Seconds without a step after which a session is forgotten.")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:

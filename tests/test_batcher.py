@@ -48,7 +48,7 @@ async def until(condition: threading.Event) -> None:
 def waiting(*sizes: int) -> deque[Waiting]:
     loop = asyncio.new_event_loop()
     try:
-        return deque(Waiting(items(*range(size)), size, loop.create_future()) for size in sizes)
+        return deque(Waiting(items(*range(size)), size, loop.create_future(), 0) for size in sizes)
     finally:
         loop.close()
 
@@ -82,10 +82,13 @@ def test_a_crowd_is_answered_in_one_call_each_with_its_own_rows() -> None:
         await until(runtime.entered)
         crowd = [batcher.submit(items(*range(n, n + size)), size) for n, size in ((10, 1), (20, 3), (30, 2), (40, 4))]
         runtime.free.set()
-        assert (await first)["y"].tolist() == [2]
-        assert [(await one)["y"].tolist() for one in crowd] == [[20], [40, 42, 44], [60, 62], [80, 82, 84, 86]]
+        assert (await first).outputs["y"].tolist() == [2]
+        assert [(await one).outputs["y"].tolist() for one in crowd] == [[20], [40, 42, 44], [60, 62], [80, 82, 84, 86]]
         assert runtime.sizes == [1, 6, 4]
+        ran, *waited = await asyncio.gather(first, *crowd)
+        assert all(answer.queue_ns > 0 for answer in waited)
         assert batcher.statistics().items == 11
+        assert batcher.statistics().run_ns >= ran.run_ns + waited[0].run_ns
         assert batcher.statistics().waiting == 0
         await batcher.close()
 
@@ -104,7 +107,7 @@ def test_cancelling_one_leaves_the_others() -> None:
         queued[1].cancel()
         running.cancel()  # in the runtime already
         runtime.free.set()
-        assert [(await queued[n])["y"].item() for n in (0, 2, 3)] == [0, 4, 6]
+        assert [(await queued[n]).outputs["y"].item() for n in (0, 2, 3)] == [0, 4, 6]
         assert runtime.sizes == [1, 3]
         await batcher.close()
 
@@ -121,10 +124,10 @@ def test_one_bad_request_does_not_fail_its_batch() -> None:
         await until(runtime.entered)
         good, bad, good_too = (batcher.submit(items(x), 1) for x in (1.0, -1.0, 3.0))
         runtime.free.set()
-        assert (await good)["y"].item() == 2
+        assert (await good).outputs["y"].item() == 2
         with pytest.raises(RuntimeFailure, match="negative"):
             await bad
-        assert (await good_too)["y"].item() == 6
+        assert (await good_too).outputs["y"].item() == 6
         await batcher.close()
 
     asyncio.run(scenario())
@@ -139,7 +142,7 @@ def test_a_foreign_exception_reaches_the_waiter_and_the_thread_lives() -> None:
         batcher.start()
         with pytest.raises(RuntimeFailure, match="KeyError"):
             await batcher.submit(items(0.0), 1)
-        assert (await batcher.submit(items(2.0), 1))["y"].item() == 0.5
+        assert (await batcher.submit(items(2.0), 1)).outputs["y"].item() == 0.5
         await batcher.close()
 
     asyncio.run(scenario())
@@ -177,6 +180,6 @@ def test_close_answers_what_was_submitted_and_refuses_the_rest() -> None:
             batcher.submit(items(1.0), 1)
         runtime.free.set()
         await closing
-        assert [(await one)["y"].item() for one in accepted] == [0, 2, 4, 6, 8]
+        assert [(await one).outputs["y"].item() for one in accepted] == [0, 2, 4, 6, 8]
 
     asyncio.run(scenario())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load as load_tensors
 
 from app.client import worker
 from app.client.load import load
@@ -79,9 +80,9 @@ def test_an_answer_that_changes_is_found(service: FakeService) -> None:
     assert report.errors == {"inconsistent": 1}
 
 
-def test_several_observations_go_as_json(service: FakeService) -> None:
+def test_several_observations_go_by_name(service: FakeService) -> None:
     service.signature = {**SIGNATURE, "observations": [{"name": n, "dtype": "float32", "shape": [2]} for n in "ab"]}
-    service.act = lambda body: (200, {"action": len(json.loads(body)["a"])})
+    service.act = lambda body: (200, {"action": len(load_tensors(body)["a"])})
     report = load(service.url, concurrency=1, duration_s=0.1, processes=1)
     assert report.errors == {}
     assert report.requests > 5

@@ -24,9 +24,9 @@ def test_any_number_of_items_is_answered_in_order(cart: Artifact, size: int) -> 
         policy = Policy.load(cart, settings())
         policy.start()
         batch = cart.manifest.signature.observations[0].sample(np.random.default_rng(0), size)
-        outputs, _ = await policy.act({"observation": batch}, size)
+        outputs = (await policy.act({"observation": batch}, size)).outputs
         assert outputs["action"].shape == (size,)
-        last, _ = await policy.act({"observation": batch[-1:]}, 1)
+        last = (await policy.act({"observation": batch[-1:]}, 1)).outputs
         assert outputs["action"][-1] == last["action"][0]
         await policy.close()
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app import wire
 from app.client.remote import RemotePolicy
 from app.environment import Environment, GameAction
 from app.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
@@ -78,7 +79,7 @@ def test_a_continuous_action_is_an_array_of_its_dtype(service: FakeService) -> N
     assert (one.dtype, one.tolist(), two.shape) == (np.float32, [0.5, -1], (2, 2))
 
 
-def test_several_observations_go_by_name_as_json(service: FakeService) -> None:
+def test_several_observations_go_by_name(service: FakeService) -> None:
     speed = {"name": "speed", "dtype": "float32", "shape": []}
     service.signature = {**SIGNATURE, "observations": [*SIGNATURE["observations"], speed]}
     sent: list[bytes] = []
@@ -87,7 +88,10 @@ def test_several_observations_go_by_name_as_json(service: FakeService) -> None:
         assert policy.act({"pixels": ITEM, "speed": np.float32(0.5) * np.ones((), np.float32)}) == 1
         with pytest.raises(UsageError, match="pixels, speed: give them by name"):
             policy.act(ITEM)
-    assert sent == [b'{"pixels":[[0,1,2],[3,4,5],[6,7,8],[9,10,11]],"speed":0.5}']
+    (body,) = sent
+    items = wire.decode(wire.SAFETENSORS, body, policy.signature)
+    assert items.tensors["pixels"].tolist() == [ITEM.tolist()]
+    assert items.tensors["speed"].tolist() == [0.5]
 
 
 @pytest.mark.parametrize(

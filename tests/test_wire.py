@@ -97,7 +97,11 @@ def test_a_scalar_is_one_item() -> None:
         ({"dtype": "uint8", "shape": [4, 3], "b64": "!"}, "base64"),
         ({"dtype": "uint8", "shape": [4, 3], "b64": 7}, "base64"),
         ({"dtype": "uint8", "shape": [4, 3], "b64": "AAAA"}, "12 bytes for shape .* got 3 bytes"),
-        ({"dtype": "uint8", "shape": [2**40, 2**40], "b64": "AAAA"}, "got 3 bytes"),
+        ({"dtype": "uint8", "shape": [2**40, 4, 3], "b64": "AAAA"}, "got 3 bytes"),
+        (
+            {"dtype": "uint8", "shape": [2**64, 0], "b64": ""},
+            r"batch of them; got uint8\[18446744073709551616, 0\]",
+        ),
     ],
 )
 def test_json_values_are_never_wrapped_rounded_or_guessed(value: object, message: str) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app import wire
-from app.errors import BodyTooLarge, UnknownVersion
-from app.policy import Policy
-from app.registry import Registry
-from app.signature import Exploration
+from app.api import common, sessions
+from app.errors import InvalidRequest, NotAcceptable
+from app.policy import Acted, Policy
+from app.signature import Exploration, State
+from app.wire.items import Body
 
 router = APIRouter(tags=["act"])
 
@@ -23,19 +24,27 @@ Post one observation and get the policy's action for it.
   210x160x3 uint8: 100,800 bytes. k observations back to back are a batch of k.
 * State is carried by the client: a recurrent policy's answer has its state; send it back with the next observation.
   Without state, or with `"is_init": true`, an episode begins.
-* `application/json`: `{"pixels": nested lists}` or
+* Or it is held by the service: see `/policies/{name}/sessions`.
+* `application/safetensors`: any of the policy's inputs by name, each one item or a batch of them, and the metadata
+  `seed`, `exploration` and `session`.
+* `application/json`: the same, as `{"pixels": nested lists}` or
   `{"pixels": {"dtype": "uint8", "shape": [210, 160, 3], "b64": "..."}}`.
+* `image/png`: one screen, for a policy whose observation is an image.
+* `Content-Encoding: zstd` or `gzip` on any of them. A Pong screen is 0.2 KB in zstd.
 
 ```
 curl --data-binary @frame.raw -H 'Content-Type: application/octet-stream' :8000/act
 {"action":3}
 ```
 """
+_BINARY = {"type": "string", "format": "binary"}
 _EXTRA: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            wire.RAW: {"schema": {"type": "string", "format": "binary"}},
+            wire.RAW: {"schema": _BINARY},
+            wire.SAFETENSORS: {"schema": _BINARY},
+            wire.PNG: {"schema": _BINARY},
             wire.JSON: {
                 "schema": {"type": "object", "additionalProperties": True},
                 "example": {"pixels": {"dtype": "uint8", "shape": [210, 160, 3], "b64": "AAAA..."}},
@@ -62,12 +71,34 @@ _EXTRA: dict[str, Any] = {
             "schema": {"type": "integer", "minimum": 0},
             "description": "The same seed gives the same random actions; without one the answer tells a fresh one.",
         },
+        {
+            "name": "Content-Encoding",
+            "in": "header",
+            "schema": {"type": "string", "enum": ["zstd", "gzip", "deflate", "identity"]},
+            "description": "How the body is compressed.",
+        },
+        {
+            "name": sessions.ID,
+            "in": "header",
+            "schema": {"type": "string"},
+            "description": "The session that takes this step; it holds the state.",
+        },
+        {
+            "name": sessions.STEP,
+            "in": "header",
+            "schema": {"type": "integer", "minimum": 1},
+            "description": "The step's number: one more than the last; or the last, for the answer that it had.",
+        },
     ],
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The action for each observation; `Accept: application/octet-stream` gives its raw bytes.",
-        "content": {wire.JSON: {"example": {"action": 3}}, wire.RAW: {}},
+        "description": "The action for each observation, in the encoding that `Accept` asks for; JSON by default.",
+        "content": {
+            wire.JSON: {"example": {"action": 3}},
+            wire.RAW: {"schema": _BINARY},
+            wire.SAFETENSORS: {"schema": _BINARY},
+        },
     },
     "4XX": {
         "description": "What was expected and what came.",
@@ -92,35 +123,66 @@ def _route(path: str) -> Callable[[_Endpoint], _Endpoint]:
 
 @_route("/act")
 async def act(request: Request) -> Response:
-    return await _act(request, await _registry(request).get())
+    return await _act(request, await common.registry(request).get())
 
 
 @_route("/policies/{name}/act")
 async def act_by_name(request: Request, name: str) -> Response:
-    return await _act(request, await _registry(request).get(name))
+    return await _act(request, await common.registry(request).get(name))
 
 
 @_route("/policies/{name}/versions/{version}/act")
 async def act_by_version(request: Request, name: str, version: str) -> Response:
-    registry = _registry(request)
-    if not version.isdecimal() or len(version) > 9:
-        raise UnknownVersion(name[:80], version, registry.describe(name)["versions"])
-    return await _act(request, await registry.get(name, int(version)))
+    policy = await common.by_version(request, name, version)
+    return await _act(request, policy, policy.artifact.manifest.version)
 
 
-async def _act(request: Request, policy: Policy) -> Response:
-    """Decode, ask the policy, encode: what is refused is refused before anything runs."""
-    signature = policy.signature
-    wanted = signature.select([name for name in request.query_params.get("outputs", "").split(",") if name])
-    accept = request.headers.get("accept", "")
-    wire.negotiate(accept)
-    body = await _read(request, request.app.state.settings.max_body_bytes)
-    items = wire.decode(request.headers.get("content-type", ""), body, signature)
+async def _act(request: Request, policy: Policy, version: int | None = None) -> Response:
+    """Decode, ask the policy, encode: what is refused is refused before anything runs. `version`: the URL's, if any."""
+    body = await common.read_expanded(request)
+    if sessions.ID in request.headers:
+        return await _step(request, policy, version, request.headers[sessions.ID], body)
+    items = _decode(request, body, policy)
+    if items.session is not None:
+        return await _step(request, policy, version, items.session, body)
+    if sessions.STEP in request.headers:
+        raise InvalidRequest(f"{sessions.STEP} numbers the steps of a session: expected {sessions.ID} too; got none")
+    names = _wanted(request, policy, policy.signature.state)
     exploration, seed = _randomness(request, items)
-    outputs, seed = await policy.act(items.tensors, items.size, exploration, seed)
-    answered = {name: outputs[name] for name in (*wanted, *(state.spec.name for state in signature.state))}
-    content_type, content = wire.encode(accept, answered, items.batched, seed)
-    return Response(content, media_type=content_type)
+    acted = await policy.act(items.tensors, items.size, exploration, seed)
+    return _answer(request, acted, names, items.batched)
+
+
+async def _step(request: Request, policy: Policy, version: int | None, id_: str, body: Body) -> Response:
+    """The same for a session of `policy`, which may have begun with another version."""
+    stepping = await sessions.stepping(request, policy, version, id_)
+    names = _wanted(request, stepping.policy)
+    stepped = await sessions.step(request, stepping, lambda: _decode(request, body, stepping.policy))
+    return _answer(request, stepped.acted, names, False, sessions.headers(stepped))
+
+
+def _decode(request: Request, body: Body, policy: Policy) -> wire.Items:
+    return wire.decode(request.headers.get("content-type", ""), body, policy.signature)
+
+
+def _wanted(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
+    """The outputs to answer, and `state`. Raises `UnknownOutput`, or `NotAcceptable` for what cannot be encoded."""
+    asked = [name for name in request.query_params.get("outputs", "").split(",") if name]
+    names = [*policy.signature.select(asked), *(part.spec.name for part in state)]
+    accept = request.headers.get("accept", "")
+    if wire.negotiate(accept) == wire.RAW and len(names) > 1:
+        raise NotAcceptable(
+            f"{wire.RAW}, which can carry one output, and {len(names)} were asked for", [wire.JSON, wire.SAFETENSORS]
+        )
+    return names
+
+
+def _answer(
+    request: Request, acted: Acted, names: Sequence[str], batched: bool, headers: dict[str, str] | None = None
+) -> Response:
+    outputs = {name: acted.outputs[name] for name in names}
+    content_type, content = wire.encode(request.headers.get("accept", ""), outputs, batched, acted.seed)
+    return Response(content, media_type=content_type, headers=headers)
 
 
 def _randomness(request: Request, items: wire.Items) -> tuple[Exploration | None, int | None]:
@@ -128,21 +190,3 @@ def _randomness(request: Request, items: wire.Items) -> tuple[Exploration | None
     query = request.query_params
     exploration = wire.read_exploration(query["exploration"]) if "exploration" in query else items.exploration
     return exploration, wire.read_seed(query["seed"]) if "seed" in query else items.seed
-
-
-async def _read(request: Request, limit_bytes: int) -> bytearray:
-    """The body, bounded: a declared length is refused before the first byte is read."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit_bytes:
-        raise BodyTooLarge(limit_bytes, int(declared))
-    body = bytearray()  # writable, so that no runtime has to copy what it is given
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise BodyTooLarge(limit_bytes)
-    return body
-
-
-def _registry(request: Request) -> Registry:
-    registry: Registry = request.app.state.registry
-    return registry

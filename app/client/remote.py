@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
-import numpy as np
-import pydantic
-import pydantic_core
-import urllib3
-from urllib3.connection import HTTPConnection
-
-from app import wire
+from app.client import operations
+from app.client.operations import Description, Operation, Result
+from app.client.tensordicts import read_tensordict, write_tensordict
+from app.client.transport import Connection
 from app.environment import Environment
-from app.errors import ServiceError, ServiceUnreachable, UsageError
-from app.signature import Array, Signature
+from app.errors import ServiceUnreachable
+from app.requests import step_seed
+from app.signature import Array, Arrays, Exploration, Signature
 
-CONNECT_TIMEOUT_S = 5.0
-ANSWER_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a service says of one of its policies."""
-
-    name: str
-    version: int
-    runtime: str  # "onnx" or "pt2"
-    reason: str  # why that runtime
-    signature: Signature
-    environment: Environment | None  # the game it plays, if it plays one
+ATTEMPTS = 3  # at a step within a session, which the service takes once
 
 
 class RemotePolicy:
@@ -47,13 +29,13 @@ class RemotePolicy:
         self.url = url
         self.uds = uds
         self._wanted = policy
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._description: Description | None = None
 
     def __enter__(self) -> Self:
-        self._connection = _Connection(self.url, self.uds)
+        self._connection = Connection(self.url, self.uds)
         try:
-            self._description = self._describe()
+            self._description = self.run(operations.describe(self._wanted))
         except BaseException:
             self._connection.close()
             raise
@@ -71,19 +53,60 @@ class RemotePolicy:
         A single discrete action is an int; anything else an array (*action shape) or (k, *action shape). A policy
         with several observations takes them by name. Raises `InvalidTensor` before anything is sent.
         """
-        tensors, batched = self._checked(observation)
-        content_type, body = request_body(self.signature, tensors, batched)
-        answer = self._exchange("POST", act_path(self.name), body, {"Content-Type": content_type})
-        spec = self.signature.action
+        return self.run(operations.act(self.description, observation))
+
+    def step(
+        self,
+        tensors: Mapping[str, Array],
+        outputs: Sequence[str] = (),
+        *,
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+    ) -> Arrays:
+        """Any inputs of the signature by name -> the action, `outputs`, and the new state, all by name.
+
+        Each is one item (*shape), or each a batch (k, *shape). New state goes by the name of the input that it
+        replaces. Raises `InvalidTensor` before anything is sent.
+        """
+        return self.run(operations.step(self.description, tensors, outputs, exploration, seed))
+
+    def __call__(self, tensordict: Any) -> Any:
+        """Act on a TensorDict as a TorchRL module does: write the outputs, and new state under ``("next", key)``.
+
+        Batch size [] or [k]. Returns `tensordict`.
+        """
+        tensors = read_tensordict(tensordict, self.signature)
+        results = self.step(tensors, [spec.name for spec in self.signature.outputs])
+        return write_tensordict(tensordict, results, self.signature)
+
+    def episode(
+        self, outputs: Sequence[str] = (), *, exploration: Exploration | None = None, seed: int | None = None
+    ) -> Episode:
+        """One episode, of which the state is carried here. With `seed` everything random in it comes from that."""
+        return Episode(self, outputs, exploration, seed)
+
+    def session(
+        self,
+        outputs: Sequence[str] = (),
+        *,
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+        owner: str | None = None,
+    ) -> Session:
+        """One episode, of which the service keeps the state."""
+        id_ = self.run(operations.begin_session(self.description, exploration, seed, owner))
+        return Session(self, id_, outputs)
+
+    def run(self, operation: Operation[Result]) -> Result:
+        """One operation, over this policy's connection."""
+        assert self._connection is not None, "to be used in a with block"
         try:
-            action = answer[spec.name]
-            if type(action) is int and not batched:  # the common case: nothing to convert
-                return action
-            size = len(next(iter(tensors.values())))
-            shape = (size, *spec.shape) if batched else spec.shape  # a batch of one is answered as one item
-            return np.asarray(action, spec.numpy_dtype).reshape(shape)
-        except (KeyError, TypeError, ValueError) as error:
-            raise _unintelligible(f"{spec.name!r} as {spec}", answer) from error
+            request = next(operation)
+            while True:
+                request = operation.send(self._connection.exchange(request))
+        except StopIteration as done:
+            result: Result = done.value
+            return result
 
     @property
     def description(self) -> Description:
@@ -111,130 +134,95 @@ class RemotePolicy:
     def environment(self) -> Environment | None:
         return self.description.environment
 
-    def _checked(self, observation: Array | Mapping[str, Array]) -> tuple[dict[str, Array], bool]:
-        """-> ({name: (k, *shape)} as the signature wants it, whether it came as a batch)."""
-        specs = {spec.name: spec for spec in self.signature.observations}
-        if not isinstance(observation, Mapping):
-            if len(specs) > 1:
-                raise UsageError(f"{self.name} takes {', '.join(specs)}: give them by name")
-            observation = dict.fromkeys(specs, observation)
-        batched = any(array.ndim > len(specs[name].shape) for name, array in observation.items() if name in specs)
-        # A new leading axis keeps row-major arrays as they are; others are copied here.
-        tensors = {n: np.ascontiguousarray(array if batched else array[None]) for n, array in observation.items()}
-        self.signature.validate(tensors)
-        return tensors, batched
 
-    def _describe(self) -> Description:
-        name = self._wanted
-        if name is None:
-            listed = self._exchange("GET", "/policies")
-            name = listed.get("default") if isinstance(listed, dict) else None
-            if not isinstance(name, str):
-                raise UsageError(f"the service at {self.url} names no default policy; say which")
-        answer = self._exchange("GET", f"/policies/{quote(name, safe='')}")
-        try:
-            manifest = answer["manifest"]
-            signature = pydantic.TypeAdapter(Signature).validate_python(manifest["signature"])
-            environment = pydantic.TypeAdapter(Environment | None).validate_python(manifest.get("environment"))
-            return Description(
-                answer["name"], answer["version"], answer["runtime"], answer["reason"], signature, environment
-            )
-        except (KeyError, TypeError, AttributeError, pydantic.ValidationError) as error:
-            raise _unintelligible("a description that this version of the client understands", error) from error
+class Carried:
+    """What an episode carries from one step to the next; the same for both clients."""
 
-    def _exchange(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
-        """One request -> the JSON of its answer."""
-        assert self._connection is not None, "to be used in a with block"
-        response = self._connection.exchange(method, path, body, headers or {})
-        try:
-            document = pydantic_core.from_json(response.data)
-        except ValueError:
-            document = response.data[:200].decode(errors="replace")
-        if response.status == 200:
-            if isinstance(document, str):
-                raise _unintelligible("JSON", document)
-            return document
-        error = document.get("error") if isinstance(document, dict) else None
-        if not isinstance(error, dict) or not {"code", "message"} <= error.keys():
-            raise ServiceError(response.status, "http_error", f"{document}")
-        raise ServiceError(response.status, error["code"], error["message"])
+    def __init__(
+        self, description: Description, outputs: Sequence[str], exploration: Exploration | None, seed: int | None
+    ) -> None:
+        self.description = description
+        self.outputs: Arrays = {}  # of the last step, without the state
+        self.state: Arrays = {}  # what the next step is given; empty: it is the first
+        self.steps = 0
+        self._wanted, self._exploration, self._seed = outputs, exploration, seed
+
+    def act(self, observation: Array | Mapping[str, Array]) -> Operation[Any]:
+        """The operation of the next step; its result is the action."""
+        description, signature = self.description, self.description.signature
+        if not (signature.state or self._wanted or self._exploration):
+            action = yield from operations.act(description, observation)
+            self.steps += 1
+            return action
+        seed = None if self._seed is None else step_seed(self._seed, self.steps + 1)
+        tensors = {**description.by_name(observation), **self.state}
+        outputs = yield from operations.step(description, tensors, self._wanted, self._exploration, seed)
+        self.steps += 1
+        self.state = {state.spec.name: outputs.pop(state.spec.name) for state in signature.state}
+        self.outputs = outputs
+        return plain(outputs[signature.action.name])
 
 
-def act_path(name: str) -> str:
-    return f"/policies/{quote(name, safe='')}/act"
+class Episode:
+    """One episode played with a `RemotePolicy`: `act` in order, with the state of the step before."""
+
+    def __init__(
+        self, policy: RemotePolicy, outputs: Sequence[str], exploration: Exploration | None, seed: int | None
+    ) -> None:
+        self._policy = policy
+        self._carried = Carried(policy.description, outputs, exploration, seed)
+
+    def act(self, observation: Array | Mapping[str, Array]) -> Any:
+        """The action for one observation (*shape): an int if it is a single discrete one, else an array.
+
+        A step that fails moves nothing: it may be tried again.
+        """
+        return self._policy.run(self._carried.act(observation))
+
+    @property
+    def outputs(self) -> Arrays:
+        """Of the last step, by name; empty if only the action was wanted."""
+        return self._carried.outputs
 
 
-def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bool) -> tuple[str, Any]:
-    """Observations {name: (k, *shape)} -> (content type, body): raw bytes of a single tensor, JSON for several."""
-    if len(signature.observations) > 1:
-        return wire.encode(wire.JSON, tensors, batched)
-    (array,) = tensors.values()
-    # A view: 100 KB of screen are not copied before they are sent.
-    return wire.RAW, array.astype(array.dtype.newbyteorder("<"), copy=False).data.cast("B")
+class Session:
+    """One episode whose state the service keeps. A context manager: at its end the session is ended."""
 
+    def __init__(self, policy: RemotePolicy, id_: str, outputs: Sequence[str]) -> None:
+        self.id = id_
+        self.steps = 0
+        self.outputs: Arrays = {}  # of the last step
+        self._policy = policy
+        self._wanted = outputs
 
-def _unintelligible(expected: str, got: object) -> ServiceError:
-    return ServiceError(200, "unintelligible", f"expected {expected}; got {got}"[:500])
-
-
-class _Connection:
-    """The only place that knows urllib3: one kept-alive connection, opened when first used."""
-
-    def __init__(self, url: str, uds: str | None) -> None:
-        self._where = url if uds is None else f"{url} through {uds}"
-        try:
-            parsed = urllib3.util.parse_url(url)
-            if parsed.scheme not in ("http", "https") or not parsed.host:
-                raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}")
-            self._prefix = (parsed.path or "").rstrip("/")
-            self._pool = _pool(url, uds)
-        except urllib3.exceptions.HTTPError as error:
-            raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}: {error}") from error
-        self._used = False
-
-    def exchange(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        try:
+    def act(self, observation: Array | Mapping[str, Array]) -> Any:
+        """As `Episode.act`. A step whose answer was lost is asked for again, and taken once."""
+        description = self._policy.description
+        within = operations.Step(self.id, self.steps + 1)
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                response = self._send(method, path, body, headers)
-            except urllib3.exceptions.ProtocolError as error:
-                # The service closed the kept connection just as it was used again. What was asked has no state: once
-                # more, on a new connection.
-                if not self._used or not isinstance(error.args[-1], ConnectionError):
+                self.outputs = self._policy.run(
+                    operations.step(description, description.by_name(observation), self._wanted, within=within)
+                )
+                break
+            except ServiceUnreachable:
+                if attempt == ATTEMPTS:
                     raise
-                response = self._send(method, path, body, headers)
-        except urllib3.exceptions.HTTPError as error:
-            raise ServiceUnreachable(f"no answer from {self._where}: {error}", url=self._where) from error
-        self._used = True
-        return response
+        self.steps += 1
+        return plain(self.outputs[description.signature.action.name])
 
-    def close(self) -> None:
-        self._pool.close()
+    def end(self) -> None:
+        self._policy.run(operations.end_session(self._policy.description, self.id))
 
-    def _send(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        return self._pool.urlopen(method, self._prefix + path, body, headers, retries=False, redirect=False)
+    def __enter__(self) -> Self:
+        return self
 
-
-def _pool(url: str, uds: str | None) -> urllib3.HTTPConnectionPool:
-    timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=ANSWER_TIMEOUT_S)
-    if uds is not None:
-        return _UnixPool("localhost", timeout=timeout, maxsize=1, block=True, uds=uds)
-    return urllib3.connection_from_url(url, timeout=timeout, maxsize=1, block=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end()
 
 
-class _UnixConnection(HTTPConnection):
-    def __init__(self, *args: Any, uds: str, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._uds = uds
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(CONNECT_TIMEOUT_S)
-        try:
-            self.sock.connect(self._uds)
-        except OSError as error:
-            self.close()
-            raise urllib3.exceptions.NewConnectionError(self, f"{error}") from error
-
-
-class _UnixPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _UnixConnection
+def plain(action: Array) -> Any:
+    """An int for a single discrete action, else the array."""
+    return int(action) if action.ndim == 0 and action.dtype.kind in "iu" else action

@@ -13,7 +13,7 @@ import urllib3
 
 from app.client.connection import Connection
 from app.client.loops import ClosedLoop, Loop, OpenLoop
-from app.client.remote import act_path, request_body
+from app.client.operations import act_path, request_body
 from app.client.tally import Tally
 from app.errors import ServiceUnreachable
 from app.signature import Signature

@@ -22,6 +22,17 @@ def pong_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store.root
 
 
+@pytest.fixture(scope="session")
+def gru_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    """A store with `gru`@1, both programs: recurrent, with `observation` (4,) float32."""
+    from exporters.load import load
+    from exporters.publish import export
+
+    store = ModelStore(tmp_path_factory.mktemp("gru"))
+    export(load("tests.policies:gru")[1], "gru", store, origin="tests.policies:gru")
+    return store
+
+
 @pytest.fixture(scope="session", params=["onnx", "pt2"])
 def service(request: pytest.FixtureRequest, pong_store: Path) -> Iterator[local.LocalService]:
     """The real service as a process of its own, once with each runtime."""

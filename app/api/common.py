@@ -1,0 +1,49 @@
+"""What the routes of several topics need of a request."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import Request
+from starlette.requests import HTTPConnection
+
+from app import wire
+from app.errors import BodyTooLarge, UnknownVersion
+from app.policy import Policy
+from app.registry import Registry
+from app.wire.items import Body
+
+
+def registry(request: HTTPConnection) -> Registry:
+    found: Registry = request.app.state.registry
+    return found
+
+
+async def by_version(request: HTTPConnection, name: str, version: str) -> Policy:
+    """Raises `UnknownVersion`, for what is no number too, or what `Registry.get` raises."""
+    if not version.isdecimal() or len(version) > 9:
+        raise UnknownVersion(name[:80], version, registry(request).describe(name)["versions"])
+    return await registry(request).get(name, int(version))
+
+
+async def read_expanded(request: Request) -> Body:
+    """The body as it was before it was compressed, bounded before and after: a kilobyte may expand to gigabytes."""
+    limit_bytes = request.app.state.settings.max_body_bytes
+    body = await read(request, limit_bytes)
+    encoding = ", ".join(request.headers.getlist("content-encoding"))
+    if not encoding:
+        return body
+    return await asyncio.to_thread(wire.expand, body, encoding, limit_bytes)
+
+
+async def read(request: Request, limit_bytes: int) -> bytearray:
+    """The body, bounded: a declared length is refused before the first byte is read."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit_bytes:
+        raise BodyTooLarge(limit_bytes, int(declared))
+    body = bytearray()  # writable, so that no runtime has to copy what it is given
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+    return body

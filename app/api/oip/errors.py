@@ -1,0 +1,51 @@
+"""Errors in the protocol's shape, `{"error": "message"}`, for routers whose `route_class` is `OipRoute`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pydantic_core
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from app.api.errors import RETRY_AFTER_S, status_of
+from app.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict, Unavailable
+
+log = logging.getLogger("actserve")
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def status(error: ActserveError) -> int:
+    """As elsewhere, but for bad input, which the protocol answers with 400."""
+    bad_input = isinstance(error, InvalidRequest) and not isinstance(error, BodyTooLarge | StepConflict)
+    return 400 if bad_input else status_of(error)
+
+
+def answer(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(pydantic_core.to_json({"error": message}), status, headers, media_type="application/json")
+
+
+class OipRoute(APIRoute):
+    def get_route_handler(self) -> Handler:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except ActserveError as error:
+                if status(error) >= 500 and not isinstance(error, Unavailable):
+                    log.error("%s", error.message, exc_info=error.__cause__)
+                headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, Unavailable) else None
+                return answer(status(error), error.message, headers)
+            except ClientDisconnect:
+                raise
+            except Exception:
+                log.exception("a request failed")
+                return answer(500, "the service failed on this request; its log says why")
+
+        return handle

@@ -1,0 +1,73 @@
+"""The JSON of an infer request. Fields and parameters that are not known are passed over, as the protocol has it."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.errors import MalformedBody
+
+Count = Annotated[int, Field(ge=0, lt=2**64)]
+Name = Annotated[str, Field(max_length=128)]  # as long as a sequence's may be in Triton
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class _Placement(_Part):
+    shared_memory_region: Any = None
+
+
+class InputParameters(_Placement):
+    binary_data_size: Count | None = None
+
+
+class Input(_Part):
+    name: str
+    datatype: str
+    shape: Annotated[list[Count], Field(max_length=32)]
+    parameters: InputParameters | None = None
+    data: Any = None  # flat or nested, row-major
+
+
+class OutputParameters(_Placement):
+    binary_data: bool | None = None
+    classification: Any = None
+
+
+class Output(_Part):
+    name: str
+    parameters: OutputParameters | None = None
+
+
+class Parameters(_Part):
+    """What is said beside the tensors. `priority` is read and has no effect: requests are answered in turn."""
+
+    sequence_id: Count | Name = 0  # 0 and "": none
+    sequence_start: bool = False
+    sequence_end: bool = False
+    priority: Count = 0
+    timeout: Count = 0  # microseconds until the answer is of no use; 0: none
+    binary_data_output: bool = False
+    seed: Any = None
+    exploration: Any = None
+
+
+class InferRequest(_Part):
+    id: str | None = None
+    inputs: list[Input]
+    outputs: list[Output] | None = None
+    parameters: Parameters = Parameters()
+
+
+def parse(document: bytes) -> InferRequest:
+    """Raises `MalformedBody`, which names the field."""
+    try:
+        return InferRequest.model_validate_json(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the JSON part"
+        raise MalformedBody(f"{where}: {first['msg']}; got {reprlib.repr(first['input'])}"[:400]) from None

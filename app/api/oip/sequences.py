@@ -1,0 +1,79 @@
+"""Sequences: `sequence_id`, `sequence_start` and `sequence_end` as sessions.
+
+A sequence is a session that the client named: whoever knows a policy and the name shares it, as in Triton. It stays on
+the version that it began with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app import wire
+from app.api.oip import codec
+from app.api.oip.schema import Parameters
+from app.errors import InvalidRequest
+from app.policy import Acted, Policy
+from app.registry import Registry
+from app.sessions import Session, Sessions, policy_of
+from app.signature import Exploration
+
+
+@dataclass(frozen=True)
+class Sequence:
+    policy: Policy  # that acts: the version that the sequence began with
+    session: Session | None  # None: it starts with this request
+
+
+def randomness(parameters: Parameters) -> tuple[Exploration | None, int | None]:
+    """The exploration and the seed that a request asks for. Raises `MalformedBody`."""
+    exploration, seed = parameters.exploration, parameters.seed
+    return (
+        None if exploration is None else wire.read_exploration(exploration),
+        None if seed is None else wire.read_seed(seed),
+    )
+
+
+async def find(
+    sessions: Sessions, registry: Registry, parameters: Parameters, policy: Policy, pinned: bool
+) -> Sequence | None:
+    """The sequence that a request to `policy` names, if it does. `pinned`: it asks for this version and for no other.
+
+    Raises `UnknownSession` for one that was not started, `InvalidRequest` for a start or an end of nothing.
+    """
+    if not parameters.sequence_id:
+        if parameters.sequence_start or parameters.sequence_end:
+            raise InvalidRequest(
+                f"expected the sequence_id to start or end; got {parameters.sequence_id!r}, which is none"
+            )
+        return None
+    if parameters.sequence_start:
+        return Sequence(policy, None)
+    manifest = policy.artifact.manifest
+    session = sessions.sequence(manifest.name, parameters.sequence_id)
+    if pinned and session.version != manifest.version:
+        raise InvalidRequest(f"a sequence stays on its version: expected {session.version}; got {manifest.version}")
+    return Sequence(await policy_of(registry, session), session)
+
+
+async def step(sessions: Sessions, registry: Registry, sequence: Sequence, body: codec.Body) -> Acted:
+    """One step. When it fails the sequence is where it was, or is none if this was its start."""
+    parameters = body.request.parameters
+    exploration, seed = randomness(parameters)
+    tensors = codec.tensors(body, sequence.policy.signature)
+    session = sequence.session
+    if session is None:
+        manifest = sequence.policy.artifact.manifest
+        session = sessions.begin(
+            manifest.name, manifest.version, seed=seed, exploration=exploration, sequence=parameters.sequence_id
+        )
+    elif seed not in (None, session.seed) or exploration not in (None, session.exploration):
+        raise InvalidRequest("a sequence's seed and exploration are set when it starts; got others later")
+    try:
+        stepped = await sessions.step(registry, session, tensors)
+    except BaseException:
+        if sequence.session is None:
+            sessions.end(session)
+        raise
+    if parameters.sequence_end:
+        sessions.end(session)
+    return stepped.acted

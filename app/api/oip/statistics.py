@@ -1,0 +1,64 @@
+"""What the `/v2` routes of this process were asked, in the terms of Triton's statistics extension."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from app.policy import Acted, Policy
+
+
+@dataclass
+class Duration:
+    count: int = 0
+    ns: int = 0  # all together
+
+    def add(self, ns: int) -> None:
+        self.count += 1
+        self.ns += ns
+
+
+@dataclass
+class Counters:
+    """Infer requests to one policy. A success is the sum of its four parts; a run that is shared counts for each."""
+
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)  # decoding, and what is none of the others
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)  # encoding
+    last_ms: int = 0  # when the last success was answered, since the epoch
+
+    def succeeded(self, total_ns: int, acted: Acted, output_ns: int) -> None:
+        self.success.add(total_ns)
+        self.queue.add(acted.queue_ns)
+        self.compute_infer.add(acted.run_ns)
+        self.compute_output.add(output_ns)
+        self.compute_input.add(total_ns - acted.queue_ns - acted.run_ns - output_ns)
+        self.last_ms = time.time_ns() // 1_000_000
+
+
+_counters: WeakKeyDictionary[Policy, Counters] = WeakKeyDictionary()
+
+
+def of(policy: Policy) -> Counters:
+    return _counters.setdefault(policy, Counters())
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """One of `model_stats`. `inference_count` (items) and `execution_count` (runtime calls) are of every route."""
+    inference_stats = asdict(of(policy))
+    last_ms = inference_stats.pop("last_ms")
+    manifest, batches = policy.artifact.manifest, policy.statistics()
+    return {
+        "name": manifest.name,
+        "version": str(manifest.version),
+        "last_inference": last_ms,
+        "inference_count": batches.items,
+        "execution_count": batches.batches,
+        "inference_stats": inference_stats,
+        "batch_stats": [],
+    }

@@ -1,0 +1,211 @@
+"""`/policies/{name}/stream`: a WebSocket that is an episode. `app.wire.stream` has the formats of its messages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pydantic_core
+from fastapi import APIRouter, HTTPException, WebSocket, WebSocketDisconnect
+from starlette.datastructures import QueryParams
+
+from app import wire
+from app.api import common
+from app.api.errors import status_of
+from app.api.websocket import LIMIT, RESTART
+from app.errors import ActserveError, InvalidRequest, NotServing, Unavailable, UnsupportedContentType
+from app.policy import Acted, Policy
+from app.requests import complete, step_seed
+from app.settings import Settings
+from app.signature import Arrays
+from app.wire.stream import Hello, Replies, Reply
+
+log = logging.getLogger("actserve")
+
+router = APIRouter(tags=["stream"])
+
+WINDOW = 8  # replies to so many fit into any socket's buffers, so that neither side waits for the other forever
+BINARY = (wire.RAW, wire.PNG, wire.SAFETENSORS)  # what binary messages can be, the first by default
+_BYTES_PER_ELEMENT = 32  # the longest number in JSON, with room to spare
+_BYTES_BESIDE = 64 << 10  # names, and the head of a safetensors message or a PNG
+_REASON_BYTES = 123  # what a close frame has room for
+_IDLE, _UNUSABLE, _REFUSED, _INTERNAL, _TRY_AGAIN = 1001, 1003, 1008, 1011, 1013
+_ENDING: dict[type[ActserveError], int] = {UnsupportedContentType: _UNUSABLE, NotServing: RESTART}  # errors that last
+
+_DESCRIPTION = f"""
+Upgrade to a WebSocket: the connection is the episode, and the service keeps its state.
+
+1. The service says hello, in JSON: policy, version, runtime, the signature of a message, environment, seed, window.
+2. Send a **binary message** for each step: the raw bytes of the observation, as for `/act`; or a **text message**:
+   `{{"pixels": ..., "is_init": true}}` as for `/act`, which can carry several observations, and begin anew.
+3. Replies come in order. To a text message: `{{"action": 3, "step": 1, "queue_us": 40, "run_us": 310}}`. To a binary
+   one, little-endian: step (uint64), queue_us (uint32), run_us (uint32), and each output at its offset in the hello.
+
+Up to `window` ({WINDOW}) messages may be unanswered. A message that cannot be used is answered with
+`{{"error": {{"code", "message", "detail"}}, "status", "step"}}` and moves nothing; the stream goes on.
+
+In the query `outputs` (the action is always the first), `exploration` and `seed` are as for `/act`; the noise of step
+k comes from the seed and k. `binary` says what binary messages are: {", ".join(f"`{known}`" for known in BINARY)}.
+
+Close codes: {_IDLE} idle for too long, {_UNUSABLE} this policy takes text messages only, 1007 text that is not UTF-8,
+1009 a message larger than the hello allows, {_INTERNAL} the service failed or had no answer to its pings, {RESTART} the
+service restarts; what it had taken in has been answered. What cannot begin is refused as on `/act`, by an HTTP error.
+"""
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[None]])
+
+
+def _route(path: str) -> Callable[[_Endpoint], _Endpoint]:
+    """The WebSocket; and a page of /docs that says how to speak to it, for whoever comes without an upgrade."""
+    router.get(path, status_code=426, summary="Stream (WebSocket)", description=_DESCRIPTION)(_upgrade)
+    return router.websocket(path)
+
+
+async def _upgrade() -> None:
+    raise HTTPException(426, "this is a WebSocket", {"Upgrade": "websocket", "Connection": "Upgrade"})
+
+
+@_route("/stream")
+async def stream(websocket: WebSocket) -> None:
+    await _serve(websocket, common.registry(websocket).get())
+
+
+@_route("/policies/{name}/stream")
+async def stream_by_name(websocket: WebSocket, name: str) -> None:
+    await _serve(websocket, common.registry(websocket).get(name))
+
+
+@_route("/policies/{name}/versions/{version}/stream")
+async def stream_by_version(websocket: WebSocket, name: str, version: str) -> None:
+    await _serve(websocket, common.by_version(websocket, name, version))
+
+
+async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
+    settings: Settings = websocket.app.state.settings
+    try:
+        episode = Episode(await found, websocket.query_params, settings)
+    except ActserveError as error:
+        if "websocket.http.response" in websocket.scope.get("extensions", {}):
+            raise  # to be answered like any other request
+        await websocket.accept()
+        await _close(websocket, _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED, error.message)
+        return
+    try:
+        await websocket.accept()
+        if LIMIT in websocket.scope["extensions"]:
+            websocket.scope["extensions"][LIMIT]["bound"](episode.hello.max_message_bytes)
+        await websocket.send_text(episode.hello.to_json())
+        code, reason = await _converse(websocket, episode)
+        await _close(websocket, code, reason)
+    except (WebSocketDisconnect, OSError):
+        pass  # nobody is there any more
+
+
+async def _converse(websocket: WebSocket, episode: Episode) -> tuple[int, str]:
+    """Answer message after message; the code and the reason to close with. Raises `WebSocketDisconnect`.
+
+    While one is being answered nothing more is read, so that what a client sends ahead waits in the sockets' buffers.
+    """
+    idle_s = episode.hello.idle_s
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                message = await websocket.receive()
+        except TimeoutError:
+            return _IDLE, f"idle for {idle_s:g} s"
+        if message["type"] == "websocket.disconnect":
+            if message["code"] == RESTART:
+                return RESTART, "service restart"
+            raise WebSocketDisconnect(message["code"])
+        try:
+            reply = await episode.step(message)
+        except ActserveError as error:
+            await websocket.send_text(_error(error, episode.steps + 1))
+            if type(error) in _ENDING:
+                return _ENDING[type(error)], error.message
+            await asyncio.sleep(0)  # nothing was awaited: a flood of these would hold the event loop
+        except Exception:
+            log.exception("a stream of %s failed", episode.hello.policy)
+            return _INTERNAL, "the service failed on this message; its log says why"
+        else:
+            await websocket.send(reply)
+
+
+class Episode:
+    """What one connection asks for, and the state between two of its steps. Raises `InvalidRequest`."""
+
+    def __init__(self, policy: Policy, query: QueryParams, settings: Settings) -> None:
+        signature = policy.signature
+        asked = signature.select([name for name in query.get("outputs", "").split(",") if name])
+        outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
+        exploration = wire.read_exploration(query["exploration"]) if "exploration" in query else None
+        seed = wire.read_seed(query["seed"]) if "seed" in query else None
+        self._binary = query.get("binary", BINARY[0])
+        if self._binary not in BINARY:
+            raise UnsupportedContentType(self._binary[:80], BINARY)
+        # Of one message and its reply: state and noise stay here.
+        self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=())
+        self._replies = Replies(outputs)
+        self._policy = policy
+        self._state: Arrays = {}  # each (1, *shape); none before the first step
+        self.steps = 0
+        manifest = policy.artifact.manifest
+        blank = {spec.name: spec.zeros(1) for spec in signature.observations}
+        self.hello = Hello(
+            policy=manifest.name,
+            version=manifest.version,
+            runtime=policy.choice.runtime,
+            signature=self._signature,
+            offsets=self._replies.offsets,
+            environment=manifest.environment,
+            exploration=exploration or signature.exploration[0],
+            seed=complete(signature, blank, 1, exploration, seed).seed,  # a fresh one where one is needed
+            window=WINDOW,
+            max_message_bytes=min(settings.max_body_bytes, self._max_message_bytes()),
+            idle_s=settings.session_idle_s,
+        )
+
+    async def step(self, message: Any) -> dict[str, Any]:
+        """One ASGI message -> the one that answers it. Whatever this raises, the episode has not moved."""
+        text = message.get("text")
+        if text is None:
+            items = wire.decode(self._binary, bytearray(message["bytes"]), self._signature)  # a copy: it is writable
+        else:
+            items = wire.decode(wire.JSON, text.encode(), self._signature)
+        if items.batched:
+            raise InvalidRequest(f"expected one item, as a stream takes at each step; got a batch of {items.size}")
+        if items.metadata:
+            raise InvalidRequest(f"a stream's query sets these; got with a message {', '.join(items.metadata)}")
+        seed = None if self.hello.seed is None else step_seed(self.hello.seed, self.steps + 1)
+        acted = await self._policy.act(items.tensors | self._state, 1, self.hello.exploration, seed)
+        # Copies: what came is a part of the whole batch's array, which it would keep.
+        self._state = {s.spec.name: acted.outputs[s.spec.name].copy() for s in self._policy.signature.state}
+        self.steps += 1
+        reply = self._reply(acted)
+        if text is None:
+            return {"type": "websocket.send", "bytes": self._replies.pack(reply)}
+        return {"type": "websocket.send", "text": self._replies.to_json(reply)}
+
+    def _reply(self, acted: Acted) -> Reply:
+        outputs = {spec.name: acted.outputs[spec.name][0] for spec in self._signature.outputs}
+        return Reply(self.steps, outputs, acted.queue_ns // 1000, acted.run_ns // 1000)
+
+    def _max_message_bytes(self) -> int:
+        """Enough for one item in any encoding."""
+        elements = sum(spec.item_bytes // spec.numpy_dtype.itemsize for spec in self._signature.asked)
+        return _BYTES_BESIDE + _BYTES_PER_ELEMENT * elements
+
+
+def _error(error: ActserveError, step: int) -> str:
+    status = status_of(error)
+    if status == 500:
+        log.error("%s", error.message, exc_info=error.__cause__)
+    document = {"error": {"code": error.code, "message": error.message, "detail": error.detail}}
+    return pydantic_core.to_json(document | {"status": status, "step": step}, fallback=str).decode()
+
+
+async def _close(websocket: WebSocket, code: int, reason: str) -> None:
+    await websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))

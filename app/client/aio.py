@@ -1,0 +1,116 @@
+"""AsyncRemotePolicy: `RemotePolicy` for asyncio. The only place that knows aiohttp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from app.client import operations
+from app.client.extras import require
+from app.client.operations import Description, Operation, Request, Response, Result
+from app.client.remote import Carried
+from app.client.tensordicts import read_tensordict, write_tensordict
+from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from app.errors import ServiceUnreachable
+from app.signature import Array, Arrays, Exploration
+
+
+class AsyncRemotePolicy:
+    """As `RemotePolicy`; an asynchronous context manager that many tasks may share, each with episodes of its own."""
+
+    def __init__(self, url: str, policy: str | None = None, uds: str | None = None) -> None:
+        self.url = url
+        self.uds = uds
+        self._wanted = policy
+        self._http: Any = None
+        self._description: Description | None = None
+
+    async def __aenter__(self) -> Self:
+        aiohttp = require("aiohttp")
+        connector = aiohttp.UnixConnector(self.uds, limit=0) if self.uds else aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
+        self._http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        try:
+            self._description = await self.run(operations.describe(self._wanted))
+        except BaseException:
+            await self._http.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._http.close()
+
+    @property
+    def description(self) -> Description:
+        """As the service gave it when this was entered."""
+        assert self._description is not None, "to be used in an async with block"
+        return self._description
+
+    async def act(self, observation: Array | Mapping[str, Array]) -> Any:
+        """See `RemotePolicy.act`."""
+        return await self.run(operations.act(self.description, observation))
+
+    async def step(
+        self,
+        tensors: Mapping[str, Array],
+        outputs: Sequence[str] = (),
+        *,
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+    ) -> Arrays:
+        """See `RemotePolicy.step`."""
+        return await self.run(operations.step(self.description, tensors, outputs, exploration, seed))
+
+    async def __call__(self, tensordict: Any) -> Any:
+        """See `RemotePolicy.__call__`."""
+        signature = self.description.signature
+        tensors = read_tensordict(tensordict, signature)
+        return write_tensordict(tensordict, await self.step(tensors, [s.name for s in signature.outputs]), signature)
+
+    def episode(
+        self, outputs: Sequence[str] = (), *, exploration: Exploration | None = None, seed: int | None = None
+    ) -> AsyncEpisode:
+        """See `RemotePolicy.episode`."""
+        return AsyncEpisode(self, Carried(self.description, outputs, exploration, seed))
+
+    async def run(self, operation: Operation[Result]) -> Result:
+        """One operation."""
+        try:
+            request = next(operation)
+            while True:
+                request = operation.send(await self._exchange(request))
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+
+    async def _exchange(self, request: Request) -> Response:
+        aiohttp = require("aiohttp")
+        url = self.url.rstrip("/") + request.path
+        try:
+            async with self._http.request(
+                request.method, url, data=request.body, headers=request.headers, allow_redirects=False
+            ) as response:
+                body = await response.read()
+                return Response(response.status, response.headers.get("Content-Type", ""), body)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServiceUnreachable(f"no answer from {self.url}: {error}", url=self.url) from error
+
+
+class AsyncEpisode:
+    """One episode played with an `AsyncRemotePolicy`; its steps one after the other."""
+
+    def __init__(self, policy: AsyncRemotePolicy, carried: Carried) -> None:
+        self._policy = policy
+        self._carried = carried
+
+    async def act(self, observation: Array | Mapping[str, Array]) -> Any:
+        """See `Episode.act`."""
+        return await self._policy.run(self._carried.act(observation))
+
+    @property
+    def outputs(self) -> Arrays:
+        """Of the last step, by name; empty if only the action was wanted."""
+        return self._carried.outputs

@@ -1,0 +1,80 @@
+"""The only place that knows urllib3."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import urllib3
+from urllib3.connection import HTTPConnection
+
+from app.client.operations import Request, Response
+from app.errors import ServiceUnreachable, UsageError
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 30.0
+
+
+class Connection:
+    """One kept-alive connection to the service at `url`, or at a Unix socket `uds`; opened when first used."""
+
+    def __init__(self, url: str, uds: str | None) -> None:
+        self._where = url if uds is None else f"{url} through {uds}"
+        try:
+            parsed = urllib3.util.parse_url(url)
+            if parsed.scheme not in ("http", "https") or not parsed.host:
+                raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}")
+            self._prefix = (parsed.path or "").rstrip("/")
+            self._pool = _pool(url, uds)
+        except urllib3.exceptions.HTTPError as error:
+            raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}: {error}") from error
+        self._used = False
+
+    def exchange(self, request: Request) -> Response:
+        """Raises `ServiceUnreachable`."""
+        try:
+            try:
+                response = self._send(request)
+            except urllib3.exceptions.ProtocolError as error:
+                # The service closed the kept connection just as it was used again. Asking twice is safe, because the
+                # steps of a session are numbered: once more, on a new connection.
+                if not self._used or not isinstance(error.args[-1], ConnectionError):
+                    raise
+                response = self._send(request)
+        except urllib3.exceptions.HTTPError as error:
+            raise ServiceUnreachable(f"no answer from {self._where}: {error}", url=self._where) from error
+        self._used = True
+        return Response(response.status, response.headers.get("Content-Type", ""), response.data)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _send(self, request: Request) -> urllib3.BaseHTTPResponse:
+        path = self._prefix + request.path
+        return self._pool.urlopen(request.method, path, request.body, request.headers, retries=False, redirect=False)
+
+
+def _pool(url: str, uds: str | None) -> urllib3.HTTPConnectionPool:
+    timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=ANSWER_TIMEOUT_S)
+    if uds is not None:
+        return _UnixPool("localhost", timeout=timeout, maxsize=1, block=True, uds=uds)
+    return urllib3.connection_from_url(url, timeout=timeout, maxsize=1, block=True)
+
+
+class _UnixConnection(HTTPConnection):
+    def __init__(self, *args: Any, uds: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._uds = uds
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            self.sock.connect(self._uds)
+        except OSError as error:
+            self.close()
+            raise urllib3.exceptions.NewConnectionError(self, f"{error}") from error
+
+
+class _UnixPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _UnixConnection

@@ -1,0 +1,296 @@
+"""Sessions: state held by the server between two requests of one client.
+
+They live in one SQLite file, so that every worker process reaches every session, and a restart or a redeploy loses
+none. Routing by id would carry each 100 KB screen through a second process; state sealed into a token would change
+the id at each step, and could be neither bounded, listed nor ended. Nothing is locked while a policy runs: a step
+reads the session, runs, and writes only if the session is still where it was (compare and swap on the step number).
+Of two attempts at one step one wins; the other gives its answer.
+
+An id is the session's number and a keyed digest of it and of its policy: it cannot be guessed, and one that was issued
+here is known for genuine after its session has gone, without a record of the gone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from app.errors import (
+    InvalidRequest,
+    InvalidTensor,
+    NotFound,
+    SessionExpired,
+    SessionTooLarge,
+    StepConflict,
+    UnknownSession,
+)
+from app.policy import Acted, Policy
+from app.registry import Registry
+from app.requests import MAX_SEED, step_seed
+from app.session_file import SessionFile
+from app.session_record import Record
+from app.signature import Arrays, Exploration, Signature
+
+log = logging.getLogger("actserve")
+
+SWEEP_EVERY_S = 1.0
+SWEEP_AT_MOST = 100  # sessions, so that a sweep holds the event loop for a millisecond
+_DIGEST_BYTES = 16
+_NUMBER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the sessions of one service may cost."""
+
+    sessions: int = 10_000
+    bytes: int = 256 << 20  # state and last answers together
+    idle_s: float = 600.0  # without a step for so long, a session is forgotten
+
+
+@dataclass(frozen=True)
+class Session:
+    """One session as it stands. `step` is the number of the last step done; the first one will be 1."""
+
+    id: str
+    policy: str
+    version: int
+    step: int
+    seed: int | None  # of the whole session; each step's noise comes from (seed, step)
+    exploration: Exploration | None
+    idle_s: float  # since the last step
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """The answer to one step. `replayed`: the step had been done before, and this is what it came to then."""
+
+    acted: Acted  # outputs only, no state, each (1, *shape)
+    step: int
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class Statistics:
+    sessions: int  # held now; of those that timed out some for a second or so yet
+    bytes: int  # their state and last answers
+
+
+async def policy_of(registry: Registry, session: Session) -> Policy:
+    """The version that the session began with. Raises `SessionExpired` when that is no longer in the store."""
+    try:
+        return await registry.get(session.policy, session.version)
+    except NotFound as error:
+        raise SessionExpired(f"the version that it began with is gone: {error.message}") from error
+
+
+class Sessions:
+    """The sessions of one service, a context manager over their file. Every method is short and may be called in the
+    event loop, from any worker. All raise `SessionsUnavailable` when the file cannot be used."""
+
+    def __init__(self, path: Path, limits: Limits, clock: Callable[[], float] = time.time) -> None:
+        self.limits = limits
+        self._file = SessionFile(path)
+        self._clock = clock  # seconds since the epoch: the one clock that processes and restarts share
+        self._swept_s = 0.0
+        self._key = b""
+
+    def __enter__(self) -> Self:
+        self._file.open()
+        ((self._key,),) = self._file.rows("SELECT key FROM service")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def begin(
+        self,
+        policy: str,
+        version: int,
+        *,
+        owner: str | None = None,
+        seed: int | None = None,
+        exploration: Exploration | None = None,
+        sequence: int | str | None = None,
+    ) -> Session:
+        """A new session. `owner` is a secret that `owned` lists by. `sequence`: addressed by a number or a name that
+        the client chose, within `policy` and `owner`, instead of an id; it replaces one of that name. Where there is
+        no room, the session that was idle for longest goes."""
+        seed = secrets.randbelow(MAX_SEED) if seed is None else seed
+        if not 0 <= seed <= MAX_SEED:
+            raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
+        owned_by = None if owner is None else self._digest("owner", owner)
+        named = None if sequence is None else self._digest("sequence", policy, owner, sequence)
+        with self._file.transaction():
+            self._file.change("DELETE FROM session WHERE sequence = ?", named)
+            ((number,),) = self._file.rows(
+                "INSERT INTO session (used_ms, policy, version, seed, exploration, owner, sequence)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING number",
+                *(self._now_ms(), policy, version, seed, exploration, owned_by, named),
+            )
+            self._make_room(number)
+        return Session(self._id(policy, number), policy, version, 0, seed, exploration, 0.0)
+
+    def get(self, policy: str, id_: str) -> Session:
+        """Raises `UnknownSession` (never issued here for this policy) or `SessionExpired` (issued, and gone)."""
+        found = self._find("number = ?", self._number(policy, id_))
+        if not found:
+            raise SessionExpired
+        return found[0]
+
+    def sequence(self, policy: str, sequence: int | str, owner: str | None = None) -> Session:
+        """The session begun with this `sequence`; the number 1 and the text "1" are two. Raises `UnknownSession`."""
+        found = self._find("sequence = ?", self._digest("sequence", policy, owner, sequence))
+        if not found:
+            raise UnknownSession(f"no sequence {str(sequence)[:80]!r} of {policy}: never begun, ended or timed out")
+        return found[0]
+
+    def owned(self, policy: str, owner: str) -> list[Session]:
+        """The sessions begun with this `owner`, the first begun first."""
+        found = self._find("owner = ? AND policy = ?", self._digest("owner", owner), policy)
+        return sorted(found, key=lambda session: self._number(policy, session.id))
+
+    def end(self, session: Session) -> None:
+        self._file.change("DELETE FROM session WHERE number = ?", self._number(session.policy, session.id))
+
+    def statistics(self) -> Statistics:
+        self._sweep()
+        ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
+        return Statistics(count, size)
+
+    async def step(self, registry: Registry, session: Session, tensors: Arrays, step: int | None = None) -> Stepped:
+        """One item's step: `tensors` are observations and flags, each (1, *shape), without state.
+
+        `step` numbers it (the last one's number plus one); the last one's number again gives the stored answer; any
+        other raises `StepConflict`. None: whatever comes next. Raises `InvalidRequest`, `SessionExpired`, or what the
+        policy raises; then the session has not moved.
+        """
+        policy = await policy_of(registry, session)
+        while True:
+            last, seed = self._read(session)
+            number = last.step + 1
+            if 0 < last.step == step:
+                return Stepped(last.acted(policy.signature, seed), step, replayed=True)
+            if step is not None and step != number:
+                raise StepConflict(number, step)
+            _check(policy.signature, tensors)
+            inputs = tensors | last.carried(policy.signature)
+            acted = await policy.act(inputs, 1, session.exploration, step_seed(seed, number))
+            if self._move(session, last, Record.of(number, acted, policy.signature)):
+                outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
+                return Stepped(replace(acted, outputs=outputs), number, replayed=False)
+
+    def stored(self, policy: Policy, session: Session, step: int) -> Stepped | None:
+        """The answer to `step` if that is the last one done: what a retry gets, whatever else it carries."""
+        last, seed = self._read(session)
+        return Stepped(last.acted(policy.signature, seed), step, replayed=True) if 0 < last.step == step else None
+
+    def _read(self, session: Session) -> tuple[Record, int]:
+        """The session's record and seed. Raises `SessionExpired`."""
+        self._sweep()
+        number = self._number(session.policy, session.id)
+        found = self._file.rows(
+            "SELECT seed, checksum, step, seeded, answer, state FROM session WHERE number = ? AND used_ms > ?",
+            *(number, self._idle_since_ms()),
+        )
+        if not found:
+            raise SessionExpired
+        seed, checksum, *fields = found[0]
+        record = Record(*fields)
+        if record.step and checksum != record.checksum(number):
+            log.error("the record of a session of %s is damaged: the session is forgotten", session.policy)
+            self.end(session)
+            raise SessionExpired
+        return record, seed
+
+    def _move(self, session: Session, last: Record, new: Record) -> bool:
+        """From `last` on to `new`. False when another attempt has. Raises `SessionTooLarge`."""
+        number = self._number(session.policy, session.id)
+        values = (self._now_ms(), new.step, new.seeded, new.checksum(number), new.answer, new.state)
+        columns = "used_ms = ?, step = ?, seeded = ?, checksum = ?, answer = ?, state = ?"
+        where = "WHERE number = ? AND step = ?"
+        if new.size_bytes == last.size_bytes:  # nobody has to make room
+            return self._file.change(f"UPDATE session SET {columns} {where}", *values, number, last.step) > 0
+        with self._file.transaction():
+            update = f"UPDATE session SET {columns}, bytes = ? {where}"
+            moved = self._file.change(update, *values, new.size_bytes, number, last.step) > 0
+            self._make_room(number)
+        return moved
+
+    def _make_room(self, keep: int) -> None:
+        """Forget the sessions that were idle for longest, `keep` never, until the rest fits."""
+        while True:
+            ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
+            if count <= self.limits.sessions and size <= self.limits.bytes:
+                return
+            oldest = "(SELECT number FROM session WHERE number <> ? ORDER BY used_ms LIMIT 1)"
+            if not self._file.change(f"DELETE FROM session WHERE number = {oldest}", keep):
+                raise SessionTooLarge(self.limits.bytes, size)
+
+    def _sweep(self) -> None:
+        """Every second or so, forget some of those that were idle for too long."""
+        now = self._clock()
+        if 0 <= now - self._swept_s < SWEEP_EVERY_S:
+            return
+        idle = "(SELECT number FROM session WHERE used_ms <= ? ORDER BY used_ms LIMIT ?)"
+        gone = self._file.change(f"DELETE FROM session WHERE number IN {idle}", self._idle_since_ms(), SWEEP_AT_MOST)
+        if gone < SWEEP_AT_MOST:
+            self._swept_s = now
+
+    def _find(self, condition: str, *values: Any) -> list[Session]:
+        self._sweep()
+        found = self._file.rows(
+            "SELECT number, policy, version, step, seed, exploration, used_ms FROM session"
+            f" WHERE {condition} AND used_ms > ?",
+            *(*values, self._idle_since_ms()),
+        )
+        now_ms = self._now_ms()
+        return [
+            Session(self._id(policy, number), policy, version, step, seed, exploration, max(0, now_ms - used_ms) / 1000)
+            for number, policy, version, step, seed, exploration, used_ms in found
+        ]
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+    def _idle_since_ms(self) -> int:
+        return self._now_ms() - int(self.limits.idle_s * 1000)
+
+    def _id(self, policy: str, number: int) -> str:
+        data = number.to_bytes(_NUMBER_BYTES, "big") + self._digest("session", policy, number)
+        return base64.urlsafe_b64encode(data).decode()
+
+    def _number(self, policy: str, id_: str) -> int:
+        """Raises `UnknownSession` unless `id_` was issued here for this policy."""
+        try:
+            number = int.from_bytes(base64.urlsafe_b64decode(id_)[:_NUMBER_BYTES], "big")
+            genuine = hmac.compare_digest(self._id(policy, number).encode(), id_.encode())
+        except ValueError:
+            genuine = False
+        if not genuine:
+            raise UnknownSession(f"no session of {policy[:80]} has this id")
+        return number
+
+    def _digest(self, *parts: str | int | None) -> bytes:
+        """16 bytes that nobody without the key can make; `repr` keeps 1 and "1" apart, and where parts end."""
+        return hmac.digest(self._key, repr(parts).encode(), "sha256")[:_DIGEST_BYTES]
+
+
+def _check(signature: Signature, tensors: Arrays) -> None:
+    """Raises `InvalidRequest` unless `tensors` are one item without state."""
+    carried = [state.spec.name for state in signature.state if state.spec.name in tensors]
+    if carried:
+        raise InvalidRequest(f"expected no state, which the session holds; got {', '.join(carried)}", got=carried)
+    for name, array in tensors.items():
+        if len(array) != 1:
+            raise InvalidTensor(name, "one item, as a session takes at each step", f"{len(array)}")

@@ -1,0 +1,99 @@
+"""application/json: {"name": nested lists, or {"dtype", "shape", "b64"}}, and "exploration", "seed" and "session".
+
+Infinity and NaN, for which JSON has no numbers, are the words "Infinity", "-Infinity" and "NaN".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pydantic_core
+
+from app.errors import InvalidTensor, MalformedBody
+from app.signature import Array, TensorSpec
+from app.wire.items import METADATA, Body, Items, check_shape, find, gather, read_metadata, view
+
+
+def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+    try:
+        document = pydantic_core.from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as error:
+        raise MalformedBody(f"expected JSON; got something else: {error}") from None
+    if not isinstance(document, dict):
+        raise MalformedBody(f'expected a JSON object {{"{specs[0].name}": …}}; got {_kind(document)}')
+    metadata = read_metadata({name: document.pop(name) for name in METADATA if name in document})
+    return gather({name: _array(value, find(name, specs)) for name, value in document.items()}, specs, metadata)
+
+
+def write(items: Items) -> bytes:
+    document = {name: array.tolist() for name, array in items.as_spoken().items()}
+    return pydantic_core.to_json(document | items.metadata, inf_nan_mode="strings")
+
+
+def _array(value: Any, spec: TensorSpec) -> Array:
+    """One JSON value -> an array of the spec's dtype, (*shape) or (k, *shape). Never wraps, rounds or guesses."""
+    if isinstance(value, dict):
+        return _from_b64(value, spec)
+    array = from_lists(value, spec)
+    check_shape(array.shape, spec)
+    return array
+
+
+def from_lists(value: Any, spec: TensorSpec) -> Array:
+    """Nested lists of any shape -> an array of the spec's dtype. Raises `InvalidTensor`."""
+    try:
+        array = np.array(value)
+        if array.dtype.kind == "U" and spec.numpy_dtype.kind == "f":
+            array = np.array(_with_infinities(value))
+    except ValueError:
+        raise InvalidTensor(spec.name, f"{spec} as nested lists", "lists of unequal length") from None
+    accepted = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[spec.numpy_dtype.kind]
+    if array.dtype.kind not in accepted:
+        kinds = {"b": "booleans", "u": "integers", "i": "integers", "f": "numbers"}
+        raise InvalidTensor(spec.name, kinds[spec.numpy_dtype.kind], _KIND_NAMES.get(array.dtype.kind, "other values"))
+    if spec.numpy_dtype.kind in "uif":
+        limits = np.iinfo(spec.numpy_dtype) if spec.numpy_dtype.kind in "ui" else np.finfo(spec.numpy_dtype)
+        finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+        if finite.size and (finite.min() < limits.min or finite.max() > limits.max):
+            raise InvalidTensor(spec.name, f"{limits.min} to {limits.max}", f"{finite.min()} to {finite.max()}")
+    return np.asarray(array, spec.numpy_dtype, order="C")
+
+
+def _with_infinities(value: Any) -> Any:
+    """Nested lists with the words that stand for numbers replaced; other text is left to be refused."""
+    if isinstance(value, list):
+        return [_with_infinities(element) for element in value]
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+_WORDS = {"Infinity": np.inf, "-Infinity": -np.inf, "NaN": np.nan}
+_KIND_NAMES = {"b": "booleans", "i": "integers", "u": "integers", "f": "fractions", "U": "text", "O": "mixed values"}
+
+
+def _from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:
+    if set(value) != {"dtype", "shape", "b64"}:
+        got = f"an object with {sorted(value)}"[:200]
+        raise InvalidTensor(spec.name, 'nested lists or {"dtype", "shape", "b64"}', got)
+    dtype, shape, b64 = value["dtype"], value["shape"], value["b64"]
+    if dtype != spec.dtype:
+        raise InvalidTensor(spec.name, f"dtype {spec.dtype!r}", f"{dtype!r}"[:80])
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise InvalidTensor(spec.name, "a shape as a list of whole numbers", f"{shape!r}"[:80])
+    check_shape(shape, spec)
+    try:
+        data = bytearray(base64.b64decode(b64, validate=True))  # writable, so that no runtime has to copy it
+    except (binascii.Error, ValueError, TypeError):
+        raise InvalidTensor(spec.name, "base64 text in b64", "something else") from None
+    size = spec.numpy_dtype.itemsize * math.prod(shape)
+    if len(data) != size:
+        raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}", f"{len(data):,} bytes")
+    return view(data, spec, shape)
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "text", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

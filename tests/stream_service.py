@@ -1,0 +1,97 @@
+"""A real uvicorn with the stream's routes over a policy of a few lines of numpy, in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.api import errors, stream
+from app.settings import Settings
+from app.signature import Array
+from tests.fake_policy import Versions
+
+UVICORN: dict[str, Any] = {
+    "loop": "uvloop",
+    "http": "httptools",
+    "ws": "app.api.websocket:WebSocketProtocol",
+    "ws_per_message_deflate": False,
+    "log_config": None,
+}
+
+
+def application(settings: Settings, registry: Versions) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        registry.publish()
+        yield
+        await registry.close()
+
+    app = FastAPI(lifespan=lifespan)
+    app.state.settings = settings
+    app.state.registry = registry
+    errors.install(app)
+    app.include_router(stream.router)
+    return app
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    server: uvicorn.Server
+    registry: Versions
+
+    def drain(self) -> None:
+        """What SIGTERM does."""
+        self.server.should_exit = True
+
+    @property
+    def connections(self) -> set[Any]:
+        return self.server.server_state.connections
+
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        return self.server.server_state.tasks
+
+    def hold(self, version: int = 1) -> threading.Event:
+        """Every step waits until the event that this gives is set."""
+        runtime = self.registry.runtimes[version]
+        run, gate = runtime._run, threading.Event()
+
+        def wait_and_run(arrays: list[Array]) -> list[Array]:
+            assert gate.wait(60)
+            return run(arrays)
+
+        runtime._run = wait_and_run  # type: ignore[method-assign]
+        return gate
+
+
+@contextmanager
+def running(settings: Settings | None = None, **options: Any) -> Iterator[Service]:
+    registry = Versions()
+    app = application(settings or Settings(), registry)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, **UVICORN, **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        (address, *_) = [sock.getsockname() for listening in server.servers for sock in listening.sockets]
+        url = "http://localhost" if "uds" in options else f"http://127.0.0.1:{address[1]}"
+        yield Service(url, server, registry)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "this should have happened by now"
+        time.sleep(0.005)
