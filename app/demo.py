@@ -42,7 +42,7 @@ def main() -> None:
 
 def _play(runtime: str, console: Console) -> Report:
     with local.serve(STORE, "--runtime", runtime) as service:
-        return commands.play(service.url, POLICY, None, 1, 0, None, console)
+        return commands.play(service.url, POLICY, console=console)
 
 
 def _print(reports: list[Report], console: Console) -> None:

@@ -27,8 +27,14 @@ from exporters.programs.exported import PROGRAM, save_program
 from exporters.source import PolicySource
 
 PROGRAMS = {"onnx": "exporters.programs.onnx:build", "pt2": "exporters.programs.aoti:build"}
+HOST_BOUND = ("pt2",)  # native code
+EVALUATION = "evaluation"  # of the certificate: the games that the policy played
 GRAPH = "graph.txt"
 _TOOLS = ("torch", "torchrl", "tensordict", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+# An artifact that serves as it will be published, and where to tell the progress -> {EVALUATION: JSON-able}.
+Evaluate = Callable[[Artifact, Callable[[str], None]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,16 @@ def export(
     runtimes: Sequence[str] = ("onnx", "pt2"),
     native: bool = False,
     device: str = "cpu",
+    portable: bool = False,
+    evaluate: Evaluate | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Export:
     """Publish `source` as the next version of `name`, if and only if its programs agree with it.
 
     `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU alone,
-    `device` for "cpu" or "cuda". Raises `CaptureFailed`, `Disagreement`, `StoreError`.
+    `device` for "cpu" or "cuda". `portable` leaves out, once it is certified, what only hosts like this one can run.
+    What `evaluate` finds becomes part of the certificate; without it, what was found of the same export before does.
+    Raises `CaptureFailed`, `Disagreement`, `StoreError`, and what `evaluate` raises.
     """
     progress("capturing the policy with torch.export")
     torch.set_num_threads(1)  # small batches gain nothing from more, and lose much where cores are busy
@@ -62,8 +72,9 @@ def export(
     target = {"native": native, "device": device}  # what the .pt2 is built for
     fingerprint = _fingerprint(captured, graph, source, target)
     existing = store.find(name, fingerprint)
+    kept = [runtime for runtime in runtimes if not (portable and runtime in HOST_BOUND)]
     for artifact in existing:
-        if _runs_here(artifact, runtimes):
+        if _runs_here(artifact, kept) and (evaluate is None or EVALUATION in artifact.manifest.certificate):
             return Export(artifact, published=False)
     manifest = Manifest(
         format=FORMAT,
@@ -95,8 +106,23 @@ def export(
         evidence = certify.certify(captured, source, draft, progress)
         files[GOLDEN] = folder / GOLDEN
         files[GOLDEN].write_bytes(evidence.golden)
-        published = store.publish(replace(draft.manifest, certificate=evidence.certificate), files)
+        certified = replace(draft.manifest, certificate=evidence.certificate)
+        draft = ModelStore(folder / "certified").publish(certified, files)
+        evaluation = evaluate(draft, progress) if evaluate else _evaluation(existing)
+        for runtime in set(programs) - set(kept):
+            del files[programs.pop(runtime).file]
+        published = store.publish(
+            replace(certified, programs=programs, certificate=evidence.certificate | evaluation), files
+        )
     return Export(published, published=True)
+
+
+def _evaluation(existing: Sequence[Artifact]) -> dict[str, Any]:
+    """What the same export scored before, for a certificate."""
+    for artifact in existing:
+        if EVALUATION in artifact.manifest.certificate:
+            return {EVALUATION: artifact.manifest.certificate[EVALUATION]}
+    return {}
 
 
 def _build(

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ale_py import Action as ALEAction
+from ale_py import roms
 
 from app.client.ale import AtariGame
 from app.environment import Environment, GameAction
 from app.errors import EnvironmentMismatch, UsageError
 from app.signature import Array
+from exporters.policies.atari import environment, screen
 
 ACTIONS = ("NOOP", 0), ("FIRE", 1), ("RIGHT", 3), ("LEFT", 4), ("RIGHTFIRE", 11), ("LEFTFIRE", 12)
 PONG = Environment("ALE/Pong-v5", "pong", "pixels", tuple(GameAction(*action) for action in ACTIONS))
@@ -104,6 +107,37 @@ def test_other_actions_than_the_games_are_refused(actions: tuple[GameAction, ...
         AtariGame(replace(PONG, actions=actions), 0)
     assert "NOOP(0), FIRE(1), RIGHT(3), LEFT(4), RIGHTFIRE(11), LEFTFIRE(12)" in error.value.message
     assert ", ".join(f"{action.meaning}({action.code})" for action in actions) in error.value.message
+
+
+def test_all_eighteen_actions_are_an_action_set_too() -> None:
+    meanings = [action.name for action in ALEAction.__members__.values()]
+    every = tuple(GameAction(meaning, code) for code, meaning in enumerate(meanings[:18]))
+    full, minimal = AtariGame(replace(PONG, actions=every), 0), AtariGame(PONG, 0)
+    for action in (3, 3, 4, 0):
+        full.act(action)
+        minimal.act([code for _, code in ACTIONS].index(action))
+        assert np.array_equal(full.screen(), minimal.screen())
+
+
+FOR_TWO = ("combat", "joust", "maze_craze", "warlords")
+
+
+@pytest.mark.parametrize("game", FOR_TWO)
+def test_a_game_for_two_is_refused_and_the_process_lives(game: str) -> None:
+    with pytest.raises(UsageError, match="for two players"):
+        AtariGame(replace(PONG, game=game), 0)
+    with pytest.raises(UsageError, match="for two players"):
+        environment(game)
+
+
+@pytest.mark.parametrize("game", sorted(set(roms.get_all_rom_ids()) - set(FOR_TWO)))
+def test_every_other_game_that_ships_can_be_played(game: str) -> None:
+    playing = AtariGame(environment(game), 0)
+    height, width, _ = playing.screen().shape
+    assert (height, width, 3) == screen(game)
+    for step in range(5):
+        playing.act(step % len(playing.environment.actions))
+    assert playing.frames >= 5
 
 
 @pytest.mark.parametrize("index", [-1, 6, 11])

@@ -1,7 +1,7 @@
 """The Atari games, as a policy was trained on them: the Arcade Learning Environment itself, without Gymnasium.
 
 A policy's action i is an index into its environment's actions; the emulator takes ALE's own codes. A game is refused
-when the two lists differ, because every action would then mean something else than in training.
+when the environment's actions are neither its minimal set nor all 18: they would mean something else than in training.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class AtariGame:
         self.score = 0.0  # rewards so far
         self.steps = 0  # actions so far
         self._ale = _emulator(environment, seed)
-        found = tuple(GameAction(code.name, int(code.value)) for code in self._ale.getMinimalActionSet())
-        if found != environment.actions:
+        found = _actions(self._ale.getMinimalActionSet())
+        if environment.actions not in (found, _actions(self._ale.getLegalActionSet())):
             raise EnvironmentMismatch(
                 f"the policy was trained on {environment.game} with the actions {_listed(environment.actions)}; "
-                f"this ale-py gives it {_listed(found)}",
+                f"this ale-py gives it {_listed(found)}, or all 18",
                 expected=[vars(action) for action in environment.actions],
                 got=[vars(action) for action in found],
             )
@@ -100,9 +100,16 @@ def _rom(game: str) -> Any:
         raise UsageError(f"no game named {game[:80]!r}; {hint}", got=game[:80], close=close)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it announces ALE_ROMS_DIR; stdout is for our result
-            return roms.get_rom_path(game)
+            path = roms.get_rom_path(game)
     except OSError as error:
         raise UsageError(f"the ROM of {game} cannot be read: {error}") from error
+    if require("ale_py").ALEInterface.isSupportedROM(path) is None:  # loading it would end the process
+        raise UsageError(f"{game} is for two players: ale-py has its ROM and cannot play it")
+    return path
+
+
+def _actions(codes: Iterable[Any]) -> tuple[GameAction, ...]:
+    return tuple(GameAction(code.name, int(code.value)) for code in codes)
 
 
 def _listed(actions: Iterable[GameAction]) -> str:

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from app.client.ale import AtariGame
+from app.client.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
+from app.client.film import Film
 from app.client.load import LoadReport
 from app.client.load import load as run_load
-from app.client.play import Report
+from app.client.play import Act, Report
 from app.client.play import play as run_play
 from app.client.remote import RemotePolicy
-from app.client.video import VideoWriter
 from app.errors import UsageError
-
-EMULATOR_FPS = 60
 
 
 def play(
-    url: str, policy: str | None, game: str | None, episodes: int, seed: int, video: Path | None, console: Console
+    url: str,
+    policy: str | None,
+    *,
+    console: Console,
+    game: str | None = None,
+    episodes: int = 1,
+    seed: int = 0,
+    video: Path | None = None,
+    speed: int = 1,
+    protocol: str | None = None,
+    max_steps: int | None = None,
+    on_game: Callable[[int, float], None] = lambda number, score: None,
 ) -> Report:
-    """Play whole games through a service, with a live line on `console`."""
+    """Play whole games through a service, with a live line on `console`.
+
+    `video` gets every `speed`-th step; `on_game` each game's number, from 0, and its score. Raises `UsageError` if the
+    policy plays no game, another one than `game`, or not by `protocol`.
+    """
     with ExitStack() as stack:
         remote = stack.enter_context(RemotePolicy(url, policy))
         environment = remote.environment
@@ -31,37 +47,65 @@ def play(
             raise UsageError(f"{remote.name} plays no game; it can be called, not watched")
         if game is not None and game != environment.game:
             raise UsageError(f"{remote.name} was trained for {environment.game}, not for {game}")
-        writer = None
-        if video is not None:
-            writer = stack.enter_context(VideoWriter(video, fps=EMULATOR_FPS / environment.frame_skip))
+        if protocol is not None:
+            PROTOCOLS[protocol](environment)
+        film = stack.enter_context(Film(video, remote, speed)) if video is not None else None
         status = stack.enter_context(console.status(f"{environment.id}: starting"))
+        episode = remote.episode()
 
-        def show(number: int, game: AtariGame) -> None:
-            if writer is not None:
-                writer.add(game.screen())
+        def begin() -> Act:
+            nonlocal episode
+            episode = remote.episode(film.outputs if film else ())
+            return episode.act
+
+        def show(number: int, game: AtariGame, action: int) -> None:
+            if film is not None:
+                film.add(game, action, episode.outputs)
+            if game.over:
+                on_game(number, game.score)
             if game.steps % 20 == 0:
                 status.update(f"game {number + 1} of {episodes}  score {game.score:+.0f}  step {game.steps:,}")
 
         return run_play(
-            remote.act,
+            begin,
             environment,
             episodes=episodes,
             seed=seed,
             policy=remote.name,
             runtime=remote.runtime,
+            max_steps=max_steps,
             on_step=show,
         )
 
 
-def print_report(report: Report) -> None:
-    table = Table(title=f"{report.policy} on .{report.runtime}")
-    for heading in ("seed", "score", "steps"):
-        table.add_column(heading, justify="right")
-    for episode in report.episodes:
-        table.add_row(str(episode.seed), f"{episode.score:+.0f}", f"{episode.steps:,}")
-    Console().print(table)
-    print(f"mean score {sum(report.scores) / len(report.scores):+.1f}")
-    print(_latency(report.latency_ms))
+def report_as_json(report: Report, evaluated: bool, other: Report | None) -> dict[str, Any]:
+    """The object that `play --json` prints: the report, and if asked for, its evaluation and its comparison."""
+    document = report.as_json()
+    if evaluated:
+        document["evaluation"] = evaluate(report.scores, report.game).as_json()
+    if other is not None:
+        document["other"] = other.as_json()
+        document["comparison"] = compare(report, other).as_json()
+    return document
+
+
+def print_report(report: Report, evaluated: bool, other: Report | None) -> None:
+    """The same as tables."""
+    out = Console()
+    for played in (report, other) if other is not None else (report,):
+        table = Table(title=f"{played.policy} on .{played.runtime}")
+        for heading in ("seed", "score", "steps"):
+            table.add_column(heading, justify="right")
+        for episode in played.episodes:
+            table.add_row(str(episode.seed), f"{episode.score:+.0f}", f"{episode.steps:,}")
+        out.print(table)
+        if evaluated:
+            print_summary(evaluate(played.scores, played.game), out)
+        else:
+            print(f"mean score {sum(played.scores) / len(played.scores):+.1f}")
+        print(_latency(played.latency_ms))
+    if other is not None:
+        print_comparison(compare(report, other), out)
 
 
 def load(

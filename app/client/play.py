@@ -33,6 +33,7 @@ class Report:
 
     policy: str
     runtime: str
+    game: str  # the ROM's name
     episodes: tuple[Episode, ...]
     latency_ms: dict[str, float]  # p50, p90, p99, p999
     acting_s: float  # the time in `act`, all steps together
@@ -56,8 +57,11 @@ class Report:
         }
 
 
+Act = Callable[[NDArray[np.uint8]], Any]
+
+
 def play(
-    act: Callable[[NDArray[np.uint8]], Any],
+    begin: Callable[[], Act],
     environment: Environment,
     *,
     episodes: int,
@@ -65,30 +69,35 @@ def play(
     policy: str = "",
     runtime: str = "",
     max_steps: int | None = None,
-    on_step: Callable[[int, AtariGame], None] | None = None,
+    on_step: Callable[[int, AtariGame, int], None] | None = None,
 ) -> Report:
     """Play `episodes` games, the i-th seeded with `seed + i`, each to its end or for `max_steps` actions.
 
-    `act` is given the screen, (height, width, 3) uint8, in a buffer that the next step overwrites, and returns the
-    index of an action (anything `int` takes). After every step `on_step` is given the game's number, from 0, and the
-    game. `policy` and `runtime` are only noted in the report. Raises what `AtariGame` and `act` raise.
+    `begin` gives what acts in one game: it is given the screen, (height, width, 3) uint8, in a buffer that the next
+    step overwrites, and returns the index of an action (anything `int` takes). After every step `on_step` is given the
+    game's number, from 0, the game and the action. `policy` and `runtime` are only
+    noted in the report. Raises what `AtariGame`, `begin` and what it gives raise.
     """
     played: list[Episode] = []
     latencies_ns: list[int] = []
     for number in range(episodes):
         game = AtariGame(environment, seed + number)
+        act = begin()
         actions = bytearray()
         while not game.over and (max_steps is None or game.steps < max_steps):
             screen = game.screen()
             begun = time.perf_counter_ns()
-            action = act(screen)
+            answer = act(screen)
             latencies_ns.append(time.perf_counter_ns() - begun)
-            game.act(int(action))
-            actions.append(int(action))
+            action = int(answer)
+            game.act(action)
+            actions.append(action)
             if on_step is not None:
-                on_step(number, game)
+                on_step(number, game, action)
         played.append(Episode(seed + number, game.score, game.steps, hashlib.sha256(actions).hexdigest()))
-    return Report(policy, runtime, tuple(played), _percentiles_ms(latencies_ns), sum(latencies_ns) / 1e9)
+    return Report(
+        policy, runtime, environment.game, tuple(played), _percentiles_ms(latencies_ns), sum(latencies_ns) / 1e9
+    )
 
 
 def _percentiles_ms(latencies_ns: list[int]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torchrl.envs import Compose, GrayScale, GymEnv, StepCounter, ToTensorImage,
 from torchrl.modules import ConvNet, QValueModule
 
 from app.environment import Environment, GameAction
+from app.errors import UsageError
 from exporters.policies.transforms import NearestResize
 from exporters.source import PolicySource
 
@@ -35,7 +36,10 @@ def screen(game: str) -> tuple[int, int, int]:
 def _emulator(game: str) -> Any:
     ALEInterface.setLoggerMode(LoggerMode.Error)  # no banner among the steps of an export
     ale = ALEInterface()
-    ale.loadROM(roms.get_rom_path(game))
+    path = roms.get_rom_path(game)
+    if ale.isSupportedROM(path) is None:  # loading it would end the process
+        raise UsageError(f"{game} is for two players: ale-py has its ROM and cannot play it")
+    ale.loadROM(path)
     return ale
 
 

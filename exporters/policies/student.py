@@ -169,17 +169,17 @@ def _first(network: nn.Module) -> nn.Conv2d:
     return next(module for module in network.modules() if isinstance(module, nn.Conv2d))
 
 
-@torch.no_grad()
 def uncentre(network: nn.Module) -> None:
     """Make a network of centred screens one of greys in 0..1, exactly: the first convolution has no padding."""
     first = _first(network)
-    first.bias -= CENTRE / SPREAD * first.weight.sum((1, 2, 3))
-    first.weight *= 255 / SPREAD
+    with torch.no_grad():
+        first.bias -= CENTRE / SPREAD * first.weight.sum((1, 2, 3))
+        first.weight *= 255 / SPREAD
 
 
-@torch.no_grad()
 def centre(network: nn.Module) -> None:
     """The inverse of `uncentre`."""
     first = _first(network)
-    first.weight *= SPREAD / 255
-    first.bias += CENTRE / SPREAD * first.weight.sum((1, 2, 3))
+    with torch.no_grad():
+        first.weight *= SPREAD / 255
+        first.bias += CENTRE / SPREAD * first.weight.sum((1, 2, 3))

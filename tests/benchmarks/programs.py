@@ -102,7 +102,9 @@ def show(medians: dict[str, dict[int, float]], console: Console) -> None:
 
 
 def scores(run: Run, game: Environment, episodes: int) -> list[float]:
-    return play(lambda screen: run({"pixels": screen[None]})["action"][0], game, episodes=episodes, seed=0).scores
+    return play(
+        lambda: lambda screen: run({"pixels": screen[None]})["action"][0], game, episodes=episodes, seed=0
+    ).scores
 
 
 def main() -> None:
@@ -117,7 +119,10 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
     source = pong()
+    environment = source.environment
     assert source.weights is not None
+    assert source.observe is not None
+    assert environment is not None
     if arguments.checkpoint:
         source.weights.load_state_dict(load_file(arguments.checkpoint))
     wanted = arguments.screens
@@ -135,7 +140,7 @@ def main() -> None:
         quantized,
         original,
         {"pixels": screens[1::2]},
-        (lambda run: scores(run, source.environment, arguments.play)) if arguments.play else None,
+        (lambda run: scores(run, environment, arguments.play)) if arguments.play else None,
     )
     actions = [golden.in_batches(run, {"pixels": screens}, 8)["action"] for run in (original, rewritten)]
     identical = int((actions[0] == actions[1]).sum())
