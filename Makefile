@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 demo: .venv/all
 	$(BIN)/python -m app.demo
 
-test: .venv/dev
+test: .venv/dev .venv/kserve/installed
 	$(BIN)/python -m pytest
 
 check: .venv/dev
@@ -35,4 +35,10 @@ bench: .venv/all
 
 .venv/dev: .venv/all
 	$(PIP) --editable '.[all,dev]'
+	@touch $@
+
+# kserve's client pins older versions of what everything else needs.
+.venv/kserve/installed: .ci/kserve.txt .venv/all
+	$(PYTHON) -m venv .venv/kserve
+	.venv/kserve/bin/pip install --quiet --disable-pip-version-check --requirement .ci/kserve.txt
 	@touch $@

@@ -74,7 +74,7 @@ def _measure(way: str, act: Act, artifact: Artifact, steps: int) -> Row:
 
 def _play(act: Act, artifact: Artifact, steps: int) -> Report:
     assert artifact.manifest.environment is not None
-    return play(lambda: act, artifact.manifest.environment, episodes=1, seed=0, max_steps=steps)
+    return play(lambda _seed: act, artifact.manifest.environment, episodes=1, seed=0, max_steps=steps)
 
 
 def print_rows(rows: list[Row]) -> None:

@@ -46,6 +46,18 @@ class Protocol(StrEnum):
     MACHADO = "machado"
 
 
+class Way(StrEnum):
+    HTTP = "http"
+    SESSION = "session"
+    STREAM = "stream"
+    OIP = "oip"
+
+
+class ExplorationName(StrEnum):
+    DETERMINISTIC = "deterministic"
+    RANDOM = "random"
+
+
 class Device(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
@@ -302,6 +314,12 @@ def play(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first game; the next ones count up.")] = 0,
     video: Annotated[Path | None, typer.Option(help="Write the games to this .mp4 or .gif.")] = None,
     speed: Annotated[int, typer.Option(min=1, help="Film every n-th step only.")] = 1,
+    via: Annotated[
+        Way, typer.Option(help="Where the state is: carried here, in a session, a stream, an OIP sequence.")
+    ] = Way.HTTP,
+    exploration: Annotated[
+        ExplorationName | None, typer.Option(help="Act as trained or as while training; by default as it can.")
+    ] = None,
     protocol: Annotated[
         Protocol | None, typer.Option(help="Evaluate by this protocol: Machado et al. 2018, Agarwal et al. 2021.")
     ] = None,
@@ -316,7 +334,8 @@ def play(
     def games(url: str, policy: str | None, video: Path | None) -> Any:
         return commands.play(
             url, policy, console=console, game=game, episodes=episodes, seed=seed, video=video, speed=speed,
-            protocol=protocol.value if protocol else None,
+            protocol=protocol.value if protocol else None, via=via.value,
+            exploration=exploration.value if exploration else None,
         )  # fmt: skip
 
     report = games(url, policy, video)
@@ -395,7 +414,7 @@ def _play_in_process(run: Callable[[Any], Any], environment: Any) -> list[float]
         (action, *_) = run({environment.screen: screen[None]}).values()
         return int(action[0])
 
-    return play(lambda: act, environment, episodes=1, seed=0).scores
+    return play(lambda _seed: act, environment, episodes=1, seed=0).scores
 
 
 def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None]], dict[str, Any]]:

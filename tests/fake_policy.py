@@ -71,12 +71,23 @@ class DigestRuntime(Runtime):
         pass
 
 
+class Listing(ModelStore):
+    """A store of which only the versions are asked."""
+
+    def __init__(self, policies: Mapping[int, Policy]) -> None:
+        super().__init__(Path("nowhere"))
+        self._policies = policies
+
+    def versions(self, name: str) -> list[int]:
+        return sorted(self._policies)
+
+
 class Versions(Registry):
     """A registry of `digest` alone. `publish` makes a further version live, `withdraw` takes one away."""
 
     def __init__(self) -> None:
-        super().__init__(ModelStore(Path("nowhere")), Settings())
         self.policies: dict[int, Policy] = {}
+        super().__init__(Listing(self.policies), Settings())
         self.runtimes: dict[int, DigestRuntime] = {}
 
     @property
@@ -91,7 +102,7 @@ class Versions(Registry):
         self.runtimes[version] = DigestRuntime.load(artifact, threads=1)
         policy = Policy(artifact, self.runtimes[version], Choice("onnx", ""), Settings())
         policy.start()
-        self.policies[version] = policy
+        self.policies[version] = self._live[NAME] = policy
         return version
 
     def withdraw(self, version: int) -> Policy:

@@ -1,19 +1,22 @@
-"""A real uvicorn with the stream's routes over a policy of a few lines of numpy, in a thread of this process."""
+"""A real uvicorn with all routes over a policy of a few lines of numpy, in a thread of this process."""
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from app.api import errors, stream
+from app.api import act, errors, oip, policies, sessions, stream
+from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.signature import Array
 from tests.fake_policy import Versions
@@ -31,14 +34,17 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         registry.publish()
-        yield
-        await registry.close()
+        with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
+            _app.state.sessions = held
+            yield
+            await registry.close()
 
     app = FastAPI(lifespan=lifespan)
     app.state.settings = settings
     app.state.registry = registry
     errors.install(app)
-    app.include_router(stream.router)
+    for routes in (act, sessions, stream, oip, policies):
+        app.include_router(routes.router)
     return app
 
 

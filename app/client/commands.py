@@ -18,7 +18,9 @@ from app.client.load import load as run_load
 from app.client.play import Act, Report
 from app.client.play import play as run_play
 from app.client.remote import RemotePolicy
+from app.client.ways import WAYS, Acting
 from app.errors import UsageError
+from app.signature import Exploration
 
 
 def play(
@@ -32,12 +34,15 @@ def play(
     video: Path | None = None,
     speed: int = 1,
     protocol: str | None = None,
+    via: str = "http",
+    exploration: Exploration | None = None,
     max_steps: int | None = None,
     on_game: Callable[[int, float], None] = lambda number, score: None,
 ) -> Report:
     """Play whole games through a service, with a live line on `console`.
 
-    `video` gets every `speed`-th step; `on_game` each game's number, from 0, and its score. Raises `UsageError` if the
+    `via`, one of `WAYS`, is how an episode's state is kept; what is random in it comes from the game's seed. `video`
+    gets every `speed`-th step; `on_game` each game's number, from 0, and its score. Raises `UsageError` if the
     policy plays no game, another one than `game`, or not by `protocol`.
     """
     with ExitStack() as stack:
@@ -51,15 +56,18 @@ def play(
             PROTOCOLS[protocol](environment)
         film = stack.enter_context(Film(video, remote, speed)) if video is not None else None
         status = stack.enter_context(console.status(f"{environment.id}: starting"))
-        episode = remote.episode()
+        acting = stack.enter_context(ExitStack())
+        episode: Acting | None = None
 
-        def begin() -> Act:
+        def begin(seed: int) -> Act:
             nonlocal episode
-            episode = remote.episode(film.outputs if film else ())
+            acting.close()
+            outputs = film.outputs if film else ()
+            episode = acting.enter_context(WAYS[via](remote, outputs, exploration, seed))
             return episode.act
 
         def show(number: int, game: AtariGame, action: int) -> None:
-            if film is not None:
+            if film is not None and episode is not None:
                 film.add(game, action, episode.outputs)
             if game.over:
                 on_game(number, game.score)
@@ -116,15 +124,18 @@ def load(
     duration_s: float,
     processes: int | None,
     console: Console,
+    via: str = "http",
 ) -> LoadReport:
-    """Load a service for a while; closed loop with 8 connections unless told otherwise."""
+    """Load a service for a while, `via` one of `BACKENDS`; closed loop with 8 connections unless told otherwise."""
     if rate is None and concurrency is None:
         concurrency = 8
     what = f"{rate:g} requests/s" if rate is not None else f"{concurrency} connections"
+    what += "" if via == "http" else f" via {via}"
     with console.status(f"{what} for {duration_s:g} s") as status:
         return run_load(
             url,
             policy=policy,
+            via=via,
             concurrency=concurrency,
             rate=rate,
             duration_s=duration_s,

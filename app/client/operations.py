@@ -27,6 +27,7 @@ class Request:
     path: str
     body: Any = None  # bytes-like
     headers: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = True  # asked twice, it comes to the same
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Step:
 def describe(policy: str | None) -> Operation[Description]:
     """Of `policy`, or of the service's default one."""
     if policy is None:
-        listed = _json((yield Request("GET", "/policies")))
+        listed = read_json((yield Request("GET", "/policies")))
         policy = listed.get("default") if isinstance(listed, dict) else None
         if not isinstance(policy, str):
             raise UsageError("the service names no default policy; say which")
-    answer = _json((yield Request("GET", f"/policies/{quote(policy, safe='')}")))
+    answer = read_json((yield Request("GET", f"/policies/{quote(policy, safe='')}")))
     try:
         manifest = answer["manifest"]
         signature = pydantic.TypeAdapter(Signature).validate_python(manifest["signature"])
@@ -85,16 +86,16 @@ def describe(policy: str | None) -> Operation[Description]:
             answer["name"], answer["version"], answer["runtime"], answer["reason"], signature, environment
         )
     except (KeyError, TypeError, AttributeError, pydantic.ValidationError) as error:
-        raise _unintelligible("a description that this version of the client understands", error) from error
+        raise unintelligible("a description that this version of the client understands", error) from error
 
 
 def act(description: Description, observation: Array | Mapping[str, Array]) -> Operation[Any]:
     """The action for one observation (*shape), or the k actions for a batch (k, *shape)."""
     signature = description.signature
     tensors, batched = _items(description.by_name(observation), signature.observations)
-    signature.validate(tensors)
+    signature.validate_request(tensors)
     content_type, body = request_body(signature, tensors, batched)
-    answer = _json((yield Request("POST", act_path(description.name), body, {"Content-Type": content_type})))
+    answer = read_json((yield Request("POST", act_path(description.name), body, {"Content-Type": content_type})))
     spec = signature.action
     try:
         action = answer[spec.name]
@@ -104,7 +105,7 @@ def act(description: Description, observation: Array | Mapping[str, Array]) -> O
         shape = (size, *spec.shape) if batched else spec.shape  # a batch of one is answered as one item
         return np.asarray(action, spec.numpy_dtype).reshape(shape)
     except (KeyError, TypeError, ValueError) as error:
-        raise _unintelligible(f"{spec.name!r} as {spec}", answer) from error
+        raise unintelligible(f"{spec.name!r} as {spec}", answer) from error
 
 
 def step(
@@ -140,7 +141,7 @@ def step(
     try:
         answer = wire.decode_answer(response.content_type, response.body, answered)
     except InvalidRequest as error:
-        raise _unintelligible(", ".join(spec.name for spec in answered), error.message) from error
+        raise unintelligible(", ".join(spec.name for spec in answered), error.message) from error
     return {name: array if batched else array[0] for name, array in answer.tensors.items()}
 
 
@@ -151,11 +152,11 @@ def begin_session(
     wishes = {"exploration": exploration, "seed": seed}
     body = pydantic_core.to_json({name: wish for name, wish in wishes.items() if wish is not None})
     headers = {"Content-Type": wire.JSON, **({"X-Owner": owner} if owner else {})}
-    answer = _json((yield Request("POST", f"{_policy_path(description.name)}/sessions", body, headers)))
+    answer = read_json((yield Request("POST", f"{_policy_path(description.name)}/sessions", body, headers)))
     try:
         return str(answer["session"])
     except (KeyError, TypeError) as error:
-        raise _unintelligible("a session", answer) from error
+        raise unintelligible("a session", answer) from error
 
 
 def end_session(description: Description, session: str) -> Operation[None]:
@@ -194,6 +195,8 @@ def service_error(status: int, body: bytes) -> ServiceError:
     except ValueError:
         document = body[:200].decode(errors="replace")
     error = document.get("error") if isinstance(document, dict) else None
+    if isinstance(error, str):  # the Open Inference Protocol's shape
+        return ServiceError(status, "http_error", error)
     if not isinstance(error, dict) or not {"code", "message"} <= error.keys():
         return ServiceError(status, "http_error", f"{document}")
     return ServiceError(status, error["code"], error["message"])
@@ -205,13 +208,14 @@ def _good(response: Response) -> Response:
     return response
 
 
-def _json(response: Response) -> Any:
+def read_json(response: Response) -> Any:
+    """What a good answer says. Raises `ServiceError`."""
     body = _good(response).body
     try:
         return pydantic_core.from_json(body)
     except ValueError:
-        raise _unintelligible("JSON", body[:200].decode(errors="replace")) from None
+        raise unintelligible("JSON", body[:200].decode(errors="replace")) from None
 
 
-def _unintelligible(expected: str, got: object) -> ServiceError:
+def unintelligible(expected: str, got: object) -> ServiceError:
     return ServiceError(200, "unintelligible", f"expected {expected}; got {got}"[:500])

@@ -61,7 +61,7 @@ Act = Callable[[NDArray[np.uint8]], Any]
 
 
 def play(
-    begin: Callable[[], Act],
+    begin: Callable[[int], Act],
     environment: Environment,
     *,
     episodes: int,
@@ -73,16 +73,16 @@ def play(
 ) -> Report:
     """Play `episodes` games, the i-th seeded with `seed + i`, each to its end or for `max_steps` actions.
 
-    `begin` gives what acts in one game: it is given the screen, (height, width, 3) uint8, in a buffer that the next
-    step overwrites, and returns the index of an action (anything `int` takes). After every step `on_step` is given the
-    game's number, from 0, the game and the action. `policy` and `runtime` are only
-    noted in the report. Raises what `AtariGame`, `begin` and what it gives raise.
+    `begin` is given a game's seed and gives what acts in it: that is given the screen, (height, width, 3) uint8, in a
+    buffer that the next step overwrites, and returns the index of an action (anything `int` takes). After every step
+    `on_step` is given the game's number, from 0, the game and the action. `policy` and `runtime` are only noted in the
+    report. Raises what `AtariGame`, `begin` and what it gives raise.
     """
     played: list[Episode] = []
     latencies_ns: list[int] = []
     for number in range(episodes):
         game = AtariGame(environment, seed + number)
-        act = begin()
+        act = begin(seed + number)
         actions = bytearray()
         while not game.over and (max_steps is None or game.steps < max_steps):
             screen = game.screen()

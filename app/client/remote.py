@@ -150,7 +150,8 @@ class Carried:
     def act(self, observation: Array | Mapping[str, Array]) -> Operation[Any]:
         """The operation of the next step; its result is the action."""
         description, signature = self.description, self.description.signature
-        if not (signature.state or self._wanted or self._exploration):
+        drawn = signature.noise and self._seed is not None
+        if not (signature.state or self._wanted or self._exploration or drawn):
             action = yield from operations.act(description, observation)
             self.steps += 1
             return action

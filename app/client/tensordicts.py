@@ -40,7 +40,7 @@ def write_tensordict(tensordict: Any, results: Arrays, signature: Signature) -> 
 def _array(tensor: Any, spec: TensorSpec, batch: tuple[int, ...]) -> Any:
     array = np.asarray(tensor.detach() if hasattr(tensor, "detach") else tensor)
     try:
-        return array.reshape(*batch, *spec.shape)  # TorchRL has its flags as (*batch, 1)
+        return array.reshape((*batch, *spec.shape))  # TorchRL has its flags as (*batch, 1)
     except ValueError:
         raise UsageError(f"{spec.name}: expected {spec} for batch size {list(batch)}; got {array.shape}") from None
 

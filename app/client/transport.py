@@ -36,9 +36,8 @@ class Connection:
             try:
                 response = self._send(request)
             except urllib3.exceptions.ProtocolError as error:
-                # The service closed the kept connection just as it was used again. Asking twice is safe, because the
-                # steps of a session are numbered: once more, on a new connection.
-                if not self._used or not isinstance(error.args[-1], ConnectionError):
+                # The service closed the kept connection just as it was used again: once more, on a new one.
+                if not request.repeatable or not self._used or not isinstance(error.args[-1], ConnectionError):
                     raise
                 response = self._send(request)
         except urllib3.exceptions.HTTPError as error:

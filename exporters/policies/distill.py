@@ -131,6 +131,7 @@ class _Stages:
             prefixed("teacher.policy", self.teacher.policy.state_dict())
             | prefixed("teacher.value", self.teacher.value.state_dict())
             | prefixed("student.network", self.student.network.state_dict())
+            | prefixed("student.average", self.student.average.state_dict())
             | optimizer_tensors(self.teacher.optimizer if self.teaching else self.student.optimizer)
             | {"teacher.steps": torch.tensor(self.teacher.steps), "student.steps": torch.tensor(self.student.steps)}
             | {"student.best": torch.tensor(self.student.best)}
@@ -144,6 +145,7 @@ class _Stages:
         self.teacher.policy.load_state_dict(unprefixed("teacher.policy", tensors))
         self.teacher.value.load_state_dict(unprefixed("teacher.value", tensors))
         self.student.network.load_state_dict(unprefixed("student.network", tensors))
+        self.student.average.load_state_dict(unprefixed("student.average", tensors))
         self.teacher.steps, self.student.steps = int(tensors["teacher.steps"]), int(tensors["student.steps"])
         self.student.best = float(tensors["student.best"])
         restore_optimizer(self.teacher.optimizer if self.teaching else self.student.optimizer, tensors)

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from exporters.policies import pong
@@ -42,6 +43,7 @@ class StudentRecipe:
     learning_rate: float = 5e-4  # linear to 2 %
     teacher_steps: int = 20_000  # over which the teacher's share of the actions falls from 1 to 0
     random_share: float = 0.02
+    average_over: int = 1_000  # updates: the weights that are kept are an exponential moving average
     evaluate_every: int = 100_000
     evaluation_games: int = 8
 
@@ -59,6 +61,8 @@ class Student:
         self.loss = 0.0
         self.network = self.make()
         self.player = copy.deepcopy(self.network).requires_grad_(False)
+        decay = get_ema_multi_avg_fn(1 - 1 / recipe.average_over)
+        self.average = AveragedModel(self.network, multi_avg_fn=decay).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.learning_rate)
         self.random = np.random.default_rng(seed)
         self.replay = TensorDictReplayBuffer(
@@ -138,13 +142,13 @@ class Student:
             loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
             self.optimizer.step()
+            self.average.update_parameters(self.network)
             self.loss = float(loss.detach())
 
     def evaluate(self, seed: int) -> list[float]:
         """The scores of whole games, -21 to 21, played greedily."""
         playing = Games(self.recipe.evaluation_games, seed)
-        network = copy.deepcopy(self.network).requires_grad_(False)
-        values = self.playing(network)
+        values = self.playing(self.average.module)
         scores: dict[int, float] = {}
         while len(scores) < len(playing.games):
             before = playing.scores.copy()
@@ -155,7 +159,7 @@ class Student:
 
     def weights(self) -> dict[str, Tensor]:
         """The same function of greys in 0..1, for a checkpoint."""
-        network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
+        network = copy.deepcopy(self.average.module).to(memory_format=torch.contiguous_format)
         uncentre(network)
         return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
 

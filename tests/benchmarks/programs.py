@@ -103,7 +103,7 @@ def show(medians: dict[str, dict[int, float]], console: Console) -> None:
 
 def scores(run: Run, game: Environment, episodes: int) -> list[float]:
     return play(
-        lambda: lambda screen: run({"pixels": screen[None]})["action"][0], game, episodes=episodes, seed=0
+        lambda _seed: lambda screen: run({"pixels": screen[None]})["action"][0], game, episodes=episodes, seed=0
     ).scores
 
 

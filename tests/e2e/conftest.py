@@ -23,6 +23,17 @@ def pong_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lstm_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    """A store with `pong-lstm`@1, both programs, exported from the checkpoint that ships."""
+    from exporters.load import load
+    from exporters.publish import export
+
+    store = ModelStore(tmp_path_factory.mktemp("pong-lstm"))
+    export(load("pong-lstm")[1], "pong-lstm", store, origin="pong-lstm")
+    return store
+
+
+@pytest.fixture(scope="session")
 def gru_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     """A store with `gru`@1, both programs: recurrent, with `observation` (4,) float32."""
     from exporters.load import load

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from typing import Any
 
+from app.client import local
 from app.client.local import LocalService
+from app.client.ways import WAYS
+from app.store import ModelStore
 
 
 def play(service: LocalService, *options: str) -> dict[str, Any]:
@@ -32,3 +35,17 @@ def test_a_seeded_game_is_the_same_twice_and_with_either_runtime(both: dict[str,
     assert episode["seed"] == 3
     assert abs(episode["score"]) <= 21
     assert episode["steps"] > 500
+
+
+def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(lstm_store: ModelStore) -> None:
+    games = {}
+    for runtime in ("onnx", "pt2"):
+        with local.serve(lstm_store.root, "--runtime", runtime) as service:
+            for way in WAYS:
+                report = play(service, "--seed", "3", "--via", way)
+                assert (report["policy"], report["runtime"]) == ("pong-lstm", runtime)
+                games[runtime, way] = report["episodes"]
+    assert len(games) == 8
+    first, *others = games.values()
+    assert first[0]["steps"] > 500
+    assert others == [first] * 7

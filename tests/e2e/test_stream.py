@@ -61,7 +61,7 @@ def test_a_whole_stretch_of_a_game_is_the_same_through_a_stream(service: LocalSe
     with RemotePolicy(service.url) as remote, Stream(service.url) as stream:
         assert remote.environment is not None
         reports = [
-            play(lambda act=act: act, remote.environment, episodes=1, seed=3, max_steps=200)  # type: ignore[misc]
+            play(lambda _seed, act=act: act, remote.environment, episodes=1, seed=3, max_steps=200)  # type: ignore[misc]
             for act in (remote.act, stream.act)
         ]
     assert reports[0].episodes == reports[1].episodes
