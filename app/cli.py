@@ -483,6 +483,12 @@ def _print_certificate(certificate: dict[str, Any]) -> None:
         differences = ", ".join(f"{name} {value:.2g}" for name, value in found["largest_difference"].items())
         table.add_row(f".{runtime}", f"{found['compared']:,}", str(found["action_disagreements"]), differences)
     Console().print(table)
+    for runtime, found in certificate.get("evaluation", {}).get("programs", {}).items():
+        low, high = found["mean_interval"] or (found["mean"], found["mean"])
+        print(
+            f".{runtime}: {found['games']} games through HTTP, mean score {found['mean']:+.2f} ({low:+.2f} to "
+            f"{high:+.2f}), {found['lowest']:+.0f} to {found['highest']:+.0f}, {found['lost']} lost"
+        )
     if "int8" in certificate:
         print(
             f"int8: {certificate['int8']['agreement']:.2%} of the actions are the original's; "

@@ -110,7 +110,7 @@ class Parameter:
     name: str
     default: float  # as trained
     low: float
-    high: float
+    high: float | None  # None: no bound
 
     @cached_property
     def spec(self) -> TensorSpec:

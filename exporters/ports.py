@@ -64,7 +64,7 @@ class Ports:
         self.takes_is_init = True
         return torch.ones(self._batch, dtype=torch.bool)
 
-    def parameter(self, name: str, default: float, low: float, high: float) -> Tensor:
+    def parameter(self, name: str, default: float, low: float, high: float | None = None) -> Tensor:
         """(B,) float32."""
         if self._bound is not None:
             return self._bound[name]

@@ -29,7 +29,8 @@ def collect(source: PolicySource, layout: Layout, signature: Signature, count: i
     if signature.is_init:
         inputs[IS_INIT.name] = begins
     for parameter in signature.parameters:
-        high = min(parameter.high, max(1.0, 2 * parameter.default))
+        high = max(1.0, 2 * parameter.default)
+        high = high if parameter.high is None else min(high, parameter.high)
         values = rng.uniform(parameter.low, high, count).astype(np.float32)
         values[: count // 2] = parameter.default
         inputs[parameter.name] = rng.permutation(values)

@@ -193,7 +193,7 @@ class GaussianNoise(Step):
         if not self.exploring:
             return tensordict
         action = tensordict.get(self.key)
-        sigma = self.ports.parameter("sigma", self.sigma, 0.0, math.inf).reshape(-1, *[1] * (action.ndim - 1))
+        sigma = self.ports.parameter("sigma", self.sigma, 0.0).reshape(-1, *[1] * (action.ndim - 1))
         noise = self.ports.noise("normal", tuple(int(extent) for extent in action.shape[1:]))
         tensordict.set(self.key, _clamped(action + (noise * self.std + self.mean) * sigma, self.spec))
         return tensordict
@@ -227,7 +227,7 @@ class OrnsteinUhlenbeck(Step):
         after = before + drift + sigma * math.sqrt(process.dt) * self.ports.noise("normal", inner)
         self.ports.replace("ou_noise", after - process.x0)
         self.ports.replace("ou_steps", age + 1)
-        epsilon = self.ports.parameter("epsilon", self.epsilon, 0.0, math.inf).reshape(-1, *wide)
+        epsilon = self.ports.parameter("epsilon", self.epsilon, 0.0).reshape(-1, *wide)
         moved = action + epsilon * after
         tensordict.set(self.key, _clamped(moved, self.spec) if self.safe else moved)
         return tensordict

@@ -74,7 +74,8 @@ def test_nothing_is_held_once_the_episode_is_over(policy: RemotePolicy) -> None:
 
 
 def test_a_step_whose_answer_is_lost_is_taken_once(policy: RemotePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    exchange, lost = Connection.exchange, []
+    exchange = Connection.exchange
+    lost: list[Any] = []
 
     def lose(connection: Connection, request: Any) -> Any:
         response = exchange(connection, request)

@@ -121,18 +121,17 @@ def _interval(values: NDArray[np.float64], statistic: Callable[..., Any]) -> Int
 
 
 def check_machado(environment: Environment) -> None:
-    """Raises `UsageError` unless `environment` plays as Machado et al. 2018 recommend: sticky actions, no other end.
+    """Raises `UsageError` unless `environment` plays as Machado et al. 2018 recommend: sticky actions of probability
+    0.25, whole games, no lives or clipped rewards; and Gymnasium's v5 with them: at most 108,000 frames, half an hour.
 
-    Sticky actions of probability 0.25 and half an hour of play, 108,000 frames; neither a lost life nor a clipped
-    reward is known here. Their own experiments skip 5 frames and use all 18 actions; skip 4 and the minimal set, which
-    Gymnasium's v5 has, are reported, not refused.
+    Their own experiments skip 5 frames and use all 18 actions; skip 4 and the minimal set, as in v5, are not refused.
     """
     wanted = {"repeat_action_probability": 0.25, "max_frames": 108_000}
     wrong = {name: value for name, value in wanted.items() if getattr(environment, name) != value}
     if wrong:
         found = ", ".join(f"{name} {getattr(environment, name)}" for name in wrong)
         expected = ", ".join(f"{name} {value}" for name, value in wrong.items())
-        raise UsageError(f"the protocol of Machado et al. 2018 has {expected}; this policy was trained with {found}")
+        raise UsageError(f"this protocol has {expected}; this policy was trained with {found}")
 
 
 PROTOCOLS: dict[str, Callable[[Environment], None]] = {"machado": check_machado}

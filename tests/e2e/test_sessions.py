@@ -375,9 +375,11 @@ def test_sessions_outlive_a_restart_and_a_killed_worker(
 def test_a_temporary_file_goes_with_the_service(store: Path, tmp_path: Path, workers: str) -> None:
     with (
         local.serve(store, "--workers", workers, environment={**os.environ, "TMPDIR": str(tmp_path)}) as service,
-        closing(Connection(service)) as connection,
     ):
-        connection.begin()
+        if workers == "2":
+            _wait_for_both(service)
+        with closing(Connection(service)) as connection:
+            connection.begin()
         assert len(list(tmp_path.glob("actserve-*/sessions.sqlite"))) == 1
     assert list(tmp_path.glob("actserve-*")) == []
 
