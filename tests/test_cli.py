@@ -84,7 +84,7 @@ def test_export_of_a_users_module(tmp_path: Path) -> None:
     [
         (("export", "chess"), "expected one of pong"),
         (("export", "pong", "--runtime", "tflite"), "--runtime takes"),
-        (("train", "chess"), "expected one of pong"),
+        (("train", "chess"), "expected pong, pong-lstm, a game of ale-py"),
         (("inspect", "pong@x"), "NAME@VERSION"),
         (("serve", "--store", "nowhere"), "no model store at nowhere"),
         (("load", "--rate", "5", "--concurrency", "2"), "exclude each other"),

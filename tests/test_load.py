@@ -39,7 +39,7 @@ def test_a_closed_loop_counts_what_was_answered(service: FakeService) -> None:
 def test_the_report_is_json(service: FakeService) -> None:
     closed = load(service.url, duration_s=0.1, processes=1).as_json()
     opened = load(service.url, rate=50, duration_s=0.1, processes=1).as_json()
-    common = {"policy", "requests", "rate", "errors", "latency_ms", "duration_s", "processes", "client_cpu"}
+    common = {"policy", "via", "requests", "rate", "errors", "latency_ms", "duration_s", "processes", "client_cpu"}
     assert set(closed) == {*common, "connections", "concurrency"}
     assert set(opened) == {*common, "connections", "target_rate"}
     assert closed["concurrency"] == 8

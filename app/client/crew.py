@@ -1,7 +1,7 @@
 """Several load processes: they connect, say so, start together, and tell how it goes and what came of it.
 
 What they say is JSON over pipes: {"ready"}, then {"elapsed_s", "requests"} now and then, then {"outcome", "tally"}; or
-{"unreachable"}.
+{"unreachable"} or {"refused"}.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from app.client.tally import Tally
 from app.client.worker import Job, Outcome, Progress
 from app.client.worker import work as work_alone
-from app.errors import ClientError, ServiceUnreachable
+from app.errors import ClientError, ServiceError, ServiceUnreachable
 
 START_S = 60.0  # for a process to come up; also how long one that is done may take to say what came of it
 
 
 def work(jobs: list[Job], progress: Progress) -> list[Outcome]:
-    """Each job in a process of its own, all at the same time. Raises `ServiceUnreachable`, or `ClientError` if a
+    """Each job in a process of its own, all at the same time. Raises as `worker.work` does, or `ClientError` if a
     process dies. A script that gets here must be importable: with `if __name__ == "__main__"` where it starts."""
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
@@ -40,7 +40,7 @@ def work(jobs: list[Job], progress: Progress) -> list[Outcome]:
             _hear(pipe)
         for pipe in pipes:
             pipe.send_bytes(b"go")
-        return _follow(pipes, jobs[0].duration_s + jobs[0].timeout_s + START_S, progress)
+        return _follow(pipes, jobs[0].duration_s + 2 * jobs[0].timeout_s + START_S, progress)
     except BaseException:
         for process in processes:
             process.terminate()
@@ -83,6 +83,8 @@ def _hear(pipe: Connection) -> dict[str, Any]:
         raise ClientError("a load process ended before it was done") from None
     if "unreachable" in said:
         raise ServiceUnreachable(said["unreachable"])
+    if "refused" in said:
+        raise ServiceError(*said["refused"])
     return said
 
 
@@ -103,6 +105,8 @@ def _process(job: Job, pipe: Connection) -> None:
         )
     except ServiceUnreachable as error:
         say(unreachable=error.message)
+    except ServiceError as error:
+        say(refused=(error.status, error.reason, error.message.partition(": ")[2]))
     else:
         fields = {"in_time": done.in_time, "connections": done.connections, "cpu": done.cpu}
         say(outcome=fields, tally=done.tally.to_json())

@@ -1,7 +1,7 @@
 """The load generator: how fast a policy is served, how long its answers take, and whether they are right.
 
-Every answer is checked: status 200, and the same observation gets the same answer each time. A policy that is swapped
-during the run therefore shows as inconsistent.
+Every answer is checked: status 200, and the same observation (of a policy with state: the same step of an episode) gets
+the same answer each time. A policy that is swapped during the run therefore shows as inconsistent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from app.client import crew, worker
+from app.client.backends import BACKENDS, backend
 from app.client.remote import RemotePolicy
 from app.client.tally import Tally
 from app.client.worker import Job, Outcome
@@ -28,9 +29,10 @@ class LoadReport:
     """What came of a load. Latencies are of good answers only."""
 
     policy: str
+    via: str
     requests: int  # good answers
     rate: float  # good answers a second, of those that came within the duration
-    errors: dict[str, int]  # by kind: http_503:overloaded, connection, timeout, inconsistent
+    errors: dict[str, int]  # by kind: http_503:overloaded (via oip: http_503), connection, timeout, inconsistent
     latency_ms: dict[str, float]  # p50, p90, p99, p999, max; in the open loop from when a request was due
     duration_s: float
     concurrency: int | None  # closed loop
@@ -49,6 +51,7 @@ def load(
     url: str,
     *,
     policy: str | None = None,
+    via: str = "http",
     concurrency: int | None = None,
     rate: float | None = None,
     duration_s: float = 10.0,
@@ -58,12 +61,17 @@ def load(
     timeout_s: float = TIMEOUT_S,
     on_progress: worker.Progress | None = None,
 ) -> LoadReport:
-    """Load one policy with random observations for `duration_s`, and at most `timeout_s` more for the last answers.
+    """Load one policy with random observations for `duration_s`, and at most `timeout_s` more for the last answers and
+    once more to end the sessions.
 
+    `via`: how the service is spoken to, one of `backends.BACKENDS`. http: each request is an episode of its own.
+    session, stream, oip: each connection is a session, a stream or (of a policy with state) a sequence.
     `concurrency`: closed loop on so many connections (8 if neither is given). `rate`: open loop, requests a second.
     `processes`: by default one, or as many as there are cores when a pilot shows that one would be the limit.
     Raises `ServiceUnreachable` or `ServiceError` when there is nothing to load, `UsageError` for a wrong wish.
     """
+    if via not in BACKENDS:
+        raise UsageError(f"expected to load via {', '.join(BACKENDS)}; got {via!r}")
     if concurrency is not None and rate is not None:
         raise UsageError("a concurrency (closed loop) and a rate (open loop) exclude each other")
     if concurrency is None and rate is None:
@@ -74,8 +82,8 @@ def load(
         job = Job(
             url=url,
             uds=uds,
-            policy=remote.name,
-            signature=remote.signature,
+            via=via,
+            description=remote.description,
             seed=seed,
             concurrency=concurrency,
             rate=rate,
@@ -92,11 +100,12 @@ def load(
 
 
 def _report(job: Job, outcomes: list[Outcome]) -> LoadReport:
-    total = Tally()
+    total = Tally(backend(job.via, job.url, job.description, job.seed).read)
     for outcome in outcomes:
         total.add(outcome.tally)
     return LoadReport(
-        policy=job.policy,
+        policy=job.description.name,
+        via=job.via,
         requests=total.requests,
         rate=sum(outcome.in_time for outcome in outcomes) / job.duration_s,
         errors=dict(total.errors),

@@ -12,16 +12,18 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from time import perf_counter_ns
 from typing import Any
 from weakref import WeakSet
 
+from app.client.backends import Backend
 from app.client.connection import Connection
 from app.client.tally import Tally
+from app.errors import ServiceError
 
-Connect = Callable[[Callable[[], Connection]], Coroutine[Any, Any, Connection]]  # raises OSError
-RETRY_S = 0.05  # before asking a service again that refuses connections
+Connect = Callable[[Callable[[], Connection]], Coroutine[Any, Any, Connection]]  # raises OSError, ServiceError
+RETRY_S = 0.05  # before asking a service again that takes no further connection
 FIRST_CONNECTIONS = 8  # of an open loop: before the clock starts, so that opening them is not what is measured
 LOOK_S = 0.02  # how often time-outs and the end are looked for
 
@@ -29,29 +31,31 @@ LOOK_S = 0.02  # how often time-outs and the end are looked for
 class Loop(ABC):
     """What both ways share. `prepare`, then `run`, which ends at most `timeout_s` (and a look) after `duration_s`."""
 
-    def __init__(self, connect: Connect, requests: Sequence[bytes], duration_s: float, timeout_s: float) -> None:
-        self.tally = Tally()
+    def __init__(self, connect: Connect, backend: Backend, duration_s: float, timeout_s: float) -> None:
+        self.tally = Tally(backend.read)
         self.in_time = 0  # good answers that came within the duration
         self.most_connections = 0
         self._connect = connect
-        self._requests = requests
+        self._backend = backend
         self._duration_ns = int(duration_s * 1e9)
         self._timeout_ns = int(timeout_s * 1e9)
         self._end_ns = 0  # from then on nothing new is asked
-        self._turn = 0
         self._connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._made: WeakSet[Connection] = WeakSet()  # also those that were given up while they were opened
 
     async def prepare(self) -> None:
-        """Open the connections that are wanted from the start. Raises OSError if the service cannot be reached."""
+        """Open the connections that are wanted from the start. Raises OSError if the service cannot be reached, and
+        `ServiceError` if it refuses one."""
         opening = (self._connect(self._protocol) for _ in range(self._at_first()))
         failed = None
         for opened in await asyncio.gather(*opening, return_exceptions=True):
-            if isinstance(opened, Connection):
+            if not isinstance(opened, Connection):
+                failed = opened
+            elif opened.usable:
                 self._joined(opened)
             else:
-                failed = opened
+                failed = ConnectionResetError("the service closed it at once")
         if failed is not None:
             await self._close()
             raise failed
@@ -120,7 +124,7 @@ class Loop(ABC):
     # what both use
 
     def _protocol(self) -> Connection:
-        connection = Connection(self)
+        connection = self._backend.connection(self)
         self._made.add(connection)
         return connection
 
@@ -129,10 +133,8 @@ class Loop(ABC):
         self.most_connections = max(self.most_connections, len(self._connections))
 
     def _send(self, connection: Connection, since_ns: int) -> None:
-        connection.question = self._turn
         connection.since_ns = since_ns
-        connection.send(self._requests[self._turn])
-        self._turn = (self._turn + 1) % len(self._requests)
+        connection.ask()
 
     def _open_one(self) -> None:
         """Open a connection in the background, again and again until it works or there is nothing more to ask."""
@@ -144,8 +146,8 @@ class Loop(ABC):
         while self._asking(perf_counter_ns()):
             try:
                 connection = await self._connect(self._protocol)
-            except OSError:  # TimeoutError is one
-                self.tally.errors["connection"] += 1
+            except (OSError, ServiceError) as error:  # TimeoutError is an OSError
+                self.tally.unopened(error)
                 await asyncio.sleep(RETRY_S)
             else:
                 self._joined(connection)
@@ -167,14 +169,9 @@ class ClosedLoop(Loop):
     """`concurrency` connections, each with one request under way all the time."""
 
     def __init__(
-        self,
-        connect: Connect,
-        requests: Sequence[bytes],
-        duration_s: float,
-        timeout_s: float,
-        concurrency: int,
+        self, connect: Connect, backend: Backend, duration_s: float, timeout_s: float, concurrency: int
     ) -> None:
-        super().__init__(connect, requests, duration_s, timeout_s)
+        super().__init__(connect, backend, duration_s, timeout_s)
         self._concurrency = concurrency
 
     def _at_first(self) -> int:
@@ -200,14 +197,14 @@ class OpenLoop(Loop):
     def __init__(
         self,
         connect: Connect,
-        requests: Sequence[bytes],
+        backend: Backend,
         duration_s: float,
         timeout_s: float,
         rate: float,
         phase_s: float,
         most: int,
     ) -> None:
-        super().__init__(connect, requests, duration_s, timeout_s)
+        super().__init__(connect, backend, duration_s, timeout_s)
         self._interval_ns = 1e9 / rate
         self._total = max(1, round(rate * duration_s))
         self._most = most

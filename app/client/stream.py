@@ -1,4 +1,4 @@
-"""Stream: an episode over a WebSocket, of which the service keeps the state. The only place that knows websockets."""
+"""Stream: an episode over a WebSocket, of which the service keeps the state."""
 
 from __future__ import annotations
 

@@ -1,24 +1,22 @@
-"""One load process: ready-made requests, sent by one of the loops over its own connections."""
+"""One load process: one of the loops over its own connections, each with its script."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import urllib3
 
-from app.client.connection import Connection
+from app.client.backends import Backend, backend
+from app.client.connection import Connection, HttpConnection, Parts
 from app.client.loops import ClosedLoop, Loop, OpenLoop
-from app.client.operations import act_path, request_body
+from app.client.operations import Description
 from app.client.tally import Tally
 from app.errors import ServiceUnreachable
-from app.signature import Signature
-
-OBSERVATIONS = 32  # different ones are sent in turn
 
 Progress = Callable[[float, int], None]  # seconds since the start, good answers so far
 
@@ -29,8 +27,8 @@ class Job:
 
     url: str
     uds: str | None
-    policy: str
-    signature: Signature
+    via: str  # one of `BACKENDS`
+    description: Description
     seed: int
     concurrency: int | None  # closed loop: connections
     rate: float | None  # open loop: requests a second
@@ -57,7 +55,10 @@ def no_progress(_elapsed_s: float, _requests: int) -> None: ...
 
 
 def work(job: Job, progress: Progress = no_progress, when_ready: Callable[[], None] = nothing) -> Outcome:
-    """Connect, call `when_ready`, load. Raises `ServiceUnreachable`. Not to be called from an event loop."""
+    """Connect, call `when_ready`, load. Not to be called from an event loop.
+
+    Raises `ServiceUnreachable`, or `ServiceError` if the service refuses a session or a stream before the start.
+    """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_work(job, progress, when_ready))
 
@@ -72,50 +73,77 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _work(job: Job, progress: Progress, when_ready: Callable[[], None]) -> Outcome:
-    loop = _loop(job)
+    speaking = backend(job.via, job.url, job.description, job.seed)
+    loop = _loop(job, speaking)
     try:
-        await loop.prepare()
-    except OSError as error:
-        raise ServiceUnreachable(f"no connection to {job.uds or job.url}: {error}") from error
-    when_ready()
-    started, cpu = time.perf_counter(), time.process_time()
-    await loop.run(lambda: progress(time.perf_counter() - started, loop.tally.requests))
-    share = (time.process_time() - cpu) / (time.perf_counter() - started)
+        try:
+            await loop.prepare()
+        except OSError as error:
+            raise ServiceUnreachable(f"no connection to {job.uds or job.url}: {error}") from error
+        when_ready()
+        started, cpu = time.perf_counter(), time.process_time()
+        await loop.run(lambda: progress(time.perf_counter() - started, loop.tally.requests))
+        share = (time.process_time() - cpu) / (time.perf_counter() - started)
+    finally:
+        await _end(job, speaking)
     return Outcome(loop.tally, loop.in_time, loop.most_connections, share)
 
 
-def _loop(job: Job) -> Loop:
-    shared = (partial(_connect, job), _requests(job), job.duration_s, job.timeout_s)
+def _loop(job: Job, speaking: Backend) -> Loop:
+    shared = (partial(_begin, job, speaking), speaking, job.duration_s, job.timeout_s)
     if job.rate is not None:
         return OpenLoop(*shared, rate=job.rate, phase_s=job.phase_s, most=job.most_connections)
     assert job.concurrency is not None
     return ClosedLoop(*shared, concurrency=job.concurrency)
 
 
+async def _begin(job: Job, speaking: Backend, protocol: Callable[[], Connection]) -> Connection:
+    """A connection that may be asked. Raises OSError or `ServiceError`."""
+    async with asyncio.timeout(job.timeout_s):
+        connection = await _connect(job, protocol)
+        try:
+            await speaking.begin(connection)
+        except BaseException:
+            connection.drop()
+            raise
+    if not connection.usable:
+        raise ConnectionResetError("the service closed it at once")
+    return connection
+
+
 async def _connect(job: Job, protocol: Callable[[], Connection]) -> Connection:
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(job.timeout_s):
-        if job.uds is not None:
-            return (await loop.create_unix_connection(protocol, job.uds))[1]
-        url = urllib3.util.parse_url(job.url)
-        tls = url.scheme == "https"
-        port = url.port or (443 if tls else 80)
-        return (await loop.create_connection(protocol, (url.host or "").strip("[]"), port, ssl=tls or None))[1]
-
-
-def _requests(job: Job) -> list[bytes]:
-    """Whole HTTP requests with one random observation each. The same in every process with the same seed."""
-    rng = np.random.default_rng(job.seed)
-    batches = {spec.name: spec.sample(rng, OBSERVATIONS) for spec in job.signature.observations}
+    if job.uds is not None:
+        return (await loop.create_unix_connection(protocol, job.uds))[1]
     url = urllib3.util.parse_url(job.url)
-    path = (url.path or "").rstrip("/") + act_path(job.policy)
-    requests = []
-    for index in range(OBSERVATIONS):
-        item = {name: batch[index : index + 1] for name, batch in batches.items()}
-        content_type, body = request_body(job.signature, item, batched=False)
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\n"
-            f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        requests.append(head.encode() + bytes(body))
-    return requests
+    tls = url.scheme == "https"
+    port = url.port or (443 if tls else 80)
+    return (await loop.create_connection(protocol, (url.host or "").strip("[]"), port, ssl=tls or None))[1]
+
+
+class Nobody:
+    """Who is told of connections that only `exchange`."""
+
+    def answered(self, connection: Connection, status: int, body: bytes) -> None: ...
+
+    def lost(self, connection: Connection, unanswered: bool) -> None: ...
+
+
+async def _end(job: Job, speaking: Backend) -> None:
+    """End what was begun, as far as that can be done within the time-out; the service forgets the rest by itself."""
+    connection: Connection | None = None
+
+    async def ask(request: Parts) -> tuple[int, bytes]:
+        nonlocal connection
+        try:
+            if connection is None or not connection.usable:
+                connection = await _connect(job, partial(HttpConnection, Nobody()))
+            return await connection.exchange(*request)
+        except OSError:
+            return 0, b""
+
+    with suppress(TimeoutError):
+        async with asyncio.timeout(job.timeout_s):
+            await speaking.end(ask)
+    if connection is not None:
+        connection.drop()
