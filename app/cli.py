@@ -273,18 +273,24 @@ def serve(
     runtime: Annotated[RuntimeName, typer.Option(help="Which program to run.")] = RuntimeName.AUTO,
     policy: Annotated[str | None, typer.Option(help="The policy behind /act; by default the first by name.")] = None,
     uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port for the Open Inference Protocol over gRPC too.")
+    ] = None,
 ) -> None:
     """Serve every policy of a store over HTTP."""
     import uvicorn
 
+    from app import grpc
     from app.settings import PREFIX, Settings
 
     if not store.is_dir():
         raise UsageError(f"there is no model store at {store}; export a policy first, or name it with --store")
     given = {"store": str(store.resolve()), "runtime": runtime.value, **({"policy": policy} if policy else {})}
+    given |= {"grpc_host": host, **({"grpc_port": str(grpc_port)} if grpc_port else {})}
     # Through the environment, so that workers, which are new processes, read the same settings.
     os.environ.update({PREFIX + name.upper(): value for name, value in given.items()})
     settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
+    grpc.check(settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _sessions_file(settings.sessions, workers):
         uvicorn.run(
@@ -355,6 +361,9 @@ def load(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Closed loop: this many connections.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop: this many requests a second.")] = None,
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10.0,
+    via: Annotated[
+        Way, typer.Option(help="How to ask: single requests, or each connection a session, a stream, an OIP sequence.")
+    ] = Way.HTTP,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Load processes; by default as many as it takes.")
     ] = None,
@@ -365,7 +374,7 @@ def load(
 
     if concurrency is not None and rate is not None:
         raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")
-    report = commands.load(url, policy, concurrency, rate, duration, processes, console)
+    report = commands.load(url, policy, concurrency, rate, duration, processes, console, via.value)
     if json:
         _print_json(report.as_json())
     else:

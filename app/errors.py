@@ -18,6 +18,7 @@ ActserveError
 ├── Unavailable                  the request was good; try again
 │   ├── Overloaded               the queue is full
 │   ├── NotServing               still loading, or closing
+│   ├── TooLate                  the answer would come after the time that the request gave
 │   └── SessionsUnavailable      the sessions' file cannot be used
 ├── SessionTooLarge              one session alone has more state than all may have together
 ├── StoreError                   an artifact that must not be served
@@ -177,6 +178,15 @@ class Overloaded(Unavailable):
 
 class NotServing(Unavailable):
     code = "not_serving"
+
+
+class TooLate(Unavailable):
+    code = "too_late"
+
+    def __init__(self, timeout_us: int) -> None:
+        super().__init__(
+            f"expected an answer within the timeout of {timeout_us:,} µs; it takes longer", timeout_us=timeout_us
+        )
 
 
 class SessionsUnavailable(Unavailable):

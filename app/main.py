@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from app import __version__
+from app import __version__, grpc
 from app.api import act, errors, health, oip, policies, sessions, stream
 from app.registry import Registry
 from app.sessions import Limits, Sessions
@@ -33,7 +33,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.sessions = stack.enter_context(Sessions(path, limits))
             registry.start()
             try:
-                yield
+                async with grpc.serving(registry, app.state.sessions, settings):
+                    yield
             finally:
                 await registry.close()
 

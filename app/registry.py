@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
-from app.errors import ActserveError, NotServing, StoreError, UnknownPolicy
+from app.errors import ActserveError, NotServing, StoreError, UnknownPolicy, UnknownVersion
 from app.policy import Policy
 from app.settings import Settings
 from app.store import ModelStore
@@ -71,6 +71,14 @@ class Registry:
         if name in self._refused:
             raise max(self._refused[name].items())[1]  # the highest version's reason
         raise UnknownPolicy(name or "", sorted(self._live))
+
+    async def find(self, name: str, version: str | None) -> Policy:
+        """The same for a version as clients write it. Raises `UnknownVersion` for what is no number, too."""
+        if version is None:
+            return await self.get(name)
+        if not (version.isascii() and version.isdecimal() and len(version) < 10):
+            raise UnknownVersion(name[:80], version, self.describe(name)["versions"])
+        return await self.get(name, int(version))
 
     def describe(self, name: str) -> dict[str, Any]:
         """JSON-able: the live version of `name`, its manifest, and the versions that were refused."""

@@ -34,6 +34,13 @@ class Settings(BaseModel):
         256 << 20, ge=1, description="What all sessions' state and last answers may come to, in bytes."
     )
     session_idle_s: float = Field(600, gt=0, description="Seconds without a step after which a session is forgotten.")
+    grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port for the Open Inference Protocol over gRPC, which needs the extra `grpc`. Unset: off.",
+    )
+    grpc_host: str = Field("127.0.0.1", description="Address for gRPC. `actserve serve` sets it to that of HTTP.")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:

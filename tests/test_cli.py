@@ -82,7 +82,7 @@ def test_export_of_a_users_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("export", "chess"), "expected one of pong"),
+        (("export", "chess"), "a game of ale-py (breakout"),
         (("export", "pong", "--runtime", "tflite"), "--runtime takes"),
         (("train", "chess"), "expected pong, pong-lstm, a game of ale-py"),
         (("inspect", "pong@x"), "NAME@VERSION"),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import itself and what stands before it.
 ORDER = [
     "errors", "lazy", "environment", "signature", "artifact", "store", "requests", "wire", "settings", "runtimes",
-    "golden", "batcher", "policy", "registry", "session_record", "session_file", "sessions", "api", "main",
+    "golden", "batcher", "policy", "registry", "session_record", "session_file", "sessions", "api", "grpc", "main",
     "client", "evaluate", "bench", "diff", "doctor", "demo", "cli", "__main__",
 ]  # fmt: skip
 CLIENT_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "requests", "wire", "client"}
@@ -81,6 +81,23 @@ def test_the_service_and_the_client_load_no_torch() -> None:
         "import sys, app.main, app.cli, app.runtimes.onnx, app.client.play, app.client.load;"
         "print(sorted({'torch', 'torchrl', 'tensordict', 'exporters', 'gymnasium'} & set(sys.modules)))"
     )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_service_loads_no_grpc_unless_it_is_asked_for() -> None:
+    code = """
+import asyncio, sys
+import app.cli, app.client.play
+from app.main import create_app
+from app.settings import Settings
+
+async def run(app):
+    async with app.router.lifespan_context(app):
+        print(sorted({"grpc", "tritonclient", "google.protobuf"} & set(sys.modules)))
+
+asyncio.run(run(create_app(Settings(store="nowhere"))))
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
 

@@ -133,7 +133,7 @@ async def act_by_name(request: Request, name: str) -> Response:
 
 @_route("/policies/{name}/versions/{version}/act")
 async def act_by_version(request: Request, name: str, version: str) -> Response:
-    policy = await common.by_version(request, name, version)
+    policy = await common.registry(request).find(name, version)
     return await _act(request, policy, policy.artifact.manifest.version)
 
 

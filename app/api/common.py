@@ -8,8 +8,7 @@ from fastapi import Request
 from starlette.requests import HTTPConnection
 
 from app import wire
-from app.errors import BodyTooLarge, UnknownVersion
-from app.policy import Policy
+from app.errors import BodyTooLarge
 from app.registry import Registry
 from app.wire.items import Body
 
@@ -17,13 +16,6 @@ from app.wire.items import Body
 def registry(request: HTTPConnection) -> Registry:
     found: Registry = request.app.state.registry
     return found
-
-
-async def by_version(request: HTTPConnection, name: str, version: str) -> Policy:
-    """Raises `UnknownVersion`, for what is no number too, or what `Registry.get` raises."""
-    if not version.isdecimal() or len(version) > 9:
-        raise UnknownVersion(name[:80], version, registry(request).describe(name)["versions"])
-    return await registry(request).get(name, int(version))
 
 
 async def read_expanded(request: Request) -> Body:

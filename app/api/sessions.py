@@ -50,7 +50,7 @@ async def begin(request: Request, name: str) -> dict[str, Any]:
 @router.post("/policies/{name}/versions/{version}/sessions", status_code=201, openapi_extra=_BEGIN)
 async def begin_on_version(request: Request, name: str, version: str) -> dict[str, Any]:
     """The same with a certain version."""
-    return await _begin(request, await common.by_version(request, name, version))
+    return await _begin(request, await common.registry(request).find(name, version))
 
 
 @router.get("/policies/{name}/sessions")

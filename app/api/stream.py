@@ -80,7 +80,7 @@ async def stream_by_name(websocket: WebSocket, name: str) -> None:
 
 @_route("/policies/{name}/versions/{version}/stream")
 async def stream_by_version(websocket: WebSocket, name: str, version: str) -> None:
-    await _serve(websocket, common.by_version(websocket, name, version))
+    await _serve(websocket, common.registry(websocket).find(name, version))
 
 
 async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:

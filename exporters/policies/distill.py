@@ -24,7 +24,7 @@ def train_recurrent(
     run: Run, seed: int, teacher: TeacherRecipe | None = None, student: RecurrentRecipe | None = None
 ) -> None:
     """`pong-lstm`, likewise; its teacher knows how the ball moves."""
-    teacher = teacher or TeacherRecipe(total_steps=9_000_000, movement=True)
+    teacher = teacher or TeacherRecipe(total_steps=10_000_000, movement=True)
     _train(run, seed, RecurrentStudent, teacher, student or RecurrentRecipe())
 
 

@@ -36,7 +36,7 @@ class StudentRecipe:
     total_steps: int = 1_200_000
     games: int = 16
     steps_per_round: int = 8  # in each game
-    updates_per_round: int = 2
+    updates_per_round: int = 4
     batch_size: int = 256  # of what one round of one game is: a screen, or a window of a round's length
     buffer_size: int = 150_000
     warm_up: int = 2_000  # steps before learning
@@ -45,7 +45,7 @@ class StudentRecipe:
     random_share: float = 0.02
     average_over: int = 1_000  # updates: the weights that are kept are an exponential moving average
     evaluate_every: int = 100_000
-    evaluation_games: int = 8
+    evaluation_games: int = 24
 
 
 class Student:

@@ -135,7 +135,7 @@ class _Leading(nn.Module):
 class TeacherRecipe:
     """PPO's hyperparameters. Steps are environment steps, each of 4 emulator frames."""
 
-    total_steps: int = 12_000_000
+    total_steps: int = 14_000_000
     movement: bool = False
     games: int = 32
     steps_per_round: int = 128  # in each game
@@ -143,7 +143,7 @@ class TeacherRecipe:
     batch_size: int = 1024
     learning_rate: float = 7e-4  # constant for 40 %, then linear to 5 %
     gamma: float = 0.99
-    late_gamma: float = 0.997  # from 70 % on: quick points come first, and then those that a longer rally would win
+    late_gamma: float = 0.999  # from 70 % on: quick points come first, and then those that a longer rally would win
     lmbda: float = 0.95
     clip: float = 0.2
     entropy: float = 0.01  # falls linearly to 10 %

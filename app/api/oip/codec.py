@@ -1,14 +1,14 @@
-"""Infer bodies <-> named arrays.
+"""Infer bodies <-> named arrays: what HTTP and gRPC share, and the bodies of HTTP.
 
-A body is JSON. A tensor's data is in it, or follows it, one tensor after the other, row-major and little-endian (the
-binary tensor data extension): then `Inference-Header-Content-Length` says where the JSON ends, and each such tensor
-gives its `binary_data_size`.
+A body of HTTP is JSON. A tensor's data is in it, or follows it, one tensor after the other, row-major and
+little-endian (the binary tensor data extension): then `Inference-Header-Content-Length` says where the JSON ends, and
+each such tensor gives its `binary_data_size`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,36 @@ from app.errors import InvalidRequest, InvalidTensor, MalformedBody, UnknownOutp
 from app.signature import Array, Arrays, Signature, TensorSpec
 from app.wire import items
 from app.wire.as_json import from_lists
-
-HEADER = "Inference-Header-Content-Length"
-DATATYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float32": "FP32", "float64": "FP64", "bool": "BOOL"}
+from app.wire.oip import DATATYPES as DATATYPES
+from app.wire.oip import HEADER as HEADER
 
 
 @dataclass(frozen=True)
 class Body:
-    """An infer request, taken apart: the JSON, and what follows it."""
+    """A request of HTTP, taken apart: the JSON, and what follows it."""
 
     request: schema.InferRequest
     binary: memoryview
+
+    def tensors(self, signature: Signature) -> Arrays:
+        """The inputs, a valid request: each (B, *shape). Raises `InvalidTensor` or `MalformedBody`."""
+        found: Arrays = {}
+        rest = self.binary
+        for given, spec in matched(self.request.inputs, signature):
+            size = given.parameters.binary_data_size if given.parameters else None
+            if (size is None) == (given.data is None):
+                got = "neither" if size is None else "both"
+                raise InvalidTensor(spec.name, "either data or binary_data_size", got)
+            if size is None:
+                found[spec.name] = from_values(given.data, given.shape, spec)
+            else:
+                found[spec.name] = _from_binary(rest[:size], size, given.shape, spec)
+                rest = rest[size:]
+        if rest:
+            came = len(self.binary)
+            raise MalformedBody(f"expected {came - len(rest):,} bytes after the JSON; got {came:,}")
+        signature.validate_request(found)
+        return found
 
 
 def split(content: items.Body, json_bytes: str | None) -> Body:
@@ -44,25 +63,45 @@ def split(content: items.Body, json_bytes: str | None) -> Body:
     return Body(schema.parse(bytes(body[:end])), body[end:])
 
 
-def tensors(body: Body, signature: Signature) -> Arrays:
-    """The inputs, a valid request: each (B, *shape). Raises `InvalidTensor` or `MalformedBody`."""
-    found: Arrays = {}
-    rest = body.binary
-    for given in body.request.inputs:
+def matched(inputs: Iterable[schema.Input], signature: Signature) -> Iterator[tuple[schema.Input, TensorSpec]]:
+    """Each input with what the signature says of it; name, datatype and shape fit, so that nothing later can be
+    surprised by its size. Raises `InvalidRequest`."""
+    seen: set[str] = set()
+    for given in inputs:
         spec = items.find(given.name, signature.asked)
-        if spec.name in found:
+        if spec.name in seen:
             raise InvalidTensor(spec.name, "one input of this name", "several")
-        _check(given, spec)
-        size = given.parameters.binary_data_size if given.parameters else None
-        if size is None:
-            found[spec.name] = _from_json(given, spec)
-        else:
-            found[spec.name] = _from_binary(given, spec, rest[:size])
-            rest = rest[size:]
-    if rest:
-        raise MalformedBody(f"expected {len(body.binary) - len(rest):,} bytes after the JSON; got {len(body.binary):,}")
-    signature.validate_request(found)
-    return found
+        seen.add(spec.name)
+        if given.datatype != DATATYPES[spec.dtype] or given.shape[1:] != list(spec.shape) or not given.shape:
+            expected = f"{DATATYPES[spec.dtype]}{[-1, *spec.shape]}"
+            raise InvalidTensor(spec.name, expected, f"{given.datatype[:20]}{given.shape}")
+        _refuse_shared_memory(spec.name, given.parameters and given.parameters.shared_memory_region)
+        yield given, spec
+
+
+def from_values(values: Any, shape: Sequence[int], spec: TensorSpec) -> Array:
+    """Lists, flat or nested -> an array of `shape`. Raises `InvalidTensor`."""
+    array = from_lists(values, spec)
+    if array.size != math.prod(shape):
+        raise InvalidTensor(spec.name, f"{math.prod(shape):,} elements for shape {shape}", f"{array.size:,}")
+    return array.reshape(shape)
+
+
+def from_bytes(data: items.Body, shape: Sequence[int], spec: TensorSpec) -> Array:
+    """Row-major, little-endian bytes -> an array of `shape`, without a copy. Raises `InvalidTensor`."""
+    size = size_bytes(shape, spec)
+    if len(data) != size:
+        raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}", f"{len(data):,}")
+    return items.view(data, spec, shape)
+
+
+def to_bytes(array: Array) -> bytes:
+    """Row-major and little-endian."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def size_bytes(shape: Sequence[int], spec: TensorSpec) -> int:
+    return math.prod(shape) * spec.numpy_dtype.itemsize
 
 
 def select(request: schema.InferRequest, specs: Iterable[TensorSpec]) -> dict[str, bool]:
@@ -92,7 +131,7 @@ def join(head: Mapping[str, Any], outputs: Mapping[str, Array], binary: Mapping[
     for name, array in outputs.items():
         tensor: dict[str, Any] = {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": array.shape}
         if binary[name]:
-            parts.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            parts.append(to_bytes(array))
             tensor["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
             tensor["data"] = array.ravel().tolist()
@@ -101,36 +140,13 @@ def join(head: Mapping[str, Any], outputs: Mapping[str, Array], binary: Mapping[
     return (b"".join([document, *parts]), len(document)) if parts else (document, None)
 
 
-def _check(given: schema.Input, spec: TensorSpec) -> None:
-    """Datatype and shape, and that the data is here: then nothing below can be surprised by its size."""
-    expected = f"{DATATYPES[spec.dtype]}{[-1, *spec.shape]}"
-    if given.datatype != DATATYPES[spec.dtype] or given.shape[1:] != list(spec.shape) or not given.shape:
-        raise InvalidTensor(spec.name, expected, f"{given.datatype[:20]}{given.shape}")
-    _refuse_shared_memory(spec.name, given.parameters and given.parameters.shared_memory_region)
-    binary = given.parameters is not None and given.parameters.binary_data_size is not None
-    if binary == (given.data is not None):
-        raise InvalidTensor(spec.name, "either data or binary_data_size", "both" if binary else "neither")
-
-
-def _from_json(given: schema.Input, spec: TensorSpec) -> Array:
-    array = from_lists(given.data, spec)
-    if array.size != math.prod(given.shape):
-        raise InvalidTensor(spec.name, f"{_elements(given.shape)} for shape {given.shape}", f"{array.size:,}")
-    return array.reshape(given.shape)
-
-
-def _from_binary(given: schema.Input, spec: TensorSpec, data: memoryview) -> Array:
-    size = math.prod(given.shape) * spec.numpy_dtype.itemsize
-    declared = given.parameters.binary_data_size if given.parameters else None
+def _from_binary(data: memoryview, declared: int, shape: Sequence[int], spec: TensorSpec) -> Array:
+    size = size_bytes(shape, spec)
     if declared != size:
-        raise InvalidTensor(spec.name, f"{size:,} bytes for shape {given.shape}", f"a binary_data_size of {declared:,}")
+        raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}", f"a binary_data_size of {declared:,}")
     if len(data) != size:
         raise InvalidTensor(spec.name, f"{size:,} bytes after the JSON", f"the last {len(data):,}")
-    return np.require(items.view(data, spec, given.shape), requirements="A")  # JSON of any length is before it
-
-
-def _elements(shape: Sequence[int]) -> str:
-    return f"{math.prod(shape):,} elements"
+    return np.require(from_bytes(data, shape, spec), requirements="A")  # JSON of any length is before it
 
 
 def _refuse_shared_memory(name: str, region: Any) -> None:

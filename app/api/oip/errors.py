@@ -1,4 +1,5 @@
-"""Errors in the protocol's shape, `{"error": "message"}`, for routers whose `route_class` is `OipRoute`."""
+"""Errors as the protocol tells them: over HTTP as `{"error": "message"}`, for routers whose `route_class` is
+`OipRoute`; over gRPC `app.grpc.errors` has the status codes."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from app.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict
 
 log = logging.getLogger("actserve")
 
+FAILED = "the service failed on this request; its log says why"
+
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -24,6 +27,16 @@ def status(error: ActserveError) -> int:
     """As elsewhere, but for bad input, which the protocol answers with 400."""
     bad_input = isinstance(error, InvalidRequest) and not isinstance(error, BodyTooLarge | StepConflict)
     return 400 if bad_input else status_of(error)
+
+
+def told(error: Exception) -> str:
+    """What the client is told. What is not the client's fault goes into the log, too."""
+    if not isinstance(error, ActserveError):
+        log.error("a request failed", exc_info=error)
+        return FAILED
+    if status(error) >= 500 and not isinstance(error, Unavailable):
+        log.error("%s", error.message, exc_info=error.__cause__)
+    return error.message
 
 
 def answer(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -37,15 +50,12 @@ class OipRoute(APIRoute):
         async def handle(request: Request) -> Response:
             try:
                 return await handler(request)
-            except ActserveError as error:
-                if status(error) >= 500 and not isinstance(error, Unavailable):
-                    log.error("%s", error.message, exc_info=error.__cause__)
-                headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, Unavailable) else None
-                return answer(status(error), error.message, headers)
             except ClientDisconnect:
                 raise
-            except Exception:
-                log.exception("a request failed")
-                return answer(500, "the service failed on this request; its log says why")
+            except ActserveError as error:
+                headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, Unavailable) else None
+                return answer(status(error), told(error), headers)
+            except Exception as error:
+                return answer(500, told(error))
 
         return handle

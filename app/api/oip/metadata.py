@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from app import __version__
-from app.api.oip.codec import DATATYPES
 from app.policy import Policy
 from app.registry import Registry
 from app.signature import Signature, TensorSpec
+from app.wire.oip import DATATYPES
 
 EXTENSIONS = [
     "binary_tensor_data",

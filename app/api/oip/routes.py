@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from app.api import common
-from app.api.oip import infer, metadata, statistics
+from app.api.oip import http, metadata, statistics
 from app.api.oip.errors import OipRoute, answer
 from app.errors import MalformedBody, NotServing
 from app.policy import Policy
@@ -78,9 +78,7 @@ async def index(request: Request) -> list[dict[str, str]]:
 @router.get("/v2/models/stats")
 async def get_all_statistics(request: Request) -> dict[str, Any]:
     """The statistics of the live version of every policy, as this worker process counted them."""
-    registry = common.registry(request)
-    live = [name for name in registry.names if registry.describe(name)["version"] is not None]
-    return {"model_stats": [statistics.describe(await registry.get(name)) for name in live]}
+    return {"model_stats": await statistics.describe_live(common.registry(request))}
 
 
 @_on_model("GET", "/stats")
@@ -115,7 +113,7 @@ async def infer_model(request: Request) -> Response:
     in microseconds, `binary_data_output`, `seed`, `exploration`. `priority` has no effect: requests are answered in
     turn. Bodies may be compressed, both ways.
     """
-    return await infer.answer(request, await _policy(request), "version" in request.path_params)
+    return await http.infer(request, await _policy(request), "version" in request.path_params)
 
 
 @router.api_route("/v2/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
@@ -132,6 +130,4 @@ async def nothing(request: Request) -> Response:
 async def _policy(request: Request) -> Policy:
     """The policy that the path names."""
     path = request.path_params
-    if "version" in path:
-        return await common.by_version(request, path["name"], path["version"])
-    return await common.registry(request).get(path["name"])
+    return await common.registry(request).find(path["name"], path.get("version"))

@@ -1,13 +1,18 @@
-"""The JSON of an infer request. Fields and parameters that are not known are passed over, as the protocol has it."""
+"""An infer request, without its binary data. Fields and parameters that are not known are passed over, as the protocol
+has it."""
 
 from __future__ import annotations
 
 import reprlib
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import MalformedBody
+from app.signature import Arrays, Signature
+
+_Source = TypeVar("_Source")
 
 Count = Annotated[int, Field(ge=0, lt=2**64)]
 Name = Annotated[str, Field(max_length=128)]  # as long as a sequence's may be in Triton
@@ -30,7 +35,7 @@ class Input(_Part):
     datatype: str
     shape: Annotated[list[Count], Field(max_length=32)]
     parameters: InputParameters | None = None
-    data: Any = None  # flat or nested, row-major
+    data: Any = None  # flat or nested lists, row-major
 
 
 class OutputParameters(_Placement):
@@ -63,10 +68,29 @@ class InferRequest(_Part):
     parameters: Parameters = Parameters()
 
 
+class Asked(Protocol):
+    """An infer request, whichever way it came. Which tensors it should have is known once it is known who acts."""
+
+    @property
+    def request(self) -> InferRequest: ...
+
+    def tensors(self, signature: Signature) -> Arrays:
+        """The inputs, a valid request: each (B, *shape). Raises `InvalidTensor` or `MalformedBody`."""
+
+
 def parse(document: bytes) -> InferRequest:
-    """Raises `MalformedBody`, which names the field."""
+    """From JSON. Raises `MalformedBody`, which names the field."""
+    return _validated(InferRequest.model_validate_json, document)
+
+
+def check(fields: Mapping[str, Any]) -> InferRequest:
+    """From fields that are Python's own. Raises `MalformedBody`, which names the field."""
+    return _validated(InferRequest.model_validate, fields)
+
+
+def _validated(validate: Callable[[_Source], InferRequest], source: _Source) -> InferRequest:
     try:
-        return InferRequest.model_validate_json(document)
+        return validate(source)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the JSON part"

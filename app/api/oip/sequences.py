@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app import wire
-from app.api.oip import codec
-from app.api.oip.schema import Parameters
+from app.api.oip.schema import Asked, Parameters
 from app.errors import InvalidRequest
 from app.policy import Acted, Policy
 from app.registry import Registry
@@ -55,11 +54,11 @@ async def find(
     return Sequence(await policy_of(registry, session), session)
 
 
-async def step(sessions: Sessions, registry: Registry, sequence: Sequence, body: codec.Body) -> Acted:
+async def step(sessions: Sessions, registry: Registry, sequence: Sequence, asked: Asked) -> Acted:
     """One step. When it fails the sequence is where it was, or is none if this was its start."""
-    parameters = body.request.parameters
+    parameters = asked.request.parameters
     exploration, seed = randomness(parameters)
-    tensors = codec.tensors(body, sequence.policy.signature)
+    tensors = asked.tensors(sequence.policy.signature)
     session = sequence.session
     if session is None:
         manifest = sequence.policy.artifact.manifest

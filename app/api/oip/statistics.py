@@ -1,4 +1,4 @@
-"""What the `/v2` routes of this process were asked, in the terms of Triton's statistics extension."""
+"""What this process was asked through the protocol, HTTP or gRPC, in the terms of Triton's statistics extension."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from app.policy import Acted, Policy
+from app.registry import Registry
 
 
 @dataclass
@@ -62,3 +63,9 @@ def describe(policy: Policy) -> dict[str, Any]:
         "inference_stats": inference_stats,
         "batch_stats": [],
     }
+
+
+async def describe_live(registry: Registry) -> list[dict[str, Any]]:
+    """`model_stats` of the live version of every policy."""
+    live = [name for name in registry.names if registry.describe(name)["version"] is not None]
+    return [describe(await registry.get(name)) for name in live]

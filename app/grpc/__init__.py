@@ -1,0 +1,48 @@
+"""`inference.GRPCInferenceService`: the Open Inference Protocol over gRPC, beside the `/v2` routes.
+
+Off unless `grpc_port` is set. The messages and the stubs are tritonclient's; what a request means is `app.api.oip`'s.
+`app.grpc.server`, and with it grpc and tritonclient, is not imported before it is wanted.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+
+from app.errors import UsageError
+from app.lazy import resolve
+from app.registry import Registry
+from app.sessions import Sessions
+from app.settings import Settings
+
+Serving = Callable[[Registry, Sessions, Settings], AbstractAsyncContextManager[None]]
+
+
+def serving(registry: Registry, sessions: Sessions, settings: Settings) -> AbstractAsyncContextManager[None]:
+    """The server, for as long as the app runs; nothing where no port is set. Raises `UsageError`."""
+    return nullcontext() if settings.grpc_port is None else _load()(registry, sessions, settings)
+
+
+def check(settings: Settings) -> None:
+    """To be called before the first worker starts: they share the port, and none would find that another service has
+    it. Raises `UsageError` when the port is taken or the libraries are not installed."""
+    if settings.grpc_port is None:
+        return
+    _load()
+    family = socket.AF_INET6 if ":" in settings.grpc_host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended are no obstacle
+            probe.bind((settings.grpc_host, settings.grpc_port))
+    except OSError as error:
+        where = f"{settings.grpc_host}, port {settings.grpc_port}"
+        raise UsageError(f"cannot listen on {where} for gRPC: {error.strerror}") from error
+
+
+def _load() -> Serving:
+    try:
+        found: Serving = resolve("app.grpc.server:serving")
+    except ModuleNotFoundError as error:
+        raise UsageError(f'gRPC needs {error.name}; install it with: pip install "actserve[grpc]"') from error
+    return found

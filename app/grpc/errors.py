@@ -1,0 +1,29 @@
+"""Errors -> status codes of gRPC. The messages are those of HTTP."""
+
+from __future__ import annotations
+
+from grpc import StatusCode
+
+from app import errors
+from app.api.oip.errors import told
+
+STATUS: dict[type[errors.ActserveError], StatusCode] = {
+    errors.BodyTooLarge: StatusCode.RESOURCE_EXHAUSTED,
+    errors.StepConflict: StatusCode.FAILED_PRECONDITION,
+    errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: StatusCode.NOT_FOUND,
+    errors.TooLate: StatusCode.DEADLINE_EXCEEDED,
+    errors.Overloaded: StatusCode.RESOURCE_EXHAUSTED,
+    errors.SessionTooLarge: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: StatusCode.UNAVAILABLE,
+    errors.StoreError: StatusCode.UNAVAILABLE,
+    errors.RuntimeRefused: StatusCode.UNAVAILABLE,
+    errors.ActserveError: StatusCode.INTERNAL,
+}
+MESSAGE_CHARACTERS = 1000  # a status travels in a header, which clients bound: to 8 KiB by default
+
+
+def status(error: Exception) -> tuple[StatusCode, str]:
+    """The code of the nearest ancestor that has one, and the message. What is the service's fault is logged."""
+    message = told(error)[:MESSAGE_CHARACTERS]
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), StatusCode.INTERNAL), message
