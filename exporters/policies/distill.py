@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 
 import torch
@@ -106,7 +107,7 @@ class _Stages:
             recent = games.finished[-20:]
             self.run.record(
                 stage=stage,
-                mean_return=sum(recent) / len(recent) if recent else -21.0,
+                mean_return=sum(recent) / len(recent) if recent else math.nan,
                 points_per_1000=self.points,
                 loss=self.student.loss,
                 steps_per_s=self.meter.read(int(frames - self.recorded)),
