@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from app.errors import (
 from app.requests import MAX_SEED, step_seed
 from app.sessions import Limits, Session, Sessions
 from app.settings import Settings
+from app.signature import Array
 from tests.fake_policy import NAME, RECORD_BYTES, Alone, Versions, same, seen
 
 
@@ -156,9 +158,21 @@ def test_steps_of_many_sessions_share_runtime_calls(path: Path) -> None:
     async def scenario(registry: Versions) -> None:
         with Sessions(path, Limits()) as sessions:
             begun = [sessions.begin(NAME, 1) for _ in range(160)]
-            await asyncio.gather(*(sessions.step(registry, session, seen(1)) for session in begun))
-            assert registry.runtimes[1].items == 160
-            assert registry.runtimes[1].batches < 80
+            runtime, free = registry.runtimes[1], threading.Event()
+            act = runtime._run
+
+            def act_when_free(arrays: list[Array]) -> list[Array]:
+                assert free.wait(60)
+                return act(arrays)
+
+            runtime._run = act_when_free  # type: ignore[method-assign]
+            stepping = [asyncio.create_task(sessions.step(registry, session, seen(1))) for session in begun]
+            while registry.policies[1].statistics().waiting < 160:
+                await asyncio.sleep(0.001)
+            free.set()
+            await asyncio.gather(*stepping)
+            assert runtime.items == 160
+            assert runtime.batches <= 11  # of at most 16; the first began when few had come
 
     run(scenario)
 
