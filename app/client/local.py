@@ -32,7 +32,7 @@ def serve(
     `options` are further command-line arguments; `environment` replaces the inherited one. Raises
     `ServiceUnreachable` with the end of the log when the service does not come up.
     """
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "app", "serve", "--store", str(store), "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
@@ -64,7 +64,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, seconds: float) -> bool:
     return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

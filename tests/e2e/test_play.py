@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+import tritonclient.http.aio as triton_aio
 
 from app.client import local
 from app.client.local import LocalService
+from app.client.play import play as run_play
+from app.client.remote import RemotePolicy
 from app.client.ways import WAYS
+from app.signature import Array
 from app.store import ModelStore
 
 
@@ -40,12 +51,76 @@ def test_a_seeded_game_is_the_same_twice_and_with_either_runtime(both: dict[str,
 def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(lstm_store: ModelStore) -> None:
     games = {}
     for runtime in ("onnx", "pt2"):
-        with local.serve(lstm_store.root, "--runtime", runtime) as service:
+        port = local.free_port()
+        with local.serve(lstm_store.root, "--runtime", runtime, "--grpc-port", str(port)) as service:
             for way in WAYS:
                 report = play(service, "--seed", "3", "--via", way)
                 assert (report["policy"], report["runtime"]) == ("pong-lstm", runtime)
                 games[runtime, way] = report["episodes"]
-    assert len(games) == 8
+            with RemotePolicy(service.url) as remote:
+                world = remote.environment
+            assert world is not None
+            for client in (by_http(service), by_asyncio(service), by_grpc(port)):
+                with client as (name, act):
+                    report = run_play(lambda _seed, act=act: act, world, episodes=1, seed=3).as_json()  # type: ignore[misc]
+                games[runtime, name] = report["episodes"]
+    assert len(games) == 14
     first, *others = games.values()
     assert first[0]["steps"] > 500
-    assert others == [first] * 7
+    assert others == [first] * 13
+
+
+Client = Iterator[tuple[str, Callable[[Array], int]]]
+
+
+@contextmanager
+def by_http(service: LocalService) -> Client:
+    """tritonclient, with a number for the sequence."""
+    with triton_http.InferenceServerClient(service.url.removeprefix("http://")) as client:
+        steps = itertools.count()
+
+        def act(screen: Array) -> int:
+            flags = {"sequence_id": 77, "sequence_start": next(steps) == 0}
+            result = client.infer("pong-lstm", inputs(triton_http, screen), **flags)
+            return int(result.as_numpy("action")[0])
+
+        yield "tritonclient", act
+
+
+@contextmanager
+def by_asyncio(service: LocalService) -> Client:
+    """tritonclient's asynchronous client, with a name for the sequence."""
+
+    async def connect() -> Any:
+        return triton_aio.InferenceServerClient(service.url.removeprefix("http://"))
+
+    with asyncio.Runner() as runner:
+        client = runner.run(connect())
+        steps = itertools.count()
+
+        def act(screen: Array) -> int:
+            flags = {"sequence_id": "my game", "sequence_start": next(steps) == 0}
+            result = runner.run(client.infer("pong-lstm", inputs(triton_http, screen), **flags))
+            return int(result.as_numpy("action")[0])
+
+        yield "tritonclient.aio", act
+        runner.run(client.close())
+
+
+@contextmanager
+def by_grpc(port: int) -> Client:
+    with triton_grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        steps = itertools.count()
+
+        def act(screen: Array) -> int:
+            flags = {"sequence_id": 78, "sequence_start": next(steps) == 0}
+            result = client.infer("pong-lstm", inputs(triton_grpc, screen), **flags)
+            return int(result.as_numpy("action")[0])
+
+        yield "tritonclient.grpc", act
+
+
+def inputs(triton: Any, screen: Array) -> list[Any]:
+    made = triton.InferInput("pixels", [1, *screen.shape], "UINT8")
+    made.set_data_from_numpy(screen[None])
+    return [made]

@@ -6,7 +6,6 @@ import asyncio
 import os
 import queue
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -31,7 +30,7 @@ from tests.e2e.test_tritonclient import carried as carried_over_http
 @pytest.fixture(scope="module", params=["onnx", "pt2"])
 def addresses(request: pytest.FixtureRequest, gru_store: ModelStore) -> Iterator[tuple[str, str]]:
     """Host and port of gRPC and of HTTP."""
-    port = free_port()
+    port = local.free_port()
     with local.serve(gru_store.root, "--runtime", request.param, "--grpc-port", str(port)) as running:
         yield f"127.0.0.1:{port}", running.url.removeprefix("http://")
 
@@ -60,13 +59,6 @@ def expected(addresses: tuple[str, str]) -> list[list[Arrays]]:
     with triton_http.InferenceServerClient(addresses[1]) as http:
         (state,) = {i["name"] for i in http.get_model_metadata("gru")["inputs"]} - {"observation", "is_init"}
         return [carried_over_http(http, str(state), episode) for episode in range(2)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def inputs(tensors: Arrays) -> list[Any]:
@@ -306,7 +298,7 @@ def test_statistics_count_both_protocols(client: triton.InferenceServerClient, a
 
 
 def test_workers_share_the_port_and_what_was_accepted_is_answered_when_they_end(gru_store: ModelStore) -> None:
-    port = free_port()
+    port = local.free_port()
     answered: queue.Queue[tuple[Any, Any]] = queue.Queue()
     options = ("--runtime", "onnx", "--workers", "2", "--grpc-port", str(port))
     with (
