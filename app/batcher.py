@@ -1,36 +1,28 @@
 """Batcher: turns concurrent requests into runtime calls.
 
 A batch is all that waits when the runtime comes free, so a lone request never waits for company and a crowd is
-answered in few calls; there is no timer. `form` decides, purely; the loop around it is one thread, because a runtime
-takes one call at a time and ONNX Runtime gives the GIL back while it runs.
+answered in few calls; there is no timer. The queue lives in the event loop. A program that takes its time runs in a
+thread beside it; a quick one runs in the loop itself, because handing it over costs more than it takes, and the sockets
+fill up with the next batch meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from time import perf_counter_ns
 
 import numpy as np
 
-from app.errors import ActserveError, NotServing, Overloaded, RuntimeFailure
+from app.arena import Arena
+from app.errors import ActserveError, NotServing, Overloaded, RuntimeFailure, TooLate
 from app.signature import Array, Arrays
 
 Run = Callable[[Mapping[str, Array]], Arrays]
-
-
-@dataclass(frozen=True, eq=False)
-class Waiting:
-    """One request's items: `inputs` by name, each (size, *shape). The request owns its future."""
-
-    inputs: Arrays
-    size: int
-    future: asyncio.Future[Answer]
-    since_ns: int  # when it was submitted, on `time.perf_counter_ns`'s clock
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,31 +42,80 @@ class Statistics:
     run_ns: int  # the time in those calls
 
 
-def form(waiting: deque[Waiting], max_items: int) -> tuple[list[Waiting], list[Waiting]]:
-    """Take the next batch off the front: as many whole requests as fit, in order. Returns (batch, cancelled)."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Outcome:
+    """What came of one runtime call: outputs, each (B, *shape), or an error."""
+
+    outputs: Arrays
+    error: ActserveError | None
+    begun_ns: int
+    run_ns: int
+
+
+class Waiting(ABC):
+    """One request's items on their way through the batcher."""
+
+    size: int
+    row: int | None = None  # of the batcher's arena, where its only item is; None: it has arrays of its own
+    slot: int | None = None  # of the arena, where the state of its episode is
+    begins = False  # the first step of its episode
+    since_ns = 0  # when it came
+    patience_ns = 0  # how long it may wait before it is begun; 0: for ever
+
+    @property
+    @abstractmethod
+    def cancelled(self) -> bool:
+        """Nobody waits for it any more; it is settled all the same."""
+
+    @abstractmethod
+    def inputs(self) -> Arrays:
+        """Each (size, *shape)."""
+
+    @abstractmethod
+    def settle(self, outcome: Outcome, start: int) -> None:
+        """In the event loop, once: what came of the batch, in which this request's items begin at `start`."""
+
+
+def form(waiting: deque[Waiting], max_items: int, now_ns: int) -> tuple[list[Waiting], list[Waiting]]:
+    """Take the next batch off the front: as many whole requests as fit, in order. Returns (batch, dropped).
+
+    Dropped are those that nobody waits for, or that waited longer than they may.
+    """
     batch: list[Waiting] = []
-    cancelled: list[Waiting] = []
+    dropped: list[Waiting] = []
     room = max_items
-    while waiting and (waiting[0].future.cancelled() or waiting[0].size <= room):
-        request = waiting.popleft()
-        if request.future.cancelled():
-            cancelled.append(request)
+    while waiting:
+        request = waiting[0]
+        if request.cancelled or (request.patience_ns and now_ns - request.since_ns > request.patience_ns):
+            dropped.append(waiting.popleft())
+        elif request.size > room:
+            break
         else:
-            batch.append(request)
+            batch.append(waiting.popleft())
             room -= request.size
-    return batch, cancelled
+    return batch, dropped
 
 
 class Batcher:
-    """Batches requests for one runtime. `start` it in the event loop that submits; `close` answers the rest."""
+    """Batches requests for one runtime. `start` it in the event loop that submits; `close` answers the rest.
 
-    def __init__(self, run: Run, max_items: int, max_waiting: int) -> None:
+    `quick`: a call takes less time than anybody minds to wait.
+    """
+
+    def __init__(
+        self, run: Run, max_items: int, max_waiting: int, *, quick: bool = False, arena: Arena | None = None
+    ) -> None:
+        self.arena = arena
         self._run = run
         self._max_items = max_items
         self._max_waiting = max_waiting
-        self._inbox: SimpleQueue[Waiting | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._quick = quick
+        self._queue: deque[Waiting] = deque()
+        self._alone: deque[Waiting] = deque()  # of a batch that failed
+        self._open = False
+        self._thread: ThreadPoolExecutor | None = None
+        self._busy = False  # a batch is to be formed, or is being run
+        self._drained = asyncio.Event()
         self._waiting = 0
         self._batches = 0
         self._items = 0
@@ -82,93 +123,141 @@ class Batcher:
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._open = True
+        if not self._quick:
+            self._thread = ThreadPoolExecutor(1, "batcher")
 
     async def close(self) -> None:
-        """Refuse what is new, answer what was submitted, end the thread."""
-        if self._loop is None:
-            return
-        loop, self._loop = self._loop, None
-        self._inbox.put(None)
-        await loop.run_in_executor(None, self._thread.join)
+        """Refuse what is new, answer what was submitted."""
+        self._open = False
+        while self._waiting:
+            self._drained.clear()
+            await self._drained.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
 
-    def submit(self, inputs: Arrays, size: int) -> asyncio.Future[Answer]:
-        """Queue `size` items (at most `max_items`).
+    def submit(self, inputs: Arrays, size: int, patience_ns: int = 0) -> asyncio.Future[Answer]:
+        """Queue `size` items (at most `max_items`); raises as `enter`."""
+        request = Request(inputs, size, patience_ns)
+        self.enter(request)
+        return request.future
 
-        Raises `Overloaded` when the queue has no room and `NotServing` when the batcher is not running.
-        """
-        if self._loop is None:
+    def enter(self, request: Waiting) -> None:
+        """Queue a request. Raises `Overloaded` when there is no room, `NotServing` when the batcher is not running,
+        `TooLate` when it would wait longer than it may."""
+        self.admit(request.size, request.patience_ns)
+        self._waiting += request.size
+        self._queue.append(request)
+        if not self._busy:
+            self._busy = True
+            self._loop.call_soon(self._next)
+
+    def admit(self, size: int, patience_ns: int = 0) -> None:
+        """Raises as `enter` would for `size` items."""
+        if not self._open:
             raise NotServing("this policy is closing; try again shortly")
         if self._waiting + size > self._max_waiting:
             raise Overloaded(self._max_waiting)
-        request = Waiting(inputs, size, self._loop.create_future(), time.perf_counter_ns())
-        self._waiting += size
-        self._inbox.put(request)
-        return request.future
+        if patience_ns and self._waiting * self._run_ns > patience_ns * self._items:  # at the pace so far
+            raise TooLate(patience_ns // 1000)
 
     def statistics(self) -> Statistics:
         return Statistics(self._waiting, self._batches, self._items, self._run_ns)
 
-    def _work(self) -> None:
-        """The thread: collect what waits, form a batch, run it, hand the answers to the event loop."""
-        loop = self._loop
-        assert loop is not None
-        waiting: deque[Waiting] = deque()
-        open_ = True
-        while open_ or waiting:
-            open_ = self._collect(waiting) and open_
-            batch, cancelled = form(waiting, self._max_items)
-            answers = self._answer(batch) if batch else []
-            loop.call_soon_threadsafe(self._deliver, batch, answers, cancelled)
-
-    def _collect(self, waiting: deque[Waiting]) -> bool:
-        """Move the inbox into `waiting`; block only when there is nothing to do. False once closed."""
-        try:
-            request = self._inbox.get(block=not waiting)
-            while request is not None:
-                waiting.append(request)
-                request = self._inbox.get_nowait()
-        except Empty:
-            return True
-        return False
-
-    def _answer(self, batch: list[Waiting]) -> list[Answer | ActserveError]:
-        """One answer a request. When a shared call fails each request is run alone: none pays for another."""
-        begun_ns = time.perf_counter_ns()
-        try:
-            outputs = self._call(batch)
-        except ActserveError as error:
-            return [error] if len(batch) == 1 else [self._answer([request])[0] for request in batch]
-        run_ns = time.perf_counter_ns() - begun_ns
-        self._run_ns += run_ns
-        answers: list[Answer | ActserveError] = []
-        start = 0
-        for request in batch:
-            part = {name: array[start : start + request.size] for name, array in outputs.items()}
-            answers.append(Answer(part, begun_ns - request.since_ns, run_ns))
-            start += request.size
-        return answers
-
-    def _call(self, batch: list[Waiting]) -> Arrays:
+    def _next(self) -> None:
+        """Form the next batch and have it run."""
+        if self._alone:
+            batch = [self._alone.popleft()]
+        else:
+            batch, dropped = form(self._queue, self._max_items, perf_counter_ns())
+            for request in dropped:
+                self._settle([request], Outcome({}, TooLate(request.patience_ns // 1000), 0, 0))
+        if not batch:
+            self._rest()
+            return
         self._batches += 1
         self._items += sum(request.size for request in batch)
-        inputs = batch[0].inputs
-        if len(batch) > 1:
-            inputs = {name: np.concatenate([request.inputs[name] for request in batch]) for name in inputs}
-        try:
-            return self._run(inputs)
-        except ActserveError:
-            raise
-        except Exception as error:  # the thread must outlive whatever a runtime does
-            raise RuntimeFailure(f"inference failed: {type(error).__name__}") from error
+        inputs = self._gather(batch)
+        if self._thread is None:
+            self._deliver(batch, self._call(inputs))
+        else:
+            self._thread.submit(self._call_and_tell, batch, inputs)
 
-    def _deliver(self, batch: list[Waiting], answers: list[Answer | ActserveError], cancelled: list[Waiting]) -> None:
-        """In the event loop: settle the futures, free their places in the queue."""
-        self._waiting -= sum(request.size for request in (*batch, *cancelled))
-        for request, answer in zip(batch, answers, strict=True):
-            if request.future.done():  # cancelled while it ran
-                continue
-            if isinstance(answer, ActserveError):
-                request.future.set_exception(answer)
-            else:
-                request.future.set_result(answer)
+    def _gather(self, batch: list[Waiting]) -> Arrays:
+        """Every input, each (B, *shape)."""
+        if self.arena is not None and all(request.row is not None for request in batch):
+            return self.arena.inputs(batch)
+        if len(batch) == 1:
+            return batch[0].inputs()
+        parts = [request.inputs() for request in batch]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _call_and_tell(self, batch: list[Waiting], inputs: Arrays) -> None:
+        """In the thread."""
+        outcome = self._call(inputs)
+        self._loop.call_soon_threadsafe(self._deliver, batch, outcome)
+
+    def _call(self, inputs: Arrays) -> Outcome:
+        begun_ns = perf_counter_ns()
+        try:
+            outputs = self._run(inputs)
+        except ActserveError as error:
+            return Outcome({}, error, begun_ns, 0)
+        except Exception as error:  # whatever a runtime does, the others must be answered
+            failure = RuntimeFailure(f"inference failed: {type(error).__name__}")
+            failure.__cause__ = error
+            return Outcome({}, failure, begun_ns, 0)
+        return Outcome(outputs, None, begun_ns, perf_counter_ns() - begun_ns)
+
+    def _deliver(self, batch: list[Waiting], outcome: Outcome) -> None:
+        self._run_ns += outcome.run_ns
+        if outcome.error is not None and len(batch) > 1:
+            self._alone.extend(batch)  # each alone: none pays for another
+        else:
+            if self.arena is not None and outcome.error is None:
+                self.arena.scatter(batch, outcome.outputs)
+            self._settle(batch, outcome)
+        if self._queue or self._alone:
+            self._loop.call_soon(self._next)
+        else:
+            self._rest()
+
+    def _settle(self, batch: list[Waiting], outcome: Outcome) -> None:
+        start = 0
+        for request in batch:
+            self._waiting -= request.size
+            request.settle(outcome, start)
+            start += request.size
+
+    def _rest(self) -> None:
+        self._busy = False
+        if not self._waiting:
+            self._drained.set()
+
+
+class Request(Waiting):
+    """A request with arrays of its own, and a future that gets its `Answer`."""
+
+    def __init__(self, inputs: Arrays, size: int, patience_ns: int = 0) -> None:
+        self.future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.size = size
+        self._inputs = inputs
+        self.since_ns = perf_counter_ns()
+        self.patience_ns = patience_ns
+
+    @property
+    def cancelled(self) -> bool:
+        return self.future.cancelled()
+
+    def inputs(self) -> Arrays:
+        return self._inputs
+
+    def settle(self, outcome: Outcome, start: int) -> None:
+        if self.future.done():  # cancelled while it ran
+            return
+        if outcome.error is not None:
+            self.future.set_exception(outcome.error)
+            return
+        stop = start + self.size
+        outputs = {name: array[start:stop] for name, array in outcome.outputs.items()}
+        self.future.set_result(Answer(outputs, outcome.begun_ns - self.since_ns, outcome.run_ns))

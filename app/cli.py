@@ -301,7 +301,7 @@ def serve(
             uds=str(uds) if uds else None,
             workers=workers,
             loop="uvloop",
-            http="httptools",
+            http="app.lane.protocol:LaneProtocol",
             ws="app.api.websocket:WebSocketProtocol",
             ws_per_message_deflate=False,
             access_log=False,

@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
 from app import __version__, grpc
 from app.api import act, errors, health, oip, policies, sessions, stream
+from app.lane.doors import Lane
 from app.registry import Registry
 from app.sessions import Limits, Sessions
 from app.settings import Settings
@@ -24,7 +26,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     registry = Registry(ModelStore(settings.store), settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         limits = Limits(settings.max_sessions, settings.max_session_bytes, settings.session_idle_s)
         with ExitStack() as stack:
             path = settings.sessions
@@ -33,8 +35,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.sessions = stack.enter_context(Sessions(path, limits))
             registry.start()
             try:
-                async with grpc.serving(registry, app.state.sessions, settings):
-                    yield
+                async with (
+                    grpc.serving(registry, app.state.sessions, settings),
+                    Lane(registry, settings.request_timeout_s) as lane,
+                ):
+                    yield {"lane": lane}
             finally:
                 await registry.close()
 

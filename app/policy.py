@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from app import golden
+from app import golden, tuning
+from app.arena import Arena
 from app.artifact import Artifact
 from app.batcher import Answer, Batcher, Statistics
 from app.errors import RuntimeFailure
@@ -34,12 +35,16 @@ class Acted:
 class Policy:
     """A served policy. Made by `Policy.load`; `start` and `close` belong to the event loop."""
 
-    def __init__(self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, settings: Settings) -> None:
+    def __init__(
+        self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, tuned: tuning.Tuning, settings: Settings
+    ) -> None:
         self.artifact = artifact
         self.signature = artifact.manifest.signature
         self.choice = choice
         self._runtime = runtime
-        self._batcher = Batcher(runtime.run, self.signature.max_batch, settings.max_waiting)
+        self.tuning = tuned
+        arena = Arena(self.signature, tuned.batch) if Arena.suits(self.signature) else None
+        self.batcher = Batcher(runtime.run, tuned.batch, settings.max_waiting, quick=tuned.quick, arena=arena)
 
     @classmethod
     def load(cls, artifact: Artifact, settings: Settings) -> Policy:
@@ -59,37 +64,48 @@ class Policy:
                 failed[choice.runtime] = error.message
                 continue
             log.info("%s is served by .%s (%s)", artifact.label, choice.runtime, choice.reason)
-            return cls(artifact, runtime, choice, settings)
+            return cls(artifact, runtime, choice, tuning.measure(runtime.run, runtime.signature), settings)
 
     def start(self) -> None:
-        self._batcher.start()
+        self.batcher.start()
 
     async def act(
-        self, tensors: Arrays, size: int, exploration: Exploration | None = None, seed: int | None = None
+        self,
+        tensors: Arrays,
+        size: int,
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+        patience_ns: int = 0,
     ) -> Acted:
-        """Act on `size` items of a valid request, each tensor (size, *shape)."""
+        """Act on `size` items of a valid request, each tensor (size, *shape).
+
+        Raises `TooLate` if it would wait, or has waited, for longer than `patience_ns`; 0 is for ever.
+        """
         completed = complete(self.signature, tensors, size, exploration, seed)
-        answer = await self._run(completed.inputs, size)
+        answer = await self._run(completed.inputs, size, patience_ns)
         results = answer.outputs
         for state in self.signature.state:
             results[state.spec.name] = results.pop(state.output)
         return Acted(results, completed.seed, answer.queue_ns, answer.run_ns)
 
-    async def _run(self, inputs: Arrays, size: int) -> Answer:
-        step = self.signature.max_batch
+    async def _run(self, inputs: Arrays, size: int, patience_ns: int) -> Answer:
+        step = self.tuning.batch
         if size <= step:
-            return await self._batcher.submit(inputs, size)
+            return await self.batcher.submit(inputs, size, patience_ns)
         slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
         # One after the other, so that a large batch waits in line with everybody else and never fills the queue.
-        parts = [await self._batcher.submit({k: v[s] for k, v in inputs.items()}, s.stop - s.start) for s in slices]
+        parts = []
+        for s in slices:
+            part = {name: array[s] for name, array in inputs.items()}
+            parts.append(await self.batcher.submit(part, s.stop - s.start, patience_ns))
         outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
         return Answer(outputs, sum(part.queue_ns for part in parts), sum(part.run_ns for part in parts))
 
     def statistics(self) -> Statistics:
-        return self._batcher.statistics()
+        return self.batcher.statistics()
 
     async def close(self) -> None:
-        await self._batcher.close()
+        await self.batcher.close()
         self._runtime.close()
 
     def describe(self) -> dict[str, Any]:

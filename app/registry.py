@@ -20,6 +20,7 @@ class Registry:
     def __init__(self, store: ModelStore, settings: Settings) -> None:
         self._store = store
         self._settings = settings
+        self.generation = 0
         self._live: dict[str, Policy] = {}  # the current version of each
         self._pinned: dict[tuple[str, int], asyncio.Task[Policy]] = {}  # other versions, loaded when first asked for
         self._refused: dict[str, dict[int, ActserveError]] = {}  # why a version is not served
@@ -52,6 +53,10 @@ class Registry:
     def default(self) -> str | None:
         """The policy behind `/act`: the one that the settings name, else the first by name."""
         return self._settings.policy or min(self._live, default=None)
+
+    @property
+    def live(self) -> list[Policy]:
+        return list(self._live.values())
 
     @property
     def names(self) -> list[str]:
@@ -99,6 +104,7 @@ class Registry:
         for version in reversed(self._store.versions(name)):
             try:
                 self._live[name] = await self._load(name, version)
+                self.generation += 1
                 return
             except ActserveError as error:
                 log.error("not served: %s", error.message)

@@ -168,7 +168,9 @@ class Sessions:
         ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
         return Statistics(count, size)
 
-    async def step(self, registry: Registry, session: Session, tensors: Arrays, step: int | None = None) -> Stepped:
+    async def step(
+        self, registry: Registry, session: Session, tensors: Arrays, step: int | None = None, patience_ns: int = 0
+    ) -> Stepped:
         """One item's step: `tensors` are observations and flags, each (1, *shape), without state.
 
         `step` numbers it (the last one's number plus one); the last one's number again gives the stored answer; any
@@ -185,7 +187,7 @@ class Sessions:
                 raise StepConflict(number, step)
             _check(policy.signature, tensors)
             inputs = tensors | last.carried(policy.signature)
-            acted = await policy.act(inputs, 1, session.exploration, step_seed(seed, number))
+            acted = await policy.act(inputs, 1, session.exploration, step_seed(seed, number), patience_ns)
             if self._move(session, last, Record.of(number, acted, policy.signature)):
                 outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
                 return Stepped(replace(acted, outputs=outputs), number, replayed=False)

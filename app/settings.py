@@ -24,6 +24,9 @@ class Settings(BaseModel):
     threads: int = Field(1, ge=1, description="Threads inside one inference call.")
     max_body_bytes: int = Field(32 << 20, ge=1, description="The largest request body, in bytes.")
     max_waiting: int = Field(1024, ge=1, description="Items that may wait for one policy; more are refused with 503.")
+    request_timeout_s: float = Field(
+        30, ge=1, description="Seconds that a client may take to send a request, or to take its answer."
+    )
     sessions: Path | None = Field(
         None,
         description="The file, on a local disk, that holds the sessions; it outlives restarts. "

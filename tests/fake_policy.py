@@ -21,6 +21,7 @@ from app.runtimes.preflight import Choice
 from app.settings import Settings
 from app.signature import Array, Arrays, Exploration, Noise, Signature, State, TensorSpec
 from app.store import ModelStore
+from app.tuning import Tuning
 
 NAME = "digest"
 X = TensorSpec("x", "int64", (), 0, 999)
@@ -37,6 +38,8 @@ SIGNATURE = Signature(
     exploration=("deterministic", "random"),
     noise=(Noise(TensorSpec("noise", "float32", ()), "uniform"),),
 )
+QUICK = Tuning({1: 50_000, 8: 10_000})  # as if a call took so long
+SLOW = Tuning({1: 5_000_000, 8: 1_000_000})  # too long for the event loop
 RECORD_BYTES = 8 + 8 + 16 + 1  # action, value, digest, odd
 
 
@@ -85,13 +88,14 @@ class Listing(ModelStore):
 class Versions(Registry):
     """A registry of `digest` alone. `publish` makes a further version live, `withdraw` takes one away."""
 
-    def __init__(self) -> None:
+    def __init__(self, tuning: Tuning = QUICK) -> None:
+        self.tuning = tuning
         self.policies: dict[int, Policy] = {}
         super().__init__(Listing(self.policies), Settings())
         self.runtimes: dict[int, DigestRuntime] = {}
 
     @property
-    def live(self) -> int:
+    def highest(self) -> int:
         return max(self.policies)
 
     def publish(self) -> int:
@@ -100,9 +104,10 @@ class Versions(Registry):
         manifest = Manifest(1, NAME, version, None, "", SIGNATURE, None, {}, {}, {}, {})
         artifact = Artifact(Path("nowhere"), manifest)
         self.runtimes[version] = DigestRuntime.load(artifact, threads=1)
-        policy = Policy(artifact, self.runtimes[version], Choice("onnx", ""), Settings())
+        policy = Policy(artifact, self.runtimes[version], Choice("onnx", ""), self.tuning, Settings())
         policy.start()
         self.policies[version] = self._live[NAME] = policy
+        self.generation += 1
         return version
 
     def withdraw(self, version: int) -> Policy:
@@ -111,7 +116,7 @@ class Versions(Registry):
     async def get(self, name: str | None = None, version: int | None = None) -> Policy:
         if name not in (None, NAME):
             raise UnknownPolicy(name, [NAME])
-        version = self.live if version is None else version
+        version = self.highest if version is None else version
         if version not in self.policies:
             raise UnknownVersion(NAME, version, sorted(self.policies))
         return self.policies[version]

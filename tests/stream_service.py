@@ -16,14 +16,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.api import act, errors, oip, policies, sessions, stream
+from app.lane.doors import Lane
 from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.signature import Array
-from tests.fake_policy import Versions
+from tests.fake_policy import QUICK, SLOW, Versions
 
 UVICORN: dict[str, Any] = {
     "loop": "uvloop",
-    "http": "httptools",
+    "http": "app.lane.protocol:LaneProtocol",
     "ws": "app.api.websocket:WebSocketProtocol",
     "ws_per_message_deflate": False,
     "log_config": None,
@@ -32,11 +33,12 @@ UVICORN: dict[str, Any] = {
 
 def application(settings: Settings, registry: Versions) -> FastAPI:
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         registry.publish()
         with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
             _app.state.sessions = held
-            yield
+            async with Lane(registry, settings.request_timeout_s) as lane:
+                yield {"lane": lane}
             await registry.close()
 
     app = FastAPI(lifespan=lifespan)
@@ -67,7 +69,7 @@ class Service:
         return self.server.server_state.tasks
 
     def hold(self, version: int = 1) -> threading.Event:
-        """Every step waits until the event that this gives is set."""
+        """Every step waits until the event that this gives is set; the event loop does not, if the service is slow."""
         runtime = self.registry.runtimes[version]
         run, gate = runtime._run, threading.Event()
 
@@ -80,8 +82,8 @@ class Service:
 
 
 @contextmanager
-def running(settings: Settings | None = None, **options: Any) -> Iterator[Service]:
-    registry = Versions()
+def running(settings: Settings | None = None, slow: bool = False, **options: Any) -> Iterator[Service]:
+    registry = Versions(SLOW if slow else QUICK)
     app = application(settings or Settings(), registry)
     server = uvicorn.Server(uvicorn.Config(app, port=0, **UVICORN, **options))
     thread = threading.Thread(target=server.run)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from app.batcher import Batcher, Waiting, form
-from app.errors import NotServing, Overloaded, RuntimeFailure
+from app.batcher import Batcher, Request, Waiting, form
+from app.errors import NotServing, Overloaded, RuntimeFailure, TooLate
 from app.signature import Array, Arrays
 
 
@@ -46,11 +46,10 @@ async def until(condition: threading.Event) -> None:
 
 
 def waiting(*sizes: int) -> deque[Waiting]:
-    loop = asyncio.new_event_loop()
-    try:
-        return deque(Waiting(items(*range(size)), size, loop.create_future(), 0) for size in sizes)
-    finally:
-        loop.close()
+    async def make() -> deque[Waiting]:
+        return deque(Request(items(*range(size)), size) for size in sizes)
+
+    return asyncio.run(make())
 
 
 @pytest.mark.parametrize(
@@ -59,17 +58,50 @@ def waiting(*sizes: int) -> deque[Waiting]:
 def test_form_takes_what_fits_in_order(sizes: list[int], room: int, taken: int) -> None:
     queue = waiting(*sizes)
     before = list(queue)
-    assert form(queue, room) == (before[:taken], [])
+    assert form(queue, room, 0) == (before[:taken], [])
     assert list(queue) == before[taken:]
 
 
 def test_form_drops_the_cancelled() -> None:
     queue = waiting(4, 4, 4)
     first, second, third = queue
-    first.future.cancel()
-    third.future.cancel()
-    assert form(queue, 5) == ([second], [first, third])
+    for request in (first, third):
+        assert isinstance(request, Request)
+        request.future.cancel()
+    assert form(queue, 5, 0) == ([second], [first, third])
     assert not queue
+
+
+def test_form_drops_what_has_waited_for_too_long() -> None:
+    queue = waiting(4, 4, 4)
+    first, second, third = queue
+    first.since_ns, second.since_ns, third.since_ns = 0, 1000, 0
+    first.patience_ns = second.patience_ns = 500
+    assert form(queue, 8, 501) == ([second, third], [first])
+
+
+def test_who_would_wait_for_too_long_is_refused_at_once() -> None:
+    async def scenario() -> None:
+        runtime = Doubler()
+        batcher = Batcher(runtime.run, 8, 100)
+        batcher.start()
+        await batcher.submit(items(1.0), 1)  # there is a pace now
+        runtime.hold()
+        running = batcher.submit(items(1.0), 1)
+        await until(runtime.entered)
+        queued = batcher.submit(items(1.0), 1, patience_ns=10**12)
+        with pytest.raises(TooLate):
+            batcher.submit(items(1.0), 1, patience_ns=1)
+        late = batcher.submit(items(1.0), 1, patience_ns=50_000_000)
+        await asyncio.sleep(0.06)
+        runtime.free.set()
+        with pytest.raises(TooLate, match="50,000"):
+            await late
+        await asyncio.gather(running, queued)
+        assert runtime.sizes == [1, 1, 1]
+        await batcher.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_crowd_is_answered_in_one_call_each_with_its_own_rows() -> None:

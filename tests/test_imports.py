@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Each may import itself and what stands before it.
 ORDER = [
     "errors", "lazy", "environment", "signature", "artifact", "store", "requests", "wire", "settings", "runtimes",
-    "golden", "batcher", "policy", "registry", "session_record", "session_file", "sessions", "api", "grpc", "main",
-    "client", "evaluate", "bench", "diff", "doctor", "demo", "cli", "__main__",
+    "golden", "tuning", "arena", "batcher", "policy", "registry", "session_record", "session_file", "sessions", "api",
+    "lane", "grpc", "main", "client", "evaluate", "bench", "diff", "doctor", "demo", "cli", "__main__",
 ]  # fmt: skip
 CLIENT_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "requests", "wire", "client"}
 EXPORTERS_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "artifact", "store", "golden", "requests"}

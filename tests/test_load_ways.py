@@ -202,7 +202,7 @@ def test_a_broken_connection_is_an_error_and_replaced(via: str, how: dict[str, A
 
 
 def test_what_is_not_answered_in_time_is_given_up(held: Held) -> None:
-    with serving("recurrent") as (service, _):
+    with serving("recurrent", slow=True) as (service, _):
         gate = service.hold()
         for via in EPISODES:
             started = time.monotonic()
@@ -222,7 +222,7 @@ def test_a_session_that_has_gone_is_counted_and_another_begun(held: Held) -> Non
             service.registry.withdraw(1)
 
         def replace_once(batches: int) -> None:
-            if batches == 10 and service.registry.live == 1:
+            if batches == 10 and service.registry.highest == 1:
                 loop.call_soon_threadsafe(replace_version)
 
         served.before = replace_once

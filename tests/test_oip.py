@@ -13,13 +13,13 @@ import pytest
 
 from app.signature import Arrays, Exploration
 from tests.asgi import Answer, Caller
-from tests.fake_policy import NAME, Alone, Versions, seen
+from tests.fake_policy import NAME, SLOW, Alone, Versions, seen
 from tests.oip import BATCH, INFER, MAX_BODY_BYTES, arrays, error, in_binary, in_json, same, serving
 
 
 @pytest.fixture
 def registry() -> Versions:
-    return Versions()
+    return Versions(SLOW)  # a step can be held up without holding up the event loop
 
 
 @pytest.fixture

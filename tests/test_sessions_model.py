@@ -103,7 +103,7 @@ class SessionsMachine(RuleBasedStateMachine):
 
     @rule()
     def a_new_version_goes_live(self) -> None:
-        if self.registry.live < 5:
+        if self.registry.highest < 5:
             self.run(self._publish())
 
     @rule(
@@ -115,7 +115,7 @@ class SessionsMachine(RuleBasedStateMachine):
     def begin(self, worker: int, count: int, seed: int | None, exploration: Exploration | None) -> None:
         for _ in range(count):
             session = self.workers[worker].begin(
-                NAME, self.registry.live, seed=seed, exploration=exploration, owner="me"
+                NAME, self.registry.highest, seed=seed, exploration=exploration, owner="me"
             )
             self.add(Client(session, self.clock.now_s))
 
@@ -123,7 +123,7 @@ class SessionsMachine(RuleBasedStateMachine):
     def begin_a_sequence(self, worker: int, name: int) -> None:
         for client in [client for client in self.live if client.sequence == name]:
             self.lose(client)
-        session = self.workers[worker].begin(NAME, self.registry.live, owner="me", sequence=name)
+        session = self.workers[worker].begin(NAME, self.registry.highest, owner="me", sequence=name)
         self.add(Client(session, self.clock.now_s, name))
         assert self.workers[worker].sequence(NAME, name, "me").id == session.id
 
@@ -299,7 +299,7 @@ def test_three_hundred_sessions_are_played_to_the_end(tmp_path: Path) -> None:
 
             async def client(seed: int) -> None:
                 rng = random.Random(seed)
-                begun = rng.choice([one, other]).begin(NAME, registry.live, exploration="random")
+                begun = rng.choice([one, other]).begin(NAME, registry.highest, exploration="random")
                 expected = Alone(begun.version, begun.seed, begun.exploration)
                 for number in range(1, 31):
                     x, reset = rng.randrange(1000), rng.choice([None, None, None, True])

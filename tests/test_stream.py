@@ -244,30 +244,41 @@ def test_what_the_policy_refuses_moves_nothing_either(service: Service) -> None:
     [
         (Overloaded(3), "overloaded", None),
         (NotServing("closing"), "not_serving", (1012, "closing")),
-        (ValueError("a secret"), None, (1011, "the service failed on this message; its log says why")),
     ],
 )
 def test_only_what_lasts_ends_the_stream(
     service: Service,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
-    told: str | None,
+    told: str,
     closed: tuple[int, str] | None,
 ) -> None:
-    async def fail(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     with opened(service) as ws:
         ws.recv()
         with monkeypatch.context() as patched:
-            patched.setattr(service.registry.policies[1], "act", fail)
+            patched.setattr(service.registry.policies[1].batcher, "enter", fail)
             ws.send(raw(1))
-            if told:
-                assert answer(ws)["error"]["code"] == told
+            assert answer(ws)["error"]["code"] == told
             if closed:
                 assert closing(ws) == closed
         if not closed:
             assert ask(ws, raw(1)) == (1, alone().take(seen(1))["action"][0])
+
+
+def test_a_fault_of_the_service_ends_the_stream_and_says_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise ValueError("a secret")
+
+    with opened(service) as ws:
+        ws.recv()
+        monkeypatch.setattr(service.registry.policies[1], "act", fail)
+        ws.send('{"x": 1}')
+        assert closing(ws) == (1011, "the service failed on this message; its log says why")
 
 
 UPGRADE = {
@@ -349,7 +360,7 @@ def test_text_that_is_not_utf8_closes(service: Service) -> None:
 
 def test_what_a_client_sends_too_far_ahead_waits_in_the_sockets() -> None:
     message = '{"x": 1' + 60_000 * " " + "}"
-    with running() as service:
+    with running(slow=True) as service:
         gate = service.hold()
         with opened(service) as ws:
             ws.recv()
@@ -377,7 +388,7 @@ def flood(bare: socket.socket, frame: bytes) -> int:
 
 def test_a_drain_answers_what_was_taken_in_and_says_restart() -> None:
     model = alone()
-    with running() as service:
+    with running(slow=True) as service:
         gate = service.hold()
         with opened(service) as busy, opened(service) as idle:
             busy.recv()
@@ -392,7 +403,7 @@ def test_a_drain_answers_what_was_taken_in_and_says_restart() -> None:
 
 
 def test_a_killed_client_leaves_nothing_behind() -> None:
-    with running() as service:
+    with running(slow=True) as service:
         gate = service.hold()
         for _ in range(3):
             socket_ = upgraded(service)

@@ -78,6 +78,13 @@ _EXTRA: dict[str, Any] = {
             "description": "How the body is compressed.",
         },
         {
+            "name": common.DEADLINE,
+            "in": "header",
+            "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999},
+            "description": "Milliseconds that the request may wait to be begun. What has waited longer, or would, is "
+            "refused with 503 before anything runs.",
+        },
+        {
             "name": sessions.ID,
             "in": "header",
             "schema": {"type": "string"},
@@ -149,7 +156,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
         raise InvalidRequest(f"{sessions.STEP} numbers the steps of a session: expected {sessions.ID} too; got none")
     names = _wanted(request, policy, policy.signature.state)
     exploration, seed = _randomness(request, items)
-    acted = await policy.act(items.tensors, items.size, exploration, seed)
+    acted = await policy.act(items.tensors, items.size, exploration, seed, common.patience_ns(request))
     return _answer(request, acted, names, items.batched)
 
 

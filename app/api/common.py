@@ -8,14 +8,26 @@ from fastapi import Request
 from starlette.requests import HTTPConnection
 
 from app import wire
-from app.errors import BodyTooLarge
+from app.errors import BodyTooLarge, InvalidRequest
 from app.registry import Registry
 from app.wire.items import Body
+
+DEADLINE = "X-Deadline-Ms"
 
 
 def registry(request: HTTPConnection) -> Registry:
     found: Registry = request.app.state.registry
     return found
+
+
+def patience_ns(request: Request) -> int:
+    """How long the request may wait; 0: for ever. Raises `InvalidRequest`."""
+    value = request.headers.get(DEADLINE)
+    if value is None:
+        return 0
+    if not (value.isascii() and value.isdecimal() and len(value) < 8 and int(value)):
+        raise InvalidRequest(f"expected {DEADLINE} as a whole number from 1 to 9999999; got {value[:80]!r}")
+    return int(value) * 1_000_000
 
 
 async def read_expanded(request: Request) -> Body:

@@ -55,13 +55,18 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-async def _ours(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, errors.ActserveError)
+def response(error: errors.ActserveError) -> Response:
+    """The answer to a request that ended in `error`; what only the operator can mend goes to the log, too."""
     status = status_of(error)
     if status >= 500 and not isinstance(error, errors.Unavailable):
         log.error("%s", error.message, exc_info=error.__cause__)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, errors.Unavailable) else None
     return answer(status, error.code, error.message, error.detail, headers)
+
+
+async def _ours(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.ActserveError)
+    return response(error)
 
 
 async def _routing(request: Request, error: Exception) -> Response:

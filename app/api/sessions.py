@@ -113,7 +113,8 @@ async def step(request: Request, to_step: Stepping, decode: Callable[[], wire.It
     query = request.query_params
     if items.seed is not None or items.exploration is not None or "seed" in query or "exploration" in query:
         raise InvalidRequest("a session's seed and exploration are set when it begins; got another with a step")
-    return await sessions.step(common.registry(request), to_step.session, items.tensors, to_step.step)
+    registry, patience_ns = common.registry(request), common.patience_ns(request)
+    return await sessions.step(registry, to_step.session, items.tensors, to_step.step, patience_ns)
 
 
 def headers(stepped: Stepped) -> dict[str, str]:

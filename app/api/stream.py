@@ -16,8 +16,9 @@ from app import wire
 from app.api import common
 from app.api.errors import status_of
 from app.api.websocket import LIMIT, RESTART
+from app.batcher import Outcome
 from app.errors import ActserveError, InvalidRequest, NotServing, Unavailable, UnsupportedContentType
-from app.policy import Acted, Policy
+from app.policy import Policy
 from app.requests import complete, step_seed
 from app.settings import Settings
 from app.signature import Arrays
@@ -27,6 +28,7 @@ log = logging.getLogger("actserve")
 
 router = APIRouter(tags=["stream"])
 
+LANE = "actserve.lane"  # in an ASGI scope: what may step an episode below it, see `app.lane.stream`
 WINDOW = 8  # replies to so many fit into any socket's buffers, so that neither side waits for the other forever
 BINARY = (wire.RAW, wire.PNG, wire.SAFETENSORS)  # what binary messages can be, the first by default
 _BYTES_PER_ELEMENT = 32  # the longest number in JSON, with room to spare
@@ -93,29 +95,42 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
         await websocket.accept()
         await _close(websocket, _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED, error.message)
         return
+    extensions = websocket.scope["extensions"]
+    lane = extensions.get(LANE) if episode.arena is not None else None
     try:
         await websocket.accept()
-        if LIMIT in websocket.scope["extensions"]:
-            websocket.scope["extensions"][LIMIT]["bound"](episode.hello.max_message_bytes)
+        if LIMIT in extensions:
+            extensions[LIMIT]["bound"](episode.hello.max_message_bytes)
         await websocket.send_text(episode.hello.to_json())
-        code, reason = await _converse(websocket, episode)
+        code, reason = await _converse(websocket, episode, lane)
         await _close(websocket, code, reason)
     except (WebSocketDisconnect, OSError):
         pass  # nobody is there any more
+    finally:
+        if lane is not None:
+            await lane.withdraw()
+        episode.close()
 
 
-async def _converse(websocket: WebSocket, episode: Episode) -> tuple[int, str]:
+async def _converse(websocket: WebSocket, episode: Episode, lane: Any) -> tuple[int, str]:
     """Answer message after message; the code and the reason to close with. Raises `WebSocketDisconnect`.
 
     While one is being answered nothing more is read, so that what a client sends ahead waits in the sockets' buffers.
     """
     idle_s = episode.hello.idle_s
     while True:
+        steps = episode.steps
+        if lane is not None:
+            lane.offer(episode)
         try:
             async with asyncio.timeout(idle_s):
                 message = await websocket.receive()
         except TimeoutError:
+            if episode.steps > steps:  # the lane took them
+                continue
             return _IDLE, f"idle for {idle_s:g} s"
+        if lane is not None:
+            await lane.withdraw()
         if message["type"] == "websocket.disconnect":
             if message["code"] == RESTART:
                 return RESTART, "service restart"
@@ -150,7 +165,7 @@ class Episode:
         self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=())
         self._replies = Replies(outputs)
         self._policy = policy
-        self._state: Arrays = {}  # each (1, *shape); none before the first step
+        self._state: Arrays = {}  # each (1, *shape); none before the first step, or where the arena has it
         self.steps = 0
         manifest = policy.artifact.manifest
         blank = {spec.name: spec.zeros(1) for spec in signature.observations}
@@ -168,6 +183,17 @@ class Episode:
             idle_s=settings.session_idle_s,
         )
 
+        self.batcher = policy.batcher
+        by_default = self.hello.seed is None and self.hello.exploration == signature.exploration[0]
+        # What the lane steps it with.
+        self.arena = policy.batcher.arena if by_default and self._binary == wire.RAW else None
+        self.slot = self.arena.keep() if self.arena is not None else None
+
+    def close(self) -> None:
+        """Forget the state."""
+        if self.arena is not None:
+            self.arena.forget(self.slot)
+
     async def step(self, message: Any) -> dict[str, Any]:
         """One ASGI message -> the one that answers it. Whatever this raises, the episode has not moved."""
         text = message.get("text")
@@ -180,18 +206,34 @@ class Episode:
         if items.metadata:
             raise InvalidRequest(f"a stream's query sets these; got with a message {', '.join(items.metadata)}")
         seed = None if self.hello.seed is None else step_seed(self.hello.seed, self.steps + 1)
-        acted = await self._policy.act(items.tensors | self._state, 1, self.hello.exploration, seed)
+        state = self._state
+        if self.arena is not None and self.slot is not None and self.steps:
+            state = self.arena.state(self.slot)
+        acted = await self._policy.act(items.tensors | state, 1, self.hello.exploration, seed)
         # Copies: what came is a part of the whole batch's array, which it would keep.
-        self._state = {s.spec.name: acted.outputs[s.spec.name].copy() for s in self._policy.signature.state}
+        state = {s.spec.name: acted.outputs[s.spec.name].copy() for s in self._policy.signature.state}
+        if self.arena is not None and self.slot is not None:
+            self.arena.set_state(self.slot, state)
+        else:
+            self._state = state
         self.steps += 1
-        reply = self._reply(acted)
+        reply = self._reply(acted.outputs, 0, acted.queue_ns, acted.run_ns)
         if text is None:
             return {"type": "websocket.send", "bytes": self._replies.pack(reply)}
         return {"type": "websocket.send", "text": self._replies.to_json(reply)}
 
-    def _reply(self, acted: Acted) -> Reply:
-        outputs = {spec.name: acted.outputs[spec.name][0] for spec in self._signature.outputs}
-        return Reply(self.steps, outputs, acted.queue_ns // 1000, acted.run_ns // 1000)
+    def reply(self, outcome: Outcome, start: int, queue_ns: int) -> bytes:
+        """What the lane calls: a binary message has been answered, and its state is kept."""
+        self.steps += 1
+        return self._replies.pack(self._reply(outcome.outputs, start, queue_ns, outcome.run_ns))
+
+    def refusal(self, error: ActserveError) -> bytes:
+        """What the lane calls: a binary message could not be answered; nothing has moved."""
+        return _error(error, self.steps + 1).encode()
+
+    def _reply(self, results: Arrays, start: int, queue_ns: int, run_ns: int) -> Reply:
+        outputs = {spec.name: results[spec.name][start] for spec in self._signature.outputs}
+        return Reply(self.steps, outputs, queue_ns // 1000, run_ns // 1000)
 
     def _max_message_bytes(self) -> int:
         """Enough for one item in any encoding."""

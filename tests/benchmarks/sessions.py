@@ -50,7 +50,9 @@ class Instant(Policy):
         self._outputs = {spec.name: spec.sample(rng, 1) for spec in SIGNATURE.outputs}
         self._state = {state.spec.name: state.spec.sample(rng, 1) for state in SIGNATURE.state}
 
-    async def act(self, tensors: Arrays, size: int, exploration: object = None, seed: object = None) -> Acted:
+    async def act(
+        self, tensors: Arrays, size: int, exploration: object = None, seed: object = None, patience_ns: int = 0
+    ) -> Acted:
         return Acted(self._outputs | self._state, None, 0, 0)
 
 

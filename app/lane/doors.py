@@ -1,0 +1,110 @@
+"""Doors: the paths that lead to a policy through the lane, and the policies' ready-made answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from fastapi import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from app import wire
+from app.api import errors
+from app.arena import Arena
+from app.batcher import Batcher, Outcome
+from app.errors import ActserveError
+from app.lane.heads import Heads
+from app.policy import Policy
+from app.registry import Registry
+from app.signature import Array
+
+Headers = list[tuple[bytes, bytes]]
+READY_MADE = 4096  # answers; a policy with more actions has them made one by one
+
+
+class Door:
+    """One policy's entry: where its requests go, and what its answers are, byte for byte as the route's would be."""
+
+    def __init__(self, batcher: Batcher, arena: Arena, policy: Policy) -> None:
+        self.batcher, self.arena = batcher, arena
+        spec = policy.signature.action
+        self._action = spec.name
+        self._discrete = spec.shape == () and spec.numpy_dtype.kind in "iu"
+        self._headers: Headers = []
+        self._answers: dict[int, bytes] = {}
+
+    def answer(self, outcome: Outcome, start: int, headers: Headers) -> bytes:
+        """The whole response for the item at `start`. `headers`: the server's own, a new list every second."""
+        actions = outcome.outputs[self._action]
+        if not self._discrete:
+            return self._make(actions[start : start + 1], headers)
+        if headers is not self._headers or len(self._answers) > READY_MADE:
+            self._headers, self._answers = headers, {}
+        action = int(actions[start])
+        answer = self._answers.get(action)
+        if answer is None:
+            answer = self._answers[action] = self._make(actions[start : start + 1], headers)
+        return answer
+
+    def refusal(self, error: ActserveError, headers: Headers) -> bytes:
+        return serialised(errors.response(error), headers)
+
+    def _make(self, action: Array, headers: Headers) -> bytes:
+        content_type, content = wire.encode("", {self._action: action}, False)
+        return serialised(Response(content, media_type=content_type), headers)
+
+
+def serialised(response: Response, headers: Headers) -> bytes:
+    """A response as uvicorn writes it."""
+    fields = b"".join(b"%s: %s\r\n" % field for field in (*headers, *response.raw_headers))
+    return STATUS_LINE[response.status_code] + fields + b"\r\n" + bytes(response.body)
+
+
+class Connection(Protocol):
+    def look(self) -> None:
+        """What the lane calls once a second: close if nothing has happened for too long."""
+
+
+class Lane:
+    """The doors to all live policies of a registry, and the connections that may come to them. Enter it to serve.
+
+    `patience_s`: how long a client may take to send a request, or to take an answer.
+    """
+
+    def __init__(self, registry: Registry, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self.connections: set[Connection] = set()
+        self._registry = registry
+        self._generation = -1
+        self._heads: Heads[Door] = Heads({}, {})
+
+    async def __aenter__(self) -> Lane:
+        self._watching = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._watching.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            for connection in list(self.connections):
+                connection.look()
+
+    def find(self, head: bytes) -> tuple[Door, int] | None:
+        """See `Heads.find`."""
+        if self._generation != self._registry.generation:
+            self._generation = self._registry.generation
+            self._rebuild()
+        return self._heads.find(head)
+
+    def _rebuild(self) -> None:
+        doors: dict[bytes, Door] = {}
+        for policy in self._registry.live:
+            batcher = policy.batcher
+            if batcher.arena is not None and not policy.signature.state:  # whose answers have more in them
+                name = policy.artifact.manifest.name
+                door = doors[f"/policies/{name}/act".encode()] = Door(batcher, batcher.arena, policy)
+                if name == self._registry.default:
+                    doors[b"/act"] = door
+        self._heads = Heads(doors, {path: door.arena.item_bytes for path, door in doors.items()})

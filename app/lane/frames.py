@@ -1,0 +1,62 @@
+"""The heads of WebSocket frames (RFC 6455, 5.2): read a client's, write a server's."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+BINARY = 0x82  # a whole binary message: FIN and the opcode
+TEXT = 0x81
+_CONTROL = 0x08  # the bit of an opcode that is not of a message
+_U16, _U64 = struct.Struct("!H"), struct.Struct("!Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    first: int  # FIN, three reserved bits, the opcode
+    mask: bytes  # 4 bytes, or none
+    length: int  # of the payload, in bytes
+    size: int  # of the head itself
+
+    @property
+    def is_of_a_message(self) -> bool:
+        return not self.first & _CONTROL
+
+
+def read(data: bytes) -> Head | None:
+    """The head that `data` begins with; None: it is not all there. Whether it is a legal one is not looked at."""
+    if len(data) < 2:
+        return None
+    masked, length, size = data[1] & 0x80, data[1] & 0x7F, 2
+    if length == 126:
+        size = 4
+        if len(data) < size:
+            return None
+        (length,) = _U16.unpack_from(data, 2)
+    elif length == 127:
+        size = 10
+        if len(data) < size:
+            return None
+        (length,) = _U64.unpack_from(data, 2)
+    if not masked:
+        return Head(data[0], b"", length, size)
+    if len(data) < size + 4:
+        return None
+    return Head(data[0], data[size : size + 4], length, size + 4)
+
+
+def masked_size(length: int) -> int:
+    """Of the head of a client's frame with so many bytes."""
+    return 6 if length < 126 else 8 if length < 1 << 16 else 14
+
+
+def write(first: int, payload: bytes) -> bytes:
+    """A server's frame."""
+    length = len(payload)
+    if length < 126:
+        head = bytes((first, length))
+    elif length < 1 << 16:
+        head = bytes((first, 126)) + _U16.pack(length)
+    else:
+        head = bytes((first, 127)) + _U64.pack(length)
+    return head + payload

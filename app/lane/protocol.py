@@ -1,0 +1,298 @@
+"""One connection of the fast lane: an `asyncio.BufferedProtocol` that holds uvicorn's own protocol.
+
+Between two requests of uvicorn's it looks at the head of what comes. If the lane takes the request, its body goes from
+the socket into a row of the arena, and the answer is one write. If not, every byte goes to uvicorn's protocol, until
+that has answered and its parser is between two messages again.
+
+Where bytes go next (`get_buffer`):
+
+    the rest of a body    into its row, to its end and no further
+    a refused body        into the common buffer, to its end and no further, and is forgotten
+    uvicorn's             into the common buffer, and on
+    sent ahead            into the common buffer, and kept until the answer has left
+    else, a head          into the common buffer, as many bytes as the last head had: if the next one is as long, which
+                          is the rule, the body behind it is read to where it belongs and not moved again
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum, auto
+from time import perf_counter_ns
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from app.api.stream import LANE
+from app.api.websocket import WebSocketProtocol
+from app.batcher import Outcome
+from app.errors import ActserveError
+from app.lane.doors import Door, Lane
+from app.lane.heads import MAX_BYTES, may_become_a_head
+from app.lane.receiver import Receiver
+from app.lane.stream import StreamLane
+
+BUFFER_BYTES = 1 << 16
+GUESS_BYTES = 512  # of a first head
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class Phase(Enum):
+    """What a connection is doing."""
+
+    IDLE = auto()  # between two requests
+    RECEIVING = auto()  # a request
+    ANSWERING = auto()
+    SENDING = auto()  # an answer, which the client has not taken
+
+
+class Inner(HttpToolsProtocol):
+    """uvicorn's protocol, and whether its parser is between two messages."""
+
+    between = True
+    outer: LaneProtocol
+
+    def handle_websocket_upgrade(self) -> None:
+        self.connections.discard(self.outer)
+        super().handle_websocket_upgrade()
+        websocket = self.transport.get_protocol()
+        if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated:
+            lane = StreamLane(websocket, self.transport)
+            self.transport.set_protocol(lane)
+            websocket.scope["extensions"][LANE] = lane  # type: ignore[assignment]
+
+    def on_message_begin(self) -> None:
+        self.between = False
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self.between = True
+        super().on_message_complete()
+
+    @property
+    def rests(self) -> bool:
+        """The next byte begins a message, and nothing is being answered."""
+        return self.between and not self.pipeline and (self.cycle is None or self.cycle.response_complete)
+
+
+class LaneProtocol(Receiver):
+    """A connection is also the request that it has under way: nothing is made anew for each.
+
+    `_data`: a piece of a head, or what was sent ahead.
+    """
+
+    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all: filled and emptied in one go, in one thread
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__()
+        self._inner = Inner(config, server_state, app_state, _loop)
+        self._inner.outer = self
+        self._state = server_state
+        self._lane: Lane | None = app_state.get("lane")
+        self._door: Door | None = None  # of the request that is being received or answered
+        self._unwanted = 0  # bytes of a refused body that are still to come
+        self._guess = GUESS_BYTES  # how long the next head is
+        self._passing = False  # to the inner protocol
+        self._closing = False  # after the answer
+        self._requests = 0  # that the lane took
+        self._before: tuple[Phase, int] = (Phase.IDLE, 0)  # when the lane last looked
+        self._looks = 0  # since it is so
+
+    # what asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self._inner.connection_made(transport)  # type: ignore[arg-type]
+        self._state.connections.discard(self._inner)
+        self._state.connections.add(self)  # type: ignore[arg-type]
+        self._passing = self._lane is None
+        if self._lane is not None:
+            self._lane.connections.add(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._missing is not None:
+            return self._missing
+        if self._unwanted:
+            return self._buffer[: self._unwanted]
+        if self._passing or self._door is not None:
+            return self._buffer
+        return self._buffer[: self._guess]
+
+    def buffer_updated(self, count: int) -> None:
+        if self._missing is not None:
+            self._received(count)
+        elif self._unwanted:
+            self._unwanted -= count
+        elif self._door is not None:
+            self._data += self._buffer[:count]
+            if len(self._data) >= BUFFER_BYTES:
+                self.transport.pause_reading()
+        elif self._passing and not self._inner.rests:
+            self._inner.data_received(bytes(self._buffer[:count]))
+        else:
+            self._begin(self._data + self._buffer[:count])
+
+    def eof_received(self) -> None:
+        return self._inner.eof_received()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._state.connections.discard(self)
+        self._inner.connection_lost(error)
+        self.transport = None
+        if self._lane is not None:
+            self._lane.connections.discard(self)
+        if self._missing is not None:
+            self._leave()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+    # what uvicorn's server calls
+
+    def shutdown(self) -> None:
+        """Answer what is under way, then close."""
+        if self._door is not None:
+            self._closing = True
+        else:
+            self._inner.shutdown()
+
+    # a request comes
+
+    def _begin(self, data: bytes) -> None:
+        """`data` are the first bytes of a request."""
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if may_become_a_head(data):
+                self._data, self._guess = data, MAX_BYTES
+            else:
+                self._pass(data)
+            return
+        assert self._lane is not None
+        found = self._lane.find(data[:end])
+        if found is None:
+            self._pass(data)
+            return
+        door, self.patience_ns = found
+        self.since_ns = perf_counter_ns()
+        self._requests += 1
+        if self._inner.timeout_keep_alive_task is not None:
+            self._inner._unset_keepalive_if_required()
+        self._passing = False
+        self._guess, self._data = end, data[end:]
+        self._door = door
+        row = door.arena.acquire()
+        if row is not None:
+            self._receive(door.arena, row)
+            return
+        try:
+            door.batcher.admit(1 + len(door.arena.waiting), self.patience_ns)
+        except ActserveError as error:
+            self._refuse(door, error)
+        else:
+            self.transport.pause_reading()
+            door.arena.waiting.append(self)
+
+    def _pass(self, data: bytes) -> None:
+        self._data, self._guess = b"", GUESS_BYTES
+        self._passing = True
+        self._inner.data_received(data)
+
+    def _refuse(self, door: Door, error: ActserveError) -> None:
+        """Before the body is here; what comes of it is forgotten."""
+        data, size = self._data, door.arena.item_bytes
+        self._unwanted, self._data = max(0, size - len(data)), data[size:]
+        self._answer(door.refusal(error, self._state.default_headers))
+
+    def seat(self, row: int) -> bool:
+        """What the arena calls: a row has become free."""
+        if self.transport is None:
+            return False
+        assert self._door is not None
+        self.transport.resume_reading()
+        self._receive(self._door.arena, row)
+        return True
+
+    def _complete(self) -> None:
+        assert self._door is not None
+        try:
+            self._door.batcher.enter(self)
+        except ActserveError as error:
+            self._answer(self._door.refusal(error, self._state.default_headers))
+
+    # what the batcher calls
+
+    def settle(self, outcome: Outcome, start: int) -> None:
+        assert self._door is not None
+        if self.transport is None:
+            self._leave()
+        elif outcome.error is not None:
+            self._answer(self._door.refusal(outcome.error, self._state.default_headers))
+        else:
+            self._answer(self._door.answer(outcome, start, self._state.default_headers))
+
+    def _answer(self, answer: bytes) -> None:
+        self._leave()
+        self._state.total_requests += 1
+        if self._closing:
+            self.transport.write(answer.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1))
+            self.transport.close()
+            return
+        self.transport.write(answer)
+        if self._data:
+            self._inner.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """With what was sent ahead."""
+        if self.transport is None or self._door is not None or not self._data:
+            return
+        data, self._data = self._data, b""
+        if len(data) >= BUFFER_BYTES:
+            self.transport.resume_reading()
+        self._begin(data)
+
+    def _leave(self) -> None:
+        """The request is over."""
+        self._door = None
+        super()._leave()
+
+    # what the lane calls, once a second
+
+    def look(self) -> None:
+        """Close the connection if it has been waiting for the client for too long."""
+        assert self._lane is not None
+        now = (self._phase, self._requests)
+        self._looks = self._looks + 1 if now == self._before else 0
+        self._before = now
+        phase, _ = now
+        if phase is Phase.IDLE and self._looks >= self._inner.timeout_keep_alive:
+            self.transport.close()
+        elif phase is Phase.RECEIVING and self._looks >= self._lane.patience_s:
+            self.transport.write(TOO_SLOW)
+            self.transport.close()
+        elif phase is Phase.SENDING and self._looks >= self._lane.patience_s:
+            self.transport.abort()
+
+    @property
+    def _phase(self) -> Phase:
+        if self.transport.get_write_buffer_size():
+            return Phase.SENDING
+        if self._missing is not None or self._unwanted:
+            return Phase.RECEIVING
+        if self._door is not None:
+            return Phase.ANSWERING
+        if self._data or (self._passing and not self._inner.between):
+            return Phase.RECEIVING
+        if self._passing and not self._inner.rests:
+            return Phase.ANSWERING
+        return Phase.IDLE

@@ -1,0 +1,204 @@
+"""The fast lane of a stream: whole binary messages of one observation, from the socket into a row of the arena.
+
+It stands before the WebSocket's protocol as `LaneProtocol` stands before HTTP's. It follows the frames by their heads
+alone; what it does not take, control frames, text, messages in pieces, goes to that protocol byte for byte, and so to
+the route in `app.api.stream`. Whenever the route waits for a message and none is on its way, it offers its episode, and
+the lane may step it; a message that the route is to answer ends the offer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter_ns
+from typing import Any, Protocol
+
+import numpy as np
+
+from app.api.websocket import WebSocketProtocol
+from app.arena import Arena
+from app.batcher import Batcher, Outcome
+from app.errors import ActserveError
+from app.lane import frames
+from app.lane.receiver import Receiver
+from app.signature import Array
+
+BUFFER_BYTES = 1 << 16
+
+
+class Episode(Protocol):
+    """What the route offers."""
+
+    batcher: Batcher
+    arena: Arena
+    slot: int | None
+    steps: int
+
+    def reply(self, outcome: Outcome, start: int, queue_ns: int) -> bytes:
+        """The step is done: the reply's payload."""
+
+    def refusal(self, error: ActserveError) -> bytes:
+        """The step was not taken: the payload, text, that says why."""
+
+
+class StreamLane(Receiver):
+    """A connection is also the step that it has under way. `_data`: a piece of a head, or what was sent ahead."""
+
+    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all: filled and emptied in one go, in one thread
+
+    def __init__(self, inner: WebSocketProtocol, transport: Any) -> None:
+        super().__init__()
+        self._inner = inner
+        self.transport = transport
+        self._loop = inner.loop
+        self._offered: Episode | None = None
+        self._episode: Episode | None = None  # whose step is received or run
+        self._mask = b""
+        self._passing = 0  # bytes of a frame that are still to go to the inner protocol
+        self._ahead = False  # so much that reading is paused
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # what the route calls
+
+    def offer(self, episode: Episode) -> None:
+        if self._inner.queue.empty():
+            self._offered = episode
+
+    async def withdraw(self) -> None:
+        """Returns when nothing is under way any more."""
+        self._offered = None
+        await self._idle.wait()
+
+    # what asyncio calls
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._missing is not None:
+            return self._missing
+        if self._passing:
+            return self._buffer[: self._passing]
+        if self._episode is None and self._offered is not None and not self._data:
+            return self._buffer[: frames.masked_size(self._offered.arena.item_bytes)]
+        return self._buffer
+
+    def buffer_updated(self, count: int) -> None:
+        if self._missing is not None:
+            self._received(count)
+        elif self._passing:
+            self._passing -= count
+            self._inner.data_received(bytes(self._buffer[:count]))
+        elif self._episode is not None:
+            self._data += self._buffer[:count]
+            if len(self._data) >= BUFFER_BYTES and not self._ahead:
+                self._ahead = True
+                self.transport.pause_reading()
+        else:
+            self._follow(self._data + self._buffer[:count])
+
+    def eof_received(self) -> None:
+        return self._inner.eof_received()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.transport = None
+        if self._missing is not None:
+            self._leave()
+        self._inner.connection_lost(error)
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+    # frames come
+
+    def _follow(self, data: bytes) -> None:
+        """`data` begin with a frame."""
+        self._data = b""
+        while data:
+            head = frames.read(data)
+            if head is None:
+                self._data = data
+                return
+            if self._take(head, data):
+                return
+            if head.is_of_a_message:
+                self._offered = None
+            end = head.size + head.length
+            self._passing = max(0, end - len(data))
+            self._inner.data_received(data[:end])
+            data = data[end:]
+
+    def _take(self, head: frames.Head, data: bytes) -> bool:
+        """Whether the lane steps this message, which `data` begin with; then it is being received."""
+        episode = self._offered
+        if (
+            episode is None
+            or head.first != frames.BINARY
+            or not head.mask
+            or head.length != episode.arena.item_bytes
+            or not self._inner.writable.is_set()
+        ):
+            return False
+        row = episode.arena.acquire()
+        if row is None:
+            return False
+        self._episode, self._mask = episode, head.mask
+        self.slot, self.begins = episode.slot, episode.steps == 0
+        self._idle.clear()
+        self._data = data[head.size :]
+        self._receive(episode.arena, row)
+        return True
+
+    def _complete(self) -> None:
+        assert self._episode is not None
+        observation = self.observation
+        unmask(observation, self._mask)
+        self.since_ns = perf_counter_ns()
+        try:
+            self._episode.batcher.enter(self)
+        except ActserveError:  # for the route to say, and perhaps to close
+            self._offered = None
+            self._inner.queue.put_nowait({"type": "websocket.receive", "bytes": observation.tobytes()})
+            self._leave()
+            if self._data:
+                self._loop.call_soon(self._go_on)
+
+    # what the batcher calls
+
+    def settle(self, outcome: Outcome, start: int) -> None:
+        assert self._episode is not None
+        if self.transport is None:
+            self._leave()
+        elif outcome.error is not None:
+            self._say(frames.TEXT, self._episode.refusal(outcome.error))
+        else:
+            self._say(frames.BINARY, self._episode.reply(outcome, start, outcome.begun_ns - self.since_ns))
+
+    def _say(self, first: int, payload: bytes) -> None:
+        self._leave()
+        self.transport.write(frames.write(first, payload))
+        if self._data:
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """With what was sent ahead."""
+        if self.transport is None or self._episode is not None or not self._data:
+            return
+        if self._ahead:
+            self._ahead = False
+            self.transport.resume_reading()
+        self._follow(self._data)
+
+    def _leave(self) -> None:
+        """The step is over."""
+        self._episode = None
+        self._idle.set()
+        super()._leave()
+
+
+def unmask(payload: Array, mask: bytes) -> None:
+    """`payload`, (n,) uint8, in place (RFC 6455, 5.3)."""
+    whole = len(payload) // 8 * 8
+    words = payload[:whole].view(np.uint64)
+    np.bitwise_xor(words, np.frombuffer(mask * 2, np.uint64)[0], out=words)
+    payload[whole:] ^= np.frombuffer(mask * 2, np.uint8)[: len(payload) - whole]

@@ -1,0 +1,59 @@
+"""How many items a runtime call should have at most, from a short measurement on this host.
+
+A larger batch costs less for each item until it outgrows the caches; a call on a batch that is larger than that only
+makes everybody in it wait. Measured when a policy is loaded, in some 50 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+from app.requests import complete
+from app.signature import Array, Arrays, Signature
+
+SIZES = (1, 2, 4, 8, 16, 32)
+AT_LEAST_NS = 4_000_000  # for each size
+WORTH = 0.97  # a batch that is twice as large must save so much
+QUICK_NS = 3_000_000  # a call that the event loop may wait for
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """`item_ns`: nanoseconds an item takes, by batch size."""
+
+    item_ns: dict[int, int]
+
+    @property
+    def batch(self) -> int:
+        """The size from which on larger ones are not worth it."""
+        best, *larger = self.item_ns
+        for size in larger:
+            if self.item_ns[size] < WORTH * self.item_ns[best]:
+                best = size
+        return best
+
+    @property
+    def quick(self) -> bool:
+        return self.batch * self.item_ns[self.batch] < QUICK_NS
+
+
+def measure(run: Callable[[Mapping[str, Array]], Arrays], signature: Signature) -> Tuning:
+    """The quickest of several calls of each size; larger sizes are left out once one call takes too long."""
+    item_ns: dict[int, int] = {}
+    for size in SIZES:
+        if size > signature.max_batch:
+            break
+        blank = {spec.name: spec.zeros(size) for spec in signature.observations}
+        inputs = complete(signature, blank, size).inputs
+        begun = perf_counter_ns()
+        took: list[int] = []
+        while perf_counter_ns() - begun < AT_LEAST_NS or len(took) < 2:
+            before = perf_counter_ns()
+            run(inputs)
+            took.append(perf_counter_ns() - before)
+        item_ns[size] = min(took) // size
+        if min(took) > QUICK_NS:
+            break
+    return Tuning(item_ns)

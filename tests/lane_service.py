@@ -1,0 +1,149 @@
+"""A stateless policy of a few lines of numpy behind a real uvicorn, with the fast lane or without."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+
+from app.api import act, errors, health, policies
+from app.artifact import Artifact, Manifest
+from app.lane.doors import Lane
+from app.policy import Policy
+from app.registry import Registry
+from app.runtimes.base import Runtime
+from app.runtimes.preflight import Choice
+from app.settings import Settings
+from app.signature import Array, Signature, TensorSpec
+from app.store import ModelStore
+from tests.fake_policy import QUICK, SLOW
+from tests.stream_service import until
+
+LANE = "app.lane.protocol:LaneProtocol"
+PLAIN = "httptools"
+NAME = "tiny"
+SIGNATURE = Signature(
+    observations=(TensorSpec("pixels", "uint8", (4, 3)),),
+    outputs=(TensorSpec("action", "int64", ()), TensorSpec("value", "float32", (2,))),
+    max_batch=8,
+)
+ITEM_BYTES = 12
+
+
+class TinyRuntime(Runtime):
+    """The action is the sum of the bytes, modulo 5; a first byte of 255 is its end. It waits for `gate`."""
+
+    def __init__(self) -> None:
+        super().__init__(SIGNATURE)
+        self.sizes: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    @classmethod
+    def load(cls, artifact: Artifact, threads: int) -> TinyRuntime:
+        return cls()
+
+    def _run(self, arrays: list[Array]) -> list[Array]:
+        assert self.gate.wait(60)
+        (pixels,) = arrays
+        self.sizes.append(len(pixels))
+        if (pixels[:, 0, 0] == 255).any():
+            raise ValueError("told to fail")
+        total = pixels.reshape(len(pixels), -1).sum(1, dtype=np.int64)
+        return [total % 5, np.stack([total, -total], 1).astype(np.float32)]
+
+    def close(self) -> None:
+        pass
+
+
+class OnePolicy(Registry):
+    def __init__(self, settings: Settings, slow: bool) -> None:
+        super().__init__(ModelStore(Path("nowhere")), settings)
+        self.runtime = TinyRuntime()
+        self.tuning = SLOW if slow else QUICK
+        self.settings = settings
+
+    def go_live(self) -> None:
+        manifest = Manifest(1, NAME, 1, None, "", SIGNATURE, None, {}, {}, {}, {})
+        policy = Policy(
+            Artifact(Path("nowhere"), manifest), self.runtime, Choice("onnx", ""), self.tuning, self.settings
+        )
+        policy.start()
+        self._live[NAME] = policy
+        self.generation += 1
+
+
+@dataclass(frozen=True)
+class Service:
+    port: int
+    server: uvicorn.Server
+    registry: OnePolicy
+    requests: list[str] = field(default_factory=list)  # that came to the routes
+
+    def connect(self) -> socket.socket:
+        made = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
+
+    @property
+    def policy(self) -> Policy:
+        return self.registry._live[NAME]
+
+
+@contextmanager
+def running(http: str, settings: Settings | None = None, slow: bool = False, **options: Any) -> Iterator[Service]:
+    registry = OnePolicy(settings or Settings(), slow)
+    requests: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        registry.go_live()
+        async with Lane(registry, registry.settings.request_timeout_s) as lane:
+            yield {"lane": lane}
+        await registry.close()
+
+    app = FastAPI(lifespan=lifespan)
+    app.state.settings, app.state.registry = settings or Settings(), registry
+
+    @app.middleware("http")
+    async def remember(request: Any, call_next: Any) -> Any:
+        requests.append(f"{request.method} {request.url.path}")
+        return await call_next(request)
+
+    errors.install(app)
+    for routes in (act, policies, health):
+        app.include_router(routes.router)
+    defaults: dict[str, Any] = {"loop": "uvloop", "log_config": None, "server_header": False, "date_header": False}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, **defaults, **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Service(port, server, registry, requests)
+    finally:
+        registry.runtime.gate.set()
+        server.should_exit = True
+        thread.join()
+
+
+def request(
+    body: bytes = bytes(ITEM_BYTES), path: str = "/act", headers: Sequence[str] = (), length: str | None = None
+) -> bytes:
+    """What a well-behaved client sends."""
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: here",
+        "Content-Type: application/octet-stream",
+        f"Content-Length: {len(body) if length is None else length}",
+        *headers,
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -1,0 +1,348 @@
+"""One contract, two lanes: whatever bytes come, in whatever pieces, the answers are the same to the last byte."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from app.settings import Settings
+from tests.lane_service import ITEM_BYTES, LANE, NAME, PLAIN, Service, request, running
+from tests.stream_service import until
+
+BODY = bytes(range(ITEM_BYTES))
+RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: on, for no time
+GET = b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n"
+CHUNKED = (
+    b"POST /act HTTP/1.1\r\nHost: h\r\nContent-Type: application/octet-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"c\r\n" + BODY + b"\r\n0\r\n\r\n"
+)
+
+
+@pytest.fixture(scope="module")
+def lane() -> Iterator[Service]:
+    with running(LANE) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Service]:
+    with running(PLAIN) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Service]:
+    with running(LANE, Settings(request_timeout_s=1), timeout_keep_alive=1) as up:
+        yield up
+
+
+def exchange(service: Service, pieces: list[bytes], pause_s: float = 0.0) -> bytes:
+    """Everything that is answered until the service closes or, all being sent, says nothing for a while."""
+    answer = b""
+    with service.connect() as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause_s)
+        except OSError:  # it has closed
+            pass
+        connection.settimeout(0.25)
+        try:
+            while data := connection.recv(1 << 16):
+                answer += data
+        except (TimeoutError, ConnectionResetError):
+            pass
+    return answer
+
+
+def head(*lines: str) -> bytes:
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
+RAW = "Content-Type: application/octet-stream"
+EXCHANGES: dict[str, list[bytes]] = {
+    "one": [request(BODY)],
+    "by name": [request(BODY, f"/policies/{NAME}/act")],
+    "by version": [request(BODY, f"/policies/{NAME}/versions/1/act")],
+    "unknown": [request(BODY, "/policies/other/act")],
+    "escaped path": [request(BODY, f"/policies/{NAME[0]}%69ny/act")],
+    "query": [request(BODY, "/act?outputs=action,value")],
+    "empty query": [request(BODY, "/act?")],
+    "absolute": [request(BODY, "http://here/act")],
+    "three in a row": [request(BODY) * 3],
+    "lane, route, lane": [request(BODY) + GET + request(BODY[::-1])],
+    "route, lane": [GET, request(BODY)],
+    "refused, lane": [request(BODY[:5]) + request(BODY)],
+    "not found, lane": [request(BODY, "/nothing") + request(BODY)],
+    "two items": [request(BODY * 2)],
+    "no item": [request(b"")],
+    "too short for its length": [request(BODY[:5], length="12")],
+    "more than its length": [request(BODY + b"more")],
+    "chunked": [CHUNKED],
+    "chunked, lane": [CHUNKED + request(BODY)],
+    "both lengths": [request(BODY, headers=["Transfer-Encoding: chunked"])],
+    "length twice": [request(BODY, headers=["Content-Length: 12"])],
+    "lengths that differ": [request(BODY, headers=["Content-Length: 5"])],
+    "signed length": [request(BODY, length="+12")],
+    "padded length": [request(BODY, length="012")],
+    "spaced length": [request(BODY, length=" 12 ")],
+    "list of lengths": [request(BODY, length="12, 12")],
+    "hex length": [request(BODY, length="0xc")],
+    "huge length": [request(BODY, length="99999999999999999999999")],
+    "closing": [request(BODY, headers=["Connection: close"])],
+    "keep-alive": [request(BODY, headers=["Connection: keep-alive"])],
+    "HTTP/1.0": [request(BODY).replace(b"HTTP/1.1", b"HTTP/1.0")],
+    "HTTP/1.0 kept": [request(BODY, headers=["Connection: keep-alive"]).replace(b"HTTP/1.1", b"HTTP/1.0")],
+    "HTTP/2": [request(BODY).replace(b"HTTP/1.1", b"HTTP/2.0")],
+    "no version": [request(BODY).replace(b" HTTP/1.1", b"")],
+    "other method": [request(BODY).replace(b"POST", b"PUT")],
+    "lower-case method": [request(BODY).replace(b"POST", b"post")],
+    "no host": [request(BODY).replace(b"Host: here\r\n", b"")],
+    "two hosts": [request(BODY, headers=["Host: there"])],
+    "no type": [request(BODY).replace(RAW.encode() + b"\r\n", b"")],
+    "type with a parameter": [request(BODY).replace(RAW.encode(), RAW.encode() + b"; charset=x")],
+    "type in capitals": [request(BODY).replace(b"octet-stream", b"Octet-Stream")],
+    "two types": [request(BODY, headers=["Content-Type: application/json"])],
+    "JSON": [
+        head("POST /act HTTP/1.1", "Host: h", "Content-Type: application/json", "Content-Length: 11") + b'{"pixels":1}'
+    ],
+    "names in capitals": [request(BODY).replace(b"Content-Length", b"CONTENT-LENGTH")],
+    "accepts all": [request(BODY, headers=["Accept: */*"])],
+    "accepts JSON": [request(BODY, headers=["Accept: application/json"])],
+    "accepts raw": [request(BODY, headers=["Accept: application/octet-stream"])],
+    "accepts nothing we have": [request(BODY, headers=["Accept: text/html"])],
+    "expects": [request(BODY, headers=["Expect: 100-continue"])],
+    "compressed": [request(BODY, headers=["Content-Encoding: zstd"])],
+    "a step": [request(BODY, headers=["X-Step: 1"])],
+    "upgrade": [request(BODY, headers=["Connection: Upgrade", "Upgrade: h2c"])],
+    "space before the colon": [request(BODY, headers=["Accept : */*"])],
+    "folded": [request(BODY, headers=["Accept:", " */*"])],
+    "no colon": [request(BODY, headers=["nonsense"])],
+    "no name": [request(BODY, headers=[": x"])],
+    "NUL": [request(BODY, headers=["User-Agent: a\0b"])],
+    "bare CR": [request(BODY, headers=["User-Agent: a\rContent-Length: 5"])],
+    "bare LF": [request(BODY, headers=["User-Agent: a\nContent-Length: 5"])],
+    "LF alone": [request(BODY).replace(b"\r\n", b"\n")],
+    "a high byte": [request(BODY, headers=["User-Agent: é"])],
+    "empty line first": [b"\r\n" + request(BODY)],
+    "empty line between": [request(BODY) + b"\r\n" + request(BODY)],
+    "many headers": [request(BODY, headers=[f"Accept-Language: {'x' * 5000}"])],
+    "a head without end": [b"POST /act HTTP/1.1\r\n" + b"A: b\r\n" * 30000],
+    "nonsense": [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20],
+    "an item that the program chokes on": [request(b"\xff" * ITEM_BYTES) + request(BODY)],
+}
+
+
+@pytest.mark.parametrize("pieces", EXCHANGES.values(), ids=EXCHANGES.keys())
+def test_both_lanes_answer_alike(lane: Service, plain: Service, pieces: list[bytes]) -> None:
+    expected = exchange(plain, pieces)
+    assert exchange(lane, pieces) == expected
+
+
+TAKEN = {
+    "one", "by name", "three in a row", "keep-alive", "names in capitals", "accepts all", "accepts JSON",
+    "spaced length",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TAKEN))
+def test_what_the_lane_takes_never_comes_to_the_routes(lane: Service, name: str) -> None:
+    before = len(lane.requests)
+    assert exchange(lane, EXCHANGES[name]).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert len(lane.requests) == before
+
+
+@pytest.mark.parametrize("name", ["one", "three in a row", "lane, route, lane", "refused, lane", "chunked, lane"])
+def test_pieces_make_no_difference(lane: Service, plain: Service, name: str) -> None:
+    data = b"".join(EXCHANGES[name])
+    expected = exchange(plain, [data])
+    for cut in range(1, len(data), 7):
+        assert exchange(lane, [data[:cut], data[cut:]], 0.002) == expected, cut
+    assert exchange(lane, [data[index : index + 1] for index in range(len(data))]) == expected
+
+
+def test_a_batch_is_all_that_waits(lane: Service) -> None:
+    runtime = lane.registry.runtime
+    connections = [lane.connect() for _ in range(6)]
+    for connection in connections:  # they are all accepted before it matters
+        connection.sendall(request(BODY))
+        assert b"200 OK" in connection.recv(1000)
+    runtime.gate.clear()
+    for index, connection in enumerate(connections):
+        connection.sendall(request(bytes([index]) + BODY[1:]))
+    time.sleep(0.1)
+    runtime.gate.set()
+    answers = [connection.recv(1000) for connection in connections]
+    expected = [(index + sum(BODY[1:])) % 5 for index in range(6)]
+    assert [int(answer.partition(b'"action":')[2][:1]) for answer in answers] == expected
+    assert max(runtime.sizes[-6:]) > 1
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("sent", [0, 3, 60, len(request(BODY)) - 5, len(request(BODY))])
+def test_a_client_that_goes_leaves_no_row_taken(lane: Service, sent: int) -> None:
+    arena = lane.policy.batcher.arena
+    assert arena is not None
+    free = arena.free
+    lane.registry.runtime.gate.clear()
+    connection = lane.connect()
+    connection.sendall(request(BODY)[:sent])
+    time.sleep(0.05)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    connection.close()
+    time.sleep(0.05)
+    lane.registry.runtime.gate.set()
+    until(lambda: arena.free == free and lane.policy.statistics().waiting == 0)
+    assert b"200 OK" in exchange(lane, [request(BODY)])
+
+
+def test_where_no_row_is_free_the_next_one_is_waited_for(lane: Service) -> None:
+    arena = lane.policy.batcher.arena
+    assert arena is not None
+    taken = [row for row in (arena.acquire() for _ in range(arena.free)) if row is not None]
+    connections = [lane.connect() for _ in range(4)]
+    for connection in connections:
+        connection.sendall(request(BODY) * 2)
+    until(lambda: len(arena.waiting) == 4)
+    gone = connections.pop(1)
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    gone.close()
+    arena.release(taken.pop())
+    for connection in connections:
+        answer = b""
+        while answer.count(b"200 OK") < 2:
+            answer += connection.recv(1000)
+        assert answer.count(b'{"action":1}') == 2
+        connection.close()
+    for row in taken:
+        arena.release(row)
+
+
+def test_who_sends_slowly_takes_nobodys_place(lane: Service) -> None:
+    """More clients than there are rows hold their bodies back; others are answered, and so are they in the end."""
+    arena = lane.policy.batcher.arena
+    assert arena is not None
+    slow = [lane.connect() for _ in range(2 * arena.free)]
+    for index, connection in enumerate(slow):
+        connection.sendall(request(bytes([index]) + BODY[1:])[:-2])
+    until(lambda: not arena.free)
+    for _ in range(5):
+        assert b"200 OK" in exchange(lane, [request(BODY)])
+    for connection in slow:
+        connection.sendall(BODY[-2:])
+    for index, connection in enumerate(slow):
+        assert connection.recv(1000).endswith(b'{"action":%d}' % ((index + sum(BODY[1:])) % 5))
+        connection.close()
+    until(lambda: not arena.coming and lane.policy.statistics().waiting == 0)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"", b""),
+        (b"PO", b"408 Request Timeout"),
+        (request(BODY)[:-2], b"408 Request Timeout"),
+        (request(BODY), b"200 OK"),
+        (GET, b"200 OK"),
+        (request(BODY) + b"POST /act HTT", b"408 Request Timeout"),
+        (request(BODY, headers=["X-Else: 1"])[:-2], b"408 Request Timeout"),
+        (GET + b"G", b"200 OK"),
+    ],
+)
+def test_who_sends_no_more_is_let_go(impatient: Service, sent: bytes, told: bytes) -> None:
+    with impatient.connect() as connection:
+        connection.sendall(sent)
+        began, answer = time.monotonic(), b""
+        while data := connection.recv(1000):
+            answer += data
+        assert 0.9 < time.monotonic() - began < 20
+    assert told in answer
+
+
+@pytest.mark.parametrize("http", [LANE, PLAIN])
+def test_a_deadline_is_kept_before_anything_runs(http: str) -> None:
+    with running(http, slow=True) as service:
+        runtime = service.registry.runtime
+        hurried = request(BODY, headers=["X-Deadline-Ms: 50"])
+        assert b"200 OK" in exchange(service, [hurried])
+        runtime.gate.clear()
+        with service.connect() as first, service.connect() as second:
+            first.sendall(request(BODY))
+            until(lambda: service.policy.statistics().waiting == 1)
+            second.sendall(hurried)
+            time.sleep(0.2)
+            runtime.gate.set()
+            assert b"200 OK" in first.recv(1000)
+            answer = b""
+            while b'"too_late"' not in answer:
+                answer += second.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert sum(runtime.sizes) == 2
+        assert b"422 " in exchange(service, [request(BODY, headers=["X-Deadline-Ms: soon"])])
+
+
+def test_a_refused_body_is_forgotten_and_the_connection_goes_on() -> None:
+    with running(LANE, Settings(max_waiting=1)) as service:
+        arena = service.policy.batcher.arena
+        assert arena is not None
+        taken = [row for row in (arena.acquire() for _ in range(arena.free)) if row is not None]
+        with service.connect() as waiting, service.connect() as refused:
+            waiting.sendall(request(BODY))
+            until(lambda: len(arena.waiting) == 1)
+            refused.sendall(request(BODY)[:-3])
+            assert refused.recv(1000).startswith(b"HTTP/1.1 503 ")
+            refused.sendall(BODY[-3:] + request(BODY) * 300)  # all of them refused
+            answer = b""
+            while answer.count(b"HTTP/1.1 503") < 300:
+                answer += refused.recv(1 << 16)
+            for row in taken:
+                arena.release(row)
+            assert b"200 OK" in waiting.recv(1000)
+            refused.sendall(request(BODY))
+            assert b"200 OK" in refused.recv(1000)
+
+
+def test_a_full_queue_is_refused_alike() -> None:
+    answers = []
+    for http in (LANE, PLAIN):
+        with running(http, Settings(max_waiting=2), slow=True) as service:
+            service.registry.runtime.gate.clear()
+            first, second, third = (service.connect() for _ in range(3))
+            for connection in (first, second, third):
+                connection.sendall(request(BODY))
+                time.sleep(0.1)
+            answers.append(third.recv(1000))
+            service.registry.runtime.gate.set()
+            assert b"200 OK" in first.recv(1000)
+            assert b"200 OK" in second.recv(1000)
+            for connection in (first, second, third):
+                connection.close()
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 1" in answers[0]
+
+
+@pytest.mark.parametrize("http", [LANE, PLAIN])
+def test_what_was_taken_in_is_answered_before_the_service_goes(http: str) -> None:
+    with running(http, slow=True) as service:
+        service.registry.runtime.gate.clear()
+        busy, idle = service.connect(), service.connect()
+        idle.sendall(request(BODY)[:20])
+        busy.sendall(request(BODY))
+        time.sleep(0.1)
+        service.server.handle_exit(signal.SIGTERM, None)
+        threading.Timer(0.5, service.registry.runtime.gate.set).start()
+        answer = b""
+        while data := busy.recv(1000):
+            answer += data
+        assert b"200 OK" in answer
+        assert b"connection: close" in answer
+        assert idle.recv(1000) == b""
+        busy.close()
+        idle.close()
