@@ -28,6 +28,7 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 	$(BIN)/python -m tests.benchmarks.startup
 	@mkdir -p .cache
 	$(BIN)/python -m tests.benchmarks.cost --json .cache/cost.json --docs docs
+	$(BIN)/python -m tests.benchmarks.overload --json .cache/overload.json
 
 .venv/all: pyproject.toml .ci/constraints.txt
 	@echo "installing into .venv (PyTorch is the large part)"

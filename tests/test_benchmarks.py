@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.benchmarks import plot, report
+from tests.benchmarks import overload, plot, report
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.cost import measure
 from tests.benchmarks.load import Load
@@ -103,6 +103,15 @@ def test_an_open_loop_asks_at_its_own_rate_whatever_is_refused() -> None:
     assert tally.sent + tally.late + tally.crowded == pytest.approx(200, abs=60)  # four deviations of a Poisson process
     assert Fake.asked == tally.sent == len(tally.good) + len(tally.refused) + tally.errors.total()
     assert len(tally.refused) == tally.sent // 3
+
+
+def test_an_overload_is_told_in_a_line() -> None:
+    with fake(refuses=True) as address, Load(address, posts()(SCREENS), 64) as load:
+        found = overload.step(load, 100, 0.5)
+    assert found["goodput"] + found["refused_a_second"] == pytest.approx(found["sent_a_second"], rel=0.2)
+    assert 0 < found["p50_ms"] <= found["p99_ms"]
+    assert len(overload.line(found, 50)) == len(overload.HEADER)
+    assert overload.line(found, 50)[:2] == ["2.0", "100"]
 
 
 def test_answers_are_read_when_they_are_complete() -> None:
