@@ -1,7 +1,7 @@
 # make demo    install, export the bundled policy, serve it, and play a game over HTTP with each runtime
 # make test    install and run every test
 # make check   lint, types, format
-# make bench   what it costs
+# make bench   what it costs, and what others do (half an hour): docs/cost.md
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
@@ -23,9 +23,12 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/all
+bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/installed
 	$(BIN)/actserve bench
 	$(BIN)/python -m tests.benchmarks.startup
+	@mkdir -p .cache
+	$(BIN)/python -m tests.benchmarks.cost --json .cache/cost.json --docs docs
+	$(BIN)/python -m tests.benchmarks.overload --json .cache/overload.json
 
 .venv/all: pyproject.toml .ci/constraints.txt
 	@echo "installing into .venv (PyTorch is the large part)"
@@ -37,8 +40,12 @@ bench: .venv/all
 	$(PIP) --editable '.[all,dev]'
 	@touch $@
 
-# kserve's client pins older versions of what everything else needs.
-.venv/kserve/installed: .ci/kserve.txt .venv/all
-	$(PYTHON) -m venv .venv/kserve
-	.venv/kserve/bin/pip install --quiet --disable-pip-version-check --requirement .ci/kserve.txt
+.venv/peers: .venv/all
+	$(PIP) --editable '.[all,peers]'
+	@touch $@
+
+# What wants other versions of what everything else needs has an environment of its own.
+.venv/%/installed: .ci/%.txt .venv/all
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/pip install --quiet --disable-pip-version-check --requirement .ci/$*.txt
 	@touch $@
