@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from app.environment import Environment
-from app.errors import CorruptFile, InvalidManifest, MissingFile, NewerManifest, UnexpectedFile, UnfinishedVersion
+from app.errors import (
+    CorruptFile,
+    InvalidManifest,
+    MissingFile,
+    NewerManifest,
+    UnexpectedFile,
+    UnfinishedVersion,
+    UntrustedProgram,
+)
+from app.ownership import meddler
 from app.signature import Signature
+from app.trust import Trust
 
 FORMAT = 1  # of the manifest; a reader refuses what is newer than itself
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"  # 64 bytes, over those of the manifest; not every version has one
 GOLDEN = "golden.safetensors"
+NATIVE = ("pt2",)  # runtimes whose programs are machine code: to load one is to run it
 MANIFEST_LIMIT_BYTES = 4 << 20
+SIGNATURE_LIMIT_BYTES = 64
+FILE_LIMIT_BYTES = 4 << 30  # files are read whole
+FILES_LIMIT = 64
+FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 @dataclass(frozen=True)
 class FileRecord:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    sha256: str
-    bytes: int
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0, le=FILE_LIMIT_BYTES)]
+
+
+Files = Annotated[dict[Annotated[str, Field(pattern=FILE_NAME)], FileRecord], Field(max_length=FILES_LIMIT)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class Manifest:
     signature: Signature
     environment: Environment | None
     programs: dict[str, Program]  # by runtime name
-    files: dict[str, FileRecord]  # everything in the folder but the manifest itself
+    files: Files  # everything in the folder but the manifest and its signature
     provenance: dict[str, Any]  # where it came from: factory, checkpoint, fingerprint, versions
     certificate: dict[str, Any]  # the evidence that the programs do what the policy does
 
@@ -71,6 +92,8 @@ class Manifest:
     @staticmethod
     def from_json(data: bytes, where: str) -> Manifest:
         """Parse and validate. `where` names the artifact in errors. Raises `InvalidManifest` or `NewerManifest`."""
+        if len(data) > MANIFEST_LIMIT_BYTES:
+            raise InvalidManifest(f"{where}: {MANIFEST} has more than {MANIFEST_LIMIT_BYTES:,} bytes")
         try:
             raw = from_json(data)
         except ValueError as error:
@@ -87,7 +110,9 @@ class Manifest:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             spot = ".".join(map(str, first["loc"])) or "the whole"
-            raise InvalidManifest(f"{where}: {MANIFEST}: {spot}: {first['msg']}") from None
+            raise InvalidManifest(f"{where}: {MANIFEST}: {spot[:200]}: {first['msg']}") from None
+        if reserved := {MANIFEST, SIGNATURE} & manifest.files.keys():
+            raise InvalidManifest(f"{where}: {MANIFEST}: {reserved.pop()} cannot be one of files")
         for runtime, program in manifest.programs.items():
             if program.file not in manifest.files:
                 raise InvalidManifest(f"{where}: {MANIFEST}: the {runtime} program {program.file!r} is not in files")
@@ -105,37 +130,50 @@ class Artifact:
 
     folder: Path
     manifest: Manifest
+    signer: str | None = None  # the fingerprint of the trusted key that signed the manifest
+    fetched: bool = False  # the folder is a copy of what came from a remote store
 
     @property
     def label(self) -> str:
         return f"{self.manifest.name}@{self.manifest.version}"
 
     @staticmethod
-    def open(folder: Path, label: str) -> Artifact:
+    def open(folder: Path, label: str, trust: Trust | None = None, fetched: bool = False) -> Artifact:
         """Read the manifest and look over the folder (names and sizes, not contents). Raises a `StoreError`."""
         try:
-            with open(folder / MANIFEST, "rb", opener=_no_follow) as file:
-                data = file.read(MANIFEST_LIMIT_BYTES)
+            data = _read(folder / MANIFEST, MANIFEST_LIMIT_BYTES + 1)
         except FileNotFoundError:
             raise UnfinishedVersion(f"{label}: there is no {MANIFEST}: publishing it was cut short") from None
         except OSError as error:
             raise InvalidManifest(f"{label}: {MANIFEST} cannot be read: {error.strerror}") from None
-        artifact = Artifact(folder, Manifest.from_json(data, label))
+        try:
+            signature = _read(folder / SIGNATURE, SIGNATURE_LIMIT_BYTES + 1)
+        except OSError:
+            signature = None
+        signer = (trust or Trust()).signer(label, data, signature)
+        artifact = Artifact(folder, Manifest.from_json(data, label), signer, fetched)
         artifact._look_over()
         return artifact
 
     def _look_over(self) -> None:
-        present = {entry.name: entry for entry in os.scandir(self.folder)}
-        present.pop(MANIFEST, None)
+        try:
+            sizes = {
+                entry.name: entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else None
+                for entry in os.scandir(self.folder)
+            }
+        except OSError as error:
+            raise MissingFile(f"{self.label}: its folder cannot be read: {error.strerror}") from None
+        for name in (MANIFEST, SIGNATURE):
+            sizes.pop(name, None)
         listed = self.manifest.files
-        for name in listed.keys() - present.keys():
+        for name in listed.keys() - sizes.keys():
             raise MissingFile(f"{self.label}: {name} is in the manifest and not in the folder", file=name)
-        for name in present.keys() - listed.keys():
+        for name in sizes.keys() - listed.keys():
             raise UnexpectedFile(f"{self.label}: {name} is in the folder and not in the manifest", file=name)
-        for name, entry in present.items():
-            if not entry.is_file(follow_symlinks=False):
+        for name, size in sizes.items():
+            if size is None:
                 raise UnexpectedFile(f"{self.label}: {name} is not a plain file", file=name)
-            self._check_size(name, entry.stat(follow_symlinks=False).st_size)
+            self._check_size(name, size)
 
     def _check_size(self, name: str, size: int) -> None:
         expected = self.manifest.files[name].bytes
@@ -150,8 +188,7 @@ class Artifact:
     def read(self, name: str) -> bytes:
         """The bytes of one file, verified: what was hashed is what is returned. Raises a `StoreError`."""
         try:
-            with open(self.folder / name, "rb", opener=_no_follow) as file:
-                data = file.read(self.manifest.files[name].bytes + 1)
+            data = _read(self.folder / name, self.manifest.files[name].bytes + 1)
         except OSError as error:
             raise MissingFile(f"{self.label}: {name} cannot be read: {error.strerror}", file=name) from None
         self._check_size(name, len(data))
@@ -165,8 +202,31 @@ class Artifact:
         return data
 
     def read_program(self, runtime: str) -> bytes:
+        """A program's bytes, to be opened. Raises a `StoreError`, or `UntrustedProgram` for native code of others."""
+        self.check_trust(runtime)
         return self.read(self.manifest.programs[runtime].file)
 
+    def check_trust(self, runtime: str) -> None:
+        """Raises `UntrustedProgram` for native code that somebody else than this user could have put here, unsigned."""
+        if runtime in NATIVE and self.signer is None and (reason := self._distrust(runtime)) is not None:
+            raise UntrustedProgram(f"{self.label}: .{runtime} is native code, no trusted key signed it, and {reason}")
 
-def _no_follow(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
+    def _distrust(self, runtime: str) -> str | None:
+        """Why a program could be somebody else's, or None."""
+        if self.fetched:
+            return "it came from a remote store"
+        file = self.manifest.programs[runtime].file
+        try:
+            return meddler(self.folder / MANIFEST) or meddler(self.folder / file)
+        except OSError as error:
+            raise MissingFile(f"{self.label}: {file} cannot be read: {error.strerror}", file=file) from None
+
+
+def _read(path: Path, limit_bytes: int) -> bytes:
+    """At most `limit_bytes` of a plain file. Raises OSError, also for links and for what would never end."""
+    # Not blocking: opening a named pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file")
+        return file.read(limit_bytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +36,7 @@ class Row:
         return asdict(self)
 
 
-def run(artifact: Artifact, store: Path, steps: int, console: Console) -> list[Row]:
+def run(artifact: Artifact, store: str, steps: int, console: Console) -> list[Row]:
     """Measure every way that this host can run. Raises `UsageError` if the artifact plays no game."""
     manifest = artifact.manifest
     if manifest.environment is None:

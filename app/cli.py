@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from app import __version__
-from app.errors import ActserveError, UsageError
+from app.commands.keys import keys, sign
+from app.commands.stores import DEFAULT_STORE, Label, SignOption, Store, TrustOption, find, publishing, reading
+from app.errors import ActserveError, UntrustedProgram, UsageError
 from app.lazy import resolve
 
 cli = typer.Typer(
@@ -30,9 +32,10 @@ cli = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+cli.add_typer(keys, name="keys")
+cli.command()(sign)
 console = Console(stderr=True)  # progress and messages; stdout is for results
 
-DEFAULT_STORE = Path("models_store")
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -63,10 +66,8 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-Store = Annotated[Path, typer.Option(help="The model store.", envvar="ACTSERVE_STORE")]
 Url = Annotated[str, typer.Option(help="The service.", envvar="ACTSERVE_URL")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Label = Annotated[str, typer.Argument(metavar="NAME[@VERSION]")]
 PolicyOption = Annotated[str | None, typer.Option(help="The policy's name; by default the service's default.")]
 
 
@@ -107,6 +108,7 @@ def export(
     portable: Annotated[
         bool, typer.Option("--portable", help="Certify everything, publish what runs anywhere: no .pt2.")
     ] = False,
+    sign: SignOption = None,
     json: Json = False,
 ) -> None:
     """Export a policy to .onnx and .pt2, prove that they do what it does, and publish them into the store."""
@@ -115,14 +117,13 @@ def export(
         raise UsageError("--int8 is made from the .onnx program: add onnx to --runtime")
     if not runtimes or set(runtimes) - {RuntimeName.ONNX, RuntimeName.PT2}:
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
-    from app.store import ModelStore
-
+    own = publishing(store, sign)
     with _steps("importing torch") as progress:
         default_name, source = _offline("exporters.load:load")(target, checkpoint)
         done = _offline("exporters.publish:export")(
             source,
             name or default_name,
-            ModelStore(store),
+            own,
             origin=target,
             runtimes=runtimes,
             native=native,
@@ -133,7 +134,7 @@ def export(
         )
         if int8:
             quantise = _offline("exporters.int8:export_int8")
-            done = quantise(done.artifact, source, ModelStore(store), _play_in_process, progress)
+            done = quantise(done.artifact, source, own, _play_in_process, progress)
     manifest = done.artifact.manifest
     if json:
         _print_json(
@@ -155,13 +156,13 @@ def compile_(
     label: Label,
     store: Store = DEFAULT_STORE,
     native: Annotated[bool, typer.Option("--native", help="For this CPU alone.")] = False,
+    sign: SignOption = None,
     json: Json = False,
 ) -> None:
     """Build the .pt2 of an artifact for this host, from what the store holds, and publish it as the next version."""
-    from app.store import ModelStore
-
+    own = publishing(store, sign)
     with _steps("importing torch") as progress:
-        built = _offline("exporters.compile:compile")(_resolve(store, label), ModelStore(store), progress, native)
+        built = _offline("exporters.compile:compile")(find(own, label), own, progress, native)
     manifest = built.manifest
     if json:
         _print_json({"name": manifest.name, "version": manifest.version, "certificate": manifest.certificate})
@@ -173,14 +174,14 @@ def compile_(
 def doctor(
     name: Annotated[str | None, typer.Argument(help="A policy; by default all of the store's.")] = None,
     store: Store = DEFAULT_STORE,
+    trust: TrustOption = None,
     json: Json = False,
 ) -> None:
     """Say what this host can run, and what it cannot and why."""
     from app.doctor import diagnose, print_diagnosis
-    from app.store import ModelStore
 
     with console.status("looking"):
-        diagnosis = diagnose(ModelStore(store), name)
+        diagnosis = diagnose(reading(store, trust), name)
     if json:
         _print_json(diagnosis.as_json())
     else:
@@ -192,13 +193,13 @@ def diff(
     before: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")],
     after: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")],
     store: Store = DEFAULT_STORE,
+    trust: TrustOption = None,
     json: Json = False,
 ) -> None:
     """Say what changed between two artifacts: signature, actions on golden samples, speed, size."""
     from app import diff as differ
-    from app.store import ModelStore
 
-    found = differ.diff(ModelStore(store), before, after)
+    found = differ.diff(reading(store, trust), before, after)
     if json:
         _print_json(found.as_json())
     else:
@@ -213,7 +214,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show an artifact: its signature, programs, environment and certificate."""
-    artifact = _resolve(store, label)
+    artifact = find(reading(store), label)
     manifest = artifact.manifest
     if graph:
         print(artifact.read("graph.txt").decode())
@@ -238,26 +239,33 @@ def inspect(
 
 
 @cli.command()
-def verify(label: Label, store: Store = DEFAULT_STORE, json: Json = False) -> None:
+def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None, json: Json = False) -> None:
     """Hash every file of an artifact and run its golden samples through every program that this host can run."""
     from app import golden
     from app.runtimes import base, preflight
-    from app.store import ModelStore
 
-    artifact = _resolve(store, label)
-    ModelStore(store).verify(artifact)
+    source = reading(store, trust)
+    artifact = find(source, label)
+    source.verify(artifact)
     results: dict[str, Any] = {}
     for runtime in artifact.manifest.programs:
         reason = preflight.refusal(runtime, artifact.manifest, preflight.this_host())
         if reason is None:
-            agreement = golden.check(artifact, base.load(runtime, artifact).run)
-            results[runtime] = {"ran": True, "holds": agreement.holds, **agreement.summary()}
-        else:
-            results[runtime] = {"ran": False, "reason": reason}
+            try:
+                agreement = golden.check(artifact, base.load(runtime, artifact).run)
+                results[runtime] = {"ran": True, "holds": agreement.holds, **agreement.summary()}
+                continue
+            except UntrustedProgram as error:
+                reason = error.message
+        results[runtime] = {"ran": False, "reason": reason}
+    signer = artifact.signer
     if json:
-        _print_json({"name": artifact.manifest.name, "version": artifact.manifest.version, "programs": results})
+        manifest = artifact.manifest
+        _print_json({"name": manifest.name, "version": manifest.version, "signer": signer, "programs": results})
     else:
         print(f"{artifact.label}: {len(artifact.manifest.files)} files are what was published")
+        if signer or trust:
+            print(f"  signed by {signer or 'none of the trusted keys'}")
         for runtime, found in results.items():
             print(f"  .{runtime}: {_verdict(found)}")
     if not all(found.get("holds", True) for found in results.values()):
@@ -276,20 +284,31 @@ def serve(
     grpc_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port for the Open Inference Protocol over gRPC too.")
     ] = None,
+    trust: TrustOption = None,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Serve nothing that no trusted key signed.")
+    ] = False,
 ) -> None:
     """Serve every policy of a store over HTTP."""
     import uvicorn
 
     from app import grpc
+    from app.remote_store import open_store
     from app.settings import PREFIX, Settings
+    from app.trust import Trust
 
-    if not store.is_dir():
-        raise UsageError(f"there is no model store at {store}; export a policy first, or name it with --store")
-    given = {"store": str(store.resolve()), "runtime": runtime.value, **({"policy": policy} if policy else {})}
+    if "://" not in store:
+        if not Path(store).is_dir():
+            raise UsageError(f"there is no model store at {store}; export a policy first, or name it with --store")
+        store = str(Path(store).resolve())
+    given = {"store": store, "runtime": runtime.value, **({"policy": policy} if policy else {})}
     given |= {"grpc_host": host, **({"grpc_port": str(grpc_port)} if grpc_port else {})}
+    given |= {"trust": str(trust.resolve())} if trust else {}
+    given |= {"require_signature": "1"} if require_signature else {}
     # Through the environment, so that workers, which are new processes, read the same settings.
     os.environ.update({PREFIX + name.upper(): value for name, value in given.items()})
     settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
+    open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     grpc.check(settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _sessions_file(settings.sessions, workers):
@@ -391,7 +410,7 @@ def bench(
     """The tutorial's comparison: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
     from app import bench as benchmark
 
-    rows = benchmark.run(_resolve(store, label), store, steps, console)
+    rows = benchmark.run(find(reading(store), label), store, steps, console)
     if json:
         _print_json({"label": label, "steps": steps, "rows": [row.as_json() for row in rows]})
         return
@@ -469,15 +488,6 @@ def _offline(path: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise UsageError(f'this needs {error.name}; install it with: pip install "actserve[export]"') from error
     return part
-
-
-def _resolve(store: Path, label: str) -> Any:
-    from app.store import ModelStore
-
-    name, _, version = label.partition("@")
-    if version and not version.isdecimal():
-        raise UsageError(f"expected NAME or NAME@VERSION with a whole number; got {label!r}")
-    return ModelStore(store).resolve(name, int(version) if version else None)
 
 
 def _print_json(document: dict[str, Any]) -> None:

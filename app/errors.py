@@ -29,9 +29,13 @@ ActserveError
 │   ├── MissingFile              listed in the manifest, not in the folder
 │   ├── UnexpectedFile           in the folder, not in the manifest
 │   ├── CorruptFile              size or SHA-256 differs from the manifest
-│   └── InvalidName              not a policy name
+│   ├── InvalidName              not a policy name
+│   ├── Unsigned                 no trusted key signed the manifest, and the service requires one
+│   ├── StoreUnreachable         a remote store does not answer, or not with what it should
+│   └── NotFetched               in the remote store and not here, and a request makes the service fetch nothing
 ├── RuntimeRefused               this host cannot run this program, and why
 ├── RuntimeFailure               the program was refused or broken by its engine
+│   └── UntrustedProgram         native code that is neither this user's own nor signed by a trusted key
 ├── ExportError
 │   ├── CaptureFailed            the module cannot be turned into a program
 │   └── Disagreement             the programs do not do what the policy does
@@ -243,12 +247,28 @@ class InvalidName(StoreError):
         super().__init__(f"a policy name is lower-case letters, digits and '-'; got {got[:80]!r}", got=got[:80])
 
 
+class Unsigned(StoreError):
+    code = "unsigned"
+
+
+class StoreUnreachable(StoreError):
+    code = "store_unreachable"
+
+
+class NotFetched(StoreError):
+    code = "not_fetched"
+
+
 class RuntimeRefused(ActserveError):
     code = "runtime_refused"
 
 
 class RuntimeFailure(ActserveError):
     code = "runtime_failure"
+
+
+class UntrustedProgram(RuntimeFailure):
+    code = "untrusted_program"
 
 
 class ExportError(ActserveError):

@@ -15,15 +15,16 @@ from app import __version__, grpc
 from app.api import act, errors, health, oip, policies, sessions, stream
 from app.lane.doors import Lane
 from app.registry import Registry
+from app.remote_store import open_store
 from app.sessions import Limits, Sessions
 from app.settings import Settings
-from app.store import ModelStore
+from app.trust import Trust
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
-    registry = Registry(ModelStore(settings.store), settings)
+    registry = Registry(open_store(settings.store, Trust.load(settings.trust, settings.require_signature)), settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:

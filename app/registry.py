@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -93,9 +94,19 @@ class Registry:
         current = policy.describe() if policy else {"name": name, "version": None, "runtime": None, "reason": None}
         refused = {v: {"code": e.code, "message": e.message} for v, e in self._refused.get(name, {}).items()}
         manifest = policy.artifact.manifest.to_dict() if policy else None
-        return {**current, "versions": self._store.versions(name), "refused": refused, "manifest": manifest}
+        return {**current, "versions": self._versions(name), "refused": refused, "manifest": manifest}
+
+    def _versions(self, name: str) -> list[int]:
+        """What there is of `name`, what is served of it included, wherever the store has gone meanwhile."""
+        with contextlib.suppress(UnknownPolicy):
+            return self._store.versions(name)
+        return [self._live[name].artifact.manifest.version] if name in self._live else []
 
     async def _load_all(self) -> None:
+        try:
+            await asyncio.to_thread(self._store.refresh)
+        except StoreError as error:
+            log.warning("%s; what was fetched before is served", error.message)
         for name in self._store.names():
             await self._load_best(name)
 
@@ -113,8 +124,8 @@ class Registry:
                 log.exception("not served: %s@%s", name, version)
                 self._refused.setdefault(name, {})[version] = StoreError(f"{name}@{version} could not be loaded")
 
-    async def _load(self, name: str, version: int) -> Policy:
-        artifact = self._store.resolve(name, version)
+    async def _load(self, name: str, version: int, fetch: bool = True) -> Policy:
+        artifact = await asyncio.to_thread(self._store.resolve, name, version, fetch)
         policy = await asyncio.to_thread(Policy.load, artifact, self._settings)
         policy.start()
         return policy
@@ -122,7 +133,7 @@ class Registry:
     async def _get_pinned(self, name: str, version: int) -> Policy:
         key = (name, version)
         if key not in self._pinned:
-            self._pinned[key] = asyncio.create_task(self._load(name, version))
+            self._pinned[key] = asyncio.create_task(self._load(name, version, fetch=False))  # it is a request's wish
         try:
             return await asyncio.shield(self._pinned[key])  # one caller's cancellation is not another's
         except ActserveError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 PREFIX = "ACTSERVE_"
 
@@ -16,7 +16,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    store: Path = Field(Path("models_store"), description="The folder of artifacts to serve.")
+    store: Annotated[str, BeforeValidator(str)] = Field(
+        "models_store", description="The folder of artifacts to serve, or the URL of one, such as `s3://bucket/folder`."
+    )
+    trust: Path | None = Field(
+        None,
+        description="A file of public keys, one a line, whose signatures make native code trusted; needs the extra "
+        "`sign`. Unset: only native code of a store that is this user's own is.",
+    )
+    require_signature: bool = Field(False, description="Serve nothing that none of the trusted keys signed.")
     runtime: Literal["auto", "onnx", "pt2"] = Field(
         "auto", description="Which program to run. auto: `.pt2` where this host can run it, else `.onnx`."
     )

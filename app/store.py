@@ -1,6 +1,6 @@
 """ModelStore: the folder of artifacts. Publishing is atomic; what was published never changes.
 
-<root>/<name>/<version>/manifest.json  policy.onnx  policy.pt2  golden.safetensors
+<root>/<name>/<version>/manifest.json  manifest.sig  policy.onnx  policy.pt2  golden.safetensors
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from app.artifact import MANIFEST, Artifact, FileRecord, Manifest
+from app.artifact import FILE_NAME, MANIFEST, SIGNATURE, Artifact, FileRecord, Manifest
 from app.errors import InvalidManifest, InvalidName, MisplacedVersion, StoreError, UnknownPolicy, UnknownVersion
+from app.trust import Trust
+
+if TYPE_CHECKING:
+    from app.signing import PrivateKey
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -24,10 +29,20 @@ STAGING = ".staging-"
 
 
 class ModelStore:
-    """A folder of artifacts. Holds no state: every call looks at the folder."""
+    """A folder of artifacts. Holds no state: every call looks at the folder.
 
-    def __init__(self, root: Path) -> None:
+    `trust` is for what is opened; with `key`, what is published is signed.
+    """
+
+    def __init__(self, root: Path, trust: Trust | None = None, key: PrivateKey | None = None) -> None:
         self.root = root
+        self._trust = trust or Trust()
+        self._key = key
+        if key is not None:
+            self._trust = dataclasses.replace(self._trust, keys=(*self._trust.keys, key.public))
+
+    def refresh(self) -> None:
+        """Ask what there is. For a store that is far away; this one is looked at by every call."""
 
     def names(self) -> list[str]:
         """The policies that have at least one version, sorted."""
@@ -40,22 +55,22 @@ class ModelStore:
             raise UnknownPolicy(name, known)
         return sorted(int(version) for version in self._folders(self.root / name, VERSION))
 
-    def resolve(self, name: str, version: int | None = None) -> Artifact:
-        """The artifact `name`@`version`, by default the highest. Raises `NotFound` or the `StoreError` it has."""
+    def resolve(self, name: str, version: int | None = None, fetch: bool = True) -> Artifact:
+        """The artifact `name`@`version`, by default the highest. Raises `NotFound` or the `StoreError` it has.
+
+        `fetch`: from a store that is far away, have it brought here if need be.
+        """
         versions = self.versions(name)
         if version is None:
             version = versions[-1]
         if version not in versions:
             raise UnknownVersion(name, version, versions)
-        artifact = Artifact.open(self.root / name / str(version), f"{name}@{version}")
-        found = (artifact.manifest.name, artifact.manifest.version)
-        if found != (name, version):
-            raise MisplacedVersion(
-                f"{name}@{version}: its manifest says {found[0]}@{found[1]}: the folder was renamed or copied",
-                expected=f"{name}@{version}",
-                got=f"{found[0]}@{found[1]}",
-            )
-        return artifact
+        return self._open(name, version, fetch)
+
+    def _open(self, name: str, version: int, fetch: bool) -> Artifact:
+        # Without symbolic links, so that what is looked at is what is opened.
+        folder = (self.root / name / str(version)).resolve()
+        return opened(folder, name, version, self._trust)
 
     def verify(self, artifact: Artifact) -> None:
         """Read and hash every file. Raises the first `StoreError`."""
@@ -77,32 +92,44 @@ class ModelStore:
                 found.append(artifact)
         return found
 
+    def is_signed(self, artifact: Artifact) -> bool:
+        """Whether `artifact` has the signature that publishing it here would give it."""
+        return self._key is None or artifact.signer == self._key.public.fingerprint
+
     def publish(self, manifest: Manifest, files: Mapping[str, Path]) -> Artifact:
         """Copy `files` (by the name they get) into a new version, which appears whole or not at all.
 
         The manifest's version and files are filled in here. Two publishers at once get two versions. On any failure,
-        a full disk among them, nothing is left behind and the error goes on.
+        a full disk among them, nothing is left behind. Raises a `StoreError`.
         """
         if not NAME.fullmatch(manifest.name):
             raise InvalidName(manifest.name)
-        if MANIFEST in files:
-            raise InvalidManifest(f"{MANIFEST} is written by the store, not published")
+        for name in files:
+            if name in (MANIFEST, SIGNATURE) or not re.fullmatch(FILE_NAME, name):
+                raise InvalidManifest(f"{name[:100]!r} cannot be published: the store's own, or no file name")
         home = self.root / manifest.name
-        home.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=home))
         try:
-            staging.chmod(0o755)
-            records = {name: _copy(source, staging / name) for name, source in files.items()}
-            return self._appear(staging, dataclasses.replace(manifest, files=records))
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # gone already when it was renamed
+            home.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=home))
+            try:
+                staging.chmod(0o755)
+                records = {name: _copy(source, staging / name) for name, source in files.items()}
+                version = self._appear(staging, dataclasses.replace(manifest, files=records))
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)  # gone already when it was renamed
+        except OSError as error:
+            raise StoreError(f"{manifest.name} was not published: {error.strerror}") from error
+        return self.resolve(manifest.name, version)
 
-    def _appear(self, staging: Path, manifest: Manifest) -> Artifact:
+    def _appear(self, staging: Path, manifest: Manifest) -> int:
         home = staging.parent
         while True:
             taken = [int(version) for version in self._folders(home, VERSION)]
             manifest = dataclasses.replace(manifest, version=max(taken, default=0) + 1)
-            _write(staging / MANIFEST, manifest.to_json())
+            data = manifest.to_json()
+            _write(staging / MANIFEST, data)
+            if self._key is not None:
+                _write(staging / SIGNATURE, self._key.sign(data))
             _sync(staging)
             try:
                 os.rename(staging, home / str(manifest.version))
@@ -111,7 +138,7 @@ class ModelStore:
                     continue  # somebody else took that number
                 raise
             _sync(home)
-            return self.resolve(manifest.name, manifest.version)
+            return manifest.version
 
     @staticmethod
     def _folders(parent: Path, pattern: re.Pattern[str]) -> list[str]:
@@ -120,6 +147,22 @@ class ModelStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(e.name for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+
+
+def opened(folder: Path, name: str, version: int, trust: Trust, fetched: bool = False) -> Artifact:
+    """The artifact in `folder`, if it is the one that it should be. Raises a `StoreError`."""
+    artifact = Artifact.open(folder, f"{name}@{version}", trust, fetched)
+    check_place(artifact.manifest, name, version)
+    return artifact
+
+
+def check_place(manifest: Manifest, name: str, version: int) -> None:
+    """Raises `MisplacedVersion` for the manifest of another version."""
+    expected, got = f"{name}@{version}", f"{manifest.name}@{manifest.version}"
+    if got != expected:
+        raise MisplacedVersion(
+            f"{expected}: its manifest says {got}: the folder was renamed or copied", expected=expected, got=got
+        )
 
 
 def _copy(source: Path, target: Path) -> FileRecord:

@@ -61,7 +61,7 @@ def _existing(artifact: Artifact, store: ModelStore, native: bool) -> Artifact |
     fingerprint = artifact.manifest.provenance.get("fingerprint")
     for found in store.find(artifact.manifest.name, fingerprint) if fingerprint else []:
         program = found.manifest.programs.get("pt2")
-        if program is None or program.requires.get("march") != aoti.march_for(native):
+        if program is None or program.requires.get("march") != aoti.march_for(native) or not store.is_signed(found):
             continue
         if preflight.refusal("pt2", found.manifest, preflight.this_host()) is None:
             return found

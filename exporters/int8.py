@@ -42,7 +42,7 @@ def export_int8(
     """Quantise `original`'s `.onnx` and publish it. Raises `CaptureFailed` or `Disagreement` below 99.5 % agreement."""
     manifest = original.manifest
     fingerprint = f"{manifest.provenance['fingerprint']}-int8"
-    for artifact in store.find(f"{manifest.name}-int8", fingerprint):
+    for artifact in filter(store.is_signed, store.find(f"{manifest.name}-int8", fingerprint)):
         return Export(artifact, published=False)
     progress(f"collecting {SAMPLES} samples to calibrate on and to hold out")
     captured = capture(source)

@@ -74,6 +74,8 @@ def export(
     existing = store.find(name, fingerprint)
     kept = [runtime for runtime in runtimes if not (portable and runtime in HOST_BOUND)]
     for artifact in existing:
+        if not store.is_signed(artifact):
+            continue
         if _runs_here(artifact, kept) and (evaluate is None or EVALUATION in artifact.manifest.certificate):
             return Export(artifact, published=False)
     manifest = Manifest(

@@ -33,7 +33,7 @@ from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.signature import Array, Arrays
 from app.wire.oip import DATATYPES
-from tests.fake_policy import NAME, Alone, Versions, seen
+from tests.fake_policy import NAME, SLOW, Alone, Versions, seen
 from tests.oip import BATCH, MAX_BODY_BYTES, same
 
 
@@ -328,7 +328,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def test_what_was_accepted_is_answered_before_the_server_ends(tmp_path: Path) -> None:
     async def main() -> None:
-        registry = Versions()
+        registry = Versions(SLOW)
         async with served(registry, tmp_path) as (channel, service):
             stub = GRPCInferenceServiceStub(channel)
             alone = arrays(await stub.ModelInfer(infer(BATCH)))
@@ -363,7 +363,7 @@ def test_calls_that_end_early_move_nothing(tmp_path: Path) -> None:
         return with_parameters(infer(seen(x)), sequence_id=7, sequence_start=start)
 
     async def main() -> None:
-        registry, alone = Versions(), Alone(1, 0, None)
+        registry, alone = Versions(SLOW), Alone(1, 0, None)
         async with served(registry, tmp_path) as (channel, _):
             stub = GRPCInferenceServiceStub(channel)
             same(arrays(await stub.ModelInfer(step(3, start=True))), alone.take(seen(3)))
@@ -394,7 +394,7 @@ def test_calls_that_end_early_move_nothing(tmp_path: Path) -> None:
 
 def test_messages_are_bounded_and_what_is_none_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        async with served(Versions(), tmp_path) as (channel, _):
+        async with served(Versions(SLOW), tmp_path) as (channel, _):
             stub = GRPCInferenceServiceStub(channel)
             fits = infer({"x": np.zeros(MAX_BODY_BYTES // 8, np.int64)})
             assert len(arrays(await stub.ModelInfer(fits))["action"]) == MAX_BODY_BYTES // 8
@@ -424,7 +424,7 @@ def test_messages_are_bounded_and_what_is_none_is_refused(tmp_path: Path, caplog
 
 def test_what_is_not_offered_says_so(tmp_path: Path) -> None:
     async def main() -> None:
-        async with served(Versions(), tmp_path) as (channel, _):
+        async with served(Versions(SLOW), tmp_path) as (channel, _):
             for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
                 call = getattr(GRPCInferenceServiceStub(channel), method.name)
                 offered = not method.name.startswith(("System", "Cuda", "Trace", "Log", "RepositoryModel"))

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from app.runtimes.base import load
 from app.runtimes.host import newest
 from app.runtimes.preflight import Host, choose, inspect_package, refusal, this_host
 from app.store import ModelStore
+from tests.native import package_that
 
 HOST = Host(
     "Linux",
@@ -182,6 +182,11 @@ def link(name: str) -> zipfile.ZipInfo:
         (zipped(MODEL + "m.so", link("p/data/link")), "its member 'p/data/link' is a symbolic link"),
         (zipped(MODEL + "m.so", "p/data/aotinductor/other/m.so"), "it holds several models: model, other"),
         (zipped(MODEL + "m.so", "q/data/aotinductor/model/m.so"), "it holds several archives"),
+        (
+            zipped(MODEL + "m.so", "p/data/weights/pickled"),
+            "its member 'p/data/weights/pickled' is no part of an AOTInductor model",
+        ),
+        (zipped(MODEL + "m.so", "p/models/m.json"), "its member 'p/models/m.json' is no part of an AOTInductor model"),
         (zipped(MODEL + "m.so", MODEL + "n.so"), "it holds 2 .so files; expected one"),
     ],
 )
@@ -232,18 +237,7 @@ def test_the_package_is_looked_into_before_it_is_loaded(cart: Artifact, tmp_path
 def crashing(cart: Artifact, tmp_path: Path) -> Callable[[str], bytes]:
     """The cart's package with a `.so` that does what `code` says as it is loaded."""
 
-    def make(code: str) -> bytes:
-        headers = "#include <signal.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
-        (tmp_path / "f.c").write_text(f"{headers}__attribute__((constructor)) void f(void) {{ {code} }}\n")
-        library = tmp_path / "f.so"
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "f.c")], check=True)
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(cart.folder / "policy.pt2") as old, zipfile.ZipFile(buffer, "w") as new:
-            for name in old.namelist():
-                new.writestr(name, library.read_bytes() if name.endswith(".so") else old.read(name))
-        return buffer.getvalue()
-
-    return make
+    return lambda code: package_that(code, cart, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import threading
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from app import store as store_module
 from app.artifact import FORMAT, MANIFEST, Manifest, Program
 from app.errors import (
     CorruptFile,
@@ -198,17 +196,6 @@ def test_staging_and_strangers_are_not_versions(store: ModelStore) -> None:
 
 def test_a_missing_store_is_empty(tmp_path: Path) -> None:
     assert ModelStore(tmp_path / "nowhere").names() == []
-
-
-def test_a_failed_publish_leaves_nothing(store: ModelStore, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(target: Path, data: bytes) -> None:
-        target.write_bytes(data[:1])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(store_module, "_write", full)
-    with pytest.raises(OSError, match="No space left"):
-        store.publish(MANIFEST_DRAFT, {"policy.onnx": source})
-    assert [entry.name for entry in (store.root / "walker").iterdir()] == ["1"]
 
 
 def test_two_publishers_get_two_versions(store: ModelStore, source: Path) -> None:

@@ -30,6 +30,7 @@ STATUS: dict[type[errors.ActserveError], int] = {
     errors.Unavailable: 503,
     errors.StoreError: 503,
     errors.RuntimeRefused: 503,
+    errors.UntrustedProgram: 503,
     errors.ActserveError: 500,
 }
 RETRY_AFTER_S = 1

@@ -55,7 +55,8 @@ class Runtime(ABC):
 
 
 def load(runtime: str, artifact: Artifact, threads: int = 1) -> Runtime:
-    """Load the artifact's program for the runtime of this name."""
+    """Load the artifact's program for the runtime of this name. Raises `StoreError` or `RuntimeFailure`."""
+    artifact.check_trust(runtime)  # before its engine is imported
     implementation: type[Runtime] = resolve(RUNTIMES[runtime])
     return implementation.load(artifact, threads)
 

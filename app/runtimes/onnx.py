@@ -9,6 +9,7 @@ import onnxruntime as ort
 from app.artifact import Artifact
 from app.errors import RuntimeFailure
 from app.runtimes.base import Runtime, brief
+from app.runtimes.onnx_model import inspect_model
 from app.signature import Array, Signature, TensorSpec
 
 _DTYPES = {
@@ -35,7 +36,11 @@ class OnnxRuntime(Runtime):
         options.log_severity_level = 3
         # An idle service must cost nothing: workers sleep between calls rather than spin.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Nothing else that it reads: its own format is known by a few bytes of content, not by name.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         data = artifact.read_program("onnx")
+        if (reason := inspect_model(data)) is not None:
+            raise RuntimeFailure(f"{artifact.label}: actserve refused the .onnx program: {reason}")
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT raises many types of its own, with no common base

@@ -1,4 +1,5 @@
-"""What a `.pt2` package may hold. Read with zipfile alone, before the loader, which trusts names, and compiles."""
+"""What a `.pt2` package may hold. Read with zipfile alone, before the loader, which trusts names, and compiles, and
+unpickles the weights of exported programs."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 MAX_UNPACKED_BYTES = 4 << 30
 MAX_MEMBERS = 10_000
 _MODELS = ("data", "aotinductor")  # below the archive's root folder; one folder a model in it
+_ABOUT = {"archive_format", "archive_version", "byteorder", ".data"}  # what else AOTInductor's packages have there
 
 
 def inspect_package(package: bytes | Path) -> str | None:
@@ -45,6 +47,9 @@ def _bad_contents(members: list[zipfile.ZipInfo]) -> str | None:
     paths = [PurePosixPath(member.filename).parts for member in members]
     if len({path[0] for path in paths if path}) > 1:
         return "it holds several archives"
+    for path in paths:
+        if path[1:3] != _MODELS and not {*path[1:2]} & _ABOUT:
+            return f"its member {'/'.join(path)[:100]!r} is no part of an AOTInductor model"
     inside = [path[3:] for path in paths if path[1:3] == _MODELS and len(path) > 4]
     models = sorted({path[0] for path in inside})
     if not models:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from app.artifact import Artifact
+from app.cache import cache_folder
 from app.errors import RuntimeFailure
 from app.runtimes.base import brief
 from app.runtimes.host import this_host
@@ -40,14 +41,15 @@ def proven(artifact: Artifact) -> Iterator[Path]:
     data = artifact.read_program("pt2")
     if (reason := inspect_package(data)) is not None:
         raise RuntimeFailure(f"{artifact.label}: actserve refused the package: {reason}")
-    with tempfile.NamedTemporaryFile(suffix=".pt2") as copy:
-        Path(copy.name).write_bytes(data)
+    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:  # that nobody else can look or write into
+        copy = Path(folder) / "policy.pt2"
+        copy.write_bytes(data)
         marker = _marker(data)
         if marker is None or not marker.exists():
-            if (reason := crash(Path(copy.name), artifact)) is not None:
+            if (reason := crash(copy, artifact)) is not None:
                 raise RuntimeFailure(f"{artifact.label}: {reason}")
             _remember(marker)
-        yield Path(copy.name)
+        yield copy
 
 
 def crash(path: Path, artifact: Artifact) -> str | None:
@@ -113,13 +115,11 @@ def _marker(data: bytes) -> Path | None:
         "host": {**host.facts(), "cpu": _cpu_model()},
         "python": [sys.executable, sys.version],
     }
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
+    folder = cache_folder()
+    if folder is None:
         return None
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return folder / "actserve" / "proven" / digest
+    return folder / "proven" / digest
 
 
 def _cpu_model() -> str:
