@@ -109,7 +109,7 @@ def test_values_beyond_the_tolerance_are_a_disagreement(cart: Artifact) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("chess", "a game of ale-py .*, or module:factory"),
+        ("chess", "a game of ale-py .*, module:factory, or a file"),
         ("no.such.module:factory", "cannot be imported"),
         ("tests.policies:nothing", "cannot be imported"),
     ],
