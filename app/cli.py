@@ -61,6 +61,11 @@ class ExplorationName(StrEnum):
     RANDOM = "random"
 
 
+class Action(StrEnum):
+    ARGMAX = "argmax"
+    IDENTITY = "identity"
+
+
 class Device(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
@@ -95,11 +100,19 @@ def train(
 
 @cli.command()
 def export(
-    target: Annotated[str, typer.Argument(metavar="NAME|MODULE:FACTORY", help="A bundled policy, or your own.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|MODULE:FACTORY|FILE",
+            help="A bundled policy, your own, a model of Stable-Baselines3 (.zip; opening it runs the Python in it: "
+            "only your own), or an .onnx file.",
+        ),
+    ],
     runtime: Annotated[str, typer.Option(help="Programs to build, comma-separated.")] = "onnx,pt2",
     store: Store = DEFAULT_STORE,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
-    name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's.")] = None,
+    name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's or file's.")] = None,
+    action: Annotated[Action | None, typer.Option(help="What the output of a plain module or .onnx file is.")] = None,
     native: Annotated[bool, typer.Option("--native", help="Build the .pt2 for this CPU alone.")] = False,
     device: Annotated[Device, typer.Option(help="What the .pt2 is built for.")] = Device.CPU,
     int8: Annotated[bool, typer.Option("--int8", help="Publish NAME-int8 too, with a certificate of its own.")] = False,
@@ -119,12 +132,12 @@ def export(
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
     own = publishing(store, sign)
     with _steps("importing torch") as progress:
-        default_name, source = _offline("exporters.load:load")(target, checkpoint)
+        default_name, source = _offline("exporters.load:find_source")(target, checkpoint, action and action.value)
         done = _offline("exporters.publish:export")(
             source,
             name or default_name,
             own,
-            origin=target,
+            origin=Path(target).name,
             runtimes=runtimes,
             native=native,
             device=device.value,
@@ -502,6 +515,10 @@ def _print_certificate(certificate: dict[str, Any]) -> None:
         differences = ", ".join(f"{name} {value:.2g}" for name, value in found["largest_difference"].items())
         table.add_row(f".{runtime}", f"{found['compared']:,}", str(found["action_disagreements"]), differences)
     Console().print(table)
+    print(f"compared with {certificate['reference']}")
+    if "original" in certificate:
+        original = certificate["original"]
+        print(f"which was compared with {original['name']}: {original['compared']} actions, none differs")
     for runtime, found in certificate.get("evaluation", {}).get("programs", {}).items():
         low, high = found["mean_interval"] or (found["mean"], found["mean"])
         print(

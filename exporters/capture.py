@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
-import warnings
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,16 +18,21 @@ from torch import Tensor, nn
 from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from app.artifact import Program
 from app.errors import CaptureFailed
+from app.lazy import resolve
 from app.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
 from exporters.keys import Key, join, leaf, named
-from exporters.lift import Lifted, unchecked
+from exporters.lift import Lifted
+from exporters.optimize import optimize
 from exporters.ports import Ports, dtype_name
+from exporters.programs.exported import PROGRAM, save_program
 from exporters.source import PolicySource
 from exporters.swaps import Step, reads_and_writes, swap
+from exporters.trace import MAX_BATCH, first_lines, trace
 
 log = logging.getLogger("actserve")
-MAX_BATCH = 256
+PROGRAMS = {"onnx": "exporters.programs.onnx:build", "pt2": "exporters.programs.aoti:build"}
 TRACED_BATCH = 64  # a traced batch of 1 is taken for a constant, and AOTInductor picks branches by the example
 # Outputs that are given beside the action where a policy writes them.
 KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
@@ -116,6 +123,7 @@ class Captured:
     reference: nn.Module
     signature: Signature
     layout: Layout
+    runtimes: ClassVar[tuple[str, ...]] = tuple(PROGRAMS)
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
         """The policy's own answers, eagerly. `inputs` by name, each (B, *shape)."""
@@ -123,6 +131,33 @@ class Captured:
         with torch.no_grad(), set_composite_lp_aggregate(False):
             outputs = self.reference(*tensors)
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)}
+
+    def graph(self) -> str:
+        """The graph as torch prints it, without the folders of the machine that it was traced on."""
+        text: str = self.program.graph_module.print_readable(print_output=False)
+        return re.sub(r"# File: (?:[^\s:]*/(?:site|dist)-packages/|[^\s:]*/)", "# File: ", text)
+
+    def weights_sha256(self) -> str:
+        digest = hashlib.sha256()
+        tensors: dict[str, Any] = dict(self.program.state_dict) | dict(self.program.constants)
+        for name, tensor in sorted(tensors.items()):
+            if isinstance(tensor, torch.Tensor):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        """The exported program itself, of which `actserve compile` builds a `.pt2` elsewhere."""
+        save_program(self.program, folder / PROGRAM)
+        return {PROGRAM: folder / PROGRAM}
+
+    def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:
+        """Rewrite the graph for one runtime and build its program file in `folder`."""
+        program, rewrites = optimize(self.program, runtime)
+        file = f"policy.{runtime}"
+        options = target if runtime == "pt2" else {}
+        requires = resolve(PROGRAMS[runtime])(replace(self, program=program), folder / file, **options)
+        return Program(file, requires, tuple(rewrites))
 
 
 def capture(source: PolicySource) -> Captured:
@@ -141,11 +176,11 @@ def capture(source: PolicySource) -> Captured:
         signature = _signature(program, items, results)
         program.bind(tuple(spec.name for spec in signature.inputs))
         try:
-            exported = _trace(program, signature, TRACED_BATCH)
+            exported = trace(program, signature, TRACED_BATCH)
         except CaptureFailed as error:
             log.warning("exported one item at a time, because with a batch %s", error.message)
             signature = replace(signature, max_batch=1)
-            exported = _trace(program, signature, 1)
+            exported = trace(program, signature, 1)
     return Captured(exported, program, signature, layout)
 
 
@@ -217,7 +252,7 @@ def _note(program: StepProgram, items: Mapping[str, Tensor]) -> tuple[Tensor, ..
     except CaptureFailed:
         raise
     except Exception as error:
-        raise CaptureFailed(f"the policy cannot run its own example: {_first_lines(error)}") from error
+        raise CaptureFailed(f"the policy cannot run its own example: {first_lines(error)}") from error
     for name, tensor in zip(program.layout.outputs, results, strict=False):
         if tensor.shape[:1] != (TRACED_BATCH,):
             raise CaptureFailed(f"{name}: expected the batch first; got the shape {tuple(tensor.shape)}")
@@ -241,50 +276,3 @@ def _signature(program: StepProgram, items: Mapping[str, Tensor], results: tuple
 
 def _spec(name: str, item: Tensor) -> TensorSpec:
     return TensorSpec(name, dtype_name(name, item.dtype), tuple(item.shape))
-
-
-def _trace(program: StepProgram, signature: Signature, batch: int) -> torch.export.ExportedProgram:
-    examples = tuple(torch.from_numpy(spec.zeros(batch)) for spec in signature.inputs)
-    dynamic = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch > 1 else None
-    try:
-        with unchecked(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*_flat_weights")  # torch's LSTM renews its own list of weights
-            exported = torch.export.export(
-                program, examples, dynamic_shapes=tuple(dynamic for _ in examples), strict=False
-            )
-    except CaptureFailed:
-        raise
-    except Exception as error:  # torch.export raises a dozen types, with no common base
-        raise CaptureFailed(f"torch.export could not trace the policy: {_first_lines(error)}") from error
-    if batch > 1:
-        _assert_symbolic(exported)
-    _assert_deterministic(exported)
-    return exported
-
-
-def _assert_symbolic(program: torch.export.ExportedProgram) -> None:
-    """torch.export can silently fix the batch at the example's size: look at the graph, not at what was asked for."""
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    for name in (*program.graph_signature.user_inputs, *program.graph_signature.user_outputs):
-        extent = values[str(name)].shape[0]
-        if not isinstance(extent, torch.SymInt):
-            raise CaptureFailed(f"{name}: expected a symbolic batch axis; tracing fixed it at {extent}")
-    for bounds in program.range_constraints.values():
-        if bounds.lower > 1 or bounds.upper < MAX_BATCH:
-            raise CaptureFailed(f"expected a batch of 1 to {MAX_BATCH}; tracing narrowed it to {bounds}")
-
-
-_DROPOUT = {torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.dropout.default}
-
-
-def _assert_deterministic(program: torch.export.ExportedProgram) -> None:
-    """No random node may be left: its numbers could neither be seeded nor be the same in both runtimes."""
-    for node in program.graph.nodes:
-        if node.target in _DROPOUT:  # tagged for the dropout that they do in training only
-            continue
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise CaptureFailed(f"{node.target} is random, and was not made an input of the program")
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -15,10 +15,9 @@ from app.golden import Agreement, Tolerance
 from app.requests import draw
 from app.runtimes import base as runtimes
 from app.runtimes.base import Runtime
-from app.signature import IS_INIT, Array, Arrays, Signature
+from app.signature import EXPLORE, IS_INIT, Array, Arrays, Signature
 from exporters import samples, statistics
-from exporters.capture import Captured
-from exporters.source import PolicySource
+from exporters.exportable import Exportable, Original, Source
 
 BATCH_SIZES = (1, 3, 8, 32)
 SAMPLES = 512
@@ -35,26 +34,29 @@ class Evidence:
     golden: bytes  # golden.safetensors
 
 
-def certify(captured: Captured, source: PolicySource, draft: Artifact, progress: Callable[[str], None]) -> Evidence:
+def certify(captured: Exportable, source: Source, draft: Artifact, progress: Callable[[str], None]) -> Evidence:
     """Hold every program of `draft` against the eager policy: single steps at several batch sizes, and rollouts.
 
     Raises `Disagreement`, which says which program, at which batch size or step, on which items.
     """
     signature = captured.signature
     progress(f"collecting {SAMPLES} samples")
-    inputs = samples.collect(source, captured.layout, signature, SAMPLES)
+    inputs = samples.collect(source, signature, SAMPLES)
     sizes = [size for size in BATCH_SIZES if size <= signature.max_batch]
     references = {size: golden.in_batches(captured.run_reference, inputs, size) for size in sizes}
     rollout = _Rollout.of(captured, inputs) if signature.state else None
     certificate: dict[str, Any] = {
         "samples": SAMPLES,
-        "samples_from": "environment" if source.observe is not None else "random and boundary values",
-        "reference": "the TorchRL policy, eager, on the CPU",
+        "samples_from": source.samples_from,
+        "reference": source.reference,
         "batch_sizes": sizes,
         "tolerance": asdict(TOLERANCE),
         "smallest_margin": smallest_margin(signature, references[sizes[0]]),
         "programs": {},
     }
+    if source.original is not None:
+        progress(f"comparing with {source.original.name}")
+        certificate["original"] = _compare_original(captured, source.original, inputs)
     for name in draft.manifest.programs:
         progress(f"certifying .{name} on {SAMPLES} samples at batch {', '.join(map(str, sizes))}")
         runtime = runtimes.load(name, draft)
@@ -72,6 +74,21 @@ def certify(captured: Captured, source: PolicySource, draft: Artifact, progress:
     chosen = np.linspace(0, SAMPLES - 1, GOLDEN_SAMPLES).astype(int)
     picked = [{k: v[chosen] for k, v in part.items()} for part in (inputs, references[sizes[0]])]
     return Evidence(certificate, golden.save(*picked))
+
+
+def _compare_original(captured: Exportable, original: Original, inputs: Arrays) -> dict[str, Any]:
+    """Hold what was captured against the library that it came from, item by item."""
+    signature = captured.signature
+    if EXPLORE.name in inputs:
+        inputs = inputs | {EXPLORE.name: np.zeros(SAMPLES, bool)}
+    ours = golden.in_batches(captured.run_reference, inputs, 1)
+    theirs = golden.in_batches(original.act, inputs, 1)
+    agreement = golden.compare(signature, ours, ours | theirs, TOLERANCE)
+    if not agreement.holds:
+        raise _disagreement("what was captured", signature, agreement, ours, ours | theirs)
+    found = _summary([agreement])
+    largest = {name: value for name, value in found["largest_difference"].items() if name in theirs}
+    return {"name": original.name, **found, "largest_difference": largest}
 
 
 def _certify_program(name: str, runtime: Runtime, inputs: Arrays, references: dict[int, Arrays]) -> dict[str, Any]:
@@ -104,7 +121,7 @@ class _Rollout:
     reference: list[Arrays]  # the policy's own results, its own state fed back
 
     @classmethod
-    def of(cls, captured: Captured, inputs: Arrays) -> _Rollout:
+    def of(cls, captured: Exportable, inputs: Arrays) -> _Rollout:
         signature = captured.signature
         rows = min(ROLLOUT_ROWS, signature.max_batch)
         states = {state.spec.name for state in signature.state}

@@ -24,10 +24,9 @@ from app.runtimes.base import load
 from app.signature import Arrays
 from app.store import ModelStore
 from exporters import certify, samples
-from exporters.capture import capture
+from exporters.exportable import Source
 from exporters.publish import Export
 from exporters.quantize import certify_int8, quantize
-from exporters.source import PolicySource
 
 SAMPLES = 4096  # half to calibrate, half held out; hundreds cannot tell 99.4 % from 99.7 %
 ONNX = "policy.onnx"
@@ -37,7 +36,7 @@ Play = Callable[[Run, Environment], Sequence[float]]  # plays the same games eac
 
 
 def export_int8(
-    original: Artifact, source: PolicySource, store: ModelStore, play: Play, progress: Callable[[str], None]
+    original: Artifact, source: Source, store: ModelStore, play: Play, progress: Callable[[str], None]
 ) -> Export:
     """Quantise `original`'s `.onnx` and publish it. Raises `CaptureFailed` or `Disagreement` below 99.5 % agreement."""
     manifest = original.manifest
@@ -45,8 +44,7 @@ def export_int8(
     for artifact in filter(store.is_signed, store.find(f"{manifest.name}-int8", fingerprint)):
         return Export(artifact, published=False)
     progress(f"collecting {SAMPLES} samples to calibrate on and to hold out")
-    captured = capture(source)
-    inputs = samples.collect(source, captured.layout, manifest.signature, SAMPLES)
+    inputs = samples.collect(source, manifest.signature, SAMPLES)
     calibration, held_out = ({k: v[start::2].copy() for k, v in inputs.items()} for start in (0, 1))
     with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
         folder = Path(name_of_folder)

@@ -1,54 +1,94 @@
-"""Names and import paths -> PolicySource."""
+"""What a user names on the command line -> a source: a known policy, a ``module:factory``, or a file."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from app.errors import CaptureFailed, UsageError
 from app.lazy import resolve
 from app.signature import Array
+from exporters.exportable import Source
+from exporters.modules import from_module
+from exporters.onnx_file import OnnxSource
 from exporters.policies import expected, find
 from exporters.source import PolicySource
 
+_FILES = {".zip": "exporters.sb3:from_sb3", ".onnx": "exporters.onnx_file:OnnxSource"}
+
 
 def load(target: str, checkpoint: Path | None = None) -> tuple[str, PolicySource]:
-    """(artifact name, source) for a known policy's name or a ``module:factory``; weights from `checkpoint` if given.
+    """`find_source` for what is known to be a policy of TorchRL's or of PyTorch's."""
+    name, source = find_source(target, checkpoint)
+    if not isinstance(source, PolicySource):
+        raise CaptureFailed(f"{target}: expected a policy; got a {type(source).__name__}")
+    return name, source
+
+
+def find_source(target: str, checkpoint: Path | None = None, action: str | None = None) -> tuple[str, Source]:
+    """(artifact name, source) for a known policy's name, a ``module:factory``, or a file: Stable-Baselines3's `.zip`,
+    `.onnx`. `checkpoint` are weights for a policy; `action` says what a plain module's or an `.onnx` file's output is.
 
     Raises `UsageError` for what cannot be found and `CaptureFailed` for a factory that gives something else.
     """
+    sys.path.insert(0, str(Path.cwd()))  # the user's own modules are where the user stands
+    try:
+        name, made = _make_from_file(Path(target)) if Path(target).suffix in _FILES else _make(target, checkpoint)
+    finally:
+        sys.path.pop(0)
+    source = _as_source(target, made, action)
+    if checkpoint is not None:
+        _restore(source, checkpoint)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), source
+
+
+def _make_from_file(path: Path) -> tuple[str, object]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    try:
+        return path.stem, resolve(_FILES[path.suffix])(path)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'{path.name} needs {error.name}; try: pip install "actserve[sb3]"') from error
+
+
+def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
     known = find(target)
     path = known.factory if known else target
     if ":" not in path:
-        raise UsageError(f"expected {expected()}, or module:factory; got {target!r}")
+        raise UsageError(f"expected {expected()}, module:factory, or a file ({', '.join(_FILES)}); got {target!r}")
     if known and not known.weights_ship and checkpoint is None:
         raise UsageError(
             f"no weights of {target} ship: train it (actserve train {target}), then export it with --checkpoint"
         )
-    sys.path.insert(0, str(Path.cwd()))  # the user's own module is where the user stands
     try:
         made = resolve(path)(*(known.arguments if known else ()))
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{target!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
-    source = _as_source(target, made)
-    if checkpoint is not None:
-        _restore(source, checkpoint)
-    name = target if known else path.partition(":")[2]
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), source
+    return target if known else path.partition(":")[2], made
 
 
-def _as_source(target: str, made: object) -> PolicySource:
+def _as_source(target: str, made: Any, action: str | None) -> PolicySource | OnnxSource:
+    if isinstance(made, OnnxSource):
+        return made if action is None else replace(made, action=action)
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], (Tensor, dict)):
+        if action is None:
+            raise UsageError(f"{target} gives a plain module: say what its output is, with --action argmax or identity")
+        if isinstance(made[0], nn.Module):
+            return from_module(*made, action)
+    if action is not None:
+        raise UsageError(f"--action is for plain modules and .onnx files; {target} says itself what its action is")
     if isinstance(made, PolicySource):
         return made
     if isinstance(made, tuple) and len(made) == 2:
@@ -56,11 +96,14 @@ def _as_source(target: str, made: object) -> PolicySource:
         if isinstance(policy, TensorDictModuleBase) and isinstance(example, TensorDict):
             return PolicySource(policy, example)
     raise CaptureFailed(
-        f"{target} must return (tensordict module, TensorDict) or a PolicySource; got {type(made).__name__}"
+        f"{target} must return (tensordict module, TensorDict), (module, example tensor or dict of them), "
+        f"a PolicySource or an OnnxSource; got {type(made).__name__}"
     )
 
 
-def _restore(source: PolicySource, checkpoint: Path) -> None:
+def _restore(source: PolicySource | OnnxSource, checkpoint: Path) -> None:
+    if isinstance(source, OnnxSource):
+        raise UsageError("--checkpoint is for policies of PyTorch; an .onnx file has its weights")
     try:
         weights = load_file(checkpoint)
     except (OSError, SafetensorError) as error:

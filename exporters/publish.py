@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,17 +15,14 @@ from typing import Any
 import torch
 
 from app import __version__
-from app.artifact import FORMAT, GOLDEN, Artifact, Manifest, Program
+from app.artifact import FORMAT, GOLDEN, Artifact, Manifest
+from app.errors import UsageError
 from app.lazy import resolve
 from app.runtimes import preflight
 from app.store import ModelStore
 from exporters import certify
-from exporters.capture import Captured, capture
-from exporters.optimize import optimize
-from exporters.programs.exported import PROGRAM, save_program
-from exporters.source import PolicySource
+from exporters.exportable import Exportable, Source
 
-PROGRAMS = {"onnx": "exporters.programs.onnx:build", "pt2": "exporters.programs.aoti:build"}
 HOST_BOUND = ("pt2",)  # native code
 EVALUATION = "evaluation"  # of the certificate: the games that the policy played
 GRAPH = "graph.txt"
@@ -46,7 +42,7 @@ class Export:
 
 
 def export(
-    source: PolicySource,
+    source: Source,
     name: str,
     store: ModelStore,
     *,
@@ -65,12 +61,12 @@ def export(
     What `evaluate` finds becomes part of the certificate; without it, what was found of the same export before does.
     Raises `CaptureFailed`, `Disagreement`, `StoreError`, and what `evaluate` raises.
     """
-    progress("capturing the policy with torch.export")
+    progress("capturing the policy")
     torch.set_num_threads(1)  # small batches gain nothing from more, and lose much where cores are busy
-    captured = capture(source)
-    graph = readable(captured)
+    captured: Exportable = resolve(source.capture)(source)
+    runtimes = _possible(runtimes, captured, progress)
     target = {"native": native, "device": device}  # what the .pt2 is built for
-    fingerprint = _fingerprint(captured, graph, source, target)
+    fingerprint = _fingerprint(captured, source, target)
     existing = store.find(name, fingerprint)
     kept = [runtime for runtime in runtimes if not (portable and runtime in HOST_BOUND)]
     for artifact in existing:
@@ -91,17 +87,19 @@ def export(
         provenance={
             "fingerprint": fingerprint,
             "origin": origin,
-            "weights_sha256": _weights_digest(captured),
+            "weights_sha256": captured.weights_sha256(),
             "versions": _versions(),
         },
         certificate={},
     )
     with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
         folder = Path(name_of_folder)
-        files = {GRAPH: folder / GRAPH, PROGRAM: folder / PROGRAM}
-        files[GRAPH].write_text(graph)
-        save_program(captured.program, files[PROGRAM])
-        programs = {runtime: _build(runtime, captured, folder, target, progress) for runtime in runtimes}
+        files = {GRAPH: folder / GRAPH, **captured.save(folder)}
+        files[GRAPH].write_text(captured.graph())
+        programs = {}
+        for runtime in runtimes:
+            progress(f"building .{runtime}")
+            programs[runtime] = captured.build(runtime, folder, target)
         files |= {program.file: folder / program.file for program in programs.values()}
         # The draft is an artifact in a store of its own: what is certified is opened as what is served will be.
         draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
@@ -127,45 +125,28 @@ def _evaluation(existing: Sequence[Artifact]) -> dict[str, Any]:
     return {}
 
 
-def _build(
-    runtime: str, captured: Captured, folder: Path, target: dict[str, Any], progress: Callable[[str], None]
-) -> Program:
-    """Rewrite the graph for one runtime and build its program file in `folder`."""
-    progress(f"building .{runtime}")
-    program, rewrites = optimize(captured.program, runtime)
-    file = f"policy.{runtime}"
-    options = target if runtime == "pt2" else {}
-    requires = resolve(PROGRAMS[runtime])(replace(captured, program=program), folder / file, **options)
-    return Program(file, requires, tuple(rewrites))
+def _possible(runtimes: Sequence[str], captured: Exportable, progress: Callable[[str], None]) -> list[str]:
+    """Of `runtimes` those that the captured policy can be built for; `UsageError` for none."""
+    possible = [runtime for runtime in runtimes if runtime in captured.runtimes]
+    if not possible:
+        raise UsageError(f"this policy can be built for {', '.join(captured.runtimes)}; got {', '.join(runtimes)}")
+    for runtime in runtimes:
+        if runtime not in possible:
+            progress(f"no .{runtime}: the policy can be built for {', '.join(captured.runtimes)} alone")
+    return possible
 
 
-def readable(captured: Captured) -> str:
-    """The graph as torch prints it, without the folders of the machine that it was traced on."""
-    text: str = captured.program.graph_module.print_readable(print_output=False)
-    return re.sub(r"# File: (?:[^\s:]*/(?:site|dist)-packages/|[^\s:]*/)", "# File: ", text)
-
-
-def _fingerprint(captured: Captured, graph: str, source: PolicySource, target: dict[str, Any]) -> str:
+def _fingerprint(captured: Exportable, source: Source, target: dict[str, Any]) -> str:
     """What makes two exports the same thing: graph, weights, contract, and the tools that build them."""
     identity = {
-        "graph": graph,
-        "weights": _weights_digest(captured),
+        "graph": captured.graph(),
+        "weights": captured.weights_sha256(),
         "signature": asdict(captured.signature),
         "environment": asdict(source.environment) if source.environment else None,
         "versions": _versions(),
         "target": target,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _weights_digest(captured: Captured) -> str:
-    digest = hashlib.sha256()
-    tensors: dict[str, Any] = dict(captured.program.state_dict) | dict(captured.program.constants)
-    for name, tensor in sorted(tensors.items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

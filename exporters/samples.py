@@ -6,21 +6,20 @@ import numpy as np
 
 from app.requests import draw
 from app.signature import EXPLORE, IS_INIT, Array, Arrays, Signature, TensorSpec
-from exporters.capture import Layout
-from exporters.source import PolicySource
+from exporters.exportable import Source
 
 EPISODES_BEGIN = 0.1  # the share of items on the first step of an episode
 BOUNDARY = 8  # one item in so many has an observation of all lowest or all highest values
 
 
-def collect(source: PolicySource, layout: Layout, signature: Signature, count: int) -> Arrays:
+def collect(source: Source, signature: Signature, count: int) -> Arrays:
     """`count` items of every input, each (count, *shape); the same every time.
 
     Observations are real where the source can observe, else random, with boundary values among them. State is the
     initial one where an episode begins and random elsewhere.
     """
     rng = np.random.default_rng(0)
-    inputs = observations(source, layout, signature, count, rng)
+    inputs = observations(source, signature, count, rng)
     begins = rng.random(count) < EPISODES_BEGIN
     for state in signature.state:
         values = state.spec.sample(rng, count)
@@ -39,19 +38,17 @@ def collect(source: PolicySource, layout: Layout, signature: Signature, count: i
     return {spec.name: (inputs | draw(signature.noise, 0, count))[spec.name] for spec in signature.inputs}
 
 
-def observations(
-    source: PolicySource, layout: Layout, signature: Signature, count: int, rng: np.random.Generator
-) -> Arrays:
+def observations(source: Source, signature: Signature, count: int, rng: np.random.Generator) -> Arrays:
     """(count, *shape) of each observation."""
-    if source.observe is not None:
-        observed = source.observe(count)
-        return {name: observed.get(key).numpy() for name, key in layout.observations.items()}
-    return {spec.name: _random(spec, source, layout, count, rng) for spec in signature.observations}
+    observed = source.observations(count)
+    if observed is not None:
+        return {spec.name: observed[spec.name] for spec in signature.observations}
+    return {spec.name: _random(spec, source, count, rng) for spec in signature.observations}
 
 
-def _random(spec: TensorSpec, source: PolicySource, layout: Layout, count: int, rng: np.random.Generator) -> Array:
+def _random(spec: TensorSpec, source: Source, count: int, rng: np.random.Generator) -> Array:
     if spec.dtype in ("int32", "int64"):  # most likely an index, of which nothing is known but the example
-        highest = max(1, int(source.example.get(layout.observations[spec.name]).max()))
+        highest = max(1, source.highest(spec.name))
         return rng.integers(0, highest, (count, *spec.shape), spec.numpy_dtype, endpoint=True)
     values = spec.sample(rng, count)
     if spec.dtype == "bool" and "mask" in spec.name:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from app.environment import Environment
-from app.signature import Exploration
+from app.signature import Arrays, Exploration
+from exporters.exportable import Original
+from exporters.keys import join
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,10 @@ class PolicySource:
     logits, distribution parameters and log-probabilities what the policy writes.
     `exploration` says how the exported policy can act; by default every way that it can.
     `observe(n)` gives a TensorDict of n real observations, batch size [n], for the certificate; without it random
-    inputs within each dtype's range are used.
+    inputs within each dtype's range are used. `observed_in` says where they come from.
     `environment` is what a client must reproduce to play; None where there is no game.
     `weights` is the part of `policy` that a checkpoint fills; by default all of it.
+    `library` is what ran the policy in training; where that is not TorchRL, `original` acts as it did there.
     """
 
     policy: TensorDictModuleBase
@@ -35,3 +39,26 @@ class PolicySource:
     observe: Callable[[int], TensorDict] | None = None
     environment: Environment | None = None
     weights: nn.Module | None = None
+    library: str = "TorchRL"
+    original: Original | None = None
+    observed_in: str = "environment"
+
+    capture: ClassVar[str] = "exporters.capture:capture"
+
+    @property
+    def reference(self) -> str:
+        return f"the {self.library} policy, eager, on the CPU"
+
+    @property
+    def samples_from(self) -> str:
+        return "random and boundary values" if self.observe is None else self.observed_in
+
+    def observations(self, count: int) -> Arrays | None:
+        return None if self.observe is None else _named(self.observe(count))
+
+    def highest(self, name: str) -> int:
+        return int(_named(self.example)[name].max())
+
+
+def _named(tensordict: TensorDict) -> Arrays:
+    return {join(key): tensordict.get(key).numpy() for key in tensordict.keys(include_nested=True, leaves_only=True)}

@@ -18,13 +18,14 @@ from app.errors import Disagreement
 from app.requests import complete
 from app.signature import Array, Arrays, Exploration
 from exporters.capture import Captured
+from exporters.exportable import Exportable, Source
 from exporters.source import PolicySource
 
 DRAWS = 4096
 LEVEL = 1e-4  # a true policy is refused once in ten thousand exports
 
 
-def compare(captured: Captured, source: PolicySource, inputs: Arrays) -> dict[str, Any]:
+def compare(captured: Exportable, source: Source, inputs: Arrays) -> dict[str, Any]:
     """Draw `DRAWS` actions for one observation both ways and test. Raises `Disagreement` below `LEVEL`."""
     signature = captured.signature
     one = {spec.name: np.repeat(inputs[spec.name][:1], DRAWS, 0) for spec in signature.observations}
@@ -42,8 +43,10 @@ def compare(captured: Captured, source: PolicySource, inputs: Arrays) -> dict[st
     return {"test": test, "draws": DRAWS, "level": LEVEL, "p": value}
 
 
-def _own(captured: Captured, source: PolicySource, full: Arrays) -> Array:
+def _own(captured: Exportable, source: Source, full: Arrays) -> Array:
     """`DRAWS` actions of the policy as TorchRL runs it, its own randomness included."""
+    assert isinstance(captured, Captured)  # nothing else has noise
+    assert isinstance(source, PolicySource)
     layout = captured.layout
     tensordict = TensorDict({}, batch_size=[DRAWS])
     keys = {**layout.observations, **{name: read for name, (read, _) in layout.states.items()}}

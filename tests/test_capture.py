@@ -8,8 +8,9 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from app.errors import CaptureFailed
-from exporters.capture import MAX_BATCH, capture
+from exporters.capture import capture
 from exporters.source import PolicySource
+from exporters.trace import MAX_BATCH
 from tests.policies import cart
 
 

@@ -66,6 +66,16 @@ def test_no_code_pickles(file: Path) -> None:
     assert pickling(file.read_text()) == []
 
 
+def test_only_one_file_opens_what_others_pickled() -> None:
+    """What Stable-Baselines3 saves is pickled; its own code opens it, offline."""
+    opens = [
+        file.name
+        for file in [*ROOT.glob("app/**/*.py"), *ROOT.glob("exporters/**/*.py")]
+        if re.search(r"import load_from_(zip|pkl)", file.read_text())
+    ]
+    assert opens == ["sb3.py"]
+
+
 def contents(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
     """A file and, of an archive, what is inside, and inside that."""
     yield name, data

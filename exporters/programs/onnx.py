@@ -12,6 +12,7 @@ import torch
 
 from app.errors import CaptureFailed
 from exporters.capture import Captured
+from exporters.onnx_graph import forget_source
 
 
 def build(captured: Captured, target: Path) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def build(captured: Captured, target: Path) -> dict[str, Any]:
     assert exported is not None
     exported.save(str(target), external_data=False)
     model = onnx.load(str(target))
+    forget_source(model.graph)
+    onnx.save(model, str(target))
     onnx.checker.check_model(model)
     for value in (*model.graph.input, *model.graph.output):
         if signature.max_batch > 1 and not value.type.tensor_type.shape.dim[0].dim_param:

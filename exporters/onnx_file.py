@@ -1,0 +1,198 @@
+"""An `.onnx` file that is there already -> a program with a Signature; the policy that it was made from is not needed.
+
+The signature is read off the graph and one run. What can be proven is less than with a policy at hand: that the program
+in the store gives what the file gives, and that a batch gives what its items give alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from app import golden
+from app.artifact import Program
+from app.environment import Environment
+from app.errors import CaptureFailed
+from app.signature import Array, Arrays, Signature, State, TensorSpec
+from exporters import certify, samples
+from exporters.modules import ACTIONS
+from exporters.onnx_graph import (
+    add_argmax,
+    declare,
+    dtype_of,
+    forget_source,
+    inputs_of,
+    outputs_of,
+    read,
+    refuse_random,
+)
+from exporters.trace import MAX_BATCH, first_lines
+
+log = logging.getLogger("actserve")
+
+
+@dataclass(frozen=True)
+class OnnxSource:
+    """A policy that is an `.onnx` file.
+
+    Every input has the batch first: of any size, or 1, and then it takes one item at a time.
+    `outputs` are those that the program gives, the action first; by default all of them, in the graph's order.
+    `action` "argmax": the first output has one value for each action, (B, n), and the best one is given before it, as
+    `action`. `state` maps inputs to the outputs that replace them in the next step; they begin at zero.
+    `observe(n)` gives n real observations by name, each (n, *shape); `environment` is what a client must reproduce.
+    """
+
+    path: Path | str
+    outputs: tuple[str, ...] = ()
+    action: str = "identity"
+    state: Mapping[str, str] = field(default_factory=dict)
+    observe: Callable[[int], Arrays] | None = None
+    environment: Environment | None = None
+
+    capture: ClassVar[str] = "exporters.onnx_file:capture"
+    original: ClassVar[None] = None
+    reference: ClassVar[str] = (
+        f"the .onnx file as it was given, item by item, in ONNX Runtime {ort.__version__}; "
+        "the policy that it was made from was not there to compare with"
+    )
+
+    @property
+    def samples_from(self) -> str:
+        return "random and boundary values" if self.observe is None else "environment"
+
+    def observations(self, count: int) -> Arrays | None:
+        return None if self.observe is None else self.observe(count)
+
+    def highest(self, name: str) -> int:
+        return 1
+
+
+class OnnxFile:
+    """`model` is the program; `session` is the file as it was given, which gives the reference; of its output `scores`,
+    where there is one, the action is the largest."""
+
+    runtimes: ClassVar[tuple[str, ...]] = ("onnx",)
+
+    def __init__(self, model: Any, session: Any, signature: Signature, scores: str | None, rewrites: list[str]) -> None:
+        self.signature = signature
+        self._model, self._session = model, session
+        self._scores = scores
+        self._rewrites = tuple(rewrites)
+
+    def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
+        """What the file gives for each item alone."""
+        results = _one_by_one(self._session, self._names, inputs)
+        if self._scores is not None:
+            results["action"] = results[self._scores].argmax(-1)
+        return results
+
+    @property
+    def _names(self) -> list[str]:
+        return [spec.name for spec in self.signature.results[self._scores is not None :]]
+
+    def graph(self) -> str:
+        bare = onnx.ModelProto()
+        bare.CopyFrom(self._model)
+        bare.graph.ClearField("initializer")
+        text: str = onnx.printer.to_text(bare)
+        return text
+
+    def weights_sha256(self) -> str:
+        """Of the whole program, which the weights are a part of."""
+        return hashlib.sha256(self._data()).hexdigest()
+
+    def _data(self) -> bytes:
+        data: bytes = self._model.SerializeToString(deterministic=True)
+        return data
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        return {}
+
+    def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:
+        file = f"policy.{runtime}"
+        (folder / file).write_bytes(self._data())
+        opset = max(entry.version for entry in self._model.opset_import if entry.domain in ("", "ai.onnx"))
+        return Program(file, {"opset": opset}, self._rewrites)
+
+
+def capture(source: OnnxSource) -> OnnxFile:
+    """Read the file, and off it the signature. Raises `UsageError` for a file that cannot be read, `CaptureFailed`."""
+    if source.action not in ACTIONS:
+        raise CaptureFailed(f"expected an action of {' or '.join(ACTIONS)}; got {source.action!r}")
+    model = read(Path(source.path))
+    refuse_random(model.graph)
+    session = _session(model)
+    inputs, single = inputs_of(model.graph)
+    new_state = list(source.state.values())
+    names = outputs_of(model.graph, source.outputs, source.state)
+    alone = _run(session, names, {spec.name: spec.zeros(1) for spec in inputs})
+    outputs = {name: _output(name, array) for name, array in alone.items()}
+    given = [outputs[name] for name in names if name not in new_state]
+    rewrites = [f"leave out {value.name}" for value in model.graph.output if value.name not in names]
+    scores = None
+    if source.action == "argmax":
+        scores = given[0].name
+        given.insert(0, add_argmax(model.graph, given[0]))
+        rewrites.append(f"action: the largest of {scores}")
+    signature = Signature(
+        observations=tuple(spec for spec in inputs if spec.name not in source.state),
+        outputs=tuple(given),
+        max_batch=1 if single else MAX_BATCH,
+        state=tuple(State(spec, source.state[spec.name]) for spec in inputs if spec.name in source.state),
+    )
+    if not single and not _batches(session, names, samples.collect(source, signature, 3)):
+        log.warning("exported one item at a time, because the file gives other answers, or none, for a batch")
+        signature = replace(signature, max_batch=1)
+    declare(model.graph, signature)
+    forget_source(model.graph)
+    return OnnxFile(model, session, signature, scores, rewrites)
+
+
+def _session(model: Any) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT raises many types of its own, with no common base
+        raise CaptureFailed(f"ONNX Runtime refused the file: {first_lines(error)}") from error
+
+
+def _run(session: Any, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
+    try:
+        return dict(zip(names, session.run(list(names), dict(inputs)), strict=True))
+    except Exception as error:
+        raise CaptureFailed(f"ONNX Runtime could not run the file: {first_lines(error)}") from error
+
+
+def _output(name: str, array: Array) -> TensorSpec:
+    if np.shape(array)[:1] != (1,):
+        raise CaptureFailed(f"{name}: expected the batch first; got the shape {np.shape(array)} for one item")
+    return TensorSpec(name, dtype_of(name, array.dtype), array.shape[1:])
+
+
+def _one_by_one(session: Any, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
+    return golden.in_batches(lambda item: _run(session, names, item), inputs, 1)
+
+
+def _batches(session: Any, names: Sequence[str], batch: Arrays) -> bool:
+    """Whether a batch gives what its items give alone."""
+    try:
+        together = _run(session, names, batch)
+    except CaptureFailed:
+        return False
+    alone = _one_by_one(session, names, batch)
+    near = certify.TOLERANCE
+    return all(
+        together[name].shape == alone[name].shape
+        and np.allclose(together[name], alone[name], near.relative, near.absolute)
+        for name in names
+    )
