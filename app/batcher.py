@@ -3,7 +3,10 @@
 A batch is all that waits when the runtime comes free, so a lone request never waits for company and a crowd is
 answered in few calls; there is no timer. The queue lives in the event loop. A program that takes its time runs in a
 thread beside it; a quick one runs in the loop itself, because handing it over costs more than it takes, and the sockets
-fill up with the next batch meanwhile.
+fill up with the next batch meanwhile: it runs as soon as a batch is full, or the loop has looked at every socket.
+
+Then what waits, waits in the sockets, and how long it has waited shows in how long the loop has been busy since it last
+looked at them all: a turn. Once a turn has taken `max_wait_ns`, the rest of it refuses what comes.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from time import perf_counter_ns
 import numpy as np
 
 from app.arena import Arena
-from app.errors import ActserveError, NotServing, Overloaded, RuntimeFailure, TooLate
+from app.errors import ActserveError, Behind, NotServing, Overloaded, RuntimeFailure, TooLate
 from app.signature import Array, Arrays
+
+FOR_EVER = 1 << 62  # nanoseconds
+CLOSING = "this policy is closing; try again shortly"
 
 Run = Callable[[Mapping[str, Array]], Arrays]
 
@@ -103,18 +109,29 @@ class Batcher:
     """
 
     def __init__(
-        self, run: Run, max_items: int, max_waiting: int, *, quick: bool = False, arena: Arena | None = None
+        self,
+        run: Run,
+        max_items: int,
+        max_waiting: int,
+        *,
+        max_wait_ns: int = FOR_EVER,
+        quick: bool = False,
+        arena: Arena | None = None,
     ) -> None:
         self.arena = arena
         self._run = run
         self._max_items = max_items
         self._max_waiting = max_waiting
+        self._max_wait_ns = max_wait_ns
         self._quick = quick
         self._queue: deque[Waiting] = deque()
         self._alone: deque[Waiting] = deque()  # of a batch that failed
         self._open = False
         self._thread: ThreadPoolExecutor | None = None
-        self._busy = False  # a batch is to be formed, or is being run
+        self._queued = 0  # items in the queue
+        self._scheduled = False  # the next batch, once the loop has looked at every socket
+        self._running = False
+        self._turn_ns = 0  # when it began; 0: nothing has come in this turn
         self._drained = asyncio.Event()
         self._waiting = 0
         self._batches = 0
@@ -137,43 +154,70 @@ class Batcher:
             self._thread.shutdown()
 
     def submit(self, inputs: Arrays, size: int, patience_ns: int = 0) -> asyncio.Future[Answer]:
-        """Queue `size` items (at most `max_items`); raises as `enter`."""
+        """Queue `size` items (at most `max_items`); raises as `admit`."""
+        self.admit(size, patience_ns)
         request = Request(inputs, size, patience_ns)
         self.enter(request)
         return request.future
 
     def enter(self, request: Waiting) -> None:
-        """Queue a request. Raises `Overloaded` when there is no room, `NotServing` when the batcher is not running,
-        `TooLate` when it would wait longer than it may."""
-        self.admit(request.size, request.patience_ns)
+        """Queue a request that was admitted. Raises `NotServing` when the batcher is not running."""
+        if not self._open:
+            raise NotServing(CLOSING)
         self._waiting += request.size
+        self._queued += request.size
         self._queue.append(request)
-        if not self._busy:
-            self._busy = True
-            self._loop.call_soon(self._next)
+        if self._running:
+            return
+        if self._quick and self._queued >= self._max_items:
+            self._next()
+        elif not self._scheduled:
+            self._schedule()
 
     def admit(self, size: int, patience_ns: int = 0) -> None:
-        """Raises as `enter` would for `size` items."""
+        """Raises `NotServing`, `Overloaded` if `size` items more are too many or would wait for too long, `TooLate` if
+        they would wait for longer than `patience_ns`; 0 is for ever."""
         if not self._open:
-            raise NotServing("this policy is closing; try again shortly")
+            raise NotServing(CLOSING)
         if self._waiting + size > self._max_waiting:
             raise Overloaded(self._max_waiting)
-        if patience_ns and self._waiting * self._run_ns > patience_ns * self._items:  # at the pace so far
+        now_ns = perf_counter_ns()
+        if not self._turn_ns:
+            self._turn_ns = now_ns
+            self._loop.call_soon(self._end_turn)
+        waited_ns = now_ns - self._turn_ns
+        if waited_ns > self._max_wait_ns:
+            raise Behind(self._max_wait_ns / 1e6)
+        if patience_ns and waited_ns + self._waiting * self._run_ns // max(1, self._items) > patience_ns:
             raise TooLate(patience_ns // 1000)
+
+    def _end_turn(self) -> None:
+        self._turn_ns = 0
 
     def statistics(self) -> Statistics:
         return Statistics(self._waiting, self._batches, self._items, self._run_ns)
 
+    def _schedule(self) -> None:
+        self._scheduled = True
+        self._loop.call_soon(self._scheduled_next)
+
+    def _scheduled_next(self) -> None:
+        self._scheduled = False
+        if not self._running:
+            self._next()
+
     def _next(self) -> None:
         """Form the next batch and have it run."""
+        self._running = True
         if self._alone:
             batch = [self._alone.popleft()]
         else:
             batch, dropped = form(self._queue, self._max_items, perf_counter_ns())
+            self._queued -= sum(request.size for request in (*batch, *dropped))
             for request in dropped:
                 self._settle([request], Outcome({}, TooLate(request.patience_ns // 1000), 0, 0))
         if not batch:
-            self._rest()
+            self._go_on()
             return
         self._batches += 1
         self._items += sum(request.size for request in batch)
@@ -217,10 +261,7 @@ class Batcher:
             if self.arena is not None and outcome.error is None:
                 self.arena.scatter(batch, outcome.outputs)
             self._settle(batch, outcome)
-        if self._queue or self._alone:
-            self._loop.call_soon(self._next)
-        else:
-            self._rest()
+        self._go_on()
 
     def _settle(self, batch: list[Waiting], outcome: Outcome) -> None:
         start = 0
@@ -229,9 +270,12 @@ class Batcher:
             request.settle(outcome, start)
             start += request.size
 
-    def _rest(self) -> None:
-        self._busy = False
-        if not self._waiting:
+    def _go_on(self) -> None:
+        self._running = False
+        if self._queue or self._alone:
+            if not self._scheduled:
+                self._schedule()
+        elif not self._waiting:
             self._drained.set()
 
 

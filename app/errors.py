@@ -17,6 +17,7 @@ ActserveError
 │   └── SessionExpired           it was begun here and is gone: ended, idle for too long, or it made room
 ├── Unavailable                  the request was good; try again
 │   ├── Overloaded               the queue is full
+│   │   └── Behind               what comes would wait for too long
 │   ├── NotServing               still loading, or closing
 │   ├── TooLate                  the answer would come after the time that the request gave
 │   └── SessionsUnavailable      the sessions' file cannot be used
@@ -178,6 +179,15 @@ class Overloaded(Unavailable):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"{limit} items are waiting, the most that may; try again shortly", limit=limit)
+
+
+class Behind(Overloaded):
+    """So much comes that requests would wait for too long."""
+
+    def __init__(self, max_wait_ms: float) -> None:
+        Unavailable.__init__(
+            self, f"requests would wait for over {max_wait_ms:g} ms; try again shortly", max_wait_ms=max_wait_ms
+        )
 
 
 class NotServing(Unavailable):

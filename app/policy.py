@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from app import golden, tuning
-from app.arena import Arena
+from app.arena import BATCHES, Arena
 from app.artifact import Artifact
 from app.batcher import Answer, Batcher, Statistics
 from app.errors import RuntimeFailure
@@ -44,7 +44,15 @@ class Policy:
         self._runtime = runtime
         self.tuning = tuned
         arena = Arena(self.signature, tuned.batch) if Arena.suits(self.signature) else None
-        self.batcher = Batcher(runtime.run, tuned.batch, settings.max_waiting, quick=tuned.quick, arena=arena)
+        max_wait_ns = int(settings.max_wait_ms * 1e6)
+        self.batcher = Batcher(
+            runtime.run,
+            tuned.batch,
+            min(settings.max_waiting, max(BATCHES * tuned.batch, max_wait_ns // tuned.item_ns[tuned.batch])),
+            max_wait_ns=max_wait_ns,
+            quick=tuned.quick,
+            arena=arena,
+        )
 
     @classmethod
     def load(cls, artifact: Artifact, settings: Settings) -> Policy:

@@ -32,6 +32,9 @@ class Settings(BaseModel):
     threads: int = Field(1, ge=1, description="Threads inside one inference call.")
     max_body_bytes: int = Field(32 << 20, ge=1, description="The largest request body, in bytes.")
     max_waiting: int = Field(1024, ge=1, description="Items that may wait for one policy; more are refused with 503.")
+    max_wait_ms: float = Field(
+        50, gt=0, description="How long a request may have to wait; what comes while it is longer is refused with 503."
+    )
     request_timeout_s: float = Field(
         30, ge=1, description="Seconds that a client may take to send a request, or to take its answer."
     )

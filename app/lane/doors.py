@@ -12,13 +12,14 @@ from app import wire
 from app.api import errors
 from app.arena import Arena
 from app.batcher import Batcher, Outcome
-from app.errors import ActserveError
+from app.errors import ActserveError, Unavailable
 from app.lane.heads import Heads
 from app.policy import Policy
 from app.registry import Registry
 from app.signature import Array
 
 Headers = list[tuple[bytes, bytes]]
+REFUSALS = 64
 READY_MADE = 4096  # answers; a policy with more actions has them made one by one
 
 
@@ -32,6 +33,7 @@ class Door:
         self._discrete = spec.shape == () and spec.numpy_dtype.kind in "iu"
         self._headers: Headers = []
         self._answers: dict[int, bytes] = {}
+        self._refusals: dict[str, bytes] = {}  # by the error's message
 
     def answer(self, outcome: Outcome, start: int, headers: Headers) -> bytes:
         """The whole response for the item at `start`. `headers`: the server's own, a new list every second."""
@@ -39,7 +41,7 @@ class Door:
         if not self._discrete:
             return self._make(actions[start : start + 1], headers)
         if headers is not self._headers or len(self._answers) > READY_MADE:
-            self._headers, self._answers = headers, {}
+            self._headers, self._answers, self._refusals = headers, {}, {}
         action = int(actions[start])
         answer = self._answers.get(action)
         if answer is None:
@@ -47,7 +49,14 @@ class Door:
         return answer
 
     def refusal(self, error: ActserveError, headers: Headers) -> bytes:
-        return serialised(errors.response(error), headers)
+        if not isinstance(error, Unavailable):  # it is rare, and for the log
+            return serialised(errors.response(error), headers)
+        if headers is not self._headers or len(self._refusals) > REFUSALS:
+            self._headers, self._answers, self._refusals = headers, {}, {}
+        refusal = self._refusals.get(error.message)
+        if refusal is None:
+            refusal = self._refusals[error.message] = serialised(errors.response(error), headers)
+        return refusal
 
     def _make(self, action: Array, headers: Headers) -> bytes:
         content_type, content = wire.encode("", {self._action: action}, False)

@@ -191,14 +191,14 @@ class LaneProtocol(Receiver):
         self._passing = False
         self._guess, self._data = end, data[end:]
         self._door = door
-        row = door.arena.acquire()
-        if row is not None:
-            self._receive(door.arena, row)
-            return
         try:
             door.batcher.admit(1 + len(door.arena.waiting), self.patience_ns)
         except ActserveError as error:
             self._refuse(door, error)
+            return
+        row = door.arena.acquire()
+        if row is not None:
+            self._receive(door.arena, row)
         else:
             self.transport.pause_reading()
             door.arena.waiting.append(self)

@@ -139,14 +139,30 @@ class StreamLane(Receiver):
             or not self._inner.writable.is_set()
         ):
             return False
-        row = episode.arena.acquire()
-        if row is None:
+        try:
+            episode.batcher.admit(1 + len(episode.arena.waiting))
+        except ActserveError:  # for the route to say
             return False
         self._episode, self._mask = episode, head.mask
         self.slot, self.begins = episode.slot, episode.steps == 0
         self._idle.clear()
         self._data = data[head.size :]
-        self._receive(episode.arena, row)
+        row = episode.arena.acquire()
+        if row is not None:
+            self._receive(episode.arena, row)
+        else:
+            self.transport.pause_reading()
+            episode.arena.waiting.append(self)
+        return True
+
+    def seat(self, row: int) -> bool:
+        """What the arena calls: a row has become free."""
+        if self.transport is None:
+            self._leave()
+            return False
+        assert self._episode is not None
+        self.transport.resume_reading()
+        self._receive(self._episode.arena, row)
         return True
 
     def _complete(self) -> None:
