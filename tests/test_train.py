@@ -256,6 +256,10 @@ def test_a_window_is_learned_from_as_it_was_played() -> None:
     torch.testing.assert_close(logits[..., ACTIONS], stepped[:, 2:], atol=0.05, rtol=0.05)  # bfloat16
 
 
+def test_games_begin_from_any_seed() -> None:
+    assert Games(1, 14_000_000).screens.any()  # a run resumed late: ALE's seeds have 31 bits
+
+
 def test_movement_is_what_changed_between_two_screens() -> None:
     games = Games(1, 0)
     while (features(games.before)[:, 0] == 84).any() or (features(games.screens)[:, 0] == 84).any():

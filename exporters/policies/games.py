@@ -49,7 +49,7 @@ class Games:
 
     def __init__(self, count: int, seed: int) -> None:
         ALEInterface.setLoggerMode(LoggerMode.Error)
-        self.games = [_game(seed * 1000 + i) for i in range(count)]
+        self.games = [_game((seed * 1000 + i) % 2**31) for i in range(count)]  # ALE takes 31 bits
         self.screens: Screens = np.zeros((count, 84, 84), np.uint8)
         self.before = self.screens.copy()
         self.begun = np.ones(count, bool)
