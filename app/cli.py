@@ -23,6 +23,7 @@ from rich.table import Table
 from app import __version__
 from app.commands.keys import keys, sign
 from app.commands.stores import DEFAULT_STORE, Label, SignOption, Store, TrustOption, find, publishing, reading
+from app.commands.tune import tune, tune_quietly
 from app.errors import ActserveError, UntrustedProgram, UsageError
 from app.lazy import resolve
 
@@ -34,6 +35,7 @@ cli = typer.Typer(
 )
 cli.add_typer(keys, name="keys")
 cli.command()(sign)
+cli.command()(tune)
 console = Console(stderr=True)  # progress and messages; stdout is for results
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -148,6 +150,7 @@ def export(
         if int8:
             quantise = _offline("exporters.int8:export_int8")
             done = quantise(done.artifact, source, own, _play_in_process, progress)
+        tune_quietly(done.artifact, progress)
     manifest = done.artifact.manifest
     if json:
         _print_json(
@@ -176,6 +179,7 @@ def compile_(
     own = publishing(store, sign)
     with _steps("importing torch") as progress:
         built = _offline("exporters.compile:compile")(find(own, label), own, progress, native)
+        tune_quietly(built, progress)
     manifest = built.manifest
     if json:
         _print_json({"name": manifest.name, "version": manifest.version, "certificate": manifest.certificate})

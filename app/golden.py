@@ -12,7 +12,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from app.artifact import GOLDEN, Artifact
-from app.errors import CorruptFile
+from app.errors import CorruptFile, RuntimeFailure
+from app.runtimes import base
 from app.signature import Array, Arrays, Signature
 
 INPUT = "input."
@@ -105,3 +106,17 @@ def check(artifact: Artifact, run: Callable[[Arrays], Arrays]) -> Agreement:
         if not agreement.holds:
             break
     return agreement
+
+
+def load(name: str, artifact: Artifact, threads: int) -> base.Runtime:
+    """Open a program and run the golden samples through it. Raises `StoreError` or `RuntimeFailure`."""
+    runtime = base.load(name, artifact, threads)
+    agreement = check(artifact, runtime.run)
+    if not agreement.holds:
+        runtime.close()
+        raise RuntimeFailure(
+            f"{artifact.label}: the .{name} program does not repeat the golden samples on this host: "
+            f"{len(agreement.differing)} of {agreement.compared} actions differ; "
+            f"beyond tolerance: {', '.join(agreement.exceeding) or 'none'}"
+        )
+    return runtime

@@ -15,9 +15,10 @@ from app.batcher import Answer, Batcher, Statistics
 from app.errors import RuntimeFailure
 from app.requests import complete
 from app.runtimes import preflight
-from app.runtimes.base import Runtime, load
+from app.runtimes.base import Runtime
 from app.settings import Settings
 from app.signature import Arrays, Exploration
+from app.tuned import Tuned
 
 log = logging.getLogger("actserve")
 
@@ -48,7 +49,7 @@ class Policy:
         self.batcher = Batcher(
             runtime.run,
             tuned.batch,
-            min(settings.max_waiting, max(BATCHES * tuned.batch, max_wait_ns // tuned.item_ns[tuned.batch])),
+            min(settings.max_waiting, max(BATCHES * tuned.batch, max_wait_ns // tuned.best_ns)),
             max_wait_ns=max_wait_ns,
             quick=tuned.quick,
             arena=arena,
@@ -61,10 +62,12 @@ class Policy:
         Blocking; to be called off the event loop. Raises `StoreError`, `RuntimeRefused` or `RuntimeFailure`.
         """
         failed: dict[str, str] = {}
+        tuned = Tuned.load(artifact) if settings.threads == 1 else None
         while True:
-            choice = preflight.choose(settings.runtime, artifact.manifest, preflight.this_host(), failed)
+            fastest = tuned.fastest if tuned else None
+            choice = preflight.choose(settings.runtime, artifact.manifest, preflight.this_host(), failed, fastest)
             try:
-                runtime = _load_verified(choice.runtime, artifact, settings.threads)
+                runtime = golden.load(choice.runtime, artifact, settings.threads)
             except RuntimeFailure as error:
                 if settings.runtime != "auto":
                     raise
@@ -72,7 +75,8 @@ class Policy:
                 failed[choice.runtime] = error.message
                 continue
             log.info("%s is served by .%s (%s)", artifact.label, choice.runtime, choice.reason)
-            return cls(artifact, runtime, choice, tuning.measure(runtime.run, runtime.signature), settings)
+            known = tuned.programs.get(choice.runtime) if tuned else None
+            return cls(artifact, runtime, choice, known or tuning.measure(runtime.run, runtime.signature), settings)
 
     def start(self) -> None:
         self.batcher.start()
@@ -125,16 +129,3 @@ class Policy:
             "runtime": self.choice.runtime,
             "reason": self.choice.reason,
         }
-
-
-def _load_verified(name: str, artifact: Artifact, threads: int) -> Runtime:
-    runtime = load(name, artifact, threads)
-    agreement = golden.check(artifact, runtime.run)
-    if not agreement.holds:
-        runtime.close()
-        raise RuntimeFailure(
-            f"{artifact.label}: the .{name} program does not repeat the golden samples on this host: "
-            f"{len(agreement.differing)} of {agreement.compared} actions differ; "
-            f"beyond tolerance: {', '.join(agreement.exceeding) or 'none'}"
-        )
-    return runtime

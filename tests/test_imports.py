@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 # Each may import itself and what stands before it.
 ORDER = [
     "errors", "lazy", "environment", "signature", "ownership", "signing", "trust", "artifact", "cache", "store",
-    "remote_store", "requests", "wire", "settings", "runtimes", "golden", "tuning", "arena", "batcher", "policy",
-    "registry", "session_record", "session_file", "sessions", "api", "lane", "grpc", "main", "client", "evaluate",
-    "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
+    "remote_store", "requests", "wire", "settings", "runtimes", "golden", "tuning", "tuned", "arena", "batcher",
+    "policy", "registry", "session_record", "session_file", "sessions", "api", "lane", "grpc", "main", "client",
+    "evaluate", "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
 ]  # fmt: skip
 CLIENT_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "requests", "wire", "client"}
 EXPORTERS_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "artifact", "store", "golden", "requests"}

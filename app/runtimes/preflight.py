@@ -42,17 +42,22 @@ def refusal(runtime: str, manifest: Manifest, host: Host) -> str | None:
     return None
 
 
-def choose(wanted: str, manifest: Manifest, host: Host, failed: Mapping[str, str]) -> Choice:
-    """The runtime for `wanted` ("auto", "onnx" or "pt2"); `failed` says which were tried already, and what happened.
+def choose(
+    wanted: str, manifest: Manifest, host: Host, failed: Mapping[str, str], fastest: str | None = None
+) -> Choice:
+    """The runtime for `wanted` ("auto", "onnx" or "pt2"); `failed` says which were tried already, and what happened;
+    `fastest` is what `actserve tune` found to be, if it was run here.
 
     Raises `RuntimeRefused` if none can be had.
     """
-    candidates = ["pt2", "onnx"] if wanted == "auto" else [wanted]
+    candidates = sorted(["pt2", "onnx"], key=lambda runtime: runtime != fastest) if wanted == "auto" else [wanted]
     refused: list[str] = []
     for runtime in candidates:
         reason = failed.get(runtime) or refusal(runtime, manifest, host)
         if reason is None:
             why = f"asked for by --runtime {wanted}" if wanted != "auto" else "the first that this host can run"
+            if wanted == "auto" and runtime == fastest:
+                why = "the fastest on this host, as actserve tune measured"
             return Choice(runtime, "; ".join([*refused, f".{runtime}: {why}"]))
         refused.append(f"not .{runtime}: {reason}")
     label = f"{manifest.name}@{manifest.version}"

@@ -1,0 +1,76 @@
+"""`actserve tune`."""
+
+from __future__ import annotations
+
+import json as json_
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.commands.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
+
+if TYPE_CHECKING:
+    from app.artifact import Artifact
+    from app.tuned import Tuned
+
+AT_LEAST_NS = 200_000_000  # for each batch size
+BRIEFLY_NS = 50_000_000
+BAR = 24  # characters
+
+
+def tune(
+    label: Label,
+    store: Store = DEFAULT_STORE,
+    trust: TrustOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+) -> None:
+    """Measure an artifact's programs on this host, at several batch sizes, for `serve` to choose by."""
+    from app.tuned import Tuned
+
+    progress = Console(stderr=True)
+    artifact = find(reading(store, trust), label)
+    with progress.status(f"measuring {artifact.label}"):
+        tuned, failed = Tuned.measure(artifact, AT_LEAST_NS)
+    file = tuned.save(artifact)
+    for runtime, reason in failed.items():
+        progress.print(f".{runtime} does not run here: {reason}", soft_wrap=True, markup=False)
+    if json:
+        item_us = {
+            runtime: {str(size): ns / 1e3 for size, ns in tuning.item_ns.items()}
+            for runtime, tuning in tuned.programs.items()
+        }
+        batch = {runtime: tuning.batch for runtime, tuning in tuned.programs.items()}
+        print(json_.dumps({"fastest": tuned.fastest, "batch": batch, "item_us": item_us}))
+        return
+    console = Console()
+    console.print(curve(tuned))
+    console.print(f"{artifact.label}: .{tuned.fastest} is the fastest; written to {file.name} beside it", markup=False)
+
+
+def tune_quietly(artifact: Artifact, progress: Callable[[str], None]) -> None:
+    """What an export ends with where there is a choice, so that `--runtime auto` is the fastest from the beginning."""
+    from app.tuned import Tuned
+
+    if len(artifact.manifest.programs) > 1:
+        progress("measuring which program is the fastest here")
+        tuned, _ = Tuned.measure(artifact, BRIEFLY_NS)
+        tuned.save(artifact)
+
+
+def curve(tuned: Tuned) -> Table:
+    """µs an item by batch size; a star at the batches that `serve` forms."""
+    table = Table("items a call")
+    slowest = max(ns for tuning in tuned.programs.values() for ns in tuning.item_ns.values())
+    for name in tuned.programs:
+        table.add_column(f".{name}, µs an item", no_wrap=True)
+    for size in sorted({size for tuning in tuned.programs.values() for size in tuning.item_ns}):
+        cells = []
+        for tuning in tuned.programs.values():
+            ns = tuning.item_ns.get(size)
+            star = "*" if size == tuning.batch else " "
+            cells.append("" if ns is None else f"{ns / 1e3:8,.1f} {star} {'█' * max(1, round(BAR * ns / slowest))}")
+        table.add_row(str(size), *cells)
+    return table

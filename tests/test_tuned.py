@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.artifact import Artifact
+from app.cli import cli
+from app.policy import Policy
+from app.settings import Settings
+from app.store import ModelStore
+from app.tuned import Tuned
+from app.tuning import QUICK_NS, Tuning
+
+SLOWER, FASTER = Tuning({1: 2000, 2: 1500}), Tuning({1: 1000, 2: 900})
+
+
+@pytest.fixture
+def own(cart: Artifact, tmp_path: Path) -> Artifact:
+    """A copy of a policy with both programs, to write beside."""
+    folder = tmp_path / cart.manifest.name / str(cart.manifest.version)
+    shutil.copytree(cart.folder, folder)
+    return replace(cart, folder=folder)
+
+
+def test_the_batch_is_the_size_from_which_on_more_does_not_pay() -> None:
+    assert Tuning({1: 100, 2: 70, 4: 69, 8: 60, 16: 61}).batch == 8
+    assert Tuning({1: 100, 2: 98}).batch == 1
+    assert Tuning({1: QUICK_NS - 1}).quick
+    assert not Tuning({1: QUICK_NS, 2: QUICK_NS // 2}).quick
+
+
+@pytest.mark.parametrize(("onnx", "pt2"), [(SLOWER, FASTER), (FASTER, SLOWER)])
+def test_auto_is_what_was_measured_to_be_the_fastest(own: Artifact, onnx: Tuning, pt2: Tuning) -> None:
+    Tuned({"onnx": onnx, "pt2": pt2}).save(own)
+    policy = Policy.load(own, Settings())
+    fastest = "onnx" if onnx is FASTER else "pt2"
+    assert (policy.choice.runtime, policy.tuning) == (fastest, FASTER)
+    assert "actserve tune" in policy.choice.reason
+    assert Policy.load(own, Settings(runtime="onnx")).tuning == onnx
+
+
+def test_what_cannot_be_used_is_as_if_it_were_not_there(own: Artifact) -> None:
+    assert Tuned.load(own) is None
+    file = Tuned({"onnx": FASTER}).save(own)
+    saved = json.loads(file.read_text())
+    assert Tuned.load(own) == Tuned({"onnx": FASTER})
+    changes: list[dict[str, object]] = [
+        {"host": {**saved["host"], "cpu": "another"}},
+        {"of": {"onnx": "0" * 64}},
+        {"item_ns": {}},
+        {"item_ns": {"onnx": {"2": 5}}},
+        {"item_ns": {"onnx": {"1": 0}}},
+        {"item_ns": {"onnx": [1]}},
+        {"item_ns": {"other": {"1": 5}}},
+    ]
+    for change in changes:
+        file.write_text(json.dumps(saved | change))
+        assert Tuned.load(own) is None, change
+    file.write_text("[" * 70_000)
+    assert Tuned.load(own) is None
+
+
+def test_tune_measures_and_writes_beside_the_version(own: Artifact) -> None:
+    store = own.folder.parent.parent
+    result = CliRunner().invoke(cli, ["tune", own.manifest.name, "--store", str(store), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    tuned = Tuned.load(own)
+    assert tuned is not None
+    assert (found["fastest"], set(found["batch"])) == (tuned.fastest, {"onnx", "pt2"})
+    assert all(us > 0 for curve in found["item_us"].values() for us in curve.values())
+    assert ModelStore(store).versions(own.manifest.name) == [own.manifest.version]
+    ModelStore(store).verify(own)
