@@ -27,7 +27,7 @@ class Settings(BaseModel):
     require_signature: bool = Field(False, description="Serve nothing that none of the trusted keys signed.")
     runtime: Literal["auto", "onnx", "pt2"] = Field(
         "auto",
-        description="Which program to run. auto: the fastest on this host, if `actserve tune` or an export here measured "
+        description="Which program to run. auto: the fastest here, if `actserve tune` or an export measured "
         "it; else `.pt2` where this host can run it, else `.onnx`.",
     )
     policy: str | None = Field(None, description="The policy behind `/act`. Unset: the first by name.")
