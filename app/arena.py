@@ -20,6 +20,7 @@ from app.signature import IS_INIT, Array, Arrays, Signature
 
 BATCHES = 4  # that there are rows for: one in the program, one that waits, and bodies that are still coming
 AT_MOST_BYTES = 16 << 20  # of rows
+SPARE_BLOCKS = 2  # of a size that are kept for the next request
 
 
 SLOW_NS = 100_000_000  # an observation that takes longer to come need not have a row
@@ -67,6 +68,7 @@ class Arena:
         self._rest = complete(signature, {spec.name: self._items}, rows).inputs
         del self._rest[spec.name]
         self._free = list(range(rows))  # a heap
+        self._blocks: dict[int, list[bytearray]] = {}  # lent and given back, by the items in them
         self._states = signature.state
         self._kept: Arrays = {state.spec.name: state.spec.zeros(0) for state in self._states}
         self._slots: list[int] = []  # free ones
@@ -105,6 +107,18 @@ class Arena:
                 return sender.unseat()
         return None
 
+    # memory beside the rows
+
+    def lend(self, items: int) -> bytearray:
+        """Memory for the observations of one request, whatever was in it; to be given back."""
+        blocks = self._blocks.get(items)
+        return blocks.pop() if blocks else bytearray(items * self.item_bytes)
+
+    def take_back(self, block: bytearray) -> None:
+        blocks = self._blocks.setdefault(len(block) // self.item_bytes, [])
+        if len(blocks) < SPARE_BLOCKS:
+            blocks.append(block)
+
     # slots
 
     def keep(self) -> int | None:
@@ -140,12 +154,12 @@ class Arena:
         neighbours = rows[-1] == first + size - 1 and rows == list(range(first, first + size))
         return self._complete(self._items[first : first + size] if neighbours else self._items[rows], batch)
 
-    def inputs_of(self, item: Seated, observation: Array) -> Arrays:
-        """The same for one item whose observation, its bytes, (n,), has no row."""
-        return self._complete(observation.view(self._items.dtype).reshape(1, *self._items.shape[1:]), [item])
+    def inputs_of(self, item: Seated, observations: Array) -> Arrays:
+        """The same for one request whose observations, their bytes, (n,), have no row."""
+        return self._complete(observations.view(self._items.dtype).reshape(-1, *self._items.shape[1:]), [item])
 
     def _complete(self, observations: Array, batch: Sequence[Seated]) -> Arrays:
-        inputs = {name: array[: len(batch)] for name, array in self._rest.items()}
+        inputs = {name: array[: len(observations)] for name, array in self._rest.items()}
         inputs[self._name] = observations
         if self._states:
             slots = [item.slot for item in batch if item.slot is not None]

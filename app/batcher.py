@@ -83,7 +83,8 @@ class Waiting(ABC):
 
 
 def form(waiting: deque[Waiting], max_items: int, now_ns: int) -> tuple[list[Waiting], list[Waiting]]:
-    """Take the next batch off the front: as many whole requests as fit, in order. Returns (batch, dropped).
+    """Take the next batch off the front: as many whole requests as fit, in order; one that never fits goes
+    alone. Returns (batch, dropped).
 
     Dropped are those that nobody waits for, or that waited longer than they may.
     """
@@ -94,7 +95,7 @@ def form(waiting: deque[Waiting], max_items: int, now_ns: int) -> tuple[list[Wai
         request = waiting[0]
         if request.cancelled or (request.patience_ns and now_ns - request.since_ns > request.patience_ns):
             dropped.append(waiting.popleft())
-        elif request.size > room:
+        elif batch and request.size > room:
             break
         else:
             batch.append(waiting.popleft())

@@ -1,11 +1,14 @@
 """The fast lane: the requests that an `/act` service gets all day, below ASGI.
 
-A request whose head says "one observation in raw bytes for this policy, the action in JSON, please" is received
-straight into a row of the batch's own memory and answered with one ready-made write. The lane only takes what it
-understands to the last byte; everything else goes, untouched, to uvicorn's own protocol, and so to the routes in
-`app.api`.
+A request whose head says "raw observations for this policy, as they are or in zstd, the action in JSON, please" is
+received straight into the batch's own memory and answered with one ready-made write; a stream's binary messages
+likewise. The lane only takes what it understands to the last byte; everything else goes, untouched, to uvicorn's own
+protocols, and so to the routes in `app.api`.
 
     heads.py      which requests those are
     doors.py      the policies behind the paths, and their ready-made answers
-    protocol.py   one connection
+    receiver.py   from the socket to where the batch is read from
+    protocol.py   one HTTP connection
+    stream.py     one WebSocket connection
+    frames.py     the heads of WebSocket frames
 """

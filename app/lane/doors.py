@@ -10,10 +10,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app import wire
 from app.api import errors
-from app.arena import Arena
+from app.arena import BATCHES, Arena
 from app.batcher import Batcher, Outcome
 from app.errors import ActserveError, Unavailable
-from app.lane.heads import Heads
+from app.lane.heads import Heads, Size, Taken
 from app.policy import Policy
 from app.registry import Registry
 from app.signature import Array
@@ -28,6 +28,7 @@ class Door:
 
     def __init__(self, batcher: Batcher, arena: Arena, policy: Policy) -> None:
         self.batcher, self.arena = batcher, arena
+        self.size = Size(arena.item_bytes, min(BATCHES * policy.tuning.batch, policy.signature.max_batch))
         spec = policy.signature.action
         self._action = spec.name
         self._discrete = spec.shape == () and spec.numpy_dtype.kind in "iu"
@@ -35,11 +36,11 @@ class Door:
         self._answers: dict[int, bytes] = {}
         self._refusals: dict[str, bytes] = {}  # by the error's message
 
-    def answer(self, outcome: Outcome, start: int, headers: Headers) -> bytes:
-        """The whole response for the item at `start`. `headers`: the server's own, a new list every second."""
+    def answer(self, outcome: Outcome, start: int, items: int, headers: Headers) -> bytes:
+        """The whole response for the items from `start` on. `headers`: the server's own, a new list every second."""
         actions = outcome.outputs[self._action]
-        if not self._discrete:
-            return self._make(actions[start : start + 1], headers)
+        if not self._discrete or items > 1:
+            return self._make(actions[start : start + items], headers)
         if headers is not self._headers or len(self._answers) > READY_MADE:
             self._headers, self._answers, self._refusals = headers, {}, {}
         action = int(actions[start])
@@ -59,7 +60,7 @@ class Door:
         return refusal
 
     def _make(self, action: Array, headers: Headers) -> bytes:
-        content_type, content = wire.encode("", {self._action: action}, False)
+        content_type, content = wire.encode("", {self._action: action}, len(action) > 1)
         return serialised(Response(content, media_type=content_type), headers)
 
 
@@ -100,7 +101,7 @@ class Lane:
             for connection in list(self.connections):
                 connection.look()
 
-    def find(self, head: bytes) -> tuple[Door, int] | None:
+    def find(self, head: bytes) -> Taken[Door] | None:
         """See `Heads.find`."""
         if self._generation != self._registry.generation:
             self._generation = self._registry.generation
@@ -116,4 +117,4 @@ class Lane:
                 door = doors[f"/policies/{name}/act".encode()] = Door(batcher, batcher.arena, policy)
                 if name == self._registry.default:
                     doors[b"/act"] = door
-        self._heads = Heads(doors, {path: door.arena.item_bytes for path, door in doors.items()})
+        self._heads = Heads(doors, {path: door.size for path, door in doors.items()})

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 MAX_BYTES = 4096  # of a head; longer ones are not taken
+MAX_CODED_BYTES = 1 << 15  # of a compressed body, which is read with its head
 REMEMBERED = 1024  # heads
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -29,21 +31,38 @@ _ONLY: dict[bytes, set[bytes]] = {
 Door = TypeVar("Door")
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of the bodies that a door takes."""
+
+    item_bytes: int
+    items: int  # at most
+
+
+@dataclass(frozen=True, slots=True)
+class Taken(Generic[Door]):
+    """What a head asks for."""
+
+    door: Door
+    patience_ns: int  # how long it would wait; 0: for ever
+    body_bytes: int
+    items: int  # in the body; 0: as many as there are once it is expanded
+
+
 def may_become_a_head(data: bytes) -> bool:
     """Whether something that the lane takes can begin with `data`: all else is for uvicorn's parser at once."""
     return len(data) < MAX_BYTES and data.startswith(b"POST "[: len(data)]) and bool(_BEGINNING.fullmatch(data))
 
 
 class Heads(Generic[Door]):
-    """Reads heads of POST requests to `doors`, which are by path, of bodies as long as `sizes` has it."""
+    """Reads heads of POST requests to `doors`, which are by path, with bodies as `sizes` has it."""
 
-    def __init__(self, doors: Mapping[bytes, Door], sizes: Mapping[bytes, int]) -> None:
+    def __init__(self, doors: Mapping[bytes, Door], sizes: Mapping[bytes, Size]) -> None:
         self._doors, self._sizes = doors, sizes
-        self._known: dict[bytes, tuple[Door, int] | None] = {}
+        self._known: dict[bytes, Taken[Door] | None] = {}
 
-    def find(self, head: bytes) -> tuple[Door, int] | None:
-        """`head` with its final empty line -> the door that it asks for, and how many nanoseconds it would wait (0: for
-        ever); None: not for the lane."""
+    def find(self, head: bytes) -> Taken[Door] | None:
+        """`head` with its final empty line -> what it asks for; None: not for the lane."""
         try:
             return self._known[head]
         except KeyError:
@@ -52,7 +71,7 @@ class Heads(Generic[Door]):
             found = self._known[head] = self._read(head)
             return found
 
-    def _read(self, head: bytes) -> tuple[Door, int] | None:
+    def _read(self, head: bytes) -> Taken[Door] | None:
         request, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
         method, _, rest = request.partition(b" ")
         path, _, version = rest.partition(b" ")
@@ -69,12 +88,18 @@ class Heads(Generic[Door]):
         length, kind = found.pop(b"content-length", b""), found.get(b"content-type")
         if kind is None or b"host" not in found or not _LENGTH.fullmatch(length):
             return None
-        patience = found.pop(b"x-deadline-ms", None)
+        coding, patience = found.pop(b"content-encoding", None), found.pop(b"x-deadline-ms", None)
         if patience is not None and not _PATIENCE.fullmatch(patience):
             return None
         for name, value in found.items():
             if name not in _IGNORED and value not in _ONLY.get(name, ()):
                 return None
-        if int(length) != self._sizes[path]:
+        size, body_bytes = self._sizes[path], int(length)
+        items, beside = divmod(body_bytes, size.item_bytes)
+        if coding is not None:
+            if coding != b"zstd" or body_bytes > MAX_CODED_BYTES:
+                return None
+            items = 0
+        elif beside or items > size.items:
             return None
-        return self._doors[path], int(patience or 0) * 1_000_000
+        return Taken(self._doors[path], int(patience or 0) * 1_000_000, body_bytes, items)

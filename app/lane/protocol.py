@@ -25,12 +25,13 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from app import wire
 from app.api.stream import LANE
 from app.api.websocket import WebSocketProtocol
 from app.batcher import Outcome
 from app.errors import ActserveError
 from app.lane.doors import Door, Lane
-from app.lane.heads import MAX_BYTES, may_become_a_head
+from app.lane.heads import MAX_BYTES, Taken, may_become_a_head
 from app.lane.receiver import Receiver
 from app.lane.stream import StreamLane
 
@@ -179,11 +180,14 @@ class LaneProtocol(Receiver):
                 self._pass(data)
             return
         assert self._lane is not None
-        found = self._lane.find(data[:end])
-        if found is None:
+        taken = self._lane.find(data[:end])
+        if taken is None:
             self._pass(data)
             return
-        door, self.patience_ns = found
+        if not taken.items and len(data) < end + taken.body_bytes:  # compressed: not before it is all there
+            self._data, self._guess = data, BUFFER_BYTES
+            return
+        door, self.patience_ns = taken.door, taken.patience_ns
         self.since_ns = perf_counter_ns()
         self._requests += 1
         if self._inner.timeout_keep_alive_task is not None:
@@ -192,25 +196,46 @@ class LaneProtocol(Receiver):
         self._guess, self._data = end, data[end:]
         self._door = door
         try:
-            door.batcher.admit(1 + len(door.arena.waiting), self.patience_ns)
+            door.batcher.admit(max(1, taken.items) + len(door.arena.waiting), self.patience_ns)
         except ActserveError as error:
-            self._refuse(door, error)
+            self._refuse(door, error, taken.body_bytes)
             return
-        row = door.arena.acquire()
-        if row is not None:
+        if not taken.items:
+            self._expand(taken, data, end)
+            return
+        self.size = taken.items
+        row = door.arena.acquire() if taken.items == 1 else None
+        if row is not None or taken.items > 1:
             self._receive(door.arena, row)
         else:
             self.transport.pause_reading()
             door.arena.waiting.append(self)
+
+    def _expand(self, taken: Taken[Door], data: bytes, end: int) -> None:
+        """A compressed observation, all of which is in `data`; what is anything else is for the route to refuse."""
+        arena = taken.door.arena
+        stop = end + taken.body_bytes
+        try:
+            expanded = wire.expand(data[end:stop], "zstd", arena.item_bytes)
+        except ActserveError:
+            expanded = b""
+        if len(expanded) != arena.item_bytes:
+            self._door = None
+            self._pass(data)
+            return
+        self._guess, self.size = BUFFER_BYTES, 1
+        self._data = data[stop:]
+        self._place(arena, arena.acquire())[:] = expanded
+        self._complete()
 
     def _pass(self, data: bytes) -> None:
         self._data, self._guess = b"", GUESS_BYTES
         self._passing = True
         self._inner.data_received(data)
 
-    def _refuse(self, door: Door, error: ActserveError) -> None:
-        """Before the body is here; what comes of it is forgotten."""
-        data, size = self._data, door.arena.item_bytes
+    def _refuse(self, door: Door, error: ActserveError, size: int) -> None:
+        """Before the body of `size` bytes is here; what comes of it is forgotten."""
+        data = self._data
         self._unwanted, self._data = max(0, size - len(data)), data[size:]
         self._answer(door.refusal(error, self._state.default_headers))
 
@@ -239,7 +264,7 @@ class LaneProtocol(Receiver):
         elif outcome.error is not None:
             self._answer(self._door.refusal(outcome.error, self._state.default_headers))
         else:
-            self._answer(self._door.answer(outcome, start, self._state.default_headers))
+            self._answer(self._door.answer(outcome, start, self.size, self._state.default_headers))
 
     def _answer(self, answer: bytes) -> None:
         self._leave()

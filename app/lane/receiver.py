@@ -19,17 +19,16 @@ from app.signature import Array, Arrays
 
 
 class Receiver(asyncio.BufferedProtocol, Waiting):
-    """A connection that has one observation at a time, which is received, waits and is acted on.
+    """A connection that has one request at a time, which is received, waits and is acted on.
 
-    `arena`, and `row` or memory of its own, from `_receive` to `_leave`. `_missing` is what has not come yet, `_data`
+    `_arena`, and `row` or memory of its own, from `_receive` to `_leave`. `_missing` is what has not come yet, `_data`
     bytes that came and have no place yet.
     """
-
-    size = 1
 
     def __init__(self) -> None:
         self.transport: Any = None  # None: the client has gone
         self.row: int | None = None
+        self.size = 1  # observations in the request
         self._arena: Arena | None = None
         self._own: bytearray | None = None
         self._missing: memoryview | None = None
@@ -39,10 +38,9 @@ class Receiver(asyncio.BufferedProtocol, Waiting):
     def _complete(self) -> None:
         """The observation is there."""
 
-    def _receive(self, arena: Arena, row: int) -> None:
-        """Put what has come of the observation into `row`, and the rest behind it as it comes."""
-        self._arena, self.row = arena, row
-        missing = arena.memory[row]
+    def _receive(self, arena: Arena, row: int | None) -> None:
+        """Put what has come into its place, and the rest behind it as it comes."""
+        missing = self._place(arena, row)
         if self._data:
             came = self._data[: len(missing)]
             self._data = self._data[len(came) :]
@@ -50,9 +48,18 @@ class Receiver(asyncio.BufferedProtocol, Waiting):
             missing = missing[len(came) :]
         if missing:
             self._missing = missing
-            arena.coming[self] = perf_counter_ns()
+            if row is not None:
+                arena.coming[self] = perf_counter_ns()
         else:
             self._complete()
+
+    def _place(self, arena: Arena, row: int | None) -> memoryview:
+        """Where the observations belong: `row` or, if there is none, memory of their own."""
+        self._arena, self.row = arena, row
+        if row is not None:
+            return arena.memory[row]
+        self._own = arena.lend(self.size)
+        return memoryview(self._own)
 
     def _received(self, count: int) -> None:
         """`count` bytes more are in their place."""
@@ -72,16 +79,19 @@ class Receiver(asyncio.BufferedProtocol, Waiting):
         assert self.row is not None
         row, self.row = self.row, None
         here = self._arena.memory[row]
-        self._own = bytearray(here)
+        self._own = self._arena.lend(1)
+        self._own[:] = here
         self._missing = memoryview(self._own)[len(here) - len(self._missing) :]
         return row
 
     def _leave(self) -> None:
         """The observation is done with, or will never be there: give its place back."""
-        arena, row = self._arena, self.row
+        arena, row, own = self._arena, self.row, self._own
         self._arena = self.row = self._own = None
         if arena is None:
             return
+        if own is not None:
+            arena.take_back(own)
         if self._missing is not None:
             self._missing = None
             arena.coming.pop(self, None)
@@ -89,8 +99,8 @@ class Receiver(asyncio.BufferedProtocol, Waiting):
             arena.release(row)
 
     @property
-    def observation(self) -> Array:
-        """Its bytes, (n,) uint8."""
+    def observations(self) -> Array:
+        """Their bytes, (n,) uint8."""
         assert self._arena is not None
         if self.row is not None:
             row: Array = self._arena.bytes[self.row]
@@ -106,4 +116,4 @@ class Receiver(asyncio.BufferedProtocol, Waiting):
 
     def inputs(self) -> Arrays:
         assert self._arena is not None
-        return self._arena.inputs_of(self, self.observation)
+        return self._arena.inputs_of(self, self.observations)

@@ -167,7 +167,7 @@ class StreamLane(Receiver):
 
     def _complete(self) -> None:
         assert self._episode is not None
-        observation = self.observation
+        observation = self.observations
         unmask(observation, self._mask)
         self.since_ns = perf_counter_ns()
         try:
