@@ -34,7 +34,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
     registry = Registry(open_store(settings.store, Trust.load(settings.trust, settings.require_signature)), settings)
-
     traces = Traces(os.environ)
 
     @asynccontextmanager

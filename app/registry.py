@@ -23,6 +23,7 @@ class Registry:
         self._store = store
         self._settings = settings
         self.generation = 0
+        self.swaps = 0  # live versions that another has replaced
         self.counts = Counts()
         self._live: dict[str, Policy] = {}  # the current version of each
         self._pinned: dict[tuple[str, int], asyncio.Task[Policy]] = {}  # other versions, loaded when first asked for
