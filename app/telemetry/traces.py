@@ -78,6 +78,7 @@ def _provider(environment: Mapping[str, str]) -> Any:
     except ModuleNotFoundError as error:
         log.warning('no traces: %s is not installed; pip install "actserve[otel]"', error.name)
         return None
-    provider = TracerProvider(Resource.create({SERVICE_NAME: environment.get("OTEL_SERVICE_NAME", "actserve")}))
+    named = Resource.create({SERVICE_NAME: environment.get("OTEL_SERVICE_NAME", "actserve")})
+    provider = TracerProvider(resource=named)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
