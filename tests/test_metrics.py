@@ -38,8 +38,8 @@ def service() -> Iterator[Caller]:
         yield ready(call)
 
 
-def act(call: Caller, path: str = "/act", body: bytes = SCREEN, **headers: str) -> Answer:
-    return call("POST", path, body, RAW | headers)
+def act(call: Caller, path: str = "/act", body: bytes = SCREEN, headers: dict[str, str] | None = None) -> Answer:
+    return call("POST", path, body, RAW | (headers or {}))
 
 
 def scrape(call: Caller, accept: str = "") -> Samples:
@@ -134,8 +134,8 @@ def test_the_statistics_of_one_policy(service: Caller) -> None:
 
 
 def test_every_answer_has_its_request_id(service: Caller) -> None:
-    assert act(service, **{"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
-    assert act(service, body=b"short", **{"X-Request-Id": "mine-2"}).headers["x-request-id"] == "mine-2"
+    assert act(service, headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert act(service, body=b"short", headers={"X-Request-Id": "mine-2"}).headers["x-request-id"] == "mine-2"
     made = service("GET", "/nothing", headers={"X-Request-Id": "not one"}).headers["x-request-id"]
     assert len(made) == 16
 
@@ -159,7 +159,7 @@ def test_a_failure_is_counted_and_logged_under_its_id(service: Caller, monkeypat
     monkeypatch.setattr(policy.batcher, "_run", fail)
     logger.addHandler(handler)
     try:
-        assert act(service, **{"X-Request-Id": "mine-3"}).status == 500
+        assert act(service, headers={"X-Request-Id": "mine-3"}).status == 500
     finally:
         logger.removeHandler(handler)
     assert [json.loads(line)["request"] for line in lines] == ["mine-3"]
@@ -209,7 +209,7 @@ def test_a_request_is_a_span_with_its_queue_and_its_inference_below(
     with running() as call:
         ready(call)
         parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-        act(call, "/policies/pong/act", traceparent=parent, **{"X-Request-Id": "mine"})
+        act(call, "/policies/pong/act", headers={"traceparent": parent, "X-Request-Id": "mine"})
         act(call, "/policies/nobody/act")
         call("GET", "/healthz")
     spans = [s for r in collector for rs in r.resource_spans for ss in rs.scope_spans for s in ss.spans]
