@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -24,6 +25,7 @@ import numpy as np
 from app.arena import Arena
 from app.errors import ActserveError, Behind, NotServing, Overloaded, RuntimeFailure, TooLate
 from app.signature import Array, Arrays
+from app.telemetry.meters import Meters
 
 FOR_EVER = 1 << 62  # nanoseconds
 CLOSING = "this policy is closing; try again shortly"
@@ -66,6 +68,7 @@ class Waiting(ABC):
     slot: int | None = None  # of the arena, where the state of its episode is
     begins = False  # the first step of its episode
     since_ns = 0  # when it came
+    entered_ns = 0  # when it was whole, and queued
     patience_ns = 0  # how long it may wait before it is begun; 0: for ever
 
     @property
@@ -120,6 +123,7 @@ class Batcher:
         arena: Arena | None = None,
     ) -> None:
         self.arena = arena
+        self.meters = Meters()
         self._run = run
         self._max_items = max_items
         self._max_waiting = max_waiting
@@ -133,6 +137,7 @@ class Batcher:
         self._scheduled = False  # the next batch, once the loop has looked at every socket
         self._running = False
         self._turn_ns = 0  # when it began; 0: nothing has come in this turn
+        self._context = Context()  # what is run is nobody's alone
         self._drained = asyncio.Event()
         self._waiting = 0
         self._batches = 0
@@ -165,13 +170,14 @@ class Batcher:
         """Queue a request that was admitted. Raises `NotServing` when the batcher is not running."""
         if not self._open:
             raise NotServing(CLOSING)
+        request.entered_ns = perf_counter_ns()
         self._waiting += request.size
         self._queued += request.size
         self._queue.append(request)
         if self._running:
             return
         if self._quick and self._queued >= self._max_items:
-            self._next()
+            self._context.run(self._next)
         elif not self._scheduled:
             self._schedule()
 
@@ -200,7 +206,7 @@ class Batcher:
 
     def _schedule(self) -> None:
         self._scheduled = True
-        self._loop.call_soon(self._scheduled_next)
+        self._loop.call_soon(self._scheduled_next, context=self._context)
 
     def _scheduled_next(self) -> None:
         self._scheduled = False
@@ -259,8 +265,10 @@ class Batcher:
         if outcome.error is not None and len(batch) > 1:
             self._alone.extend(batch)  # each alone: none pays for another
         else:
-            if self.arena is not None and outcome.error is None:
-                self.arena.scatter(batch, outcome.outputs)
+            if outcome.error is None:
+                self.meters.ran(batch, outcome.begun_ns, outcome.run_ns)
+                if self.arena is not None:
+                    self.arena.scatter(batch, outcome.outputs)
             self._settle(batch, outcome)
         self._go_on()
 

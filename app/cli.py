@@ -6,7 +6,7 @@ Exit code 0: the job was done; 1: it could not be, and stderr says why; 2: a usa
 from __future__ import annotations
 
 import json as jsonlib
-import logging
+import logging.config
 import os
 import sys
 import tempfile
@@ -66,6 +66,11 @@ class ExplorationName(StrEnum):
 class Action(StrEnum):
     ARGMAX = "argmax"
     IDENTITY = "identity"
+
+
+class LogFormat(StrEnum):
+    HUMAN = "human"
+    JSON = "json"
 
 
 class Device(StrEnum):
@@ -305,6 +310,8 @@ def serve(
     require_signature: Annotated[
         bool, typer.Option("--require-signature", help="Serve nothing that no trusted key signed.")
     ] = False,
+    log_format: Annotated[LogFormat | None, typer.Option(help="Lines for people, or one JSON object each.")] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request on the routes.")] = False,
 ) -> None:
     """Serve every policy of a store over HTTP."""
     import uvicorn
@@ -312,6 +319,7 @@ def serve(
     from app import grpc
     from app.remote_store import open_store
     from app.settings import PREFIX, Settings
+    from app.telemetry import logs
     from app.trust import Trust
 
     if "://" not in store:
@@ -322,13 +330,16 @@ def serve(
     given |= {"grpc_host": host, **({"grpc_port": str(grpc_port)} if grpc_port else {})}
     given |= {"trust": str(trust.resolve())} if trust else {}
     given |= {"require_signature": "1"} if require_signature else {}
+    given |= {"log_format": log_format.value} if log_format else {}
+    given |= {"access_log": "1"} if access_log else {}
     # Through the environment, so that workers, which are new processes, read the same settings.
     os.environ.update({PREFIX + name.upper(): value for name, value in given.items()})
     settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     grpc.check(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with _sessions_file(settings.sessions, workers):
+    log_config = logs.configuration(settings.log_format)
+    logging.config.dictConfig(log_config)
+    with _sessions_file(settings.sessions, workers), _counts_file(settings.counts, workers):
         uvicorn.run(
             "app.main:create_app",
             factory=True,
@@ -341,7 +352,7 @@ def serve(
             ws="app.api.websocket:WebSocketProtocol",
             ws_per_message_deflate=False,
             access_log=False,
-            log_config=None,
+            log_config=log_config,
             server_header=False,
             timeout_graceful_shutdown=30,
         )
@@ -483,6 +494,19 @@ def _sessions_file(named: Path | None, workers: int) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
         os.environ[PREFIX + "SESSIONS"] = str(Path(folder) / "sessions.sqlite")
+        yield
+
+
+@contextmanager
+def _counts_file(named: Path | None, workers: int) -> Iterator[None]:
+    """Have a file in which several workers add up what they counted: the one named, or a temporary one."""
+    from app.settings import PREFIX
+
+    if named is not None or workers == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
+        os.environ[PREFIX + "COUNTS"] = str(Path(folder) / "counts.sqlite")
         yield
 
 

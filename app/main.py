@@ -10,21 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app import __version__, grpc
-from app.api import act, errors, health, oip, policies, sessions, stream
+from app.api import act, errors, health, metrics, oip, policies, sessions, stream
+from app.api.observed import Observed
 from app.lane.doors import Lane
+from app.metrics.publisher import Publisher
 from app.registry import Registry
 from app.remote_store import open_store
 from app.sessions import Limits, Sessions
 from app.settings import Settings
+from app.telemetry.traces import Traces
 from app.trust import Trust
+
+
+class Service(FastAPI):
+    def build_middleware_stack(self) -> ASGIApp:
+        return Observed(super().build_middleware_stack())  # outside of what answers errors, too
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
     registry = Registry(open_store(settings.store, Trust.load(settings.trust, settings.require_signature)), settings)
+    traces = Traces(os.environ)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -34,25 +44,29 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             if path is None:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
             app.state.sessions = stack.enter_context(Sessions(path, limits))
-            registry.start()
-            try:
-                async with (
-                    grpc.serving(registry, app.state.sessions, settings),
-                    Lane(registry, settings.request_timeout_s) as lane,
-                ):
-                    yield {"lane": lane}
-            finally:
-                await registry.close()
+            stack.callback(traces.close)
+            async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
+                registry.start()
+                try:
+                    async with (
+                        grpc.serving(registry, app.state.sessions, settings),
+                        Lane(registry, settings.request_timeout_s) as lane,
+                    ):
+                        yield {"lane": lane}
+                finally:
+                    await registry.close()
 
-    app = FastAPI(
+    app = Service(
         title="actserve",
         version=__version__,
         description="Answers `/act` with the action of a policy trained with TorchRL.",
         lifespan=lifespan,
+        telemetry=traces.of_requests,
     )
     app.state.settings = settings
     app.state.registry = registry
+    app.state.traces = traces
     errors.install(app)
-    for routes in (act, sessions, stream, oip, policies, health):
+    for routes in (act, sessions, stream, oip, policies, metrics, health):
         app.include_router(routes.router)
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from app.runtimes import preflight
 from app.runtimes.base import Runtime
 from app.settings import Settings
 from app.signature import Arrays, Exploration
+from app.telemetry import call
+from app.telemetry.counts import Program
 from app.tuned import Tuned
 
 log = logging.getLogger("actserve")
@@ -94,7 +97,9 @@ class Policy:
         Raises `TooLate` if it would wait, or has waited, for longer than `patience_ns`; 0 is for ever.
         """
         completed = complete(self.signature, tensors, size, exploration, seed)
+        since_ns = perf_counter_ns()
         answer = await self._run(completed.inputs, size, patience_ns)
+        call.acted(since_ns, answer.queue_ns, answer.run_ns)
         results = answer.outputs
         for state in self.signature.state:
             results[state.spec.name] = results.pop(state.output)
@@ -112,6 +117,11 @@ class Policy:
             parts.append(await self.batcher.submit(part, s.stop - s.start, patience_ns))
         outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
         return Answer(outputs, sum(part.queue_ns for part in parts), sum(part.run_ns for part in parts))
+
+    @property
+    def program(self) -> Program:
+        manifest = self.artifact.manifest
+        return Program(manifest.name, manifest.version, self.choice.runtime)
 
     def statistics(self) -> Statistics:
         return self.batcher.statistics()

@@ -11,6 +11,7 @@ from app.errors import ActserveError, NotServing, StoreError, UnknownPolicy, Unk
 from app.policy import Policy
 from app.settings import Settings
 from app.store import ModelStore
+from app.telemetry.counts import Counts
 
 log = logging.getLogger("actserve")
 
@@ -22,6 +23,8 @@ class Registry:
         self._store = store
         self._settings = settings
         self.generation = 0
+        self.swaps = 0  # live versions that another has replaced
+        self.counts = Counts()
         self._live: dict[str, Policy] = {}  # the current version of each
         self._pinned: dict[tuple[str, int], asyncio.Task[Policy]] = {}  # other versions, loaded when first asked for
         self._refused: dict[str, dict[int, ActserveError]] = {}  # why a version is not served
@@ -127,6 +130,7 @@ class Registry:
     async def _load(self, name: str, version: int, fetch: bool = True) -> Policy:
         artifact = await asyncio.to_thread(self._store.resolve, name, version, fetch)
         policy = await asyncio.to_thread(Policy.load, artifact, self._settings)
+        policy.batcher.meters = self.counts.meters(policy.program)
         policy.start()
         return policy
 

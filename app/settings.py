@@ -50,6 +50,16 @@ class Settings(BaseModel):
         256 << 20, ge=1, description="What all sessions' state and last answers may come to, in bytes."
     )
     session_idle_s: float = Field(600, gt=0, description="Seconds without a step after which a session is forgotten.")
+    counts: Path | None = Field(
+        None,
+        description="The file, on a local disk, in which worker processes add up what they counted. "
+        "Unset: a temporary one, which `actserve serve` makes for all its workers; one alone needs none.",
+    )
+    log_format: Literal["human", "json"] = Field("human", description="Log lines for people, or one JSON object each.")
+    access_log: bool = Field(
+        False,
+        description="Log each request that comes to the routes; plain `/act` requests, in the fast lane, do not.",
+    )
     grpc_port: int | None = Field(
         None,
         ge=1,

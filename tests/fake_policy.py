@@ -105,6 +105,7 @@ class Versions(Registry):
         artifact = Artifact(Path("nowhere"), manifest)
         self.runtimes[version] = DigestRuntime.load(artifact, threads=1)
         policy = Policy(artifact, self.runtimes[version], Choice("onnx", ""), self.tuning, Settings())
+        policy.batcher.meters = self.counts.meters(policy.program)
         policy.start()
         self.policies[version] = self._live[NAME] = policy
         self.generation += 1

@@ -76,6 +76,7 @@ class OnePolicy(Registry):
         policy = Policy(
             Artifact(Path("nowhere"), manifest), self.runtime, Choice("onnx", ""), self.tuning, self.settings
         )
+        policy.batcher.meters = self.counts.meters(policy.program)
         policy.start()
         self._live[NAME] = policy
         self.generation += 1

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 # Each may import itself and what stands before it.
 ORDER = [
     "errors", "lazy", "environment", "signature", "ownership", "signing", "trust", "artifact", "cache", "store",
-    "remote_store", "requests", "wire", "settings", "runtimes", "golden", "tuning", "tuned", "arena", "batcher",
-    "policy", "registry", "session_record", "session_file", "sessions", "api", "lane", "grpc", "main", "client",
-    "evaluate", "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
+    "remote_store", "requests", "wire", "settings", "telemetry", "runtimes", "golden", "tuning", "tuned", "arena",
+    "batcher", "policy", "registry", "session_record", "session_file", "sessions", "metrics", "api", "lane", "grpc",
+    "main", "client", "evaluate", "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
 ]  # fmt: skip
 CLIENT_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "requests", "wire", "client"}
 EXPORTERS_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "artifact", "store", "golden", "requests"}
@@ -97,7 +97,8 @@ from app.settings import Settings
 
 async def run(app):
     async with app.router.lifespan_context(app):
-        print(sorted({"grpc", "tritonclient", "google.protobuf", "cryptography", "fsspec"} & set(sys.modules)))
+        extras = {"grpc", "tritonclient", "google.protobuf", "cryptography", "fsspec", "opentelemetry.sdk"}
+        print(sorted(extras & set(sys.modules)))
 
 asyncio.run(run(create_app(Settings(store="nowhere"))))
 """

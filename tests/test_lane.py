@@ -13,6 +13,7 @@ import pytest
 from backports import zstd
 
 from app.settings import Settings
+from app.telemetry.counts import ACT
 from tests.lane_service import ITEM_BYTES, LANE, NAME, PLAIN, Service, request, running
 from tests.stream_service import until
 
@@ -366,3 +367,39 @@ def test_what_was_taken_in_is_answered_before_the_service_goes(http: str) -> Non
         assert idle.recv(1000) == b""
         busy.close()
         idle.close()
+
+
+def test_the_lane_counts_what_it_answers_and_what_it_refuses() -> None:
+    with running(LANE, Settings(max_waiting=1, request_timeout_s=1)) as service:
+        assert exchange(service, [request(BODY) * 3 + request(BODY, f"/policies/{NAME}/act")]).count(b"200 OK") == 4
+        exchange(service, [request(b"\xff" * ITEM_BYTES)])
+        arena = service.policy.batcher.arena
+        assert arena is not None
+        taken = [row for row in (arena.acquire() for _ in range(arena.free)) if row is not None]
+        with service.connect() as waiting:
+            waiting.sendall(request(BODY))
+            until(lambda: len(arena.waiting) == 1)
+            assert b" 503 " in exchange(service, [request(BODY)])
+            for row in taken:
+                arena.release(row)
+            assert b"200 OK" in waiting.recv(1000)
+        with service.connect() as slow:
+            slow.sendall(request(BODY)[:-1])
+            assert b" 408 " in slow.recv(1000)
+        counts = service.registry.counts
+        tally = counts.tally(NAME, "lane", ACT)
+        assert tally.answered == 5
+        assert tally.codes == {"500": 1, "503": 1}
+        assert tally.reasons == {"runtime_failure": 1, "overloaded": 1}
+        assert counts.tally("", "lane", "").reasons == {"too_slow": 1}
+        meters = counts.meters(service.policy.program)
+        assert meters.sizes.total == sum(meters.queue_ns.counts) == 5
+        assert sum(meters.run_ns.counts) == sum(meters.sizes.counts) <= 5
+
+
+def test_a_slow_upload_is_no_time_in_the_queue() -> None:
+    with running(LANE) as service:
+        sent = request(BODY)
+        assert b"200 OK" in exchange(service, [sent[:-4], sent[-4:]], 0.3)
+        meters = service.registry.counts.meters(service.policy.program)
+        assert 0 < meters.queue_ns.total < 200_000_000

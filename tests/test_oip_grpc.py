@@ -453,3 +453,14 @@ def test_a_port_that_is_taken_is_told_before_anything_starts() -> None:
             check(chosen)
     check(chosen)
     check(Settings())
+
+
+def test_infer_calls_are_counted_by_status(call: Calls) -> None:
+    call("ModelInfer", infer(seen(1)))
+    call("ModelInfer", infer(seen(2), id="mine"))
+    assert call.refused("ModelInfer", infer({}))[0] == StatusCode.INVALID_ARGUMENT
+    assert call.refused("ModelInfer", pb.ModelInferRequest(model_name="nobody"))[0] == StatusCode.NOT_FOUND
+    tally = call.registry.counts.tally(NAME, "grpc", "ModelInfer")
+    assert dict(tally.codes) == {"OK": 2, "INVALID_ARGUMENT": 1}
+    assert dict(tally.reasons) == {"invalid_tensor": 1}
+    assert dict(call.registry.counts.tally("", "grpc", "ModelInfer").reasons) == {"unknown_policy": 1}

@@ -22,6 +22,7 @@ from app.errors import NotServing, Overloaded, ServiceError
 from app.requests import MAX_SEED, step_seed
 from app.settings import Settings
 from app.signature import Exploration
+from app.telemetry.counts import STREAM
 from tests.fake_policy import NAME, Alone, Versions, same, seen
 from tests.stream_service import Service, application, running, until
 
@@ -451,3 +452,22 @@ def kill(bare: socket.socket) -> None:
     """Close it as a process does that is killed with unread data: by a reset."""
     bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     bare.close()
+
+
+@pytest.mark.parametrize("query", ["", "?exploration=random&seed=1"])
+def test_a_stream_counts_its_messages(query: str) -> None:
+    """Whether the lane steps it or the route."""
+    with running() as service:
+        counts = service.registry.counts
+        tally = counts.tally(NAME, "websocket", STREAM)
+        with opened(service, query) as ws:
+            ws.recv()
+            until(lambda: counts.streams == 1)
+            for x in range(3):
+                ask(ws, raw(x))
+            ask(ws, '{"x": 1}')
+            ask(ws, '{"y": 1}')
+            ask(ws, b"short")
+        until(lambda: counts.streams == 0)
+        assert (tally.answered, dict(tally.codes), dict(tally.reasons)) == (4, {"422": 2}, {"invalid_tensor": 2})
+        assert counts.meters(service.registry.policies[1].program).sizes.total == 4

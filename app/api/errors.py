@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from app import errors
+from app.telemetry import call
 
 log = logging.getLogger("actserve")
 
@@ -67,23 +68,24 @@ def response(error: errors.ActserveError) -> Response:
 
 async def _ours(_request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ActserveError)
+    call.refused(error.code)
     return response(error)
 
 
 async def _routing(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    codes = {404: "no_such_route", 405: "method_not_allowed"}
+    code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    call.refused(code)
     allowed = (error.headers or {}).get("Allow") or (error.headers or {}).get("allow")
     message = f"{request.method} {request.url.path}: {error.detail}"
     if allowed:
         message += f"; expected {allowed}"
-    return answer(
-        error.status_code, codes.get(error.status_code, "http_error"), message, headers=dict(error.headers or {})
-    )
+    return answer(error.status_code, code, message, headers=dict(error.headers or {}))
 
 
 async def _validation(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    call.refused("invalid_request")
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return answer(422, "invalid_request", f"{where}: {first['msg']}")
@@ -94,4 +96,5 @@ async def _gone(_request: Request, _error: Exception) -> Response:
 
 
 async def _unexpected(_request: Request, error: Exception) -> Response:
+    call.refused("internal")
     return answer(500, "internal", "the service failed on this request; its log says why")

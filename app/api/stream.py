@@ -22,6 +22,7 @@ from app.policy import Policy
 from app.requests import complete, step_seed
 from app.settings import Settings
 from app.signature import Arrays
+from app.telemetry.counts import STREAM, Tally
 from app.wire.stream import Hello, Replies, Reply
 
 log = logging.getLogger("actserve")
@@ -87,8 +88,11 @@ async def stream_by_version(websocket: WebSocket, name: str, version: str) -> No
 
 async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
     settings: Settings = websocket.app.state.settings
+    counts = common.registry(websocket).counts
     try:
-        episode = Episode(await found, websocket.query_params, settings)
+        policy = await found
+        tally = counts.tally(policy.program.policy, "websocket", STREAM)
+        episode = Episode(policy, websocket.query_params, settings, tally)
     except ActserveError as error:
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
             raise  # to be answered like any other request
@@ -97,6 +101,7 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
         return
     extensions = websocket.scope["extensions"]
     lane = extensions.get(LANE) if episode.arena is not None else None
+    counts.streams += 1
     try:
         await websocket.accept()
         if LIMIT in extensions:
@@ -107,6 +112,7 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
     except (WebSocketDisconnect, OSError):
         pass  # nobody is there any more
     finally:
+        counts.streams -= 1
         if lane is not None:
             await lane.withdraw()
         episode.close()
@@ -138,12 +144,13 @@ async def _converse(websocket: WebSocket, episode: Episode, lane: Any) -> tuple[
         try:
             reply = await episode.step(message)
         except ActserveError as error:
-            await websocket.send_text(_error(error, episode.steps + 1))
+            await websocket.send_text(episode.error(error))
             if type(error) in _ENDING:
                 return _ENDING[type(error)], error.message
             await asyncio.sleep(0)  # nothing was awaited: a flood of these would hold the event loop
         except Exception:
             log.exception("a stream of %s failed", episode.hello.policy)
+            episode.tally.add("500", "internal")
             return _INTERNAL, "the service failed on this message; its log says why"
         else:
             await websocket.send(reply)
@@ -152,8 +159,9 @@ async def _converse(websocket: WebSocket, episode: Episode, lane: Any) -> tuple[
 class Episode:
     """What one connection asks for, and the state between two of its steps. Raises `InvalidRequest`."""
 
-    def __init__(self, policy: Policy, query: QueryParams, settings: Settings) -> None:
+    def __init__(self, policy: Policy, query: QueryParams, settings: Settings, tally: Tally) -> None:
         signature = policy.signature
+        self.tally = tally
         asked = signature.select([name for name in query.get("outputs", "").split(",") if name])
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
         exploration = wire.read_exploration(query["exploration"]) if "exploration" in query else None
@@ -217,6 +225,7 @@ class Episode:
         else:
             self._state = state
         self.steps += 1
+        self.tally.answered += 1
         reply = self._reply(acted.outputs, 0, acted.queue_ns, acted.run_ns)
         if text is None:
             return {"type": "websocket.send", "bytes": self._replies.pack(reply)}
@@ -225,11 +234,17 @@ class Episode:
     def reply(self, outcome: Outcome, start: int, queue_ns: int) -> bytes:
         """What the lane calls: a binary message has been answered, and its state is kept."""
         self.steps += 1
+        self.tally.answered += 1
         return self._replies.pack(self._reply(outcome.outputs, start, queue_ns, outcome.run_ns))
 
     def refusal(self, error: ActserveError) -> bytes:
         """What the lane calls: a binary message could not be answered; nothing has moved."""
-        return _error(error, self.steps + 1).encode()
+        return self.error(error).encode()
+
+    def error(self, error: ActserveError) -> str:
+        """The same as text."""
+        self.tally.add(str(status_of(error)), error.code)
+        return _error(error, self.steps + 1)
 
     def _reply(self, results: Arrays, start: int, queue_ns: int, run_ns: int) -> Reply:
         outputs = {spec.name: results[spec.name][start] for spec in self._signature.outputs}

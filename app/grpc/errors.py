@@ -25,5 +25,8 @@ MESSAGE_CHARACTERS = 1000  # a status travels in a header, which clients bound: 
 
 def status(error: Exception) -> tuple[StatusCode, str]:
     """The code of the nearest ancestor that has one, and the message. What is the service's fault is logged."""
-    message = told(error)[:MESSAGE_CHARACTERS]
-    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), StatusCode.INTERNAL), message
+    return code(error), told(error)[:MESSAGE_CHARACTERS]
+
+
+def code(error: Exception) -> StatusCode:
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), StatusCode.INTERNAL)

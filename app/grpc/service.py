@@ -20,6 +20,7 @@ from app.grpc.stream import Conversation
 from app.policy import Policy
 from app.registry import Registry
 from app.sessions import Sessions
+from app.telemetry.call import Call, current
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -115,6 +116,19 @@ class Service:
         return await self._registry.find(name, version or None)
 
     async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        """Counted, under its own id or a new one."""
+        current.set(Call.of(request.id))  # for good: it is a task of its own
+        name = request.model_name if request.model_name in self._registry.names else ""
+        tally = self._registry.counts.tally(name, "grpc", "ModelInfer")
+        try:
+            response = await self._answer(request)
+        except Exception as error:
+            tally.add(errors.code(error).name, error.code if isinstance(error, ActserveError) else "internal")
+            raise
+        tally.add("OK")
+        return response
+
+    async def _answer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         return await infer.answer(
             self._sessions,
             self._registry,

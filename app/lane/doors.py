@@ -17,8 +17,10 @@ from app.lane.heads import Heads, Size, Taken
 from app.policy import Policy
 from app.registry import Registry
 from app.signature import Array
+from app.telemetry.counts import ACT, Tally
 
 Headers = list[tuple[bytes, bytes]]
+UNAVAILABLE = str(errors.STATUS[Unavailable])
 REFUSALS = 64
 READY_MADE = 4096  # answers; a policy with more actions has them made one by one
 
@@ -26,9 +28,10 @@ READY_MADE = 4096  # answers; a policy with more actions has them made one by on
 class Door:
     """One policy's entry: where its requests go, and what its answers are, byte for byte as the route's would be."""
 
-    def __init__(self, batcher: Batcher, arena: Arena, policy: Policy) -> None:
+    def __init__(self, batcher: Batcher, arena: Arena, policy: Policy, tally: Tally) -> None:
         self.batcher, self.arena = batcher, arena
         self.size = Size(arena.item_bytes, min(BATCHES * policy.tuning.batch, policy.signature.max_batch))
+        self._tally = tally
         spec = policy.signature.action
         self._action = spec.name
         self._discrete = spec.shape == () and spec.numpy_dtype.kind in "iu"
@@ -38,6 +41,7 @@ class Door:
 
     def answer(self, outcome: Outcome, start: int, items: int, headers: Headers) -> bytes:
         """The whole response for the items from `start` on. `headers`: the server's own, a new list every second."""
+        self._tally.answered += 1
         actions = outcome.outputs[self._action]
         if not self._discrete or items > 1:
             return self._make(actions[start : start + items], headers)
@@ -51,7 +55,10 @@ class Door:
 
     def refusal(self, error: ActserveError, headers: Headers) -> bytes:
         if not isinstance(error, Unavailable):  # it is rare, and for the log
-            return serialised(errors.response(error), headers)
+            response = errors.response(error)
+            self._tally.add(str(response.status_code), error.code)
+            return serialised(response, headers)
+        self._tally.add(UNAVAILABLE, error.code)
         if headers is not self._headers or len(self._refusals) > REFUSALS:
             self._headers, self._answers, self._refusals = headers, {}, {}
         refusal = self._refusals.get(error.message)
@@ -101,6 +108,10 @@ class Lane:
             for connection in list(self.connections):
                 connection.look()
 
+    def count_slow(self) -> None:
+        """A client took too long to send its request, and was answered with 408."""
+        self._registry.counts.tally("", "lane", "").add("408", "too_slow")
+
     def find(self, head: bytes) -> Taken[Door] | None:
         """See `Heads.find`."""
         if self._generation != self._registry.generation:
@@ -114,7 +125,8 @@ class Lane:
             batcher = policy.batcher
             if batcher.arena is not None and not policy.signature.state:  # whose answers have more in them
                 name = policy.artifact.manifest.name
-                door = doors[f"/policies/{name}/act".encode()] = Door(batcher, batcher.arena, policy)
+                tally = self._registry.counts.tally(name, "lane", ACT)
+                door = doors[f"/policies/{name}/act".encode()] = Door(batcher, batcher.arena, policy, tally)
                 if name == self._registry.default:
                     doors[b"/act"] = door
         self._heads = Heads(doors, {path: door.size for path, door in doors.items()})

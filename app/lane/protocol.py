@@ -303,6 +303,7 @@ class LaneProtocol(Receiver):
         if phase is Phase.IDLE and self._looks >= self._inner.timeout_keep_alive:
             self.transport.close()
         elif phase is Phase.RECEIVING and self._looks >= self._lane.patience_s:
+            self._lane.count_slow()
             self.transport.write(TOO_SLOW)
             self.transport.close()
         elif phase is Phase.SENDING and self._looks >= self._lane.patience_s:

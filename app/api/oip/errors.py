@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from app.api.errors import RETRY_AFTER_S, status_of
 from app.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict, Unavailable
+from app.telemetry import call
 
 log = logging.getLogger("actserve")
 
@@ -31,6 +32,7 @@ def status(error: ActserveError) -> int:
 
 def told(error: Exception) -> str:
     """What the client is told. What is not the client's fault goes into the log, too."""
+    call.refused(error.code if isinstance(error, ActserveError) else "internal")
     if not isinstance(error, ActserveError):
         log.error("a request failed", exc_info=error)
         return FAILED

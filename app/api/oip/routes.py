@@ -15,6 +15,7 @@ from app.api.oip import http, metadata, statistics
 from app.api.oip.errors import OipRoute, answer
 from app.errors import MalformedBody, NotServing
 from app.policy import Policy
+from app.telemetry import call
 
 router = APIRouter(tags=["Open Inference Protocol v2"], route_class=OipRoute)
 
@@ -123,7 +124,9 @@ async def nothing(request: Request) -> Response:
     fits = [route for route in router.routes if route.matches(request.scope)[0] is Match.PARTIAL]
     allowed = ", ".join(sorted(method for route in fits for method in getattr(route, "methods", ())))
     if allowed:
+        call.refused("method_not_allowed")
         return answer(405, f"{asked}: expected {allowed}", {"Allow": allowed})
+    call.refused("no_such_route")
     return answer(404, f"{asked}: no such route; the extensions offered are {', '.join(metadata.EXTENSIONS)}")
 
 
