@@ -14,7 +14,7 @@ from app.client.evaluation import PROTOCOLS, compare, evaluate, print_comparison
 from app.client.human import SCORES, normalised
 from app.client.play import Episode, Report
 from app.errors import UsageError
-from tests.test_ale import PONG
+from tests.test_atari import PONG
 
 
 def report(scores: list[float], runtime: str = "onnx", seed: int = 0, actions: str = "a") -> Report:

@@ -14,12 +14,12 @@ from app.store import ModelStore
 ROOT = Path(__file__).parent.parent
 # Each may import itself and what stands before it.
 ORDER = [
-    "errors", "lazy", "environment", "signature", "ownership", "signing", "trust", "artifact", "cache", "store",
-    "remote_store", "requests", "wire", "settings", "telemetry", "runtimes", "golden", "tuning", "tuned", "arena",
-    "batcher", "policy", "registry", "session_record", "session_file", "sessions", "metrics", "api", "lane", "grpc",
-    "main", "client", "evaluate", "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
+    "errors", "lazy", "extras", "environment", "atari", "signature", "ownership", "signing", "trust", "artifact",
+    "cache", "store", "remote_store", "requests", "wire", "settings", "telemetry", "runtimes", "golden", "tuning",
+    "tuned", "arena", "batcher", "policy", "registry", "session_record", "session_file", "sessions", "metrics", "api",
+    "lane", "grpc", "main", "client", "evaluate", "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
 ]  # fmt: skip
-CLIENT_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "requests", "wire", "client"}
+CLIENT_MAY_IMPORT = {"errors", "lazy", "extras", "environment", "atari", "signature", "requests", "wire", "client"}
 EXPORTERS_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "artifact", "store", "golden", "requests"}
 
 

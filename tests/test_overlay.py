@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.client.ale import AtariGame
+from app.atari import AtariGame
 from app.client.overlay import ACCENT, BAR, CHOSEN_GROUND, Overlay, shares
 from app.environment import Environment, GameAction
 from app.errors import UsageError
 from app.signature import Array
-from tests.test_ale import PONG
+from tests.test_atari import PONG
 
 NAMES = [
     "NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "UPRIGHT", "UPLEFT", "DOWNRIGHT", "DOWNLEFT", "UPFIRE", "RIGHTFIRE",

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.client.ale import AtariGame
+from app.atari import AtariGame
 from app.client.play import Report, play
 from app.errors import EnvironmentMismatch
 from app.signature import Array
-from tests.test_ale import PONG, RIGHT
+from tests.test_atari import PONG, RIGHT
 
 SHORT = replace(PONG, max_frames=240)
 

@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from app.client import operations
-from app.client.extras import require
 from app.client.operations import Description, Operation, Request, Response, Result
 from app.client.remote import Carried
 from app.client.tensordicts import read_tensordict, write_tensordict
 from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from app.errors import ServiceUnreachable
+from app.extras import require
 from app.signature import Array, Arrays, Exploration
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from app.client.ale import AtariGame
+from app.atari import AtariGame
 from app.client.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
 from app.client.film import Film
 from app.client.load import LoadReport

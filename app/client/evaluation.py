@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from app.client.extras import require
 from app.client.human import normalised
 from app.client.play import Report
 from app.environment import Environment
 from app.errors import UsageError
+from app.extras import require
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from app.client.ale import AtariGame
+from app.atari import AtariGame
 from app.client.overlay import Overlay
 from app.client.remote import RemotePolicy
 from app.client.video import VideoWriter

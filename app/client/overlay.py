@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.client.extras import require
 from app.environment import Environment
 from app.errors import UsageError
+from app.extras import require
 
 PANEL = 360  # pixels wide: beside an Atari screen, three times as large, it makes 840 × 630, that is 4:3
 MARGIN = 24

@@ -13,8 +13,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from app.client.extras import require
 from app.errors import UsageError
+from app.extras import require
 
 H264 = (("libx264", {"preset": "veryfast", "crf": "20"}), ("libopenh264", {"b": "2M"}), ("mpeg4", {"qscale": "3"}))
 GIF_MAX_FPS = 50  # a GIF counts in hundredths of a second, and browsers slow down what asks for less than two

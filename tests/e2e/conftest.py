@@ -63,7 +63,7 @@ def both(pong_store: Path) -> Iterator[dict[str, local.LocalService]]:
 @pytest.fixture(scope="session")
 def screens() -> Array:
     """512 real Pong screens, (512, 210, 160, 3) uint8, none of which the certificate saw."""
-    from app.client.ale import AtariGame
+    from app.atari import AtariGame
     from exporters.policies.atari import environment
 
     rng = np.random.default_rng(7)

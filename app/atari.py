@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.client.extras import require
 from app.environment import Environment, GameAction
 from app.errors import EnvironmentMismatch, UsageError
+from app.extras import require
 
 
 class AtariGame:

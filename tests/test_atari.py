@@ -9,7 +9,7 @@ import pytest
 from ale_py import Action as ALEAction
 from ale_py import roms
 
-from app.client.ale import AtariGame
+from app.atari import AtariGame
 from app.environment import Environment, GameAction
 from app.errors import EnvironmentMismatch, UsageError
 from app.signature import Array
