@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -471,3 +472,10 @@ def test_a_stream_counts_its_messages(query: str) -> None:
         until(lambda: counts.streams == 0)
         assert (tally.answered, dict(tally.codes), dict(tally.reasons)) == (4, {"422": 2}, {"invalid_tensor": 2})
         assert counts.meters(service.registry.policies[1].program).sizes.total == 4
+
+
+def test_a_stream_outlives_the_time_that_http_connections_may_be_idle() -> None:
+    with running(timeout_keep_alive=1) as service, opened(service) as ws:
+        ws.recv(60)
+        time.sleep(3)
+        assert ask(ws, raw(1))[0] == 1

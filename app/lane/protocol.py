@@ -56,7 +56,7 @@ class Inner(HttpToolsProtocol):
     outer: LaneProtocol
 
     def handle_websocket_upgrade(self) -> None:
-        self.connections.discard(self.outer)
+        self.outer.hand_over()
         super().handle_websocket_upgrade()
         websocket = self.transport.get_protocol()
         if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated:
@@ -167,6 +167,14 @@ class LaneProtocol(Receiver):
             self._closing = True
         else:
             self._inner.shutdown()
+
+    # what uvicorn's protocol calls
+
+    def hand_over(self) -> None:
+        """The connection becomes a WebSocket, which has time-outs of its own."""
+        self._state.connections.discard(self)
+        if self._lane is not None:
+            self._lane.connections.discard(self)
 
     # a request comes
 
