@@ -20,6 +20,7 @@ ActserveError
 │   │   └── Behind               what comes would wait for too long
 │   ├── NotServing               still loading, or closing
 │   ├── TooLate                  the answer would come after the time that the request gave
+│   ├── TooManyGames             as many games are being played on the page as may be
 │   └── SessionsUnavailable      the sessions' file cannot be used
 ├── SessionTooLarge              one session alone has more state than all may have together
 ├── StoreError                   an artifact that must not be served
@@ -201,6 +202,13 @@ class TooLate(Unavailable):
         super().__init__(
             f"expected an answer within the timeout of {timeout_us:,} µs; it takes longer", timeout_us=timeout_us
         )
+
+
+class TooManyGames(Unavailable):
+    code = "too_many_games"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} games are being played here, the most that may; try again later", limit=limit)
 
 
 class SessionsUnavailable(Unavailable):

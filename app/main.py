@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app import __version__, grpc
-from app.api import act, errors, health, metrics, oip, policies, sessions, stream
+from app.api import act, errors, games, health, metrics, oip, page, policies, sessions, stream
 from app.api.observed import Observed
+from app.game import Seats
 from app.lane.doors import Lane
 from app.metrics.publisher import Publisher
 from app.registry import Registry
@@ -65,8 +66,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.registry = registry
+    app.state.seats = Seats(settings.max_games)
     app.state.traces = traces
     errors.install(app)
-    for routes in (act, sessions, stream, oip, policies, metrics, health):
+    for routes in (act, sessions, stream, oip, policies, metrics, health, games, page):
         app.include_router(routes.router)
     return app

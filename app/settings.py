@@ -60,6 +60,7 @@ class Settings(BaseModel):
         False,
         description="Log each request that comes to the routes; plain `/act` requests, in the fast lane, do not.",
     )
+    max_games: int = Field(4, ge=0, description="Games that the page may play at once, for each worker; 0: none.")
     grpc_port: int | None = Field(
         None,
         ge=1,

@@ -1,0 +1,83 @@
+// Lines of the last minute, drawn on a canvas: a point for every half second.
+
+export const POINTS = 120;
+export const POINT_MS = 500;
+
+export class Chart {
+  // `least`: what the top of the scale stands for at least. `colours`: custom properties of the page's style.
+  constructor(canvas, unit, least, colours) {
+    this.unit = unit;
+    this.canvas = canvas;
+    this.least = least;
+    this.colours = colours;
+    this.clear();
+    new ResizeObserver(() => this.draw()).observe(canvas);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+  }
+
+  clear() {
+    this.lines = this.colours.map(() => Array(POINTS).fill(null));
+    this.draw();
+  }
+
+  // One value for each line; null leaves a gap.
+  add(...values) {
+    this.lines.forEach((line, index) => {
+      line.push(values[index]);
+      line.shift();
+    });
+    this.draw();
+  }
+
+  draw() {
+    const { canvas } = this, ratio = devicePixelRatio || 1;
+    const width = canvas.clientWidth, height = canvas.clientHeight;
+    if (!width) return;
+    canvas.width = width * ratio;
+    canvas.height = height * ratio;
+    const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
+    pen.scale(ratio, ratio);
+    const top = rounded(Math.max(this.least, ...this.lines.flat().filter((value) => value !== null)));
+    const y = (value) => height - 3 - (height - 15) * (value / top);
+    pen.strokeStyle = style.getPropertyValue("--edge");
+    pen.fillStyle = style.getPropertyValue("--dim");
+    pen.font = `11px ${style.fontFamily}`;
+    for (const value of [0, top / 2, top]) {
+      const at = Math.round(y(value)) + 0.5;
+      pen.beginPath();
+      pen.moveTo(0, at);
+      pen.lineTo(width, at);
+      pen.stroke();
+    }
+    pen.fillText(`${top} ${this.unit}`, 0, y(top) - 4);
+    pen.lineJoin = "round";
+    this.lines.forEach((line, index) => {
+      pen.strokeStyle = style.getPropertyValue(this.colours[index]);
+      pen.lineWidth = 1.75;
+      pen.beginPath();
+      let drawing = false;
+      line.forEach((value, point) => {
+        if (value === null) drawing = false;
+        else {
+          pen[drawing ? "lineTo" : "moveTo"]((point / (POINTS - 1)) * (width - 2), y(value));
+          drawing = true;
+        }
+      });
+      pen.stroke();
+    });
+  }
+}
+
+// The next of 1, 2, 5, 10, 20, ...
+function rounded(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  const top = [1, 2, 5, 10].find((step) => step * power >= value * 0.999) * power;
+  return Number(top.toPrecision(2));
+}
+
+// The value that a share of `values` is at most; null for none.
+export function quantile(values, share) {
+  if (!values.length) return null;
+  const sorted = values.toSorted((one, other) => one - other);
+  return sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
+}

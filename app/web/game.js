@@ -1,0 +1,62 @@
+// One game: its WebSocket, its messages, and the commands that it is given. Pictures that come too fast are skipped.
+
+export class Game {
+  // `on`: hello(hello), picture(head, bitmap, png), end(reason), each called while the game is this page's.
+  constructor(choice, command, on) {
+    const query = new URLSearchParams(Object.entries(choice).filter(([, value]) => value));
+    const url = new URL(`/games?${query}`, location.href);
+    url.protocol = url.protocol.replace("http", "ws");
+    this.on = on;
+    this.command = command;
+    this.over = false;
+    this.error = null;
+    this.next = null; // to be drawn, {head, png}
+    this.drawing = null; // a promise, while it is
+    this.socket = new WebSocket(url);
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.text(JSON.parse(data)) : this.binary(data));
+    this.socket.onclose = async () => {
+      await this.drawing;
+      this.on?.end(this);
+    };
+  }
+
+  stop() {
+    this.on = null;
+    this.socket.close();
+  }
+
+  tell(change) {
+    Object.assign(this.command, change);
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(this.command));
+  }
+
+  text(message) {
+    if (message.error) this.error = message.error.message;
+    else {
+      this.on?.hello(message);
+      this.tell({});
+    }
+  }
+
+  binary(data) {
+    const length = new DataView(data).getUint32(0, true);
+    const head = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+    const png = new Blob([new Uint8Array(data, 4 + length)], { type: "image/png" });
+    this.over = head.over;
+    for (const name of ["rewards", "queue_us", "run_us"]) head[name].unshift(...(this.next?.head[name] ?? []));
+    this.next = { head, png };
+    this.drawing ??= this.draw();
+  }
+
+  async draw() {
+    while (this.next) {
+      const { head, png } = this.next;
+      this.next = null;
+      const bitmap = await createImageBitmap(png);
+      this.on?.picture(head, bitmap, png);
+      bitmap.close();
+    }
+    this.drawing = null;
+  }
+}

@@ -1,0 +1,51 @@
+"""The whole service, with the policies that ship, on a real uvicorn in a thread: for the tests of the page."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.game import Seats
+from app.main import create_app
+from app.settings import Settings
+from tests.stream_service import UVICORN, until
+
+SHIPPED = Path(__file__).parent.parent / "models_store"
+
+
+@dataclass(frozen=True)
+class Service:
+    address: str  # host:port
+    app: FastAPI
+    server: uvicorn.Server
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    @property
+    def seats(self) -> Seats:
+        seats: Seats = self.app.state.seats
+        return seats
+
+
+@contextmanager
+def running(max_games: int = 4, session_idle_s: float = 600, store: Path = SHIPPED) -> Iterator[Service]:
+    settings = Settings(store=store, runtime="onnx", max_games=max_games, session_idle_s=session_idle_s)
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, **UVICORN))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started and app.state.registry.not_ready() is None)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield Service(f"{host}:{port}", app, server)
+    finally:
+        server.should_exit = True
+        thread.join()
