@@ -5,7 +5,9 @@ export const POINT_MS = 500;
 
 export class Chart {
   // `least`: what the top of the scale stands for at least. `colours`: custom properties of the page's style.
-  constructor(canvas, unit, least, colours) {
+  // `floor`: what the bottom stands for; above zero the scale is logarithmic, in decades.
+  constructor(canvas, unit, least, colours, floor = 0) {
+    this.floor = floor;
     this.unit = unit;
     this.canvas = canvas;
     this.least = least;
@@ -37,12 +39,13 @@ export class Chart {
     canvas.height = height * ratio;
     const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
     pen.scale(ratio, ratio);
-    const top = rounded(Math.max(this.least, ...this.lines.flat().filter((value) => value !== null)));
-    const y = (value) => height - 3 - (height - 15) * (value / top);
+    const most = Math.max(this.least, ...this.lines.flat().filter((value) => value !== null));
+    const { top, ticks, share } = this.floor ? decades(this.floor, most) : linear(most);
+    const y = (value) => height - 3 - (height - 15) * share(value);
     pen.strokeStyle = style.getPropertyValue("--edge");
     pen.fillStyle = style.getPropertyValue("--dim");
     pen.font = `11px ${style.fontFamily}`;
-    for (const value of [0, top / 2, top]) {
+    for (const value of ticks) {
       const at = Math.round(y(value)) + 0.5;
       pen.beginPath();
       pen.moveTo(0, at);
@@ -68,11 +71,19 @@ export class Chart {
   }
 }
 
-// The next of 1, 2, 5, 10, 20, ...
-function rounded(value) {
-  const power = 10 ** Math.floor(Math.log10(value));
-  const top = [1, 2, 5, 10].find((step) => step * power >= value * 0.999) * power;
-  return Number(top.toPrecision(2));
+// Scales: the value at the top, where lines go, and how far up a value is, from 0 to 1.
+
+function linear(most) {
+  const power = 10 ** Math.floor(Math.log10(most));
+  const top = [1, 2, 5, 10].find((step) => step * power >= most * 0.999) * power;
+  return { top, ticks: [0, top / 2, top], share: (value) => value / top };
+}
+
+function decades(floor, most) {
+  const count = Math.ceil(Math.log10(most / floor) - 0.001);
+  const ticks = Array.from({ length: count + 1 }, (_, index) => floor * 10 ** index);
+  const share = (value) => Math.max(0, Math.log10(value / floor) / count);
+  return { top: Number(ticks[count].toPrecision(1)), ticks, share };
 }
 
 // The value that a share of `values` is at most; null for none.

@@ -9,7 +9,7 @@ import * as keys from "/page/keys.js";
 const $ = (id) => document.getElementById(id);
 const pen = $("screen").getContext("2d");
 const bars = new Bars($("actions"));
-const latency = new Chart($("latency"), "ms", 1, ["--bar", "--accent"]);
+const latency = new Chart($("latency"), "ms", 10, ["--bar", "--accent"], 0.1);
 const batches = new Chart($("batches"), "items", 2, ["--accent"]);
 
 let described = null; // GET /policies/{name} of the chosen policy
@@ -64,13 +64,14 @@ const chosen = () => ({
 
 // The game that is on
 
-const meter = { took: [], steps: 0, first: null, last: null, since: 0 };
+const WINDOW = 5; // marks: two seconds, over which rates are taken
+const meter = { took: [], last: null, marks: [] };
 
 function start() {
   game?.stop();
   const command = { held: held(), speed: Number($("speed").value), paused: document.hidden };
   for (const line of [latency, batches]) line.clear();
-  Object.assign(meter, { took: [], steps: 0, first: null, last: null, since: 0 });
+  Object.assign(meter, { took: [], last: null, marks: [] });
   $("score").textContent = "0";
   $("verdict").textContent = $("note").textContent = "";
   $("start").disabled = true;
@@ -104,7 +105,6 @@ function picture(head, bitmap, png) {
     $("score").classList.add("scored");
   }
   head.queue_us.forEach((queue, index) => meter.took.push((queue + head.run_us[index]) / 1000));
-  meter.first ??= head;
   meter.last = head;
 }
 
@@ -129,21 +129,27 @@ const signed = (score) => score.toLocaleString("en").replace("-", "−");
 // What is counted, every half second
 
 function count() {
-  const { took, first, last } = meter;
-  if (!game || !first || game.command.paused) return;
+  const { took, last, marks } = meter;
+  if (!last || !game || game.command.paused) {
+    meter.marks = [];
+    return;
+  }
+  const mark = { step: last.step, items: last.items, batches: last.batches, at: performance.now() / 1000 };
+  const before = marks.at(-1) ?? mark, first = marks[0] ?? mark;
+  marks.push(mark);
+  if (marks.length > WINDOW) marks.shift();
   const p50 = quantile(took, 0.5), p99 = quantile(took, 0.99);
-  const calls = last.batches - first.batches, items = last.items - first.items;
-  const mean = calls ? items / calls : null;
-  const now = performance.now(), seconds = (now - meter.since) / 1000;
+  const calls = mark.batches - before.batches;
+  const mean = calls ? (mark.items - before.items) / calls : null;
   latency.add(p99, p50);
   batches.add(mean);
   if (p50 !== null) [$("p50").textContent, $("p99").textContent] = [p50.toFixed(2), p99.toFixed(2)];
   if (mean !== null) $("batch").textContent = mean.toFixed(1);
-  if (meter.since) {
-    $("pace").textContent = perSecond((last.step - first.step) / seconds);
-    $("rate").textContent = perSecond(items / seconds);
+  if (mark.at > first.at) {
+    $("pace").textContent = perSecond((mark.step - first.step) / (mark.at - first.at));
+    $("rate").textContent = perSecond((mark.items - first.items) / (mark.at - first.at));
   }
-  Object.assign(meter, { took: [], first: last, since: now });
+  meter.took = [];
 }
 
 const perSecond = (rate) => Math.round(rate).toLocaleString("en");
