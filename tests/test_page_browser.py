@@ -157,3 +157,15 @@ def test_it_fits_a_phone(tab: Tab, service: Service, width: int) -> None:
     tab.wait("document.querySelector('#veil').hidden")
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     assert tab.evaluate("document.querySelector('#pad').checkVisibility()")
+
+
+def test_without_ale_it_says_so_and_still_answers_about_a_screen(
+    one_tab: Tab, service: Service, screen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.game.find_spec", lambda _name: None)
+    one_tab.open(f"{service.url}/")
+    one_tab.wait("document.querySelector('#note').innerText.startsWith('Games need ale-py on the service')")
+    assert one_tab.evaluate("document.querySelector('#start').disabled")
+    one_tab.choose_file("#file", screen)
+    one_tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take ')")
+    assert one_tab.complaints == []
