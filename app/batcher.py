@@ -5,8 +5,8 @@ answered in few calls; there is no timer. The queue lives in the event loop. A p
 thread beside it; a quick one runs in the loop itself, because handing it over costs more than it takes, and the sockets
 fill up with the next batch meanwhile: it runs as soon as a batch is full, or the loop has looked at every socket.
 
-Then what waits, waits in the sockets, and how long it has waited shows in how long the loop has been busy since it last
-looked at them all: a turn. Once a turn has taken `max_wait_ns`, the rest of it refuses what comes.
+With a quick program what waits, waits in the sockets, and how long it has waited shows in how long the loop has been
+busy since it last looked at them all: a turn. Once a turn has taken `max_wait_ns`, the rest of it refuses what comes.
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ class Batcher:
         self._queue.append(request)
         if self._running:
             return
-        if self._quick and self._queued >= self._max_items:
+        # Never at once for a lone request: answered from within the reading of its socket, which goes on while there is
+        # something to read, a single client could keep the loop from all others.
+        if self._quick and self._queued >= self._max_items and len(self._queue) > 1:
             self._context.run(self._next)
         elif not self._scheduled:
             self._schedule()
@@ -193,7 +195,7 @@ class Batcher:
             self._turn_ns = now_ns
             self._loop.call_soon(self._end_turn)
         waited_ns = now_ns - self._turn_ns
-        if waited_ns > self._max_wait_ns:
+        if self._quick and waited_ns > self._max_wait_ns:
             raise Behind(self._max_wait_ns / 1e6)
         if patience_ns and waited_ns + self._waiting * self._run_ns // max(1, self._items) > patience_ns:
             raise TooLate(patience_ns // 1000)
