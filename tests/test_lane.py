@@ -349,6 +349,17 @@ def test_a_full_queue_is_refused_alike() -> None:
     assert b"retry-after: 1" in answers[0]
 
 
+def test_a_connection_that_the_lane_takes_nothing_from_stays_as_long_as_it_is_used() -> None:
+    with running(LANE, timeout_keep_alive=1) as service, service.connect() as connection:
+        for _ in range(8):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"status":"alive"}'):
+                answer += connection.recv(1000) or b"closed"
+                assert b"closed" not in answer
+            time.sleep(0.4)
+
+
 @pytest.mark.parametrize("http", [LANE, PLAIN])
 def test_what_was_taken_in_is_answered_before_the_service_goes(http: str) -> None:
     with running(http, slow=True) as service:

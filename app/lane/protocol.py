@@ -103,7 +103,7 @@ class LaneProtocol(Receiver):
         self._guess = GUESS_BYTES  # how long the next head is
         self._passing = False  # to the inner protocol
         self._closing = False  # after the answer
-        self._requests = 0  # that the lane took
+        self._requests = 0  # that have begun, here or there
         self._before: tuple[Phase, int] = (Phase.IDLE, 0)  # when the lane last looked
         self._looks = 0  # since it is so
 
@@ -239,6 +239,7 @@ class LaneProtocol(Receiver):
     def _pass(self, data: bytes) -> None:
         self._data, self._guess = b"", GUESS_BYTES
         self._passing = True
+        self._requests += 1
         self._inner.data_received(data)
 
     def _refuse(self, door: Door, error: ActserveError, size: int) -> None:
