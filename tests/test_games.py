@@ -79,6 +79,13 @@ def ending(ws: ClientConnection) -> tuple[bytes | str, int]:
         return last, closed.rcvd.code
 
 
+def acted(service: Service, screen: Array) -> int:
+    """The action for a screen, by the HTTP route."""
+    raw = {"Content-Type": "application/octet-stream"}
+    answer = urllib3.request("POST", f"{service.url}/policies/pong/act", body=screen.tobytes(), headers=raw)
+    return int(answer.json()["action"])
+
+
 def test_a_game_moves_and_is_told_as_the_policy_saw_it(service: Service) -> None:
     with opened(service, policy="pong", version=1, seed=7) as ws:
         said = hello(ws)
@@ -86,9 +93,12 @@ def test_a_game_moves_and_is_told_as_the_policy_saw_it(service: Service) -> None
         assert said["values"] == "action_value"
         assert said["environment"]["actions"][2] == {"meaning": "RIGHT", "code": 3}
         reference = AtariGame(PONG, 7)
-        for number in range(1, 31):
+        number = 0
+        while number < 30:
             head, screen = picture(ws)
-            assert head["step"] == number
+            for _ in range(number + 1, head["step"]):  # not shown, because this client was slow
+                reference.act(acted(service, reference.screen()))
+            number = head["step"]
             assert np.array_equal(screen, reference.screen())
             assert head["taken"] == head["proposed"] == np.argmax(head["values"])
             assert head["run_us"][0] > 0
