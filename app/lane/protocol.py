@@ -32,10 +32,9 @@ from app.batcher import Outcome
 from app.errors import ActserveError
 from app.lane.doors import Door, Lane
 from app.lane.heads import MAX_BYTES, Taken, may_become_a_head
-from app.lane.receiver import Receiver
+from app.lane.receiver import BUFFER_BYTES, Receiver
 from app.lane.stream import StreamLane
 
-BUFFER_BYTES = 1 << 16
 GUESS_BYTES = 512  # of a first head
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
@@ -56,13 +55,14 @@ class Inner(HttpToolsProtocol):
     outer: LaneProtocol
 
     def handle_websocket_upgrade(self) -> None:
-        self.outer.hand_over()
+        self.outer.forget()
         super().handle_websocket_upgrade()
         websocket = self.transport.get_protocol()
         if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated:
             lane = StreamLane(websocket, self.transport)
             self.transport.set_protocol(lane)
-            websocket.scope["extensions"][LANE] = lane  # type: ignore[assignment]
+            extensions: Any = websocket.scope["extensions"]
+            extensions[LANE] = lane
 
     def on_message_begin(self) -> None:
         self.between = False
@@ -79,12 +79,7 @@ class Inner(HttpToolsProtocol):
 
 
 class LaneProtocol(Receiver):
-    """A connection is also the request that it has under way: nothing is made anew for each.
-
-    `_data`: a piece of a head, or what was sent ahead.
-    """
-
-    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all: filled and emptied in one go, in one thread
+    """A connection is also the request that it has under way: nothing is made anew for each."""
 
     def __init__(
         self,
@@ -93,10 +88,10 @@ class LaneProtocol(Receiver):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__()
-        self._inner = Inner(config, server_state, app_state, _loop)
+        super().__init__(Inner(config, server_state, app_state, _loop))
         self._inner.outer = self
         self._state = server_state
+        self._connections: set[Any] = server_state.connections
         self._lane: Lane | None = app_state.get("lane")
         self._door: Door | None = None  # of the request that is being received or answered
         self._unwanted = 0  # bytes of a refused body that are still to come
@@ -111,9 +106,9 @@ class LaneProtocol(Receiver):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        self._inner.connection_made(transport)  # type: ignore[arg-type]
-        self._state.connections.discard(self._inner)
-        self._state.connections.add(self)  # type: ignore[arg-type]
+        self._inner.connection_made(transport)
+        self._connections.discard(self._inner)
+        self._connections.add(self)
         self._passing = self._lane is None
         if self._lane is not None:
             self._lane.connections.add(self)
@@ -133,31 +128,18 @@ class LaneProtocol(Receiver):
         elif self._unwanted:
             self._unwanted -= count
         elif self._door is not None:
-            self._data += self._buffer[:count]
-            if len(self._data) >= BUFFER_BYTES:
-                self.transport.pause_reading()
+            self._keep(count)
         elif self._passing and not self._inner.rests:
             self._inner.data_received(bytes(self._buffer[:count]))
         else:
             self._begin(self._data + self._buffer[:count])
 
-    def eof_received(self) -> None:
-        return self._inner.eof_received()
-
     def connection_lost(self, error: Exception | None) -> None:
-        self._state.connections.discard(self)
+        self.forget()
         self._inner.connection_lost(error)
         self.transport = None
-        if self._lane is not None:
-            self._lane.connections.discard(self)
         if self._missing is not None:
             self._leave()
-
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
 
     # what uvicorn's server calls
 
@@ -170,16 +152,15 @@ class LaneProtocol(Receiver):
 
     # what uvicorn's protocol calls
 
-    def hand_over(self) -> None:
-        """The connection becomes a WebSocket, which has time-outs of its own."""
-        self._state.connections.discard(self)
+    def forget(self) -> None:
+        """The connection is another protocol's now, which has time-outs of its own; or it is no more."""
+        self._connections.discard(self)
         if self._lane is not None:
             self._lane.connections.discard(self)
 
     # a request comes
 
     def _begin(self, data: bytes) -> None:
-        """`data` are the first bytes of a request."""
         end = data.find(b"\r\n\r\n") + 4
         if end < 4:
             if may_become_a_head(data):
@@ -212,12 +193,10 @@ class LaneProtocol(Receiver):
             self._expand(taken, data, end)
             return
         self.size = taken.items
-        row = door.arena.acquire() if taken.items == 1 else None
-        if row is not None or taken.items > 1:
-            self._receive(door.arena, row)
+        if taken.items == 1:
+            self._seek(door.arena)
         else:
-            self.transport.pause_reading()
-            door.arena.waiting.append(self)
+            self._receive(door.arena, None)
 
     def _expand(self, taken: Taken[Door], data: bytes, end: int) -> None:
         """A compressed observation, all of which is in `data`; what is anything else is for the route to refuse."""
@@ -248,15 +227,6 @@ class LaneProtocol(Receiver):
         self._unwanted, self._data = max(0, size - len(data)), data[size:]
         self._answer(door.refusal(error, self._state.default_headers))
 
-    def seat(self, row: int) -> bool:
-        """What the arena calls: a row has become free."""
-        if self.transport is None:
-            return False
-        assert self._door is not None
-        self.transport.resume_reading()
-        self._receive(self._door.arena, row)
-        return True
-
     def _complete(self) -> None:
         assert self._door is not None
         try:
@@ -282,18 +252,7 @@ class LaneProtocol(Receiver):
             self.transport.write(answer.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1))
             self.transport.close()
             return
-        self.transport.write(answer)
-        if self._data:
-            self._inner.loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        """With what was sent ahead."""
-        if self.transport is None or self._door is not None or not self._data:
-            return
-        data, self._data = self._data, b""
-        if len(data) >= BUFFER_BYTES:
-            self.transport.resume_reading()
-        self._begin(data)
+        self._answer_with(answer)
 
     def _leave(self) -> None:
         """The request is over."""

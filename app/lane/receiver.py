@@ -17,15 +17,21 @@ from app.arena import Arena
 from app.batcher import Waiting
 from app.signature import Array, Arrays
 
+BUFFER_BYTES = 1 << 16
+
 
 class Receiver(asyncio.BufferedProtocol, Waiting):
-    """A connection that has one request at a time, which is received, waits and is acted on.
+    """A connection that has one request at a time, which is received, waits and is acted on; before uvicorn's own
+    protocol, `inner`, for all that the lane does not take.
 
-    `_arena`, and `row` or memory of its own, from `_receive` to `_leave`. `_missing` is what has not come yet, `_data`
-    bytes that came and have no place yet.
+    `_arena` from `_seek` or `_receive` to `_leave`, and `row` or memory of its own once there is a place. `_missing` is
+    what has not come yet, `_data` bytes that came and have no place yet: a piece of a head, or what was sent ahead.
     """
 
-    def __init__(self) -> None:
+    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all: filled and emptied in one go, in one thread
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
         self.transport: Any = None  # None: the client has gone
         self.row: int | None = None
         self.size = 1  # observations in the request
@@ -35,8 +41,46 @@ class Receiver(asyncio.BufferedProtocol, Waiting):
         self._data = b""
 
     @abstractmethod
+    def _begin(self, data: bytes) -> None:
+        """`data` begin with a head; nothing is under way."""
+
+    @abstractmethod
     def _complete(self) -> None:
         """The observation is there."""
+
+    # what asyncio calls
+
+    def eof_received(self) -> bool | None:
+        ended: bool | None = self._inner.eof_received()
+        return ended
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+    # to its place
+
+    def _seek(self, arena: Arena) -> None:
+        """Receive into a row, at once or when one is free."""
+        row = arena.acquire()
+        if row is not None:
+            self._receive(arena, row)
+        else:
+            self._arena = arena
+            self.transport.pause_reading()
+            arena.waiting.append(self)
+
+    def seat(self, row: int) -> bool:
+        """What the arena calls: a row has become free."""
+        if self.transport is None:
+            self._leave()
+            return False
+        assert self._arena is not None
+        self.transport.resume_reading()
+        self._receive(self._arena, row)
+        return True
 
     def _receive(self, arena: Arena, row: int | None) -> None:
         """Put what has come into its place, and the rest behind it as it comes."""
@@ -97,6 +141,31 @@ class Receiver(asyncio.BufferedProtocol, Waiting):
             arena.coming.pop(self, None)
         if row is not None:
             arena.release(row)
+
+    # what was sent ahead
+
+    def _keep(self, count: int) -> None:
+        """`count` bytes in the buffer are of the next request; too many wait in the socket."""
+        self._data += self._buffer[:count]
+        if len(self._data) >= BUFFER_BYTES:
+            self.transport.pause_reading()
+
+    def _answer_with(self, answer: bytes) -> None:
+        """One write; then what was sent ahead has its turn."""
+        self.transport.write(answer)
+        self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if self._data:
+            self._inner.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self.transport is None or self._arena is not None or not self._data:
+            return
+        data, self._data = self._data, b""
+        if len(data) >= BUFFER_BYTES:
+            self.transport.resume_reading()
+        self._begin(data)
 
     @property
     def observations(self) -> Array:

@@ -22,8 +22,6 @@ from app.lane import frames
 from app.lane.receiver import Receiver
 from app.signature import Array
 
-BUFFER_BYTES = 1 << 16
-
 
 class Episode(Protocol):
     """What the route offers."""
@@ -41,20 +39,15 @@ class Episode(Protocol):
 
 
 class StreamLane(Receiver):
-    """A connection is also the step that it has under way. `_data`: a piece of a head, or what was sent ahead."""
-
-    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all: filled and emptied in one go, in one thread
+    """A connection is also the step that it has under way."""
 
     def __init__(self, inner: WebSocketProtocol, transport: Any) -> None:
-        super().__init__()
-        self._inner = inner
+        super().__init__(inner)
         self.transport = transport
-        self._loop = inner.loop
         self._offered: Episode | None = None
         self._episode: Episode | None = None  # whose step is received or run
         self._mask = b""
         self._passing = 0  # bytes of a frame that are still to go to the inner protocol
-        self._ahead = False  # so much that reading is paused
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -87,15 +80,9 @@ class StreamLane(Receiver):
             self._passing -= count
             self._inner.data_received(bytes(self._buffer[:count]))
         elif self._episode is not None:
-            self._data += self._buffer[:count]
-            if len(self._data) >= BUFFER_BYTES and not self._ahead:
-                self._ahead = True
-                self.transport.pause_reading()
+            self._keep(count)
         else:
-            self._follow(self._data + self._buffer[:count])
-
-    def eof_received(self) -> None:
-        return self._inner.eof_received()
+            self._begin(self._data + self._buffer[:count])
 
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
@@ -103,16 +90,9 @@ class StreamLane(Receiver):
             self._leave()
         self._inner.connection_lost(error)
 
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
-
     # frames come
 
-    def _follow(self, data: bytes) -> None:
-        """`data` begin with a frame."""
+    def _begin(self, data: bytes) -> None:
         self._data = b""
         while data:
             head = frames.read(data)
@@ -147,22 +127,7 @@ class StreamLane(Receiver):
         self.slot, self.begins = episode.slot, episode.steps == 0
         self._idle.clear()
         self._data = data[head.size :]
-        row = episode.arena.acquire()
-        if row is not None:
-            self._receive(episode.arena, row)
-        else:
-            self.transport.pause_reading()
-            episode.arena.waiting.append(self)
-        return True
-
-    def seat(self, row: int) -> bool:
-        """What the arena calls: a row has become free."""
-        if self.transport is None:
-            self._leave()
-            return False
-        assert self._episode is not None
-        self.transport.resume_reading()
-        self._receive(self._episode.arena, row)
+        self._seek(episode.arena)
         return True
 
     def _complete(self) -> None:
@@ -176,8 +141,7 @@ class StreamLane(Receiver):
             self._offered = None
             self._inner.queue.put_nowait({"type": "websocket.receive", "bytes": observation.tobytes()})
             self._leave()
-            if self._data:
-                self._loop.call_soon(self._go_on)
+            self._go_on_soon()
 
     # what the batcher calls
 
@@ -192,18 +156,7 @@ class StreamLane(Receiver):
 
     def _say(self, first: int, payload: bytes) -> None:
         self._leave()
-        self.transport.write(frames.write(first, payload))
-        if self._data:
-            self._loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        """With what was sent ahead."""
-        if self.transport is None or self._episode is not None or not self._data:
-            return
-        if self._ahead:
-            self._ahead = False
-            self.transport.resume_reading()
-        self._follow(self._data)
+        self._answer_with(frames.write(first, payload))
 
     def _leave(self) -> None:
         """The step is over."""
