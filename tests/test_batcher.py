@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from app.batcher import Batcher, Request, Waiting, form
-from app.errors import NotServing, Overloaded, RuntimeFailure, TooLate
+from app.errors import Behind, NotServing, Overloaded, RuntimeFailure, TooLate
 from app.signature import Array, Arrays
 
 
@@ -213,5 +214,27 @@ def test_close_answers_what_was_submitted_and_refuses_the_rest() -> None:
         runtime.free.set()
         await closing
         assert [(await one).outputs["y"].item() for one in accepted] == [0, 2, 4, 6, 8]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("working", [True, False])
+def test_a_turn_that_works_for_too_long_refuses_the_rest_of_it(working: bool) -> None:
+    async def scenario() -> None:
+        batcher = Batcher(Doubler().run, 8, 100, max_wait_ns=20_000_000, quick=True)
+        batcher.start()
+        first = batcher.submit(items(1.0), 1)
+        if working:
+            until_ns = time.thread_time_ns() + 25_000_000
+            while time.thread_time_ns() < until_ns:
+                pass
+            with pytest.raises(Behind):
+                batcher.submit(items(2.0), 1)
+        else:
+            time.sleep(0.025)  # as if the host gave the CPU to another
+            batcher.submit(items(2.0), 1)
+        await first
+        await batcher.submit(items(3.0), 1)  # in another turn
+        await batcher.close()
 
     asyncio.run(scenario())

@@ -319,7 +319,8 @@ def test_what_is_loaded_serves_on_when_the_network_is_gone(service: Caller) -> N
     before = service("POST", "/act", OBSERVATION, JSON)
     assert before.status == 200
     Network.answers_left = 0
-    assert service("POST", "/act", OBSERVATION, JSON) == before
+    after = service("POST", "/act", OBSERVATION, JSON)
+    assert (after.status, after.document) == (200, before.document)
     described = service("GET", "/policies/cart").document
     assert (described["version"], described["versions"]) == (2, [1, 2])
     assert service("GET", "/readyz").status == 200
