@@ -23,6 +23,7 @@ from rich.table import Table
 from app import __version__
 from app.commands.keys import keys, sign
 from app.commands.stores import DEFAULT_STORE, Label, SignOption, Store, TrustOption, find, publishing, reading
+from app.commands.tokens import tokens
 from app.commands.tune import tune, tune_quietly
 from app.errors import ActserveError, UntrustedProgram, UsageError
 from app.lazy import resolve
@@ -34,11 +35,13 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.add_typer(keys, name="keys")
+cli.add_typer(tokens, name="tokens")
 cli.command()(sign)
 cli.command()(tune)
 console = Console(stderr=True)  # progress and messages; stdout is for results
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class RuntimeName(StrEnum):
@@ -81,6 +84,11 @@ class Device(StrEnum):
 Url = Annotated[str, typer.Option(help="The service.", envvar="ACTSERVE_URL")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 PolicyOption = Annotated[str | None, typer.Option(help="The policy's name; by default the service's default.")]
+
+TokenOption = Annotated[
+    str | None,
+    typer.Option(envvar="ACTSERVE_TOKEN", help="What the service lets in with. Better set by the variable."),
+]
 
 
 @cli.command()
@@ -312,11 +320,20 @@ def serve(
     ] = False,
     log_format: Annotated[LogFormat | None, typer.Option(help="Lines for people, or one JSON object each.")] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each request on the routes.")] = False,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Let nobody in without a token of this file.", envvar="ACTSERVE_TOKENS")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Speak TLS with this certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Let pages of this origin ask from a browser; may be repeated.")
+    ] = None,
 ) -> None:
     """Serve every policy of a store over HTTP."""
     import uvicorn
 
-    from app import grpc
+    from app import grpc, tls
+    from app.access import read
     from app.remote_store import open_store
     from app.settings import PREFIX, Settings
     from app.telemetry import logs
@@ -332,11 +349,19 @@ def serve(
     given |= {"require_signature": "1"} if require_signature else {}
     given |= {"log_format": log_format.value} if log_format else {}
     given |= {"access_log": "1"} if access_log else {}
+    files = {"tokens": tokens, "tls_cert": tls_cert, "tls_key": tls_key}
+    given |= {name: str(file.resolve()) for name, file in files.items() if file}
+    given |= {"workers": str(workers), **({"cors_origins": ",".join(cors_origin)} if cors_origin else {})}
     # Through the environment, so that workers, which are new processes, read the same settings.
     os.environ.update({PREFIX + name.upper(): value for name, value in given.items()})
     settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     grpc.check(settings)
+    tls.check(settings)
+    if settings.tokens:
+        read(settings.tokens)
+    elif not (uds or host in LOOPBACK):
+        console.print("[yellow]whoever can connect may ask:[/] see --tokens")
     log_config = logs.configuration(settings.log_format)
     logging.config.dictConfig(log_config)
     with _sessions_file(settings.sessions, workers), _counts_file(settings.counts, workers):
@@ -354,6 +379,9 @@ def serve(
             access_log=False,
             log_config=log_config,
             server_header=False,
+            headers=[("X-Content-Type-Options", "nosniff")],
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
             timeout_graceful_shutdown=30,
         )
 
@@ -379,6 +407,7 @@ def play(
     compare: Annotated[
         str | None, typer.Option(metavar="NAME|URL", help="Play the same seeds with this policy, or this service.")
     ] = None,
+    token: TokenOption = None,
     json: Json = False,
 ) -> None:
     """Play Atari games on this machine with a policy served over HTTP."""
@@ -388,7 +417,7 @@ def play(
         return commands.play(
             url, policy, console=console, game=game, episodes=episodes, seed=seed, video=video, speed=speed,
             protocol=protocol.value if protocol else None, via=via.value,
-            exploration=exploration.value if exploration else None,
+            exploration=exploration.value if exploration else None, token=token,
         )  # fmt: skip
 
     report = games(url, policy, video)
@@ -414,6 +443,7 @@ def load(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Load processes; by default as many as it takes.")
     ] = None,
+    token: TokenOption = None,
     json: Json = False,
 ) -> None:
     """Load a service and report rate, latency and errors."""
@@ -421,7 +451,7 @@ def load(
 
     if concurrency is not None and rate is not None:
         raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")
-    report = commands.load(url, policy, concurrency, rate, duration, processes, console, via.value)
+    report = commands.load(url, policy, concurrency, rate, duration, processes, console, via.value, token)
     if json:
         _print_json(report.as_json())
     else:

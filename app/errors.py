@@ -7,9 +7,13 @@ ActserveError
 │   ├── UnsupportedContentEncoding  no decompressor for this coding, or several of them
 │   ├── NotAcceptable            no encoder for what `Accept` asks
 │   ├── BodyTooLarge             more bytes than the service takes
+│   ├── TooManyItems             a larger batch than the service takes
 │   ├── InvalidTensor            a tensor's name, dtype, shape or values are not what the signature says
 │   ├── UnknownOutput            an output was asked for that the policy does not give
 │   └── StepConflict             the number of a session's step is neither the next one nor the last
+├── Unauthorized                 a token is needed, and none that is valid came
+├── RateLimited                  the token's requests for now are used up
+├── ForbiddenOrigin              a page of another site would open a WebSocket
 ├── NotFound
 │   ├── UnknownPolicy
 │   ├── UnknownVersion
@@ -18,6 +22,7 @@ ActserveError
 ├── Unavailable                  the request was good; try again
 │   ├── Overloaded               the queue is full
 │   │   └── Behind               what comes would wait for too long
+│   ├── TooManyConnections
 │   ├── NotServing               still loading, or closing
 │   ├── TooLate                  the answer would come after the time that the request gave
 │   ├── TooManyGames             as many games are being played on the page as may be
@@ -114,6 +119,13 @@ class BodyTooLarge(InvalidRequest):
         )
 
 
+class TooManyItems(InvalidRequest):
+    code = "too_many_items"
+
+    def __init__(self, limit: int, got: int) -> None:
+        super().__init__(f"a request may have at most {limit:,} items; got {got:,}", limit=limit, got=got)
+
+
 class InvalidTensor(InvalidRequest):
     code = "invalid_tensor"
 
@@ -134,6 +146,24 @@ class StepConflict(InvalidRequest):
     def __init__(self, expected: int, got: int) -> None:
         again = f" (or {expected - 1} again, for its stored answer)" if expected > 1 else ""
         super().__init__(f"expected step {expected}{again}; got {got}", expected=expected, got=got)
+
+
+class Unauthorized(ActserveError):
+    code = "unauthorized"
+
+
+class RateLimited(ActserveError):
+    code = "rate_limited"
+
+    def __init__(self, rate: float, retry_after_s: int) -> None:
+        super().__init__(
+            f"expected at most {rate:g} requests a second with this token; got more", retry_after_s=retry_after_s
+        )
+        self.retry_after_s = retry_after_s
+
+
+class ForbiddenOrigin(ActserveError):
+    code = "forbidden_origin"
 
 
 class NotFound(ActserveError):
@@ -189,6 +219,10 @@ class Behind(Overloaded):
         Unavailable.__init__(
             self, f"requests would wait for over {max_wait_ms:g} ms; try again shortly", max_wait_ms=max_wait_ms
         )
+
+
+class TooManyConnections(Unavailable):
+    code = "too_many_connections"
 
 
 class NotServing(Unavailable):

@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app import __version__, grpc
-from app.api import act, errors, games, health, metrics, oip, page, policies, sessions, stream
+from app.access import Access
+from app.api import act, errors, games, gate, health, metrics, oip, page, policies, sessions, stream
 from app.api.observed import Observed
 from app.game import Seats
 from app.lane.doors import Lane
@@ -34,12 +35,15 @@ class Service(FastAPI):
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
+    access = None if settings.tokens is None else Access(settings.tokens, settings.workers)
     registry = Registry(open_store(settings.store, Trust.load(settings.trust, settings.require_signature)), settings)
     traces = Traces(os.environ)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        limits = Limits(settings.max_sessions, settings.max_session_bytes, settings.session_idle_s)
+        limits = Limits(
+            settings.max_sessions, settings.max_session_bytes, settings.session_idle_s, settings.max_sessions_per_token
+        )
         with ExitStack() as stack:
             path = settings.sessions
             if path is None:
@@ -50,8 +54,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 registry.start()
                 try:
                     async with (
-                        grpc.serving(registry, app.state.sessions, settings),
-                        Lane(registry, settings.request_timeout_s) as lane,
+                        grpc.serving(registry, app.state.sessions, settings, access),
+                        Lane(registry, settings.request_timeout_s, settings.max_connections, access) as lane,
                     ):
                         yield {"lane": lane}
                 finally:
@@ -69,6 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.seats = Seats(settings.max_games)
     app.state.traces = traces
     errors.install(app)
+    gate.install(app, access, settings)
     for routes in (act, sessions, stream, oip, policies, metrics, health, games, page):
         app.include_router(routes.router)
     return app

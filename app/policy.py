@@ -14,7 +14,7 @@ from app import golden, tuning
 from app.arena import BATCHES, Arena
 from app.artifact import Artifact
 from app.batcher import Answer, Batcher, Statistics
-from app.errors import RuntimeFailure
+from app.errors import RuntimeFailure, TooManyItems
 from app.requests import complete
 from app.runtimes import preflight
 from app.runtimes.base import Runtime
@@ -48,6 +48,7 @@ class Policy:
         self.choice = choice
         self._runtime = runtime
         self.tuning = tuned
+        self._max_items = settings.max_items
         arena = Arena(self.signature, tuned.batch) if Arena.suits(self.signature) else None
         max_wait_ns = int(settings.max_wait_ms * 1e6)
         self.batcher = Batcher(
@@ -95,8 +96,11 @@ class Policy:
     ) -> Acted:
         """Act on `size` items of a valid request, each tensor (size, *shape).
 
-        Raises `TooLate` if it would wait, or has waited, for longer than `patience_ns`; 0 is for ever.
+        Raises `TooLate` if it would wait, or has waited, for longer than `patience_ns`; 0 is for ever. Raises
+        `TooManyItems` for more than one request may have.
         """
+        if size > self._max_items:
+            raise TooManyItems(self._max_items, size)
         completed = complete(self.signature, tensors, size, exploration, seed)
         since_ns = perf_counter_ns()
         answer = await self._run(completed.inputs, size, patience_ns)

@@ -5,15 +5,10 @@ none. Routing by id would carry each 100 KB screen through a second process; sta
 the id at each step, and could be neither bounded, listed nor ended. Nothing is locked while a policy runs: a step
 reads the session, runs, and writes only if the session is still where it was (compare and swap on the step number).
 Of two attempts at one step one wins; the other gives its answer.
-
-An id is the session's number and a keyed digest of it and of its policy: it cannot be guessed, and one that was issued
-here is known for genuine after its session has gone, without a record of the gone.
 """
 
 from __future__ import annotations
 
-import base64
-import hmac
 import logging
 import secrets
 import time
@@ -23,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from app.access import Token
 from app.errors import (
     InvalidRequest,
     InvalidTensor,
@@ -36,6 +32,7 @@ from app.policy import Acted, Policy
 from app.registry import Registry
 from app.requests import MAX_SEED, step_seed
 from app.session_file import SessionFile
+from app.session_names import Names
 from app.session_record import Record
 from app.signature import Arrays, Exploration, Signature
 
@@ -43,8 +40,6 @@ log = logging.getLogger("actserve")
 
 SWEEP_EVERY_S = 1.0
 SWEEP_AT_MOST = 100  # sessions, so that a sweep holds the event loop for a millisecond
-_DIGEST_BYTES = 16
-_NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,7 @@ class Limits:
     sessions: int = 10_000
     bytes: int = 256 << 20  # state and last answers together
     idle_s: float = 600.0  # without a step for so long, a session is forgotten
+    sessions_each: int = 1000  # of the holders of one token, unless that says otherwise
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,8 @@ class Session:
     seed: int | None  # of the whole session; each step's noise comes from (seed, step)
     exploration: Exploration | None
     idle_s: float  # since the last step
+    number: int  # in the file
+    holder: Token | None  # who alone may use it; None: whoever has the id
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,12 @@ class Sessions:
         self._file = SessionFile(path)
         self._clock = clock  # seconds since the epoch: the one clock that processes and restarts share
         self._swept_s = 0.0
-        self._key = b""
+        self._names = Names(b"")
 
     def __enter__(self) -> Self:
         self._file.open()
-        ((self._key,),) = self._file.rows("SELECT key FROM service")
+        ((key,),) = self._file.rows("SELECT key FROM service")
+        self._names = Names(key)
         return self
 
     def __exit__(
@@ -122,15 +121,17 @@ class Sessions:
         seed: int | None = None,
         exploration: Exploration | None = None,
         sequence: int | str | None = None,
+        holder: Token | None = None,
     ) -> Session:
         """A new session. `owner` is a secret that `owned` lists by. `sequence`: addressed by a number or a name that
-        the client chose, within `policy` and `owner`, instead of an id; it replaces one of that name. Where there is
-        no room, the session that was idle for longest goes."""
+        the client chose, within `policy`, `owner` and `holder`, instead of an id; it replaces one of that name.
+        `holder`: whoever has this token, or one of its name, owns it, and to all others it does not exist. Where there
+        is no room, the session that was idle for longest goes, of the holder's own if there is one."""
         seed = secrets.randbelow(MAX_SEED) if seed is None else seed
         if not 0 <= seed <= MAX_SEED:
             raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
-        owned_by = None if owner is None else self._digest("owner", owner)
-        named = None if sequence is None else self._digest("sequence", policy, owner, sequence)
+        owned_by = self._names.owner(owner, holder)
+        named = None if sequence is None else self._names.sequence(policy, sequence, owner, holder)
         with self._file.transaction():
             self._file.change("DELETE FROM session WHERE sequence = ?", named)
             ((number,),) = self._file.rows(
@@ -138,30 +139,36 @@ class Sessions:
                 " VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING number",
                 *(self._now_ms(), policy, version, seed, exploration, owned_by, named),
             )
-            self._make_room(number)
-        return Session(self._id(policy, number), policy, version, 0, seed, exploration, 0.0)
+            if holder is not None:
+                self._keep_within(holder, number)
+            self._make_room(number, holder)
+        id_ = self._names.id(policy, number, holder)
+        return Session(id_, policy, version, 0, seed, exploration, 0.0, number, holder)
 
-    def get(self, policy: str, id_: str) -> Session:
-        """Raises `UnknownSession` (never issued here for this policy) or `SessionExpired` (issued, and gone)."""
-        found = self._find("number = ?", self._number(policy, id_))
+    def get(self, policy: str, id_: str, holder: Token | None = None) -> Session:
+        """Raises `UnknownSession` (never issued here for this policy and this holder) or `SessionExpired` (issued, and
+        gone)."""
+        found = self._find(holder, "number = ?", self._names.number(policy, id_, holder))
         if not found:
             raise SessionExpired
         return found[0]
 
-    def sequence(self, policy: str, sequence: int | str, owner: str | None = None) -> Session:
+    def sequence(
+        self, policy: str, sequence: int | str, owner: str | None = None, holder: Token | None = None
+    ) -> Session:
         """The session begun with this `sequence`; the number 1 and the text "1" are two. Raises `UnknownSession`."""
-        found = self._find("sequence = ?", self._digest("sequence", policy, owner, sequence))
+        found = self._find(holder, "sequence = ?", self._names.sequence(policy, sequence, owner, holder))
         if not found:
             raise UnknownSession(f"no sequence {str(sequence)[:80]!r} of {policy}: never begun, ended or timed out")
         return found[0]
 
-    def owned(self, policy: str, owner: str) -> list[Session]:
-        """The sessions begun with this `owner`, the first begun first."""
-        found = self._find("owner = ? AND policy = ?", self._digest("owner", owner), policy)
-        return sorted(found, key=lambda session: self._number(policy, session.id))
+    def owned(self, policy: str, owner: str | None, holder: Token | None = None) -> list[Session]:
+        """The sessions begun with this `owner`, or by this `holder`, the first begun first."""
+        found = self._find(holder, "owner = ? AND policy = ?", self._names.owner(owner, holder), policy)
+        return sorted(found, key=lambda session: session.number)
 
     def end(self, session: Session) -> None:
-        self._file.change("DELETE FROM session WHERE number = ?", self._number(session.policy, session.id))
+        self._file.change("DELETE FROM session WHERE number = ?", session.number)
 
     def statistics(self) -> Statistics:
         self._sweep()
@@ -200,16 +207,15 @@ class Sessions:
     def _read(self, session: Session) -> tuple[Record, int]:
         """The session's record and seed. Raises `SessionExpired`."""
         self._sweep()
-        number = self._number(session.policy, session.id)
         found = self._file.rows(
             "SELECT seed, checksum, step, seeded, answer, state FROM session WHERE number = ? AND used_ms > ?",
-            *(number, self._idle_since_ms()),
+            *(session.number, self._idle_since_ms()),
         )
         if not found:
             raise SessionExpired
         seed, checksum, *fields = found[0]
         record = Record(*fields)
-        if record.step and checksum != record.checksum(number):
+        if record.step and checksum != record.checksum(session.number):
             log.error("the record of a session of %s is damaged: the session is forgotten", session.policy)
             self.end(session)
             raise SessionExpired
@@ -217,7 +223,7 @@ class Sessions:
 
     def _move(self, session: Session, last: Record, new: Record) -> bool:
         """From `last` on to `new`. False when another attempt has. Raises `SessionTooLarge`."""
-        number = self._number(session.policy, session.id)
+        number = session.number
         values = (self._now_ms(), new.step, new.seeded, new.checksum(number), new.answer, new.state)
         columns = "used_ms = ?, step = ?, seeded = ?, checksum = ?, answer = ?, state = ?"
         where = "WHERE number = ? AND step = ?"
@@ -226,18 +232,30 @@ class Sessions:
         with self._file.transaction():
             update = f"UPDATE session SET {columns}, bytes = ? {where}"
             moved = self._file.change(update, *values, new.size_bytes, number, last.step) > 0
-            self._make_room(number)
+            self._make_room(number, session.holder)
         return moved
 
-    def _make_room(self, keep: int) -> None:
-        """Forget the sessions that were idle for longest, `keep` never, until the rest fits."""
+    def _keep_within(self, holder: Token, keep: int) -> None:
+        """Forget the holder's sessions that were idle for longest, `keep` never, until it has no more than it may."""
+        ((count,),) = self._file.rows("SELECT count(*) FROM session WHERE owner = ?", self._names.owner(None, holder))
+        for _ in range(count - (holder.sessions or self.limits.sessions_each)):
+            self._forget(keep, holder)
+
+    def _make_room(self, keep: int, holder: Token | None) -> None:
+        """Forget the sessions that were idle for longest, `keep` never, the holder's own before those of others, until
+        the rest fits."""
         while True:
             ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
             if count <= self.limits.sessions and size <= self.limits.bytes:
                 return
-            oldest = "(SELECT number FROM session WHERE number <> ? ORDER BY used_ms LIMIT 1)"
-            if not self._file.change(f"DELETE FROM session WHERE number = {oldest}", keep):
+            if not ((holder is not None and self._forget(keep, holder)) or self._forget(keep)):
                 raise SessionTooLarge(self.limits.bytes, size)
+
+    def _forget(self, keep: int, holder: Token | None = None) -> bool:
+        """The session that was idle for longest, of all or of the holder's, if there is another one than `keep`."""
+        whose, values = ("", ()) if holder is None else (" AND owner = ?", (self._names.owner(None, holder),))
+        oldest = f"(SELECT number FROM session WHERE number <> ?{whose} ORDER BY used_ms LIMIT 1)"
+        return self._file.change(f"DELETE FROM session WHERE number = {oldest}", keep, *values) > 0
 
     def _sweep(self) -> None:
         """Every second or so, forget some of those that were idle for too long."""
@@ -249,7 +267,7 @@ class Sessions:
         if gone < SWEEP_AT_MOST:
             self._swept_s = now
 
-    def _find(self, condition: str, *values: Any) -> list[Session]:
+    def _find(self, holder: Token | None, condition: str, *values: Any) -> list[Session]:
         self._sweep()
         found = self._file.rows(
             "SELECT number, policy, version, step, seed, exploration, used_ms FROM session"
@@ -258,34 +276,18 @@ class Sessions:
         )
         now_ms = self._now_ms()
         return [
-            Session(self._id(policy, number), policy, version, step, seed, exploration, max(0, now_ms - used_ms) / 1000)
+            Session(
+                self._names.id(policy, number, holder), policy, version, step, seed, exploration,
+                max(0, now_ms - used_ms) / 1000, number, holder,
+            )
             for number, policy, version, step, seed, exploration, used_ms in found
-        ]
+        ]  # fmt: skip
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
 
     def _idle_since_ms(self) -> int:
         return self._now_ms() - int(self.limits.idle_s * 1000)
-
-    def _id(self, policy: str, number: int) -> str:
-        data = number.to_bytes(_NUMBER_BYTES, "big") + self._digest("session", policy, number)
-        return base64.urlsafe_b64encode(data).decode()
-
-    def _number(self, policy: str, id_: str) -> int:
-        """Raises `UnknownSession` unless `id_` was issued here for this policy."""
-        try:
-            number = int.from_bytes(base64.urlsafe_b64decode(id_)[:_NUMBER_BYTES], "big")
-            genuine = hmac.compare_digest(self._id(policy, number).encode(), id_.encode())
-        except ValueError:
-            genuine = False
-        if not genuine:
-            raise UnknownSession(f"no session of {policy[:80]} has this id")
-        return number
-
-    def _digest(self, *parts: str | int | None) -> bytes:
-        """16 bytes that nobody without the key can make; `repr` keeps 1 and "1" apart, and where parts end."""
-        return hmac.digest(self._key, repr(parts).encode(), "sha256")[:_DIGEST_BYTES]
 
 
 def _check(signature: Signature, tensors: Arrays) -> None:

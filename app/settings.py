@@ -33,6 +33,7 @@ class Settings(BaseModel):
     policy: str | None = Field(None, description="The policy behind `/act`. Unset: the first by name.")
     threads: int = Field(1, ge=1, description="Threads inside one inference call.")
     max_body_bytes: int = Field(32 << 20, ge=1, description="The largest request body, in bytes.")
+    max_items: int = Field(16_384, ge=1, description="The largest batch that one request may have.")
     max_waiting: int = Field(1024, ge=1, description="Items that may wait for one policy; more are refused with 503.")
     max_wait_ms: float = Field(
         50, gt=0, description="How long a request may have to wait; what comes while it is longer is refused with 503."
@@ -49,6 +50,9 @@ class Settings(BaseModel):
     max_session_bytes: int = Field(
         256 << 20, ge=1, description="What all sessions' state and last answers may come to, in bytes."
     )
+    max_sessions_per_token: int = Field(
+        1000, ge=1, description="Sessions that the holders of one token may have; its longest idle make room."
+    )
     session_idle_s: float = Field(600, gt=0, description="Seconds without a step after which a session is forgotten.")
     counts: Path | None = Field(
         None,
@@ -61,6 +65,21 @@ class Settings(BaseModel):
         description="Log each request that comes to the routes; plain `/act` requests, in the fast lane, do not.",
     )
     max_games: int = Field(4, ge=0, description="Games that the page may play at once, for each worker; 0: none.")
+    tokens: Path | None = Field(
+        None,
+        description="A file of tokens (`actserve tokens new`), one of which every request but a probe then needs. "
+        "Unset: whoever can connect may ask.",
+    )
+    tls_cert: Path | None = Field(None, description="The certificate chain, in PEM, for HTTPS and gRPC over TLS.")
+    tls_key: Path | None = Field(None, description="Its private key, in PEM; needed with `tls_cert`.")
+    public_metrics: bool = Field(False, description="Whether `/metrics` needs no token.")
+    cors_origins: str = Field(
+        "", description="Origins whose pages may ask from a browser, comma-separated, or `*`. Unset: none but our own."
+    )
+    max_connections: int = Field(10_000, ge=1, description="Connections that each worker process takes.")
+    workers: int = Field(
+        1, ge=1, description="Worker processes, each of which grants its share of a rate. `actserve serve` sets it."
+    )
     grpc_port: int | None = Field(
         None,
         ge=1,
@@ -68,6 +87,10 @@ class Settings(BaseModel):
         description="Port for the Open Inference Protocol over gRPC, which needs the extra `grpc`. Unset: off.",
     )
     grpc_host: str = Field("127.0.0.1", description="Address for gRPC. `actserve serve` sets it to that of HTTP.")
+
+    @property
+    def origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +16,15 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
-from app.api import act, errors, health, policies
+from app.access import Access
+from app.api import act, errors, gate, health, policies
 from app.artifact import Artifact, Manifest
 from app.lane.doors import Lane
 from app.policy import Policy
 from app.registry import Registry
 from app.runtimes.base import Runtime
 from app.runtimes.preflight import Choice
+from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.signature import Array, Signature, TensorSpec
 from app.store import ModelStore
@@ -71,6 +75,8 @@ class OnePolicy(Registry):
         self.tuning = SLOW if slow else QUICK
         self.settings = settings
 
+    loading = False
+
     def go_live(self) -> None:
         manifest = Manifest(1, NAME, 1, None, "", SIGNATURE, None, {}, {}, {}, {})
         policy = Policy(
@@ -84,6 +90,7 @@ class OnePolicy(Registry):
 
 @dataclass(frozen=True)
 class Service:
+    http: str
     port: int
     server: uvicorn.Server
     registry: OnePolicy
@@ -103,13 +110,17 @@ class Service:
 def running(http: str, settings: Settings | None = None, slow: bool = False, **options: Any) -> Iterator[Service]:
     registry = OnePolicy(settings or Settings(), slow)
     requests: list[str] = []
+    access = Access(registry.settings.tokens) if registry.settings.tokens else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         registry.go_live()
-        async with Lane(registry, registry.settings.request_timeout_s) as lane:
-            yield {"lane": lane}
-        await registry.close()
+        patience_s, most = registry.settings.request_timeout_s, registry.settings.max_connections
+        with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
+            app.state.sessions = held
+            async with Lane(registry, patience_s, most, access) as lane:
+                yield {"lane": lane}
+            await registry.close()
 
     app = FastAPI(lifespan=lifespan)
     app.state.settings, app.state.registry = settings or Settings(), registry
@@ -120,16 +131,18 @@ def running(http: str, settings: Settings | None = None, slow: bool = False, **o
         return await call_next(request)
 
     errors.install(app)
+    gate.install(app, access, registry.settings)
     for routes in (act, policies, health):
         app.include_router(routes.router)
     defaults: dict[str, Any] = {"loop": "uvloop", "log_config": None, "server_header": False, "date_header": False}
+    defaults |= {"ws": "app.api.websocket:WebSocketProtocol", "ws_per_message_deflate": False}
     server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, **defaults, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Service(port, server, registry, requests)
+        yield Service(http, port, server, registry, requests)
     finally:
         registry.runtime.gate.set()
         server.should_exit = True
@@ -148,3 +161,22 @@ def request(
         *headers,
     ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def exchange(service: Service, pieces: list[bytes], pause_s: float = 0.0) -> bytes:
+    """Everything that is answered until the service closes or, all being sent, says nothing for a while."""
+    answer = b""
+    with service.connect() as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause_s)
+        except OSError:  # it has closed
+            pass
+        connection.settimeout(0.25)
+        try:
+            while data := connection.recv(1 << 16):
+                answer += data
+        except (TimeoutError, ConnectionResetError):
+            pass
+    return answer

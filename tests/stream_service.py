@@ -15,7 +15,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app.api import act, errors, oip, policies, sessions, stream
+from app.access import Access
+from app.api import act, errors, gate, oip, policies, sessions, stream
 from app.lane.doors import Lane
 from app.sessions import Limits, Sessions
 from app.settings import Settings
@@ -32,12 +33,15 @@ UVICORN: dict[str, Any] = {
 
 
 def application(settings: Settings, registry: Versions) -> FastAPI:
+    access = None if settings.tokens is None else Access(settings.tokens)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         registry.publish()
         with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
             _app.state.sessions = held
-            async with Lane(registry, settings.request_timeout_s) as lane:
+            patience_s, most = settings.request_timeout_s, settings.max_connections
+            async with Lane(registry, patience_s, most, access) as lane:
                 yield {"lane": lane}
             await registry.close()
 
@@ -45,6 +49,7 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
     app.state.settings = settings
     app.state.registry = registry
     errors.install(app)
+    gate.install(app, access, settings)
     for routes in (act, sessions, stream, oip, policies):
         app.include_router(routes.router)
     return app
@@ -84,6 +89,7 @@ class Service:
 @contextmanager
 def running(settings: Settings | None = None, slow: bool = False, **options: Any) -> Iterator[Service]:
     registry = Versions(SLOW if slow else QUICK)
+    registry.not_ready = lambda: None  # type: ignore[method-assign]
     app = application(settings or Settings(), registry)
     server = uvicorn.Server(uvicorn.Config(app, port=0, **UVICORN, **options))
     thread = threading.Thread(target=server.run)

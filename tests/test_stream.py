@@ -20,6 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from app.client.stream import Stream
 from app.errors import NotServing, Overloaded, ServiceError
+from app.lane.protocol import GUESS_BYTES
 from app.requests import MAX_SEED, step_seed
 from app.settings import Settings
 from app.signature import Exploration
@@ -479,3 +480,31 @@ def test_a_stream_outlives_the_time_that_http_connections_may_be_idle() -> None:
         ws.recv(60)
         time.sleep(3)
         assert ask(ws, raw(1))[0] == 1
+
+
+@pytest.mark.parametrize("ahead", [b"\xff" * 20, b"\x82\x05hello", b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("key", ["AAAAAAAAAAAAAAAAAAAAAA==", "short"])
+def test_nonsense_behind_a_handshake_is_no_error_of_ours(
+    service: Service, ahead: bytes, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = (
+        "GET /stream HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nX-Pad: "
+    )
+    head += "x" * (GUESS_BYTES - len(head) - 4) + "\r\n\r\n"  # what is behind it comes in a read of its own
+    port = int(service.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(head.encode() + ahead)
+        with suppress(OSError):  # it has closed
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 16):
+                pass
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_stream_outlives_the_time_that_connections_are_kept() -> None:
+    with running(timeout_keep_alive=1) as up, Stream(up.url) as stream:
+        for _ in range(7):
+            stream.act(np.array(3, np.int64))
+            time.sleep(0.5)
+        assert stream.steps == 7

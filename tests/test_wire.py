@@ -89,7 +89,11 @@ def test_a_scalar_is_one_item() -> None:
         ([[None] * 3] * 4, "expected integers; got mixed values"),
         (None, "expected integers; got mixed values"),
         ([[0, 0, 0]], r"expected uint8\[4, 3\], or a batch of them; got uint8\[1, 3\]"),
-        ([], "expected integers"),
+        ([], r"expected uint8\[4, 3\], or a batch of them; got uint8\[0\]"),
+        ([[True, 1, 0]] * 4, "expected integers; got booleans"),
+        ([[2**64, 0, 0]] * 4, "expected integers; got one of more than 64 bits"),
+        (["x" * 100_000] + [1] * 5000, "expected integers; got text"),  # 2 GB, if all were as long as the longest
+        ([1] * 1000 + [[]] * 1000, "mixed values"),
         ({"b64": "AAAA"}, "nested lists or"),
         ({"dtype": "int8", "shape": [4, 3], "b64": ""}, "dtype 'uint8'; got 'int8'"),
         ({"dtype": "uint8", "shape": [4, -3], "b64": ""}, "whole numbers"),

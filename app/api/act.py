@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from app import wire
+from app import access, wire
 from app.api import common, sessions
 from app.errors import InvalidRequest, NotAcceptable
 from app.policy import Acted, Policy
@@ -156,6 +156,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
         raise InvalidRequest(f"{sessions.STEP} numbers the steps of a session: expected {sessions.ID} too; got none")
     names = _wanted(request, policy, policy.signature.state)
     exploration, seed = _randomness(request, items)
+    access.owe(items.size - 1)
     acted = await policy.act(items.tensors, items.size, exploration, seed, common.patience_ns(request))
     return _answer(request, acted, names, items.batched)
 

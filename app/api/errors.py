@@ -23,10 +23,14 @@ STATUS: dict[type[errors.ActserveError], int] = {
     errors.UnsupportedContentEncoding: 415,
     errors.NotAcceptable: 406,
     errors.BodyTooLarge: 413,
+    errors.TooManyItems: 413,
     errors.StepConflict: 409,
     errors.InvalidRequest: 422,
     errors.SessionExpired: 410,
     errors.NotFound: 404,
+    errors.Unauthorized: 401,
+    errors.ForbiddenOrigin: 403,
+    errors.RateLimited: 429,
     errors.SessionTooLarge: 507,
     errors.Unavailable: 503,
     errors.StoreError: 503,
@@ -40,6 +44,15 @@ RETRY_AFTER_S = 1
 def status_of(error: errors.ActserveError) -> int:
     """The status of the nearest ancestor that has one."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def headers_of(error: errors.ActserveError) -> dict[str, str] | None:
+    """What the answer says beside its body."""
+    if isinstance(error, errors.Unavailable):
+        return {"Retry-After": str(RETRY_AFTER_S)}
+    if isinstance(error, errors.RateLimited):
+        return {"Retry-After": str(error.retry_after_s)}
+    return {"WWW-Authenticate": "Bearer"} if isinstance(error, errors.Unauthorized) else None
 
 
 def answer(status: int, code: str, message: str, detail: Any = None, headers: dict[str, str] | None = None) -> Response:
@@ -62,8 +75,7 @@ def response(error: errors.ActserveError) -> Response:
     status = status_of(error)
     if status >= 500 and not isinstance(error, errors.Unavailable):
         log.error("%s", error.message, exc_info=error.__cause__)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, errors.Unavailable) else None
-    return answer(status, error.code, error.message, error.detail, headers)
+    return answer(status, error.code, error.message, error.detail, headers_of(error))
 
 
 async def _ours(_request: Request, error: Exception) -> Response:

@@ -10,7 +10,7 @@ import pydantic_core
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from app import wire
+from app import access, wire
 from app.api import common
 from app.errors import InvalidRequest, MalformedBody
 from app.policy import Policy
@@ -33,7 +33,8 @@ _BEGIN: dict[str, Any] = {
             "name": OWNER,
             "in": "header",
             "schema": {"type": "string"},
-            "description": "A secret of the client's choice, by which it can list its sessions.",
+            "description": "A secret of the client's choice, by which it can list its sessions. Where tokens are "
+            "needed it has no effect: the token's name owns the sessions.",
         }
     ],
 }
@@ -55,25 +56,25 @@ async def begin_on_version(request: Request, name: str, version: str) -> dict[st
 
 @router.get("/policies/{name}/sessions")
 async def list_sessions(request: Request, name: str) -> dict[str, Any]:
-    """The sessions that were begun with this `X-Owner`."""
-    owner = request.headers.get(OWNER)
-    if not owner:
+    """The sessions that were begun with this token; where none is needed, with this `X-Owner`."""
+    owner, holder = request.headers.get(OWNER), access.current.get()
+    if holder is None and not owner:
         raise InvalidRequest(f"expected {OWNER}, the secret that the sessions were begun with; got none")
     await common.registry(request).get(name)
-    return {"sessions": [_describe(request, session) for session in _sessions(request).owned(name, owner)]}
+    return {"sessions": [_describe(request, session) for session in _sessions(request).owned(name, owner, holder)]}
 
 
 @router.get("/policies/{name}/sessions/{id_}")
 async def get_session(request: Request, name: str, id_: str) -> dict[str, Any]:
     """One session as it stands: `step` is the last step done."""
-    return _describe(request, _sessions(request).get(name, id_))
+    return _describe(request, _sessions(request).get(name, id_, access.current.get()))
 
 
 @router.delete("/policies/{name}/sessions/{id_}", status_code=204)
 async def end(request: Request, name: str, id_: str) -> Response:
     """End a session. Its id is answered with 410 from now on."""
     sessions = _sessions(request)
-    sessions.end(sessions.get(name, id_))
+    sessions.end(sessions.get(name, id_, access.current.get()))
     return Response(status_code=204)
 
 
@@ -88,7 +89,7 @@ class Stepping:
 
 async def stepping(request: Request, policy: Policy, version: int | None, id_: str) -> Stepping:
     """What to step, of `policy`. `version` is the one that the URL asks for, if it does."""
-    session = _sessions(request).get(policy.artifact.manifest.name, id_)
+    session = _sessions(request).get(policy.artifact.manifest.name, id_, access.current.get())
     if version is not None and session.version != version:
         raise InvalidRequest(
             f"a session stays on its version: expected {session.version}; got {version}",
@@ -136,6 +137,7 @@ async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
         owner=request.headers.get(OWNER) or None,
         seed=seed,
         exploration=exploration,
+        holder=access.current.get(),
     )
     return _describe(request, session)
 

@@ -13,11 +13,12 @@ from fastapi import APIRouter, HTTPException, WebSocket, WebSocketDisconnect
 from starlette.datastructures import QueryParams
 
 from app import wire
+from app.access import current
 from app.api import common
 from app.api.errors import status_of
 from app.api.websocket import LIMIT, RESTART
 from app.batcher import Outcome
-from app.errors import ActserveError, InvalidRequest, NotServing, Unavailable, UnsupportedContentType
+from app.errors import ActserveError, InvalidRequest, NotServing, Unauthorized, Unavailable, UnsupportedContentType
 from app.policy import Policy
 from app.requests import complete, step_seed
 from app.settings import Settings
@@ -36,7 +37,11 @@ _BYTES_PER_ELEMENT = 32  # the longest number in JSON, with room to spare
 _BYTES_BESIDE = 64 << 10  # names, and the head of a safetensors message or a PNG
 _REASON_BYTES = 123  # what a close frame has room for
 _IDLE, _UNUSABLE, _REFUSED, _INTERNAL, _TRY_AGAIN = 1001, 1003, 1008, 1011, 1013
-_ENDING: dict[type[ActserveError], int] = {UnsupportedContentType: _UNUSABLE, NotServing: RESTART}  # errors that last
+_ENDING: dict[type[ActserveError], int] = {  # errors that last
+    UnsupportedContentType: _UNUSABLE,
+    NotServing: RESTART,
+    Unauthorized: _REFUSED,
+}
 
 _DESCRIPTION = f"""
 Upgrade to a WebSocket: the connection is the episode, and the service keeps its state.
@@ -54,8 +59,9 @@ In the query `outputs` (the action is always the first), `exploration` and `seed
 k comes from the seed and k. `binary` says what binary messages are: {", ".join(f"`{known}`" for known in BINARY)}.
 
 Close codes: {_IDLE} idle for too long, {_UNUSABLE} this policy takes text messages only, 1007 text that is not UTF-8,
-1009 a message larger than the hello allows, {_INTERNAL} the service failed or had no answer to its pings, {RESTART} the
-service restarts; what it had taken in has been answered. What cannot begin is refused as on `/act`, by an HTTP error.
+{_REFUSED} the token is not valid any more, 1009 a message larger than the hello allows, {_INTERNAL} the service failed
+or had no answer to its pings, {RESTART} the service restarts; what it had taken in has been answered. What
+cannot begin is refused as on `/act`, by an HTTP error.
 """
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[None]])
@@ -175,6 +181,7 @@ class Episode:
         self._policy = policy
         self._state: Arrays = {}  # each (1, *shape); none before the first step, or where the arena has it
         self.steps = 0
+        self.token = current.get()
         manifest = policy.artifact.manifest
         blank = {spec.name: spec.zeros(1) for spec in signature.observations}
         self.hello = Hello(
@@ -204,6 +211,8 @@ class Episode:
 
     async def step(self, message: Any) -> dict[str, Any]:
         """One ASGI message -> the one that answers it. Whatever this raises, the episode has not moved."""
+        if self.token is not None:
+            self.token.charge()
         text = message.get("text")
         if text is None:
             items = wire.decode(self._binary, bytearray(message["bytes"]), self._signature)  # a copy: it is writable

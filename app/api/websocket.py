@@ -3,6 +3,7 @@
 * A stream sets its own bound on messages, which is enforced on a frame's head, before its payload is taken in.
 * At shutdown uvicorn closes every connection at once, and the answer on its way is lost. Here the application is told
   first, by a disconnect with code 1012 that queues behind the messages already taken in; the application closes.
+* Nonsense that follows a handshake at once closes the connection; uvicorn would fail on it.
 * A refusal with a body ends the handshake; uvicorn would log it as an error of the application.
 * A peer that neither reads nor answers pings is dropped; closing would wait for it to read the rest.
 
@@ -39,7 +40,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.disconnected = True
 
     def handle_parser_exception(self) -> None:
-        super().handle_parser_exception()
+        if self.conn.close_sent is None:  # nonsense behind a handshake that has not been answered
+            self.handshake_complete = self.close_sent = True
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
+            self.transport.close()
+        else:
+            super().handle_parser_exception()
         self.disconnected = True
 
     def keepalive_timeout(self) -> None:

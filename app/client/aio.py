@@ -10,7 +10,7 @@ from app.client import operations
 from app.client.operations import Description, Operation, Request, Response, Result
 from app.client.remote import Carried
 from app.client.tensordicts import read_tensordict, write_tensordict
-from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer
 from app.errors import ServiceUnreachable
 from app.extras import require
 from app.signature import Array, Arrays, Exploration
@@ -19,9 +19,10 @@ from app.signature import Array, Arrays, Exploration
 class AsyncRemotePolicy:
     """As `RemotePolicy`; an asynchronous context manager that many tasks may share, each with episodes of its own."""
 
-    def __init__(self, url: str, policy: str | None = None, uds: str | None = None) -> None:
+    def __init__(self, url: str, policy: str | None = None, uds: str | None = None, token: str | None = None) -> None:
         self.url = url
         self.uds = uds
+        self.token = token
         self._wanted = policy
         self._http: Any = None
         self._description: Description | None = None
@@ -30,7 +31,7 @@ class AsyncRemotePolicy:
         aiohttp = require("aiohttp")
         connector = aiohttp.UnixConnector(self.uds, limit=0) if self.uds else aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
-        self._http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        self._http = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=bearer(self.token))
         try:
             self._description = await self.run(operations.describe(self._wanted))
         except BaseException:

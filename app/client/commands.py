@@ -37,6 +37,7 @@ def play(
     via: str = "http",
     exploration: Exploration | None = None,
     max_steps: int | None = None,
+    token: str | None = None,
     on_game: Callable[[int, float], None] = lambda number, score: None,
 ) -> Report:
     """Play whole games through a service, with a live line on `console`.
@@ -46,7 +47,7 @@ def play(
     policy plays no game, another one than `game`, or not by `protocol`.
     """
     with ExitStack() as stack:
-        remote = stack.enter_context(RemotePolicy(url, policy))
+        remote = stack.enter_context(RemotePolicy(url, policy, token=token))
         environment = remote.environment
         if environment is None:
             raise UsageError(f"{remote.name} plays no game; it can be called, not watched")
@@ -125,6 +126,7 @@ def load(
     processes: int | None,
     console: Console,
     via: str = "http",
+    token: str | None = None,
 ) -> LoadReport:
     """Load a service for a while, `via` one of `BACKENDS`; closed loop with 8 connections unless told otherwise."""
     if rate is None and concurrency is None:
@@ -140,6 +142,7 @@ def load(
             rate=rate,
             duration_s=duration_s,
             processes=processes,
+            token=token,
             on_progress=lambda elapsed_s, answers: status.update(
                 f"{what}  {elapsed_s:.0f} of {duration_s:g} s  {answers:,} answers"
             ),

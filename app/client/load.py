@@ -58,6 +58,7 @@ def load(
     seed: int = 0,
     processes: int | None = None,
     uds: str | None = None,
+    token: str | None = None,
     timeout_s: float = TIMEOUT_S,
     on_progress: worker.Progress | None = None,
 ) -> LoadReport:
@@ -78,7 +79,7 @@ def load(
         concurrency = CONCURRENCY
     if min(duration_s, timeout_s, 1 if concurrency is None else concurrency, 1 if rate is None else rate) <= 0:
         raise UsageError("concurrency, rate, duration and timeout are positive numbers")
-    with RemotePolicy(url, policy, uds) as remote:
+    with RemotePolicy(url, policy, uds, token) as remote:
         job = Job(
             url=url,
             uds=uds,
@@ -91,6 +92,7 @@ def load(
             most_connections=MOST_CONNECTIONS,
             duration_s=duration_s,
             timeout_s=timeout_s,
+            token=token,
         )
     count = _enough_processes(job) if processes is None else processes
     count = max(1, min(count, concurrency or count))

@@ -21,19 +21,22 @@ ATTEMPTS = 3  # at a step within a session, which the service takes once
 class RemotePolicy:
     """The policy `policy` (by default the service's default one) of the service at `url`, or at a Unix socket `uds`.
 
+    `token` is sent with every request. The certificate of an https service is checked against those that this host
+    trusts, or against the file that SSL_CERT_FILE names.
     A context manager over one kept connection, not to be shared between threads. Everything raises
     `ServiceUnreachable` when there is no answer and `ServiceError` when the answer is an error.
     """
 
-    def __init__(self, url: str, policy: str | None = None, uds: str | None = None) -> None:
+    def __init__(self, url: str, policy: str | None = None, uds: str | None = None, token: str | None = None) -> None:
         self.url = url
         self.uds = uds
+        self.token = token
         self._wanted = policy
         self._connection: Connection | None = None
         self._description: Description | None = None
 
     def __enter__(self) -> Self:
-        self._connection = Connection(self.url, self.uds)
+        self._connection = Connection(self.url, self.uds, self.token)
         try:
             self._description = self.run(operations.describe(self._wanted))
         except BaseException:

@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.sync.client import ClientConnection, connect, unix_connect
 
 from app.client.operations import service_error
-from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer
 from app.environment import Environment
 from app.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
 from app.signature import Array, Arrays, Exploration, Signature
@@ -40,6 +40,7 @@ class Stream:
         policy: str | None = None,
         version: int | None = None,
         uds: str | None = None,
+        token: str | None = None,
         *,
         outputs: Sequence[str] = (),
         exploration: Exploration | None = None,
@@ -50,6 +51,7 @@ class Stream:
         self.outputs: Arrays = {}  # of the last reply, each (*shape)
         query = {"outputs": ",".join(outputs) or None, "exploration": exploration, "seed": seed}
         self._url, self._uds = _stream_url(url, policy, version, query), uds
+        self._headers = bearer(token)
         self._stack = ExitStack()
         self._connection: ClientConnection | None = None
         self._hello: Hello | None = None
@@ -126,6 +128,7 @@ class Stream:
             "max_size": None,
             "open_timeout": CONNECT_TIMEOUT_S,
             "close_timeout": CLOSE_TIMEOUT_S,
+            "additional_headers": self._headers,
         }
         if self._uds is not None:
             unix: AbstractContextManager[ClientConnection] = unix_connect(self._uds, self._url, **options)

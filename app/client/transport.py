@@ -16,9 +16,11 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class Connection:
-    """One kept-alive connection to the service at `url`, or at a Unix socket `uds`; opened when first used."""
+    """One kept-alive connection to the service at `url`, or at a Unix socket `uds`; opened when first used. `token`:
+    what lets in, where the service asks for one."""
 
-    def __init__(self, url: str, uds: str | None) -> None:
+    def __init__(self, url: str, uds: str | None, token: str | None = None) -> None:
+        self._headers = bearer(token)
         self._where = url if uds is None else f"{url} through {uds}"
         try:
             parsed = urllib3.util.parse_url(url)
@@ -49,8 +51,13 @@ class Connection:
         self._pool.close()
 
     def _send(self, request: Request) -> urllib3.BaseHTTPResponse:
-        path = self._prefix + request.path
-        return self._pool.urlopen(request.method, path, request.body, request.headers, retries=False, redirect=False)
+        path, headers = self._prefix + request.path, {**request.headers, **self._headers}
+        return self._pool.urlopen(request.method, path, request.body, headers, retries=False, redirect=False)
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    """The header that has it, if there is one."""
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 def _pool(url: str, uds: str | None) -> urllib3.HTTPConnectionPool:

@@ -37,7 +37,15 @@ def _session(remote: RemotePolicy, outputs: Sequence[str], exploration: Explorat
 
 
 def _stream(remote: RemotePolicy, outputs: Sequence[str], exploration: Exploration | None, seed: int | None) -> Any:
-    return Stream(remote.url, remote.name, uds=remote.uds, outputs=outputs, exploration=exploration, seed=seed)
+    return Stream(
+        remote.url,
+        remote.name,
+        uds=remote.uds,
+        token=remote.token,
+        outputs=outputs,
+        exploration=exploration,
+        seed=seed,
+    )
 
 
 def _oip(remote: RemotePolicy, outputs: Sequence[str], exploration: Exploration | None, seed: int | None) -> Any:

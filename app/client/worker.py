@@ -36,6 +36,7 @@ class Job:
     most_connections: int  # open loop
     duration_s: float
     timeout_s: float
+    token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _work(job: Job, progress: Progress, when_ready: Callable[[], None]) -> Outcome:
-    speaking = backend(job.via, job.url, job.description, job.seed)
+    speaking = backend(job.via, job.url, job.description, job.seed, job.token)
     loop = _loop(job, speaking)
     try:
         try:

@@ -10,18 +10,21 @@ import socket
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 
+from app.access import Access
 from app.errors import UsageError
 from app.lazy import resolve
 from app.registry import Registry
 from app.sessions import Sessions
 from app.settings import Settings
 
-Serving = Callable[[Registry, Sessions, Settings], AbstractAsyncContextManager[None]]
+Serving = Callable[[Registry, Sessions, Settings, Access | None], AbstractAsyncContextManager[None]]
 
 
-def serving(registry: Registry, sessions: Sessions, settings: Settings) -> AbstractAsyncContextManager[None]:
+def serving(
+    registry: Registry, sessions: Sessions, settings: Settings, access: Access | None = None
+) -> AbstractAsyncContextManager[None]:
     """The server, for as long as the app runs; nothing where no port is set. Raises `UsageError`."""
-    return nullcontext() if settings.grpc_port is None else _load()(registry, sessions, settings)
+    return nullcontext() if settings.grpc_port is None else _load()(registry, sessions, settings, access)
 
 
 def check(settings: Settings) -> None:

@@ -9,9 +9,12 @@ from app.api.oip.errors import told
 
 STATUS: dict[type[errors.ActserveError], StatusCode] = {
     errors.BodyTooLarge: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyItems: StatusCode.RESOURCE_EXHAUSTED,
     errors.StepConflict: StatusCode.FAILED_PRECONDITION,
     errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
     errors.NotFound: StatusCode.NOT_FOUND,
+    errors.Unauthorized: StatusCode.UNAUTHENTICATED,
+    errors.RateLimited: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooLate: StatusCode.DEADLINE_EXCEEDED,
     errors.Overloaded: StatusCode.RESOURCE_EXHAUSTED,
     errors.SessionTooLarge: StatusCode.RESOURCE_EXHAUSTED,

@@ -11,6 +11,7 @@ from app.api.oip import codec, schema
 from app.api.oip.infer import Answer
 from app.errors import InvalidTensor, MalformedBody
 from app.signature import Array, Arrays, Signature, TensorSpec
+from app.wire.items import check_count
 from app.wire.oip import DATATYPES
 
 CONTENTS = {
@@ -73,6 +74,7 @@ def _from_contents(contents: Mapping[str, Any], shape: list[int], spec: TensorSp
     field = CONTENTS[spec.dtype]
     if list(contents) != [field]:
         raise InvalidTensor(spec.name, f"raw_input_contents or {field}", ", ".join(contents) or "neither")
+    check_count(len(contents[field]))
     return codec.from_values(list(contents[field]), shape, spec)
 
 

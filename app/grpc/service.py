@@ -13,6 +13,8 @@ from google.protobuf.message import DecodeError
 from grpc.aio import ServicerContext
 from tritonclient.grpc import service_pb2 as pb
 
+from app import access
+from app.access import Access
 from app.api.oip import infer, metadata, statistics
 from app.errors import ActserveError, MalformedBody
 from app.grpc import errors, messages
@@ -20,8 +22,10 @@ from app.grpc.stream import Conversation
 from app.policy import Policy
 from app.registry import Registry
 from app.sessions import Sessions
-from app.telemetry.call import Call, current
+from app.telemetry import call
+from app.telemetry.call import Call
 
+PROBES = ("ServerLive", "ServerReady")  # need no token
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
@@ -34,6 +38,8 @@ def _answering(
     @functools.wraps(method)
     async def answer(self: Service, request: _Request | MalformedBody, context: ServicerContext) -> _Response:
         try:
+            if method.__name__ not in PROBES:
+                self.admit(context)
             return await method(self, _sound(request))
         except Exception as error:
             status = errors.status(error)
@@ -46,14 +52,21 @@ def _answering(
 class Service:
     """What each method answers is what its route of `/v2` answers. `close` ends the streams."""
 
-    def __init__(self, registry: Registry, sessions: Sessions) -> None:
+    def __init__(self, registry: Registry, sessions: Sessions, access: Access | None = None) -> None:
         self._registry = registry
         self._sessions = sessions
+        self._access = access
         self._closing = asyncio.Event()
 
     def close(self) -> None:
         """From now on streams take nothing more; what they have taken is answered."""
         self._closing.set()
+
+    def admit(self, context: ServicerContext) -> None:
+        """Let the call in by its token, in the metadata as `authorization`. Raises `Unauthorized`, `RateLimited`."""
+        if self._access is not None:
+            given = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+            access.current.set(self._access.admit(given[0].encode() if len(given) == 1 else None))
 
     @_answering
     async def ServerLive(self, _request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
@@ -106,6 +119,10 @@ class Service:
     ) -> None:
         """Errors are in the responses, and the stream goes on; several requests may be in flight, responses come in
         order. UNAVAILABLE when the service closes."""
+        try:
+            self.admit(context)
+        except ActserveError as error:
+            await context.abort(*errors.status(error))
         conversation = Conversation(self._respond, _sequence, context.write)
         if not await conversation.run(requests, self._closing):
             await context.abort(
@@ -117,7 +134,7 @@ class Service:
 
     async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         """Counted, under its own id or a new one."""
-        current.set(Call.of(request.id))  # for good: it is a task of its own
+        call.current.set(Call.of(request.id))  # for good: it is a task of its own
         name = request.model_name if request.model_name in self._registry.names else ""
         tally = self._registry.counts.tally(name, "grpc", "ModelInfer")
         try:
@@ -140,6 +157,8 @@ class Service:
 
     async def _respond(self, request: pb.ModelInferRequest | MalformedBody) -> pb.ModelStreamInferResponse:
         try:
+            if (token := access.current.get()) is not None:
+                token.charge()
             return pb.ModelStreamInferResponse(infer_response=await self._infer(_sound(request)))
         except Exception as error:
             _, message = errors.status(error)

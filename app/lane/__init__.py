@@ -9,6 +9,7 @@ protocols, and so to the routes in `app.api`.
     doors.py      the policies behind the paths, and their ready-made answers
     receiver.py   from the socket to where the batch is read from
     protocol.py   one HTTP connection
+    inner.py      uvicorn's protocol, which has the rest
     stream.py     one WebSocket connection
     frames.py     the heads of WebSocket frames
 """

@@ -9,6 +9,7 @@ from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app import wire
+from app.access import Access
 from app.api import errors
 from app.arena import BATCHES, Arena
 from app.batcher import Batcher, Outcome
@@ -85,14 +86,19 @@ class Connection(Protocol):
 class Lane:
     """The doors to all live policies of a registry, and the connections that may come to them. Enter it to serve.
 
-    `patience_s`: how long a client may take to send a request, or to take an answer.
+    `patience_s`: how long a client may take to send a request, or to take an answer. `access`: who may come; None:
+    everybody.
     """
 
-    def __init__(self, registry: Registry, patience_s: float) -> None:
+    def __init__(
+        self, registry: Registry, patience_s: float, max_connections: int = 10_000, access: Access | None = None
+    ) -> None:
         self.patience_s = patience_s
+        self.max_connections = max_connections
         self.connections: set[Connection] = set()
         self._registry = registry
         self._generation = -1
+        self._access, self._access_generation = access, 0
         self._heads: Heads[Door] = Heads({}, {})
 
     async def __aenter__(self) -> Lane:
@@ -107,10 +113,14 @@ class Lane:
             await asyncio.sleep(1)
             for connection in list(self.connections):
                 connection.look()
+            if self._access is not None:
+                self._access.look()
+                if self._access_generation != self._access.generation:
+                    self._generation = -1  # forget the heads that were read
 
-    def count_slow(self) -> None:
-        """A client took too long to send its request, and was answered with 408."""
-        self._registry.counts.tally("", "lane", "").add("408", "too_slow")
+    def count(self, status: str, code: str) -> None:
+        """An answer to what was no request yet."""
+        self._registry.counts.tally("", "lane", "").add(status, code)
 
     def find(self, head: bytes) -> Taken[Door] | None:
         """See `Heads.find`."""
@@ -129,4 +139,9 @@ class Lane:
                 door = doors[f"/policies/{name}/act".encode()] = Door(batcher, batcher.arena, policy, tally)
                 if name == self._registry.default:
                     doors[b"/act"] = door
-        self._heads = Heads(doors, {path: door.size for path, door in doors.items()})
+        sizes = {path: door.size for path, door in doors.items()}
+        if self._access is None:
+            self._heads = Heads(doors, sizes)
+        else:
+            self._access_generation = self._access.generation
+            self._heads = Heads(doors, sizes, self._access.find)

@@ -8,9 +8,11 @@ bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from app.access import Token
 
 MAX_BYTES = 4096  # of a head; longer ones are not taken
 MAX_CODED_BYTES = 1 << 15  # of a compressed body, which is read with its head
@@ -29,6 +31,7 @@ _ONLY: dict[bytes, set[bytes]] = {
 }
 
 Door = TypeVar("Door")
+FindToken = Callable[[bytes | None], Token | None]  # whose an Authorization header is
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Taken(Generic[Door]):
     patience_ns: int  # how long it would wait; 0: for ever
     body_bytes: int
     items: int  # in the body; 0: as many as there are once it is expanded
+    token: Token | None = None  # whose it is
 
 
 def may_become_a_head(data: bytes) -> bool:
@@ -55,10 +59,13 @@ def may_become_a_head(data: bytes) -> bool:
 
 
 class Heads(Generic[Door]):
-    """Reads heads of POST requests to `doors`, which are by path, with bodies as `sizes` has it."""
+    """Reads heads of POST requests to `doors`, which are by path, with bodies as `sizes` has it. `find_token`: nobody
+    is let in without a token; None: it does not matter."""
 
-    def __init__(self, doors: Mapping[bytes, Door], sizes: Mapping[bytes, Size]) -> None:
-        self._doors, self._sizes = doors, sizes
+    def __init__(
+        self, doors: Mapping[bytes, Door], sizes: Mapping[bytes, Size], find_token: FindToken | None = None
+    ) -> None:
+        self._doors, self._sizes, self._find_token = doors, sizes, find_token
         self._known: dict[bytes, Taken[Door] | None] = {}
 
     def find(self, head: bytes) -> Taken[Door] | None:
@@ -91,6 +98,11 @@ class Heads(Generic[Door]):
         coding, patience = found.pop(b"content-encoding", None), found.pop(b"x-deadline-ms", None)
         if patience is not None and not _PATIENCE.fullmatch(patience):
             return None
+        token, authorization = None, found.pop(b"authorization", None)
+        if self._find_token is not None:
+            token = self._find_token(authorization)
+            if token is None:
+                return None
         for name, value in found.items():
             if name not in _IGNORED and value not in _ONLY.get(name, ()):
                 return None
@@ -102,4 +114,4 @@ class Heads(Generic[Door]):
             items = 0
         elif beside or items > size.items:
             return None
-        return Taken(self._doors[path], int(patience or 0) * 1_000_000, body_bytes, items)
+        return Taken(self._doors[path], int(patience or 0) * 1_000_000, body_bytes, items, token)

@@ -22,18 +22,16 @@ from time import perf_counter_ns
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from app import wire
-from app.api.stream import LANE
-from app.api.websocket import WebSocketProtocol
+from app.api import errors
 from app.batcher import Outcome
-from app.errors import ActserveError
-from app.lane.doors import Door, Lane
+from app.errors import ActserveError, TooManyConnections
+from app.lane.doors import UNAVAILABLE, Door, Lane, serialised
 from app.lane.heads import MAX_BYTES, Taken, may_become_a_head
+from app.lane.inner import Inner
 from app.lane.receiver import BUFFER_BYTES, Receiver
-from app.lane.stream import StreamLane
 
 GUESS_BYTES = 512  # of a first head
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -46,36 +44,6 @@ class Phase(Enum):
     RECEIVING = auto()  # a request
     ANSWERING = auto()
     SENDING = auto()  # an answer, which the client has not taken
-
-
-class Inner(HttpToolsProtocol):
-    """uvicorn's protocol, and whether its parser is between two messages."""
-
-    between = True
-    outer: LaneProtocol
-
-    def handle_websocket_upgrade(self) -> None:
-        self.outer.forget()
-        super().handle_websocket_upgrade()
-        websocket = self.transport.get_protocol()
-        if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated:
-            lane = StreamLane(websocket, self.transport)
-            self.transport.set_protocol(lane)
-            extensions: Any = websocket.scope["extensions"]
-            extensions[LANE] = lane
-
-    def on_message_begin(self) -> None:
-        self.between = False
-        super().on_message_begin()
-
-    def on_message_complete(self) -> None:
-        self.between = True
-        super().on_message_complete()
-
-    @property
-    def rests(self) -> bool:
-        """The next byte begins a message, and nothing is being answered."""
-        return self.between and not self.pipeline and (self.cycle is None or self.cycle.response_complete)
 
 
 class LaneProtocol(Receiver):
@@ -110,8 +78,14 @@ class LaneProtocol(Receiver):
         self._connections.discard(self._inner)
         self._connections.add(self)
         self._passing = self._lane is None
-        if self._lane is not None:
-            self._lane.connections.add(self)
+        if self._lane is None:
+            return
+        self._lane.connections.add(self)
+        if len(self._connections) > self._lane.max_connections:
+            error = TooManyConnections(f"{self._lane.max_connections} connections are open, the most that may be")
+            self._lane.count(UNAVAILABLE, error.code)
+            self.transport.write(serialised(errors.response(error), self._state.default_headers))
+            self.transport.close()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._missing is not None:
@@ -185,6 +159,9 @@ class LaneProtocol(Receiver):
         self._guess, self._data = end, data[end:]
         self._door = door
         try:
+            if taken.token is not None:
+                taken.token.charge()
+                taken.token.owe(max(1, taken.items) - 1)
             door.batcher.admit(max(1, taken.items) + len(door.arena.waiting), self.patience_ns)
         except ActserveError as error:
             self._refuse(door, error, taken.body_bytes)
@@ -271,7 +248,7 @@ class LaneProtocol(Receiver):
         if phase is Phase.IDLE and self._looks >= self._inner.timeout_keep_alive:
             self.transport.close()
         elif phase is Phase.RECEIVING and self._looks >= self._lane.patience_s:
-            self._lane.count_slow()
+            self._lane.count("408", "too_slow")
             self.transport.write(TOO_SLOW)
             self.transport.close()
         elif phase is Phase.SENDING and self._looks >= self._lane.patience_s:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from app.access import Token
 from app.api.websocket import WebSocketProtocol
 from app.arena import Arena
 from app.batcher import Batcher, Outcome
@@ -30,6 +31,7 @@ class Episode(Protocol):
     arena: Arena
     slot: int | None
     steps: int
+    token: Token | None
 
     def reply(self, outcome: Outcome, start: int, queue_ns: int) -> bytes:
         """The step is done: the reply's payload."""
@@ -121,6 +123,8 @@ class StreamLane(Receiver):
             return False
         try:
             episode.batcher.admit(1 + len(episode.arena.waiting))
+            if episode.token is not None:
+                episode.token.charge()
         except ActserveError:  # for the route to say
             return False
         self._episode, self._mask = episode, head.mask

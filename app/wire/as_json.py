@@ -9,6 +9,7 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ import pydantic_core
 
 from app.errors import InvalidTensor, MalformedBody
 from app.signature import Array, TensorSpec
-from app.wire.items import METADATA, Body, Items, check_shape, find, gather, read_metadata, view
+from app.wire.items import METADATA, Body, Items, check_json, check_shape, find, gather, read_metadata, view
 
 
 def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+    text = bytes(body)
+    check_json(text)
     try:
-        document = pydantic_core.from_json(bytes(body), allow_inf_nan=False)
+        document = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
     if not isinstance(document, dict):
@@ -45,34 +48,53 @@ def _array(value: Any, spec: TensorSpec) -> Array:
 
 
 def from_lists(value: Any, spec: TensorSpec) -> Array:
-    """Nested lists of any shape -> an array of the spec's dtype. Raises `InvalidTensor`."""
+    """Nested lists of any shape -> an array of the spec's dtype. Raises `InvalidTensor`.
+
+    Not by `np.array(value)`, which gives every element as much memory as the longest text among them has.
+    """
+    shape, flat, kinds = _flatten(value, spec)
+    kind = spec.numpy_dtype.kind
+    if kind == "f" and str in kinds:
+        flat = [_WORDS.get(element, element) if type(element) is str else element for element in flat]
+        kinds = set(map(type, flat))
+    wrong = kinds - _TAKEN[kind]
+    if wrong:
+        got = _TYPE_NAMES.get(wrong.pop(), "mixed values") if len(wrong) == 1 else "mixed values"
+        raise InvalidTensor(spec.name, _TAKEN_NAMES[kind], got)
     try:
-        array = np.array(value)
-        if array.dtype.kind == "U" and spec.numpy_dtype.kind == "f":
-            array = np.array(_with_infinities(value))
-    except ValueError:
-        raise InvalidTensor(spec.name, f"{spec} as nested lists", "lists of unequal length") from None
-    accepted = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[spec.numpy_dtype.kind]
-    if array.dtype.kind not in accepted:
-        kinds = {"b": "booleans", "u": "integers", "i": "integers", "f": "numbers"}
-        raise InvalidTensor(spec.name, kinds[spec.numpy_dtype.kind], _KIND_NAMES.get(array.dtype.kind, "other values"))
-    if spec.numpy_dtype.kind in "uif":
-        limits = np.iinfo(spec.numpy_dtype) if spec.numpy_dtype.kind in "ui" else np.finfo(spec.numpy_dtype)
+        array: Array = np.array(flat, _WIDEST[kind])
+    except OverflowError:
+        raise InvalidTensor(spec.name, _TAKEN_NAMES[kind], "one of more than 64 bits") from None
+    if kind != "b":
+        limits = np.iinfo(spec.numpy_dtype) if kind in "ui" else np.finfo(spec.numpy_dtype)
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
         if finite.size and (finite.min() < limits.min or finite.max() > limits.max):
             raise InvalidTensor(spec.name, f"{limits.min} to {limits.max}", f"{finite.min()} to {finite.max()}")
-    return np.asarray(array, spec.numpy_dtype, order="C")
+    return np.asarray(array, spec.numpy_dtype).reshape(shape)
 
 
-def _with_infinities(value: Any) -> Any:
-    """Nested lists with the words that stand for numbers replaced; other text is left to be refused."""
-    if isinstance(value, list):
-        return [_with_infinities(element) for element in value]
-    return _WORDS.get(value, value) if isinstance(value, str) else value
+def _flatten(value: Any, spec: TensorSpec) -> tuple[list[int], list[Any], set[type]]:
+    """-> (shape, what is in it, row-major, the types of that). Raises `InvalidTensor` for lists of unequal length."""
+    shape: list[int] = []
+    flat, kinds = [value], {type(value)}
+    while kinds == {list}:
+        lengths = set(map(len, flat))
+        if len(lengths) > 1:
+            raise InvalidTensor(spec.name, f"{spec} as nested lists", "lists of unequal length")
+        shape += lengths
+        if len(shape) > _MAX_DEPTH:
+            raise InvalidTensor(spec.name, f"{spec} as nested lists", f"more than {_MAX_DEPTH} of them in each other")
+        flat = list(chain.from_iterable(flat))
+        kinds = set(map(type, flat))
+    return shape, flat, kinds
 
 
+_MAX_DEPTH = 32
 _WORDS = {"Infinity": np.inf, "-Infinity": -np.inf, "NaN": np.nan}
-_KIND_NAMES = {"b": "booleans", "i": "integers", "u": "integers", "f": "fractions", "U": "text", "O": "mixed values"}
+_WIDEST = {"b": np.bool_, "u": np.int64, "i": np.int64, "f": np.float64}
+_TAKEN: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
+_TAKEN_NAMES = {"b": "booleans", "u": "integers", "i": "integers", "f": "numbers"}
+_TYPE_NAMES: dict[type, str] = {bool: "booleans", int: "integers", float: "fractions", str: "text"}
 
 
 def _from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:

@@ -19,6 +19,8 @@ JSON = "application/json"
 SAFETENSORS = "application/safetensors"
 PNG = "image/png"
 
+MAX_VALUES = 1 << 20  # one by one, as JSON has them: each costs up to a microsecond, in which nobody else is served
+
 
 @dataclass(frozen=True)
 class Items:
@@ -82,6 +84,20 @@ def read_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in METADATA:
             raise MalformedBody(f"expected metadata of {', '.join(METADATA)}; got {name!r}"[:200])
     return {name: METADATA[name](value) for name, value in values.items()}
+
+
+def check_json(document: bytes) -> None:
+    """Raises `MalformedBody` for JSON of too many values; looks at no more than their number."""
+    if len(document) > MAX_VALUES:
+        check_count(sum(document.count(mark) for mark in (b",", b"[", b":")))
+
+
+def check_count(values: int) -> None:
+    """Raises `MalformedBody`."""
+    if values > MAX_VALUES:
+        raise MalformedBody(
+            f"expected at most {MAX_VALUES:,} values that are spelled out; got {values:,}: send tensors as bytes"
+        )
 
 
 def find(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:

@@ -13,8 +13,8 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from app.api.errors import RETRY_AFTER_S, status_of
-from app.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict, Unavailable
+from app.api.errors import headers_of, status_of
+from app.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict, TooManyItems, Unavailable
 from app.telemetry import call
 
 log = logging.getLogger("actserve")
@@ -26,7 +26,7 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 def status(error: ActserveError) -> int:
     """As elsewhere, but for bad input, which the protocol answers with 400."""
-    bad_input = isinstance(error, InvalidRequest) and not isinstance(error, BodyTooLarge | StepConflict)
+    bad_input = isinstance(error, InvalidRequest) and not isinstance(error, BodyTooLarge | TooManyItems | StepConflict)
     return 400 if bad_input else status_of(error)
 
 
@@ -45,6 +45,10 @@ def answer(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return Response(pydantic_core.to_json({"error": message}), status, headers, media_type="application/json")
 
 
+def response(error: ActserveError) -> Response:
+    return answer(status(error), told(error), headers_of(error))
+
+
 class OipRoute(APIRoute):
     def get_route_handler(self) -> Handler:
         handler = super().get_route_handler()
@@ -55,8 +59,7 @@ class OipRoute(APIRoute):
             except ClientDisconnect:
                 raise
             except ActserveError as error:
-                headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, Unavailable) else None
-                return answer(status(error), told(error), headers)
+                return response(error)
             except Exception as error:
                 return answer(500, told(error))
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from app import access
 from app.api.oip import codec, metadata, sequences, statistics
 from app.api.oip.schema import Asked
 from app.errors import TooLate
@@ -69,6 +70,7 @@ async def _act(
     selected = codec.select(asked.request, metadata.outputs(policy.signature))
     tensors = asked.tensors(policy.signature)
     size = len(next(iter(tensors.values())))
+    access.owe(size - 1)
     return policy, await policy.act(tensors, size, *sequences.randomness(parameters)), selected
 
 

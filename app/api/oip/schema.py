@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import MalformedBody
 from app.signature import Arrays, Signature
+from app.wire.items import check_json
 
 _Source = TypeVar("_Source")
 
@@ -80,6 +81,7 @@ class Asked(Protocol):
 
 def parse(document: bytes) -> InferRequest:
     """From JSON. Raises `MalformedBody`, which names the field."""
+    check_json(document)
     return _validated(InferRequest.model_validate_json, document)
 
 

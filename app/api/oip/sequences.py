@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app import wire
+from app import access, wire
 from app.api.oip.schema import Asked, Parameters
 from app.errors import InvalidRequest
 from app.policy import Acted, Policy
@@ -48,7 +48,7 @@ async def find(
     if parameters.sequence_start:
         return Sequence(policy, None)
     manifest = policy.artifact.manifest
-    session = sessions.sequence(manifest.name, parameters.sequence_id)
+    session = sessions.sequence(manifest.name, parameters.sequence_id, holder=access.current.get())
     if pinned and session.version != manifest.version:
         raise InvalidRequest(f"a sequence stays on its version: expected {session.version}; got {manifest.version}")
     return Sequence(await policy_of(registry, session), session)
@@ -63,7 +63,12 @@ async def step(sessions: Sessions, registry: Registry, sequence: Sequence, asked
     if session is None:
         manifest = sequence.policy.artifact.manifest
         session = sessions.begin(
-            manifest.name, manifest.version, seed=seed, exploration=exploration, sequence=parameters.sequence_id
+            manifest.name,
+            manifest.version,
+            seed=seed,
+            exploration=exploration,
+            sequence=parameters.sequence_id,
+            holder=access.current.get(),
         )
     elif seed not in (None, session.seed) or exploration not in (None, session.exploration):
         raise InvalidRequest("a sequence's seed and exploration are set when it starts; got others later")

@@ -16,7 +16,7 @@ BACKENDS = {
 __all__ = ["BACKENDS", "Backend", "backend"]
 
 
-def backend(via: str, url: str, description: Description, seed: int) -> Backend:
+def backend(via: str, url: str, description: Description, seed: int, token: str | None = None) -> Backend:
     """`via` is one of `BACKENDS`."""
-    made: Backend = resolve(BACKENDS[via])(url, description, seed)
+    made: Backend = resolve(BACKENDS[via])(url, description, seed, token)
     return made

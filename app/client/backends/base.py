@@ -15,6 +15,7 @@ import urllib3
 from app import wire
 from app.client.connection import Connection, HttpConnection, Owner, Parts
 from app.client.operations import Description, Request, request_body
+from app.client.transport import bearer
 from app.signature import IS_INIT, Arrays
 
 OBSERVATIONS = 32  # different ones are sent in turn
@@ -23,14 +24,16 @@ Ask = Callable[[Parts], Awaitable[tuple[int, bytes]]]  # an HTTP request -> stat
 
 
 class Backend(ABC):
-    """One way of speaking to the service at `url`. Everything random comes from `seed`, the same in every process.
+    """One way of speaking to the service at `url`, which may ask for a `token`. Everything random comes from `seed`,
+    the same in every process.
 
     Where an answer depends on what was asked before it on the same connection (the policy has state, or its noise
     comes with the step's number), each connection asks the same in the same order, and begins a new episode with the
     first observation of each round: then the same question has the same answer on every connection.
     """
 
-    def __init__(self, url: str, description: Description, seed: int) -> None:
+    def __init__(self, url: str, description: Description, seed: int, token: str | None = None) -> None:
+        self.authorization = bearer(token)
         self.description = description
         self.signature = description.signature
         self.url = urllib3.util.parse_url(url)
@@ -91,7 +94,12 @@ class Backend(ABC):
 
     def head(self, request: Request) -> bytes:
         """An HTTP request up to where further headers, an empty line and its body may follow."""
-        headers = {"Host": self.url.netloc, "Content-Length": len(request.body or b""), **request.headers}
+        headers = {
+            "Host": self.url.netloc,
+            "Content-Length": len(request.body or b""),
+            **request.headers,
+            **self.authorization,
+        }
         path = (self.url.path or "").rstrip("/") + request.path
         lines = [f"{request.method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), ""]
         return "\r\n".join(lines).encode()

@@ -31,8 +31,8 @@ class Session:
 
 
 class Sessions(Backend):
-    def __init__(self, url: str, description: Description, seed: int) -> None:
-        super().__init__(url, description, seed)
+    def __init__(self, url: str, description: Description, seed: int, token: str | None = None) -> None:
+        super().__init__(url, description, seed, token)
         self._sessions: list[Session] = []
         self._owner: str | None = None  # of all that were begun, even if the answer that told so was lost
 

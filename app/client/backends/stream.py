@@ -22,7 +22,7 @@ from app.wire.stream import Replies
 
 class Streams(Backend):
     def connection(self, owner: Owner) -> Connection:
-        return StreamConnection(owner, self._uri, self._replies.offsets[self.signature.action.name])
+        return StreamConnection(owner, self._uri, self._replies.offsets[self.signature.action.name], self.authorization)
 
     async def begin(self, connection: Connection) -> None:
         status, body = await connection.exchange()  # the hello
@@ -53,8 +53,9 @@ class StreamConnection(Connection):
     The answer to a message is what follows the first `skipped` bytes of its reply, which tell the time; or an error.
     """
 
-    def __init__(self, owner: Owner, uri: WebSocketURI, skipped: int) -> None:
+    def __init__(self, owner: Owner, uri: WebSocketURI, skipped: int, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(owner)
+        self._headers = headers or {}
         self._protocol = ClientProtocol(uri)
         self._skipped = skipped
         self._opcode = Opcode.BINARY
@@ -75,7 +76,9 @@ class StreamConnection(Connection):
 
     def _send(self, parts: Parts) -> None:
         if self._protocol.state is CONNECTING:
-            self._protocol.send_request(self._protocol.connect())
+            request = self._protocol.connect()
+            request.headers.update(self._headers)
+            self._protocol.send_request(request)
         for part in parts:
             self._protocol.send_binary(part)
         self._flush()
