@@ -36,8 +36,10 @@ class Service:
 
 
 @contextmanager
-def running(max_games: int = 4, session_idle_s: float = 600, store: Path = SHIPPED) -> Iterator[Service]:
-    settings = Settings(store=store, runtime="onnx", max_games=max_games, session_idle_s=session_idle_s)
+def running(
+    max_games: int = 4, session_idle_s: float = 600, store: Path = SHIPPED, tokens: Path | None = None
+) -> Iterator[Service]:
+    settings = Settings(store=store, runtime="onnx", max_games=max_games, session_idle_s=session_idle_s, tokens=tokens)
     app = create_app(settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, **UVICORN))
     thread = threading.Thread(target=server.run)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from app.access import add
 from app.atari import AtariGame
 from app.game import encode_png
 from tests import browser
@@ -169,3 +170,21 @@ def test_without_ale_it_says_so_and_still_answers_about_a_screen(
     one_tab.choose_file("#file", screen)
     one_tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take ')")
     assert one_tab.complaints == []
+
+
+def test_a_service_that_wants_a_token_is_given_one(one_tab: Tab, tmp_path: Path) -> None:
+    token = add(tmp_path / "tokens", "visitor")
+    with running(tokens=tmp_path / "tokens") as guarded:
+        one_tab.open(f"{guarded.url}/")
+        one_tab.wait("document.querySelector('#token').checkVisibility()")
+        assert "asks for a token" in one_tab.text("#note")
+        one_tab.evaluate(f"document.querySelector('#secret').value = '{token}'")
+        one_tab.click("#token button")
+        one_tab.wait("!document.querySelector('#start').disabled")
+        assert not one_tab.evaluate("document.querySelector('#token').checkVisibility()")
+        one_tab.click("#start")
+        one_tab.wait("Number(document.querySelector('#step').innerText) > 3")
+        one_tab.click("#use")
+        one_tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take')")
+        one_tab.open("about:blank")
+        until(lambda: guarded.seats.taken == 0)

@@ -62,7 +62,7 @@ class Gate:
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
                 _protect(scope["path"], MutableHeaders(scope=message))
-            elif message["type"] == "websocket.accept" and SUBPROTOCOL in scope["subprotocols"]:
+            elif message["type"] == "websocket.accept" and SUBPROTOCOL in scope.get("subprotocols", ()):
                 message["subprotocol"] = SUBPROTOCOL
             await send(message)
 
@@ -87,7 +87,9 @@ def _authorization(scope: Scope, headers: Headers) -> bytes | None:
     `bearer.TOKEN`."""
     given = headers.getlist("authorization")
     if scope["type"] == "websocket" and not given:
-        given = [f"Bearer {name.removeprefix(TOKEN)}" for name in scope["subprotocols"] if name.startswith(TOKEN)]
+        given = [
+            f"Bearer {name.removeprefix(TOKEN)}" for name in scope.get("subprotocols", ()) if name.startswith(TOKEN)
+        ]
     return given[0].encode("latin-1") if len(given) == 1 else None
 
 

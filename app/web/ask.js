@@ -1,6 +1,7 @@
 // One screen, as a PNG: what would the policy do? `/act` answers.
 
 import { Bars } from "/page/bars.js";
+import * as token from "/page/token.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -15,7 +16,7 @@ export function install(policy, frame) {
     const begun = performance.now();
     try {
       const response = await fetch(`${path}/act?${query}`, {
-        method: "POST", headers: { "Content-Type": "image/png" }, body: png,
+        method: "POST", headers: { ...token.headers(), "Content-Type": "image/png" }, body: png,
       });
       const took = performance.now() - begun;
       const document = await response.json();

@@ -1,5 +1,7 @@
 // One game: its WebSocket, its messages, and the commands that it is given. Pictures that come too fast are skipped.
 
+import * as token from "/page/token.js";
+
 export class Game {
   // `on`: hello(hello), picture(head, bitmap, png), end(reason), each called while the game is this page's.
   constructor(choice, command, on) {
@@ -12,7 +14,7 @@ export class Game {
     this.error = null;
     this.next = null; // to be drawn, {head, png}
     this.drawing = null; // a promise, while it is
-    this.socket = new WebSocket(url);
+    this.socket = new WebSocket(url, token.protocols());
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.text(JSON.parse(data)) : this.binary(data));
     this.socket.onclose = async () => {

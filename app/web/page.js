@@ -5,6 +5,7 @@ import { Bars } from "/page/bars.js";
 import { Chart, POINT_MS, quantile } from "/page/chart.js";
 import { Game } from "/page/game.js";
 import * as keys from "/page/keys.js";
+import * as token from "/page/token.js";
 
 const $ = (id) => document.getElementById(id);
 const pen = $("screen").getContext("2d");
@@ -19,8 +20,9 @@ let meanings = []; // of the actions
 let playable = false;
 
 const json = async (path) => {
-  const response = await fetch(path);
+  const response = await fetch(path, { headers: token.headers() });
   const document = await response.json();
+  $("token").hidden = response.status !== 401;
   if (!response.ok) throw new Error(document.error?.message ?? response.statusText);
   return document;
 };
@@ -182,7 +184,7 @@ async function begin() {
     await offer();
   } catch (error) {
     $("served").textContent = "";
-    $("note").textContent = error.message;
+    $("note").textContent = $("token").hidden ? error.message : "This service asks for a token.";
   }
 }
 
@@ -210,6 +212,12 @@ $("speed").addEventListener("change", () => {
   $("screen").focus(); // or the arrow keys would go on choosing
 });
 $("choice").addEventListener("submit", (event) => event.preventDefault());
+$("token").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token.keep($("secret").value.trim());
+  $("secret").value = "";
+  begin();
+});
 $("choice").addEventListener("change", async ({ target }) => {
   const on = game !== null;
   if (on) stop();
