@@ -141,13 +141,13 @@ class Artifact:
     def open(folder: Path, label: str, trust: Trust | None = None, fetched: bool = False) -> Artifact:
         """Read the manifest and look over the folder (names and sizes, not contents). Raises a `StoreError`."""
         try:
-            data = _read(folder / MANIFEST, MANIFEST_LIMIT_BYTES + 1)
+            data = read_plain(folder / MANIFEST, MANIFEST_LIMIT_BYTES + 1)
         except FileNotFoundError:
             raise UnfinishedVersion(f"{label}: there is no {MANIFEST}: publishing it was cut short") from None
         except OSError as error:
             raise InvalidManifest(f"{label}: {MANIFEST} cannot be read: {error.strerror}") from None
         try:
-            signature = _read(folder / SIGNATURE, SIGNATURE_LIMIT_BYTES + 1)
+            signature = read_plain(folder / SIGNATURE, SIGNATURE_LIMIT_BYTES + 1)
         except OSError:
             signature = None
         signer = (trust or Trust()).signer(label, data, signature)
@@ -188,7 +188,7 @@ class Artifact:
     def read(self, name: str) -> bytes:
         """The bytes of one file, verified: what was hashed is what is returned. Raises a `StoreError`."""
         try:
-            data = _read(self.folder / name, self.manifest.files[name].bytes + 1)
+            data = read_plain(self.folder / name, self.manifest.files[name].bytes + 1)
         except OSError as error:
             raise MissingFile(f"{self.label}: {name} cannot be read: {error.strerror}", file=name) from None
         self._check_size(name, len(data))
@@ -222,7 +222,7 @@ class Artifact:
             raise MissingFile(f"{self.label}: {file} cannot be read: {error.strerror}", file=file) from None
 
 
-def _read(path: Path, limit_bytes: int) -> bytes:
+def read_plain(path: Path, limit_bytes: int) -> bytes:
     """At most `limit_bytes` of a plain file. Raises OSError, also for links and for what would never end."""
     # Not blocking: opening a named pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -35,6 +35,7 @@ ActserveError
 │   ├── MisplacedVersion         the manifest names another policy or version than its folder
 │   ├── MissingFile              listed in the manifest, not in the folder
 │   ├── UnexpectedFile           in the folder, not in the manifest
+│   ├── InvalidRouting           `routing.json` cannot be read, or wishes for what cannot be
 │   ├── CorruptFile              size or SHA-256 differs from the manifest
 │   ├── InvalidName              not a policy name
 │   ├── Unsigned                 no trusted key signed the manifest, and the service requires one
@@ -286,6 +287,10 @@ class MissingFile(StoreError):
 
 class UnexpectedFile(StoreError):
     code = "unexpected_file"
+
+
+class InvalidRouting(StoreError):
+    code = "invalid_routing"
 
 
 class CorruptFile(StoreError):
