@@ -36,7 +36,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
     access = None if settings.tokens is None else Access(settings.tokens, settings.workers)
-    registry = Registry(open_store(settings.store, Trust.load(settings.trust, settings.require_signature)), settings)
+    store = open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
+    registry = Registry(store, settings)
     traces = Traces(os.environ)
 
     @asynccontextmanager
@@ -49,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             if path is None:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
             app.state.sessions = stack.enter_context(Sessions(path, limits))
+            registry.in_sessions = app.state.sessions.versions
             stack.callback(traces.close)
             async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
                 registry.start()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any
@@ -133,8 +135,12 @@ class Policy:
         return self.batcher.statistics()
 
     async def close(self) -> None:
-        await self.batcher.close()
-        self._runtime.close()
+        """Answer what was submitted, then give the program's memory back."""
+        await self.closing()()
+
+    def closing(self) -> Callable[[], Awaitable[None]]:
+        """What `close` does, without a reference to the policy: for when nobody has one any more."""
+        return functools.partial(_close, self.batcher, self._runtime)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: what is served, by which runtime, and why that one."""
@@ -145,3 +151,8 @@ class Policy:
             "runtime": self.choice.runtime,
             "reason": self.choice.reason,
         }
+
+
+async def _close(batcher: Batcher, runtime: Runtime) -> None:
+    await batcher.close()
+    runtime.close()

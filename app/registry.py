@@ -1,15 +1,34 @@
-"""Registry: which policies are live. The highest version that can be served is; what cannot is never run."""
+"""Registry: which policies are live.
+
+The highest version that can be served is, or the one that an operator pinned; what cannot be served is never run. The
+registry follows its store: a new version is loaded, verified and warmed beside the old one, then traffic moves at once,
+and the old one is unloaded when its last request, stream and session have gone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from collections import Counter
+from collections.abc import Callable, Set
 from typing import Any
 
-from app.errors import ActserveError, NotServing, StoreError, UnknownPolicy, UnknownVersion
-from app.policy import Policy
+from app import routing
+from app.beside import ROUTING, Beside
+from app.errors import (
+    NotServing,
+    SessionsUnavailable,
+    StoreError,
+    UnknownPolicy,
+    UnknownVersion,
+)
+from app.loaded import Key, Loaded, key_of
+from app.policy import Acted, Policy
+from app.refusals import Refusals
+from app.routing import Routing
 from app.settings import Settings
+from app.signature import Arrays, Exploration
 from app.store import ModelStore
 from app.telemetry.counts import Counts
 
@@ -17,33 +36,42 @@ log = logging.getLogger("actserve")
 
 
 class Registry:
-    """The live policies of one store. `start` loads in the background; `get` finds; `close` drains."""
+    """The live policies of one store. `start` has it follow the store; `get` finds; `close` drains.
+
+    `generation` changes whenever requests are to go another way. `swaps` counts, by policy, how often a version took
+    over from another.
+    """
 
     def __init__(self, store: ModelStore, settings: Settings) -> None:
         self._store = store
         self._settings = settings
         self.generation = 0
-        self.swaps = 0  # live versions that another has replaced
         self.counts = Counts()
-        self._live: dict[str, Policy] = {}  # the current version of each
-        self._pinned: dict[tuple[str, int], asyncio.Task[Policy]] = {}  # other versions, loaded when first asked for
-        self._refused: dict[str, dict[int, ActserveError]] = {}  # why a version is not served
-        self._loading: asyncio.Task[None] | None = None
+        self.swaps: Counter[str] = Counter()
+        self.in_sessions: Callable[[], Set[Key]] = frozenset  # the versions that sessions are on
+        self._live: dict[str, Policy] = {}
+        self._beside: dict[str, Beside] = {}
+        self._loaded = Loaded(store, settings, self.counts)
+        self._refused = Refusals(self._loaded, settings.poll_s)
+        self._following: asyncio.Task[None] | None = None
+        self._looked = False  # at the whole store, once
+        self._polling = asyncio.Lock()
+        self._unreachable: str | None = None
 
     def start(self) -> None:
-        self._loading = asyncio.create_task(self._load_all())
+        self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
         """Answer what was accepted, then close every runtime."""
-        if self._loading is not None:
-            self._loading.cancel()
-        pinned = await asyncio.gather(*self._pinned.values(), return_exceptions=True)
-        policies = [*self._live.values(), *(policy for policy in pinned if isinstance(policy, Policy))]
-        await asyncio.gather(*(policy.close() for policy in policies))
+        if self._following is not None:
+            self._following.cancel()
+        await self._loaded.close()
+
+    # what is live
 
     @property
     def loading(self) -> bool:
-        return self._loading is None or not self._loading.done()
+        return not self._looked
 
     def not_ready(self) -> str | None:
         """Why requests cannot be answered yet, or None."""
@@ -64,40 +92,92 @@ class Registry:
 
     @property
     def names(self) -> list[str]:
-        return sorted({*self._live, *self._refused})
+        return sorted({*self._live, *self._refused.names})
 
     async def get(self, name: str | None = None, version: int | None = None) -> Policy:
         """The live policy, by default the default one. Raises `NotFound`, `Unavailable`, or why it is not served."""
-        if name is None:
-            name = self.default
+        policy = self._get_live(name or self.default)
+        if version is not None and version != policy.artifact.manifest.version:
+            policy = await self._loaded.get(policy.artifact.manifest.name, version, fetch=False)  # a request's wish
+            self._loaded.keep(policy)
+        return policy
+
+    async def resume(self, name: str, version: int) -> Policy:
+        """The version that a session is on. Raises as `get`."""
+        policy = self._get_live(name)
+        if version != policy.artifact.manifest.version:
+            policy = await self._loaded.get(name, version, fetch=False)
+            self._loaded.keep_for_sessions(policy)
+        return policy
+
+    def _get_live(self, name: str | None) -> Policy:
         if name in self._live:
-            policy = self._live[name]
-            if version is None or version == policy.artifact.manifest.version:
-                return policy
-            return await self._get_pinned(name, version)
+            return self._live[name]
         if self.loading:
             raise NotServing("policies are still being loaded; try again shortly")
-        if name in self._refused:
-            raise max(self._refused[name].items())[1]  # the highest version's reason
+        if name is not None and (refused := self._refused.of(name)):
+            raise refused[max(refused)]
         raise UnknownPolicy(name or "", sorted(self._live))
 
     async def find(self, name: str, version: str | None) -> Policy:
-        """The same for a version as clients write it. Raises `UnknownVersion` for what is no number, too."""
+        """The same for a version or an alias as clients write it. Raises `UnknownVersion` for what is neither, too."""
         if version is None:
             return await self.get(name)
-        if not (version.isascii() and version.isdecimal() and len(version) < 10):
-            raise UnknownVersion(name[:80], version, self.describe(name)["versions"])
-        return await self.get(name, int(version))
+        if version.isascii() and version.isdecimal() and len(version) < 10:
+            return await self.get(name, int(version))
+        await self.get(name)
+        if name in self._beside and version in self._beside[name].aliases:
+            return self._beside[name].aliases[version]
+        raise UnknownVersion(name[:80], version, self.describe(name)["versions"])
+
+    # canary and shadow
+
+    async def begin(self, name: str | None = None) -> Policy:
+        """The version that a new episode of `name` is on from its first to its last step. Raises as `get`."""
+        return self.split(await self.get(name), begins=True)
+
+    def split(self, policy: Policy, begins: bool = False) -> Policy:
+        """Who acts on a request for `policy`, the live one: itself, or the canary if it is due.
+
+        State that a client carries is the live version's: such steps stay there, and only episodes whose state the
+        service keeps go to the canary, from where they begin.
+        """
+        beside = self._beside_live(policy)
+        if beside is None or beside.canary is None or (policy.signature.state and not begins):
+            return policy
+        return beside.canary.policy if beside.canary.is_due else policy
+
+    def mirror(self, policy: Policy, tensors: Arrays, size: int, exploration: Exploration | None, acted: Acted) -> None:
+        """Let the shadow of `policy` see what was asked, and how `policy` acted. Costs the request nothing."""
+        beside = self._beside_live(policy)
+        if beside is not None and beside.shadow is not None:
+            beside.shadow.offer(tensors, size, exploration, acted)
+
+    def splits(self, name: str) -> bool:
+        """Whether some of the requests for `name` go to another version than the live one."""
+        return name in self._beside and self._beside[name].splits
+
+    def _beside_live(self, policy: Policy) -> Beside | None:
+        name = policy.artifact.manifest.name
+        return self._beside.get(name) if self._live.get(name) is policy else None
+
+    # what is told
 
     def describe(self, name: str) -> dict[str, Any]:
-        """JSON-able: the live version of `name`, its manifest, and the versions that were refused."""
+        """JSON-able: the live version of `name`, its manifest, what acts beside it, and what was refused and why."""
         if name not in self.names:
             raise UnknownPolicy(name, self.names)
         policy = self._live.get(name)
         current = policy.describe() if policy else {"name": name, "version": None, "runtime": None, "reason": None}
-        refused = {v: {"code": e.code, "message": e.message} for v, e in self._refused.get(name, {}).items()}
-        manifest = policy.artifact.manifest.to_dict() if policy else None
-        return {**current, "versions": self._versions(name), "refused": refused, "manifest": manifest}
+        refused = {v: {"code": e.code, "message": e.message} for v, e in self._refused.of(name).items()}
+        return {
+            **current,
+            "versions": self._versions(name),
+            "loaded": [version for loaded, version in self._loaded.versions if loaded == name],
+            "refused": refused,
+            "routing": self._beside.get(name, Beside()).describe(),
+            "manifest": policy.artifact.manifest.to_dict() if policy else None,
+        }
 
     def _versions(self, name: str) -> list[int]:
         """What there is of `name`, what is served of it included, wherever the store has gone meanwhile."""
@@ -105,41 +185,91 @@ class Registry:
             return self._store.versions(name)
         return [self._live[name].artifact.manifest.version] if name in self._live else []
 
-    async def _load_all(self) -> None:
-        try:
-            await asyncio.to_thread(self._store.refresh)
-        except StoreError as error:
-            log.warning("%s; what was fetched before is served", error.message)
-        for name in self._store.names():
-            await self._load_best(name)
+    # following the store
 
-    async def _load_best(self, name: str) -> None:
-        """Serve the highest version that can be; remember why each higher one cannot."""
-        for version in reversed(self._store.versions(name)):
+    async def _follow(self) -> None:
+        while True:
             try:
-                self._live[name] = await self._load(name, version)
-                self.generation += 1
-                return
-            except ActserveError as error:
-                log.error("not served: %s", error.message)
-                self._refused.setdefault(name, {})[version] = error
-            except Exception:  # one policy must not keep the others from being served
-                log.exception("not served: %s@%s", name, version)
-                self._refused.setdefault(name, {})[version] = StoreError(f"{name}@{version} could not be loaded")
+                await self.poll()
+            except Exception:  # whatever a store does, what is live is served
+                log.exception("the store could not be looked at")
+            self._looked = True
+            await asyncio.sleep(self._settings.poll_s)
 
-    async def _load(self, name: str, version: int, fetch: bool = True) -> Policy:
-        artifact = await asyncio.to_thread(self._store.resolve, name, version, fetch)
-        policy = await asyncio.to_thread(Policy.load, artifact, self._settings)
-        policy.batcher.meters = self.counts.meters(policy.program)
-        policy.start()
-        return policy
+    async def poll(self, anew: bool = False) -> None:
+        """Look at the store and do what it says. `anew`: try what was refused, however short a time ago that was."""
+        async with self._polling:
+            if anew:
+                self._refused.retry()
+            found = await asyncio.to_thread(self._look)
+            for name, (versions, wishes) in found.items():
+                await self._update(name, versions, wishes)
+            for name in self._refused.names:
+                self._refused.keep(
+                    name, self._beside[name].routing.versions.union(found[name][0] if name in found else ())
+                )
+            stored = {(name, version) for name, (versions, _) in found.items() for version in versions}
+            with contextlib.suppress(SessionsUnavailable):
+                self._loaded.sweep(self.in_sessions, stored)
 
-    async def _get_pinned(self, name: str, version: int) -> Policy:
-        key = (name, version)
-        if key not in self._pinned:
-            self._pinned[key] = asyncio.create_task(self._load(name, version, fetch=False))  # it is a request's wish
+    def _look(self) -> dict[str, tuple[list[int], Routing | StoreError | None]]:
+        """In a thread: the versions that there are, and the operator's wishes."""
+        unreachable = None
         try:
-            return await asyncio.shield(self._pinned[key])  # one caller's cancellation is not another's
-        except ActserveError:
-            self._pinned.pop(key, None)  # the next request may find it mended
-            raise
+            self._store.refresh()
+        except StoreError as error:
+            unreachable = error.message
+        if unreachable not in (None, self._unreachable):
+            log.warning("%s; what was fetched before is served", unreachable)
+        self._unreachable = unreachable
+        found: dict[str, tuple[list[int], Routing | StoreError | None]] = {}
+        for name in self._store.names():
+            with contextlib.suppress(UnknownPolicy):  # it has just gone
+                versions = self._store.versions(name)
+                try:
+                    found[name] = versions, routing.read(self._store.root, name)
+                except StoreError as error:
+                    found[name] = versions, error
+        return found
+
+    async def _update(self, name: str, versions: list[int], wishes: Routing | StoreError | None) -> None:
+        beside = self._beside.setdefault(name, Beside())
+        self._heed(beside, wishes)
+        for version in routing.wanted(versions, beside.routing, self._serving(name)):
+            policy = await self._refused.load(name, version)
+            if isinstance(policy, Policy):
+                self._go_live(name, policy)
+                break
+        if name in self._live:
+            before = beside.canary, beside.shadow
+            await beside.follow(self._live[name], lambda version: self._refused.load(name, version))
+            self.generation += before != (beside.canary, beside.shadow)
+
+    def _heed(self, beside: Beside, wishes: Routing | StoreError | None) -> None:
+        """Take in the wishes. While they cannot be read, or have gone with the store, the last ones hold."""
+        beside.problems.pop(ROUTING, None)
+        if isinstance(wishes, Routing):
+            beside.routing = wishes
+        elif wishes is not None:
+            beside.problems[ROUTING] = wishes
+
+    def _serving(self, name: str) -> int | None:
+        return self._live[name].artifact.manifest.version if name in self._live else None
+
+    def _go_live(self, name: str, policy: Policy) -> None:
+        old = self._live.get(name)
+        self._live[name] = policy
+        self.generation += 1
+        if old is not None:
+            self.swaps[name] += 1
+            self._retire(old)
+            log.info("%s takes over from %s", policy.artifact.label, old.artifact.label)
+
+    def _retire(self, policy: Policy) -> None:
+        """Nobody has to do anything for it to be unloaded, unless sessions are on it."""
+        try:
+            needed = key_of(policy) in self.in_sessions()
+        except SessionsUnavailable:
+            needed = True
+        if needed:
+            self._loaded.keep_for_sessions(policy)

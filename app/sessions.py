@@ -85,7 +85,7 @@ class Statistics:
 async def policy_of(registry: Registry, session: Session) -> Policy:
     """The version that the session began with. Raises `SessionExpired` when that is no longer in the store."""
     try:
-        return await registry.get(session.policy, session.version)
+        return await registry.resume(session.policy, session.version)
     except NotFound as error:
         raise SessionExpired(f"the version that it began with is gone: {error.message}") from error
 
@@ -166,6 +166,11 @@ class Sessions:
         """The sessions begun with this `owner`, or by this `holder`, the first begun first."""
         found = self._find(holder, "owner = ? AND policy = ?", self._names.owner(owner, holder), policy)
         return sorted(found, key=lambda session: session.number)
+
+    def versions(self) -> set[tuple[str, int]]:
+        """The policies, by name and version, that any session is on."""
+        found = self._file.rows("SELECT DISTINCT policy, version FROM session WHERE used_ms > ?", self._idle_since_ms())
+        return {(policy, version) for policy, version in found}
 
     def end(self, session: Session) -> None:
         self._file.change("DELETE FROM session WHERE number = ?", session.number)

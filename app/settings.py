@@ -25,6 +25,7 @@ class Settings(BaseModel):
         "`sign`. Unset: only native code of a store that is this user's own is.",
     )
     require_signature: bool = Field(False, description="Serve nothing that none of the trusted keys signed.")
+    poll_s: float = Field(2.0, gt=0, description="Seconds between two looks at the store for new versions.")
     runtime: Literal["auto", "onnx", "pt2"] = Field(
         "auto",
         description="Which program to run. auto: the fastest here, if `actserve tune` or an export measured "
@@ -88,6 +89,16 @@ class Settings(BaseModel):
     )
     grpc_host: str = Field("127.0.0.1", description="Address for gRPC. `actserve serve` sets it to that of HTTP.")
 
+    admin_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port of 127.0.0.1 for administration, which needs `admin_token`. Unset: off. Of several workers "
+        "one has it, and the others follow.",
+    )
+    admin_token: str | None = Field(
+        None, min_length=16, repr=False, description="What an administrator sends as `Authorization: Bearer`."
+    )
     @property
     def origins(self) -> list[str]:
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]

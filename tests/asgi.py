@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -46,6 +47,10 @@ class Caller:
     def wait(self, condition: Any) -> None:
         """Let the application run until `condition()` holds."""
         self._runner.run(_until(condition))
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Something of the application's own."""
+        self._runner.run(work)
 
     async def _call(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> Answer:
         scope = {

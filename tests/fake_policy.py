@@ -122,6 +122,9 @@ class Versions(Registry):
             raise UnknownVersion(NAME, version, sorted(self.policies))
         return self.policies[version]
 
+    async def resume(self, name: str, version: int) -> Policy:
+        return await self.get(name, version)
+
     async def close(self) -> None:
         for policy in self.policies.values():
             await policy.close()

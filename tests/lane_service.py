@@ -87,6 +87,9 @@ class OnePolicy(Registry):
         self._live[NAME] = policy
         self.generation += 1
 
+    async def close(self) -> None:
+        await self._live[NAME].close()
+
 
 @dataclass(frozen=True)
 class Service:

@@ -149,6 +149,9 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
     body = await common.read_expanded(request)
     if sessions.ID in request.headers:
         return await _step(request, policy, version, request.headers[sessions.ID], body)
+    registry = common.registry(request)
+    if version is None:
+        policy = registry.split(policy)
     items = _decode(request, body, policy)
     if items.session is not None:
         return await _step(request, policy, version, items.session, body)
@@ -158,6 +161,8 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
     exploration, seed = _randomness(request, items)
     access.owe(items.size - 1)
     acted = await policy.act(items.tensors, items.size, exploration, seed, common.patience_ns(request))
+    if version is None:
+        registry.mirror(policy, items.tensors, items.size, exploration, acted)
     return _answer(request, acted, names, items.batched)
 
 

@@ -45,7 +45,7 @@ async def begin(request: Request, name: str) -> dict[str, Any]:
     """Begin a session: the service keeps the state. Send its id as `X-Session` with each observation to
     `/policies/{name}/act`, and the number of the step (1, 2, ...) as `X-Step`: a step that is sent again gets the same
     answer and moves nothing. The session stays on the version that it began with."""
-    return await _begin(request, await common.registry(request).get(name))
+    return await _begin(request, await common.registry(request).begin(name))
 
 
 @router.post("/policies/{name}/versions/{version}/sessions", status_code=201, openapi_extra=_BEGIN)

@@ -79,12 +79,12 @@ async def _upgrade() -> None:
 
 @_route("/stream")
 async def stream(websocket: WebSocket) -> None:
-    await _serve(websocket, common.registry(websocket).get())
+    await _serve(websocket, common.registry(websocket).begin())
 
 
 @_route("/policies/{name}/stream")
 async def stream_by_name(websocket: WebSocket, name: str) -> None:
-    await _serve(websocket, common.registry(websocket).get(name))
+    await _serve(websocket, common.registry(websocket).begin(name))
 
 
 @_route("/policies/{name}/versions/{version}/stream")

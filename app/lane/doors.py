@@ -33,6 +33,7 @@ class Door:
         self.batcher, self.arena = batcher, arena
         self.size = Size(arena.item_bytes, min(BATCHES * policy.tuning.batch, policy.signature.max_batch))
         self._tally = tally
+        self._policy = policy  # which stays loaded for as long as the door is open
         spec = policy.signature.action
         self._action = spec.name
         self._discrete = spec.shape == () and spec.numpy_dtype.kind in "iu"
@@ -111,6 +112,7 @@ class Lane:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(1)
+            self._look()
             for connection in list(self.connections):
                 connection.look()
             if self._access is not None:
@@ -124,17 +126,22 @@ class Lane:
 
     def find(self, head: bytes) -> Taken[Door] | None:
         """See `Heads.find`."""
+        self._look()
+        return self._heads.find(head)
+
+    def _look(self) -> None:
+        """Let go of the doors to what is not live any more."""
         if self._generation != self._registry.generation:
             self._generation = self._registry.generation
             self._rebuild()
-        return self._heads.find(head)
 
     def _rebuild(self) -> None:
         doors: dict[bytes, Door] = {}
         for policy in self._registry.live:
-            batcher = policy.batcher
+            batcher, name = policy.batcher, policy.artifact.manifest.name
+            if self._registry.splits(name):
+                continue  # with a canary or a shadow, the route says who acts
             if batcher.arena is not None and not policy.signature.state:  # whose answers have more in them
-                name = policy.artifact.manifest.name
                 tally = self._registry.counts.tally(name, "lane", ACT)
                 door = doors[f"/policies/{name}/act".encode()] = Door(batcher, batcher.arena, policy, tally)
                 if name == self._registry.default:

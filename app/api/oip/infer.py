@@ -67,11 +67,17 @@ async def _act(
     if sequence:
         selected = codec.select(asked.request, sequence.policy.signature.outputs)
         return sequence.policy, await sequences.step(sessions, registry, sequence, asked), selected
+    if not pinned:
+        policy = registry.split(policy)
     selected = codec.select(asked.request, metadata.outputs(policy.signature))
     tensors = asked.tensors(policy.signature)
     size = len(next(iter(tensors.values())))
     access.owe(size - 1)
-    return policy, await policy.act(tensors, size, *sequences.randomness(parameters)), selected
+    exploration, seed = sequences.randomness(parameters)
+    acted = await policy.act(tensors, size, exploration, seed)
+    if not pinned:
+        registry.mirror(policy, tensors, size, exploration, acted)
+    return policy, acted, selected
 
 
 def _answer(asked: Asked, policy: Policy, acted: Acted, selected: dict[str, bool]) -> Answer:

@@ -67,7 +67,7 @@ def index(registry: Registry, only_ready: bool) -> list[dict[str, str]]:
 def _versions(registry: Registry, name: str) -> Iterable[dict[str, str]]:
     described = registry.describe(name)
     for version in described["versions"]:
-        if version == described["version"]:
+        if version == described["version"] or version in described["loaded"]:
             state, reason = "READY", ""
         elif version in described["refused"]:
             state, reason = "UNAVAILABLE", described["refused"][version]["message"]

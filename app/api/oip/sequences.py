@@ -46,7 +46,7 @@ async def find(
             )
         return None
     if parameters.sequence_start:
-        return Sequence(policy, None)
+        return Sequence(policy if pinned else registry.split(policy, begins=True), None)
     manifest = policy.artifact.manifest
     session = sessions.sequence(manifest.name, parameters.sequence_id, holder=access.current.get())
     if pinned and session.version != manifest.version:

@@ -1,0 +1,61 @@
+"""Shadow: a version that is asked what the live one was asked, after that has answered. Nobody gets its actions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import numpy as np
+
+from app.errors import ActserveError
+from app.golden import Tolerance
+from app.policy import Acted, Policy
+from app.signature import Array, Arrays, Exploration
+
+log = logging.getLogger("actserve")
+
+PENDING = 8  # requests that may wait for the shadow; further ones are not copied
+
+
+class Shadow:
+    """Counts, in items, how often the actions of `policy` are those of the live version."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.agreements = 0
+        self.disagreements = 0
+        self.failures = 0  # it gave no answer
+        self.dropped = 0  # it was behind, and was not asked
+        self._asked: set[asyncio.Task[None]] = set()
+
+    def offer(self, tensors: Arrays, size: int, exploration: Exploration | None, acted: Acted) -> None:
+        """`acted`: what the live version made of these. The shadow acts when the caller has let go of the loop."""
+        if len(self._asked) >= PENDING:
+            self.dropped += size
+            return
+        action = acted.outputs[self.policy.signature.action.name]
+        task = asyncio.create_task(self._compare(tensors, size, exploration, acted.seed, action))
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+
+    async def _compare(
+        self, tensors: Arrays, size: int, exploration: Exploration | None, seed: int | None, action: Array
+    ) -> None:
+        try:
+            acted = await self.policy.act(tensors, size, exploration, seed)
+        except ActserveError as error:
+            log.warning("%s, a shadow: %s", self.policy.artifact.label, error.message)
+            self.failures += size
+            return
+        same = int(agreeing(action, acted.outputs[self.policy.signature.action.name]).sum())
+        self.agreements += same
+        self.disagreements += size - same
+
+
+def agreeing(one: Array, other: Array) -> Array:
+    """Which items' actions are the same, (B,) bool: discrete ones equal, continuous ones within the golden samples'
+    tolerance. Each (B, *shape)."""
+    size = len(one)
+    within = Tolerance() if one.dtype.kind == "f" else Tolerance(0, 0)
+    same = np.asarray(np.isclose(one, other, rtol=within.relative, atol=within.absolute))
+    return np.asarray(same.reshape(size, -1).all(axis=1))
