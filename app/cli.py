@@ -22,6 +22,7 @@ from rich.table import Table
 
 from app import __version__
 from app.commands.keys import keys, sign
+from app.commands.routing import ROUTING
 from app.commands.stores import DEFAULT_STORE, Label, SignOption, Store, TrustOption, find, publishing, reading
 from app.commands.tokens import tokens
 from app.commands.tune import tune, tune_quietly
@@ -38,6 +39,8 @@ cli.add_typer(keys, name="keys")
 cli.add_typer(tokens, name="tokens")
 cli.command()(sign)
 cli.command()(tune)
+for command in ROUTING:
+    cli.command()(command)
 console = Console(stderr=True)  # progress and messages; stdout is for results
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -314,6 +317,10 @@ def serve(
     grpc_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port for the Open Inference Protocol over gRPC too.")
     ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of 127.0.0.1 for administration; ACTSERVE_ADMIN_TOKEN opens it."),
+    ] = None,
     trust: TrustOption = None,
     require_signature: Annotated[
         bool, typer.Option("--require-signature", help="Serve nothing that no trusted key signed.")
@@ -332,7 +339,7 @@ def serve(
     """Serve every policy of a store over HTTP."""
     import uvicorn
 
-    from app import grpc, tls
+    from app import admin, grpc, tls
     from app.access import read
     from app.remote_store import open_store
     from app.settings import PREFIX, Settings
@@ -345,6 +352,7 @@ def serve(
         store = str(Path(store).resolve())
     given = {"store": store, "runtime": runtime.value, **({"policy": policy} if policy else {})}
     given |= {"grpc_host": host, **({"grpc_port": str(grpc_port)} if grpc_port else {})}
+    given |= {"admin_port": str(admin_port)} if admin_port else {}
     given |= {"trust": str(trust.resolve())} if trust else {}
     given |= {"require_signature": "1"} if require_signature else {}
     given |= {"log_format": log_format.value} if log_format else {}
@@ -357,6 +365,7 @@ def serve(
     settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     grpc.check(settings)
+    admin.check(settings)
     tls.check(settings)
     if settings.tokens:
         read(settings.tokens)

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from app import __version__, grpc
+from app import __version__, admin, grpc
 from app.access import Access
 from app.api import act, errors, games, gate, health, metrics, oip, page, policies, sessions, stream
 from app.api.observed import Observed
@@ -57,6 +57,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 try:
                     async with (
                         grpc.serving(registry, app.state.sessions, settings, access),
+                        admin.serving(registry, store, settings),
                         Lane(registry, settings.request_timeout_s, settings.max_connections, access) as lane,
                     ):
                         yield {"lane": lane}
