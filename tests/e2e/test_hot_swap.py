@@ -1,0 +1,78 @@
+"""Swaps of a real service under load, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import urllib3
+
+from app.client import local
+from app.store import ModelStore
+from tests.benchmarks.swaps import Row, swap
+from tests.variants import Variants
+
+
+@pytest.fixture
+def variants(cart_store: ModelStore, tmp_path: Path) -> Variants:
+    made = Variants(cart_store.resolve("cart"), ModelStore(tmp_path / "store"))
+    made.publish()
+    return made
+
+
+def test_ten_swaps_under_load_fail_nobody_and_leave_nothing_behind(variants: Variants) -> None:
+    rows: list[Row] = []
+    environment = {**os.environ, "ACTSERVE_POLL_S": "0.05"}
+    with (
+        local.serve(variants.store.root, "--runtime", "onnx", environment=environment) as service,
+        urllib3.PoolManager() as http,
+    ):
+        seen = asyncio.run(swap(variants, service, 10, connections=4, episodes=2, pause_s=0.02, report=rows.append))
+        assert (seen.failures, seen.wrong) == ([], [])
+        assert min(seen.answers[kind] for kind in ("request", "session", "stream")) > 40
+        assert seen.outlived > 0
+        assert [row.swaps for row in rows] == [10]
+        deadline = time.monotonic() + 20
+        while (loaded := http.request("GET", f"{service.url}/policies/cart").json()["loaded"]) != [11]:
+            assert time.monotonic() < deadline, loaded
+            time.sleep(0.05)
+
+
+def test_a_body_that_is_on_its_way_while_the_version_changes_is_answered_by_the_old_one(variants: Variants) -> None:
+    environment = {**os.environ, "ACTSERVE_POLL_S": "0.05"}
+    body = variants.observations[0].tobytes()
+    head = f"POST /act HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\nContent-Length: {len(body)}\r\n"
+    original = variants.episode(1)[0]
+    with (
+        local.serve(variants.store.root, "--runtime", "onnx", environment=environment) as service,
+        urllib3.PoolManager() as http,
+    ):
+        address = ("127.0.0.1", urlsplit(service.url).port)
+        # The lane takes the first, the routes take the second.
+        waiting = [(socket.create_connection(address), extra) for extra in ("", "X-Other: 1\r\n")]
+        for connection, extra in waiting:
+            connection.sendall(head.encode() + extra.encode() + b"\r\n" + body[:5])
+        time.sleep(0.2)
+        assert variants.publish() == 2
+        deadline = time.monotonic() + 20
+        while http.request("GET", f"{service.url}/policies/cart").json()["version"] != 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(1.2)  # the lane lets go of what is not live any more
+        for connection, _ in waiting:
+            for version in (1, 2):
+                answer = b""
+                connection.sendall(body[5:] if version == 1 else head.encode() + b"\r\n" + body)
+                while b"}" not in answer:
+                    answer += connection.recv(1000)
+                assert answer.startswith(b"HTTP/1.1 200 ")
+                assert answer.endswith(b'{"action":%d}' % variants.action(original, version))
+            connection.close()
+        while (loaded := http.request("GET", f"{service.url}/policies/cart").json()["loaded"]) != [2]:
+            assert time.monotonic() < deadline, loaded
+            time.sleep(0.05)
