@@ -430,6 +430,14 @@ def test_a_client_that_reads_nothing_and_answers_no_ping_is_dropped() -> None:
         until(lambda: not service.connections and not service.tasks)
 
 
+def test_a_stream_outlives_the_time_that_an_idle_connection_has() -> None:
+    with running(timeout_keep_alive=1) as service, Stream(service.url) as stream:
+        for step in (1, 2):
+            time.sleep(2.5 * (step - 1))
+            stream.act(np.array(5))
+            assert stream.steps == step
+
+
 def test_an_idle_stream_is_closed() -> None:
     with running(Settings(session_idle_s=0.2)) as service, opened(service) as ws:
         ws.recv()
