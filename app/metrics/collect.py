@@ -77,7 +77,8 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
     size = _gauge("actserve_session_bytes", "State and last answers of all sessions.", Merge.MAX)
     size.add({}, held.bytes)
     swaps = _counter("actserve_swaps", "Live versions that another has replaced, in each worker.")
-    swaps.add({}, registry.swaps, "_total")
+    for name, times in registry.swaps.items():
+        swaps.add({"policy": name}, times, "_total")
     streams = _gauge("actserve_streams", "WebSocket streams that are open.")
     streams.add({}, registry.counts.streams)
     return [info, waiting, rate, counted, size, swaps, streams]
