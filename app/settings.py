@@ -99,6 +99,7 @@ class Settings(BaseModel):
     admin_token: str | None = Field(
         None, min_length=16, repr=False, description="What an administrator sends as `Authorization: Bearer`."
     )
+
     @property
     def origins(self) -> list[str]:
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]

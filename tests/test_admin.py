@@ -120,7 +120,7 @@ def test_nobody_gets_in_without_the_token(service: Service) -> None:
     for token in (None, "", TOKEN[:-1], TOKEN + "x"):
         for method, path in (("GET", "/policies"), ("POST", "/load"), ("PUT", "/policies/cart/pin")):
             status, answered = service.ask(method, path, {"version": 1}, token)
-            assert (status, answered["error"]["code"]) == (401, "invalid_token")
+            assert (status, answered["error"]["code"]) == (401, "unauthorized")
             assert TOKEN not in json.dumps(answered)
         assert service.ask("GET", "/docs", token=token)[0] == 404
     assert routing.read(service.variants.store.root, "cart") is None
