@@ -40,6 +40,7 @@ SIGNATURE = Signature(
 )
 QUICK = Tuning({1: 50_000, 8: 10_000})  # as if a call took so long
 SLOW = Tuning({1: 5_000_000, 8: 1_000_000})  # too long for the event loop
+SETTINGS = Settings(max_wait_ms=60_000)  # that this host is slow is no overload
 RECORD_BYTES = 8 + 8 + 16 + 1  # action, value, digest, odd
 
 
@@ -91,7 +92,7 @@ class Versions(Registry):
     def __init__(self, tuning: Tuning = QUICK) -> None:
         self.tuning = tuning
         self.policies: dict[int, Policy] = {}
-        super().__init__(Listing(self.policies), Settings())
+        super().__init__(Listing(self.policies), SETTINGS)
         self.runtimes: dict[int, DigestRuntime] = {}
 
     @property
@@ -104,7 +105,7 @@ class Versions(Registry):
         manifest = Manifest(1, NAME, version, None, "", SIGNATURE, None, {}, {}, {}, {})
         artifact = Artifact(Path("nowhere"), manifest)
         self.runtimes[version] = DigestRuntime.load(artifact, threads=1)
-        policy = Policy(artifact, self.runtimes[version], Choice("onnx", ""), self.tuning, Settings())
+        policy = Policy(artifact, self.runtimes[version], Choice("onnx", ""), self.tuning, SETTINGS)
         policy.batcher.meters = self.counts.meters(policy.program)
         policy.start()
         self.policies[version] = self._live[NAME] = policy

@@ -167,6 +167,7 @@ def test_without_ale_it_says_so_and_still_answers_about_a_screen(
     one_tab.open(f"{service.url}/")
     one_tab.wait("document.querySelector('#note').innerText.startsWith('Games need ale-py on the service')")
     assert one_tab.evaluate("document.querySelector('#start').disabled")
+    one_tab.wait("document.querySelector('#runtime').value !== ''")
     one_tab.choose_file("#file", screen)
     one_tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take ')")
     assert one_tab.complaints == []

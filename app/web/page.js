@@ -239,7 +239,8 @@ keys.listen($("pad"), listening, (now) => {
 });
 ask.install(
   () => ({
-    path: `/policies/${$("policy").value}/versions/${$("version").value}`, meanings, values: values(),
+    // By default the default: before the policies are known, a screen can be asked about already.
+    path: $("version").value && `/policies/${$("policy").value}/versions/${$("version").value}`, meanings, values: values(),
     exploration: $("exploration").value,
   }),
   () => frame,
