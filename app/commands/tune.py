@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from app.commands.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
+from app.commands.terminal import Json, print_json
 
 if TYPE_CHECKING:
     from app.artifact import Artifact
@@ -25,7 +24,7 @@ def tune(
     label: Label,
     store: Store = DEFAULT_STORE,
     trust: TrustOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure an artifact's programs on this host, at several batch sizes, for `serve` to choose by."""
     from app.tuned import Tuned
@@ -43,7 +42,7 @@ def tune(
             for runtime, tuning in tuned.programs.items()
         }
         batch = {runtime: tuning.batch for runtime, tuning in tuned.programs.items()}
-        print(json_.dumps({"fastest": tuned.fastest, "batch": batch, "item_us": item_us}))
+        print_json({"fastest": tuned.fastest, "batch": batch, "item_us": item_us})
         return
     console = Console()
     console.print(curve(tuned))

@@ -1,0 +1,35 @@
+"""A certificate, for people to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_certificate(certificate: dict[str, Any]) -> None:
+    table = Table(title=f"certificate: {certificate['samples']} samples from the {certificate['samples_from']}")
+    for heading in ("program", "compared", "actions that differ", "largest difference"):
+        table.add_column(heading)
+    for runtime, found in certificate["programs"].items():
+        differences = ", ".join(f"{name} {value:.2g}" for name, value in found["largest_difference"].items())
+        table.add_row(f".{runtime}", f"{found['compared']:,}", str(found["action_disagreements"]), differences)
+    Console().print(table)
+    print(f"compared with {certificate['reference']}")
+    if "original" in certificate:
+        original = certificate["original"]
+        print(f"which was compared with {original['name']}: {original['compared']} actions, none differs")
+    for runtime, found in certificate.get("evaluation", {}).get("programs", {}).items():
+        low, high = found["mean_interval"] or (found["mean"], found["mean"])
+        print(
+            f".{runtime}: {found['games']} games through HTTP, mean score {found['mean']:+.2f} ({low:+.2f} to "
+            f"{high:+.2f}), {found['lowest']:+.0f} to {found['highest']:+.0f}, {found['lost']} lost"
+        )
+    if "int8" in certificate:
+        print(
+            f"int8: {certificate['int8']['agreement']:.2%} of the actions are the original's; "
+            f"scores {certificate['int8'].get('scores')}"
+        )
+    if certificate["smallest_margin"] is not None:
+        print(f"smallest lead of a chosen action: {certificate['smallest_margin']:.3g}")

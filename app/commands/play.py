@@ -1,0 +1,125 @@
+"""`actserve play`, `load` and `bench`: to use a service, and to see what it can do."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.commands.stores import DEFAULT_STORE, Store, find, reading
+from app.commands.terminal import Json, console, print_json
+from app.errors import UsageError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class Protocol(StrEnum):
+    MACHADO = "machado"
+
+
+class Way(StrEnum):
+    HTTP = "http"
+    SESSION = "session"
+    STREAM = "stream"
+    OIP = "oip"
+
+
+class ExplorationName(StrEnum):
+    DETERMINISTIC = "deterministic"
+    RANDOM = "random"
+
+
+Url = Annotated[str, typer.Option(help="The service.", envvar="ACTSERVE_URL")]
+PolicyOption = Annotated[str | None, typer.Option(help="The policy's name; by default the service's default.")]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(envvar="ACTSERVE_TOKEN", help="What the service lets in with. Better set by the variable."),
+]
+
+
+def play(
+    url: Url = DEFAULT_URL,
+    policy: PolicyOption = None,
+    game: Annotated[str | None, typer.Option(help="The game; must be the one that the policy was trained for.")] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="How many games.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first game; the next ones count up.")] = 0,
+    video: Annotated[Path | None, typer.Option(help="Write the games to this .mp4 or .gif.")] = None,
+    speed: Annotated[int, typer.Option(min=1, help="Film every n-th step only.")] = 1,
+    via: Annotated[
+        Way, typer.Option(help="Where the state is: carried here, in a session, a stream, an OIP sequence.")
+    ] = Way.HTTP,
+    exploration: Annotated[
+        ExplorationName | None, typer.Option(help="Act as trained or as while training; by default as it can.")
+    ] = None,
+    protocol: Annotated[
+        Protocol | None, typer.Option(help="Evaluate by this protocol: Machado et al. 2018, Agarwal et al. 2021.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="NAME|URL", help="Play the same seeds with this policy, or this service.")
+    ] = None,
+    token: TokenOption = None,
+    json: Json = False,
+) -> None:
+    """Play Atari games on this machine with a policy served over HTTP."""
+    from app.client import commands
+
+    def games(url: str, policy: str | None, video: Path | None) -> Any:
+        return commands.play(
+            url, policy, console=console, game=game, episodes=episodes, seed=seed, video=video, speed=speed,
+            protocol=protocol.value if protocol else None, via=via.value,
+            exploration=exploration.value if exploration else None, token=token,
+        )  # fmt: skip
+
+    report = games(url, policy, video)
+    other = None
+    if compare is not None:
+        other = games(compare, policy, None) if "://" in compare else games(url, compare, None)
+    if json:
+        print_json(commands.report_as_json(report, protocol is not None, other))
+    else:
+        commands.print_report(report, protocol is not None, other)
+
+
+def load(
+    url: Url = DEFAULT_URL,
+    policy: PolicyOption = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Closed loop: this many connections.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop: this many requests a second.")] = None,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10.0,
+    via: Annotated[
+        Way, typer.Option(help="How to ask: single requests, or each connection a session, a stream, an OIP sequence.")
+    ] = Way.HTTP,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Load processes; by default as many as it takes.")
+    ] = None,
+    token: TokenOption = None,
+    json: Json = False,
+) -> None:
+    """Load a service and report rate, latency and errors."""
+    from app.client import commands
+
+    if concurrency is not None and rate is not None:
+        raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")
+    report = commands.load(url, policy, concurrency, rate, duration, processes, console, via.value, token)
+    if json:
+        print_json(report.as_json())
+    else:
+        commands.print_load(report)
+
+
+def bench(
+    label: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")] = "pong",
+    store: Store = DEFAULT_STORE,
+    steps: Annotated[int, typer.Option(min=10, help="Game steps for each.")] = 1000,
+    json: Json = False,
+) -> None:
+    """The tutorial's comparison: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
+    from app import bench as benchmark
+
+    rows = benchmark.run(find(reading(store), label), store, steps, console)
+    if json:
+        print_json({"label": label, "steps": steps, "rows": [row.as_json() for row in rows]})
+        return
+    benchmark.print_rows(rows)

@@ -1,0 +1,149 @@
+"""`actserve serve`."""
+
+from __future__ import annotations
+
+import logging.config
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.commands.stores import DEFAULT_STORE, Store, TrustOption
+from app.commands.terminal import console
+from app.errors import UsageError
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class RuntimeName(StrEnum):
+    AUTO = "auto"
+    ONNX = "onnx"
+    PT2 = "pt2"
+
+
+class LogFormat(StrEnum):
+    HUMAN = "human"
+    JSON = "json"
+
+
+def serve(
+    store: Store = DEFAULT_STORE,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the port.")] = 1,
+    runtime: Annotated[RuntimeName, typer.Option(help="Which program to run.")] = RuntimeName.AUTO,
+    policy: Annotated[str | None, typer.Option(help="The policy behind /act; by default the first by name.")] = None,
+    uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port for the Open Inference Protocol over gRPC too.")
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of 127.0.0.1 for administration; ACTSERVE_ADMIN_TOKEN opens it."),
+    ] = None,
+    trust: TrustOption = None,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Serve nothing that no trusted key signed.")
+    ] = False,
+    log_format: Annotated[LogFormat | None, typer.Option(help="Lines for people, or one JSON object each.")] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request on the routes.")] = False,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Let nobody in without a token of this file.", envvar="ACTSERVE_TOKENS")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Speak TLS with this certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Let pages of this origin ask from a browser; may be repeated.")
+    ] = None,
+) -> None:
+    """Serve every policy of a store over HTTP."""
+    import uvicorn
+
+    from app import admin, grpc, tls
+    from app.access import read
+    from app.remote_store import open_store
+    from app.settings import PREFIX, Settings
+    from app.telemetry import logs
+    from app.trust import Trust
+
+    if "://" not in store:
+        if not Path(store).is_dir():
+            raise UsageError(f"there is no model store at {store}; export a policy first, or name it with --store")
+        store = str(Path(store).resolve())
+    given = {
+        "store": store,
+        "runtime": runtime.value,
+        "policy": policy,
+        "workers": workers,
+        "grpc_host": host,
+        "grpc_port": grpc_port,
+        "admin_port": admin_port,
+        "trust": trust and trust.resolve(),
+        "require_signature": require_signature,
+        "log_format": log_format and log_format.value,
+        "access_log": access_log,
+        "tokens": tokens and tokens.resolve(),
+        "tls_cert": tls_cert and tls_cert.resolve(),
+        "tls_key": tls_key and tls_key.resolve(),
+        "cors_origins": cors_origin and ",".join(cors_origin),
+    }
+    # Through the environment, so that workers, which are new processes, read the same settings.
+    os.environ.update({PREFIX + name.upper(): str(value) for name, value in given.items() if value})
+    settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
+    open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
+    grpc.check(settings)
+    admin.check(settings)
+    tls.check(settings)
+    if settings.tokens:
+        read(settings.tokens)
+    elif not (uds or host in LOOPBACK):
+        console.print("[yellow]whoever can connect may ask:[/] see --tokens")
+    log_config = logs.configuration(settings.log_format)
+    logging.config.dictConfig(log_config)
+    with _files(settings, workers):
+        uvicorn.run(
+            "app.main:create_app",
+            factory=True,
+            host=host,
+            port=port,
+            uds=str(uds) if uds else None,
+            workers=workers,
+            loop="uvloop",
+            http="app.lane.protocol:LaneProtocol",
+            ws="app.api.websocket:WebSocketProtocol",
+            ws_per_message_deflate=False,
+            access_log=False,
+            log_config=log_config,
+            server_header=False,
+            headers=[("X-Content-Type-Options", "nosniff")],
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
+            timeout_graceful_shutdown=30,
+        )
+
+
+@contextmanager
+def _files(settings: Settings, workers: int) -> Iterator[None]:
+    """Have the files that all workers share: those named, which must be usable, or temporary ones. A lone worker makes
+    its own: uvicorn ends it by the signal that it was sent, and nothing here would run again."""
+    from app.sessions import Limits, Sessions
+    from app.settings import PREFIX
+
+    if settings.sessions is not None:
+        with Sessions(settings.sessions, Limits()):
+            pass
+    if workers == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
+        os.environ.setdefault(PREFIX + "SESSIONS", str(Path(folder) / "sessions.sqlite"))
+        os.environ.setdefault(PREFIX + "COUNTS", str(Path(folder) / "counts.sqlite"))
+        yield

@@ -1,0 +1,31 @@
+"""What commands print, and where: results on stdout, progress and messages on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+console = Console(stderr=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document))
+
+
+@contextmanager
+def steps(first: str) -> Iterator[Callable[[str], None]]:
+    """A live line with the step under way; the steps done stay above it."""
+    with console.status(first) as status:
+
+        def progress(step: str) -> None:
+            console.print(f"  {step}")
+            status.update(step)
+
+        yield progress
