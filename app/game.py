@@ -107,7 +107,7 @@ class Game:
         screen, seed = self._screen, step_seed(self.seed, self._steps + 1)
         acted = await policy.act({self.environment.screen: screen[None]} | self._state, 1, self.exploration, seed)
         # Copies: what came is a part of the whole batch's array, which it would keep.
-        self._state = {state.spec.name: acted.outputs[state.spec.name].copy() for state in policy.signature.state}
+        self._state = policy.state_after(acted)
         proposed = int(acted.outputs[policy.signature.action.name][0])
         taken = proposed if override is None else override
         reward, self._screen = await self._beside(self._advance, taken)

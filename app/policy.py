@@ -112,6 +112,10 @@ class Policy:
             results[state.spec.name] = results.pop(state.output)
         return Acted(results, completed.seed, answer.queue_ns, answer.run_ns)
 
+    def state_after(self, acted: Acted) -> Arrays:
+        """The new state for the next request, each (size, *shape): a copy, which keeps no batch in memory."""
+        return {state.spec.name: acted.outputs[state.spec.name].copy() for state in self.signature.state}
+
     async def _run(self, inputs: Arrays, size: int, patience_ns: int) -> Answer:
         step = self.tuning.batch
         if size <= step:

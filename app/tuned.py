@@ -20,7 +20,7 @@ from app import golden, tuning
 from app.artifact import Artifact
 from app.errors import ActserveError, RuntimeRefused
 from app.runtimes import preflight
-from app.runtimes.host import this_host
+from app.runtimes.host import cpu_model, this_host
 from app.tuning import Tuning
 
 LIMIT_BYTES = 1 << 16
@@ -104,16 +104,8 @@ def _file(artifact: Artifact) -> Path:
 def _host() -> dict[str, object]:
     """What the measured times depend on."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "packages": dict(sorted(this_host().packages.items())),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

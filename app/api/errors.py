@@ -56,9 +56,14 @@ def headers_of(error: errors.ActserveError) -> dict[str, str] | None:
 
 
 def answer(status: int, code: str, message: str, detail: Any = None, headers: dict[str, str] | None = None) -> Response:
-    body = {"error": {"code": code, "message": message, "detail": detail}}
-    content = pydantic_core.to_json(body, fallback=str)
-    return Response(content, status, headers, media_type="application/json")
+    return Response(document(code, message, detail), status, headers, media_type="application/json")
+
+
+def document(code: str, message: str, detail: Any, **beside: Any) -> bytes:
+    """The JSON that tells of an error."""
+    return pydantic_core.to_json(
+        {"error": {"code": code, "message": message, "detail": detail}, **beside}, fallback=str
+    )
 
 
 def install(app: FastAPI) -> None:

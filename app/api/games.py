@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import pydantic_core
 from fastapi import APIRouter, Request, WebSocket, WebSocketDisconnect
 
 from app import wire
 from app.api import common
+from app.api.errors import document
 from app.api.show import Show
 from app.api.websocket import LIMIT
 from app.errors import ActserveError, InvalidRequest, Unavailable
@@ -76,8 +76,7 @@ async def _play(websocket: WebSocket) -> int:
                 finally:
                     game.close()
     except ActserveError as error:
-        document = {"error": {"code": error.code, "message": error.message, "detail": error.detail}}
-        await websocket.send_text(pydantic_core.to_json(document, fallback=str).decode())
+        await websocket.send_text(document(error.code, error.message, error.detail).decode())
         return _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED
 
 

@@ -8,14 +8,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import pydantic_core
 from fastapi import APIRouter, HTTPException, WebSocket, WebSocketDisconnect
 from starlette.datastructures import QueryParams
 
 from app import wire
 from app.access import current
 from app.api import common
-from app.api.errors import status_of
+from app.api.errors import document, status_of
 from app.api.websocket import LIMIT, RESTART
 from app.batcher import Outcome
 from app.errors import ActserveError, InvalidRequest, NotServing, Unauthorized, Unavailable, UnsupportedContentType
@@ -228,7 +227,7 @@ class Episode:
             state = self.arena.state(self.slot)
         acted = await self._policy.act(items.tensors | state, 1, self.hello.exploration, seed)
         # Copies: what came is a part of the whole batch's array, which it would keep.
-        state = {s.spec.name: acted.outputs[s.spec.name].copy() for s in self._policy.signature.state}
+        state = self._policy.state_after(acted)
         if self.arena is not None and self.slot is not None:
             self.arena.set_state(self.slot, state)
         else:
@@ -269,8 +268,7 @@ def _error(error: ActserveError, step: int) -> str:
     status = status_of(error)
     if status == 500:
         log.error("%s", error.message, exc_info=error.__cause__)
-    document = {"error": {"code": error.code, "message": error.message, "detail": error.detail}}
-    return pydantic_core.to_json(document | {"status": status, "step": step}, fallback=str).decode()
+    return document(error.code, error.message, error.detail, status=status, step=step).decode()
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:

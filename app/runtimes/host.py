@@ -164,3 +164,12 @@ def _full_version(package: str) -> str:
 
 def _installed(package: str) -> str:
     return _full_version(package).partition("+")[0]
+
+
+def cpu_model() -> str:
+    """As Linux names it; "" where it cannot be known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -24,7 +24,7 @@ from app.artifact import Artifact
 from app.cache import cache_folder
 from app.errors import RuntimeFailure
 from app.runtimes.base import brief
-from app.runtimes.host import this_host
+from app.runtimes.host import cpu_model, this_host
 from app.runtimes.package import inspect_package
 
 LIMIT_S = 120.0  # importing torch alone can take half a minute on a cold, busy machine
@@ -109,10 +109,9 @@ def _verdict(code: int, answer: bytes, token: str) -> str | None:
 
 def _marker(data: bytes) -> Path | None:
     """The file whose presence says that these bytes ran here. None where there is no place for it."""
-    host = this_host()
     identity = {
         "file": hashlib.sha256(data).hexdigest(),
-        "host": {**host.facts(), "cpu": _cpu_model()},
+        "host": {**this_host().facts(), "cpu": cpu_model()},
         "python": [sys.executable, sys.version],
     }
     folder = cache_folder()
@@ -120,14 +119,6 @@ def _marker(data: bytes) -> Path | None:
         return None
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return folder / "proven" / digest
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
-    except OSError:
-        return ""
 
 
 def _remember(marker: Path | None) -> None:

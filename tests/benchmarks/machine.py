@@ -8,6 +8,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
+from app.runtimes.host import cpu_model
 from tests.benchmarks.contenders import OWN
 
 HERE = ("actserve", "onnxruntime", "numpy", "uvicorn", "uvloop", "httptools", "fastapi", "mosec", "litserve")
@@ -17,7 +18,7 @@ THERE = {"bentoml": "bentoml", "triton": "nvidia-pytriton", "ray": "ray"}  # env
 def describe(server_core: int, client_core: int) -> dict[str, Any]:
     """JSON-able."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "one_core": client_core in _siblings(server_core),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9),
@@ -45,11 +46,6 @@ def versions() -> dict[str, str]:
         path = [str(path) for path in (OWN / folder).glob("lib/python*/site-packages")]
         found += Distribution.discover(name=name, path=path)
     return {distribution.name: distribution.version for distribution in found}
-
-
-def _cpu_model() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def _siblings(core: int) -> set[int]:

@@ -17,6 +17,7 @@ import tritonclient.http.aio as triton_aio
 
 from app.client import local
 from app.client.local import LocalService
+from app.client.play import Act
 from app.client.play import play as run_play
 from app.client.remote import RemotePolicy
 from app.client.ways import WAYS
@@ -62,7 +63,7 @@ def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(ls
             assert world is not None
             for client in (by_http(service), by_asyncio(service), by_grpc(port)):
                 with client as (name, act):
-                    report = run_play(lambda _seed, act=act: act, world, episodes=1, seed=3).as_json()  # type: ignore[misc]
+                    report = run_play(always(act), world, episodes=1, seed=3).as_json()
                 games[runtime, name] = report["episodes"]
     assert len(games) == 14
     first, *others = games.values()
@@ -70,21 +71,14 @@ def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(ls
     assert others == [first] * 13
 
 
-Client = Iterator[tuple[str, Callable[[Array], int]]]
+Client = Iterator[tuple[str, Act]]
 
 
 @contextmanager
 def by_http(service: LocalService) -> Client:
     """tritonclient, with a number for the sequence."""
     with triton_http.InferenceServerClient(service.url.removeprefix("http://")) as client:
-        steps = itertools.count()
-
-        def act(screen: Array) -> int:
-            flags = {"sequence_id": 77, "sequence_start": next(steps) == 0}
-            result = client.infer("pong-lstm", inputs(triton_http, screen), **flags)
-            return int(result.as_numpy("action")[0])
-
-        yield "tritonclient", act
+        yield "tritonclient", acting(client.infer, triton_http, 77)
 
 
 @contextmanager
@@ -96,28 +90,34 @@ def by_asyncio(service: LocalService) -> Client:
 
     with asyncio.Runner() as runner:
         client = runner.run(connect())
-        steps = itertools.count()
-
-        def act(screen: Array) -> int:
-            flags = {"sequence_id": "my game", "sequence_start": next(steps) == 0}
-            result = runner.run(client.infer("pong-lstm", inputs(triton_http, screen), **flags))
-            return int(result.as_numpy("action")[0])
-
-        yield "tritonclient.aio", act
+        yield (
+            "tritonclient.aio",
+            acting(lambda *of, **flags: runner.run(client.infer(*of, **flags)), triton_http, "my game"),
+        )
         runner.run(client.close())
 
 
 @contextmanager
 def by_grpc(port: int) -> Client:
     with triton_grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        steps = itertools.count()
+        yield "tritonclient.grpc", acting(client.infer, triton_grpc, 78)
 
-        def act(screen: Array) -> int:
-            flags = {"sequence_id": 78, "sequence_start": next(steps) == 0}
-            result = client.infer("pong-lstm", inputs(triton_grpc, screen), **flags)
-            return int(result.as_numpy("action")[0])
 
-        yield "tritonclient.grpc", act
+def acting(infer: Callable[..., Any], triton: Any, sequence: int | str) -> Act:
+    """One game's steps, as a sequence."""
+    steps = itertools.count()
+
+    def act(screen: Array) -> int:
+        first = next(steps) == 0
+        result = infer("pong-lstm", inputs(triton, screen), sequence_id=sequence, sequence_start=first)
+        return int(result.as_numpy("action")[0])
+
+    return act
+
+
+def always(act: Act) -> Callable[[int], Act]:
+    """For a game of any seed."""
+    return lambda _seed: act
 
 
 def inputs(triton: Any, screen: Array) -> list[Any]:
