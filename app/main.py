@@ -23,6 +23,7 @@ from app.registry import Registry
 from app.remote_store import open_store
 from app.sessions import Limits, Sessions
 from app.settings import Settings
+from app.supervisor import Start
 from app.telemetry.traces import Traces
 from app.trust import Trust
 
@@ -32,7 +33,10 @@ class Service(FastAPI):
         return Observed(super().build_middleware_stack())  # outside of what answers errors, too
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+LOAD_S = 2.0  # that a worker may take before it lets clients in who could have asked its predecessor
+
+
+def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:
     """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
     access = None if settings.tokens is None else Access(settings.tokens, settings.workers)
@@ -53,7 +57,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             registry.in_sessions = app.state.sessions.versions
             stack.callback(traces.close)
             async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
-                registry.start()
+                registry.start(start.rest_s if start else 0.0, start.reason if start else "")
+                if start and start.replaces:
+                    await registry.looked(LOAD_S)
                 try:
                     async with (
                         grpc.serving(registry, app.state.sessions, settings, access),

@@ -34,6 +34,8 @@ from app.telemetry.counts import Counts
 
 log = logging.getLogger("actserve")
 
+LOADING = "policies are being loaded"
+
 
 class Registry:
     """The live policies of one store. `start` has it follow the store; `get` finds; `close` drains.
@@ -54,12 +56,21 @@ class Registry:
         self._loaded = Loaded(store, settings, self.counts)
         self._refused = Refusals(self._loaded, settings.poll_s)
         self._following: asyncio.Task[None] | None = None
-        self._looked = False  # at the whole store, once
+        self._looked = asyncio.Event()  # at the whole store, once
+        self._loading = LOADING
         self._polling = asyncio.Lock()
         self._unreachable: str | None = None
 
-    def start(self) -> None:
-        self._following = asyncio.create_task(self._follow())
+    def start(self, rest_s: float = 0.0, reason: str = "") -> None:
+        """`rest_s`: before anything is loaded, for a `reason` that whoever asks is told."""
+        if rest_s:
+            self._loading = f"{reason}; policies are loaded in {rest_s:.0f} s"
+        self._following = asyncio.create_task(self._follow(rest_s))
+
+    async def looked(self, within_s: float) -> None:
+        """Returns once what the store has is loaded, or as far as it got."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._looked.wait(), within_s)
 
     async def close(self) -> None:
         """Answer what was accepted, then close every runtime."""
@@ -71,12 +82,12 @@ class Registry:
 
     @property
     def loading(self) -> bool:
-        return not self._looked
+        return not self._looked.is_set()
 
     def not_ready(self) -> str | None:
         """Why requests cannot be answered yet, or None."""
         if self.loading:
-            return "policies are being loaded"
+            return self._loading
         if not self._live:
             return "no policy in the store can be served"
         return None
@@ -114,7 +125,7 @@ class Registry:
         if name in self._live:
             return self._live[name]
         if self.loading:
-            raise NotServing("policies are still being loaded; try again shortly")
+            raise NotServing(f"{self._loading}; try again shortly")
         if name is not None and (refused := self._refused.of(name)):
             raise refused[max(refused)]
         raise UnknownPolicy(name or "", sorted(self._live))
@@ -187,13 +198,15 @@ class Registry:
 
     # following the store
 
-    async def _follow(self) -> None:
+    async def _follow(self, rest_s: float) -> None:
+        await asyncio.sleep(rest_s)
+        self._loading = LOADING
         while True:
             try:
                 await self.poll()
             except Exception:  # whatever a store does, what is live is served
                 log.exception("the store could not be looked at")
-            self._looked = True
+            self._looked.set()
             await asyncio.sleep(self._settings.poll_s)
 
     async def poll(self, anew: bool = False) -> None:

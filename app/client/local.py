@@ -20,7 +20,13 @@ from app.errors import ServiceUnreachable
 @dataclass(frozen=True)
 class LocalService:
     url: str
-    pid: int
+    pid: int  # of the supervisor
+
+    @property
+    def workers(self) -> list[int]:
+        """Their process ids."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
 
 
 @contextmanager

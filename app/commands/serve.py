@@ -20,6 +20,8 @@ from app.errors import UsageError
 if TYPE_CHECKING:
     from app.settings import Settings
 
+log = logging.getLogger("actserve")
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -65,10 +67,10 @@ def serve(
     ] = None,
 ) -> None:
     """Serve every policy of a store over HTTP."""
-    import uvicorn
-
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies no matrices here; its threads would not fork
     from app import admin, grpc, tls
     from app.access import read
+    from app.address import Address
     from app.remote_store import open_store
     from app.settings import PREFIX, Settings
     from app.telemetry import logs
@@ -95,9 +97,8 @@ def serve(
         "tls_key": tls_key and tls_key.resolve(),
         "cors_origins": cors_origin and ",".join(cors_origin),
     }
-    # Through the environment, so that workers, which are new processes, read the same settings.
-    os.environ.update({PREFIX + name.upper(): str(value) for name, value in given.items() if value})
-    settings = Settings.from_environment(os.environ)  # a wrong value ends here, not in a worker
+    named = {PREFIX + name.upper(): str(value) for name, value in given.items() if value}
+    settings = Settings.from_environment({**os.environ, **named})  # a wrong value ends here, not in a worker
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     grpc.check(settings)
     admin.check(settings)
@@ -106,44 +107,27 @@ def serve(
         read(settings.tokens)
     elif not (uds or host in LOOPBACK):
         console.print("[yellow]whoever can connect may ask:[/] see --tokens")
-    log_config = logs.configuration(settings.log_format)
-    logging.config.dictConfig(log_config)
-    with _files(settings, workers):
-        uvicorn.run(
-            "app.main:create_app",
-            factory=True,
-            host=host,
-            port=port,
-            uds=str(uds) if uds else None,
-            workers=workers,
-            loop="uvloop",
-            http="app.lane.protocol:LaneProtocol",
-            ws="app.api.websocket:WebSocketProtocol",
-            ws_per_message_deflate=False,
-            access_log=False,
-            log_config=log_config,
-            server_header=False,
-            headers=[("X-Content-Type-Options", "nosniff")],
-            ssl_certfile=settings.tls_cert,
-            ssl_keyfile=settings.tls_key,
-            timeout_graceful_shutdown=30,
-        )
+    logging.config.dictConfig(logs.configuration(settings.log_format))
+    from app.supervisor import Supervisor
+    from app.worker import serving
+
+    address = Address(host, port, uds)
+    with _files(settings) as complete:
+        supervisor = Supervisor(address, workers, serving(complete))
+        log.info("listening on %s", address)
+        code = supervisor.run()
+    raise typer.Exit(code)
 
 
 @contextmanager
-def _files(settings: Settings, workers: int) -> Iterator[None]:
-    """Have the files that all workers share: those named, which must be usable, or temporary ones. A lone worker makes
-    its own: uvicorn ends it by the signal that it was sent, and nothing here would run again."""
+def _files(settings: Settings) -> Iterator[Settings]:
+    """With the files that all workers share, and those after them: the ones named, which must be usable, or temporary
+    ones."""
     from app.sessions import Limits, Sessions
-    from app.settings import PREFIX
 
     if settings.sessions is not None:
         with Sessions(settings.sessions, Limits()):
             pass
-    if workers == 1:
-        yield
-        return
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
-        os.environ.setdefault(PREFIX + "SESSIONS", str(Path(folder) / "sessions.sqlite"))
-        os.environ.setdefault(PREFIX + "COUNTS", str(Path(folder) / "counts.sqlite"))
-        yield
+        temporary = {"sessions": Path(folder) / "sessions.sqlite", "counts": Path(folder) / "counts.sqlite"}
+        yield settings.model_copy(update={name: getattr(settings, name) or path for name, path in temporary.items()})

@@ -20,6 +20,7 @@ class Inner(HttpToolsProtocol):
     """
 
     between = True
+    closing = False  # after the next answer
     outer: Any  # the `LaneProtocol` that holds it
     _in_head = False
     _beside = 0  # bytes that came and have come to nothing yet
@@ -54,6 +55,8 @@ class Inner(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._beside = False, 0
         super().on_headers_complete()
+        if self.closing and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._beside = 0

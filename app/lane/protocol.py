@@ -34,6 +34,7 @@ from app.lane.inner import Inner
 from app.lane.receiver import BUFFER_BYTES, Receiver
 
 GUESS_BYTES = 512  # of a first head
+LAST_S = 0.25  # for a request that is on its way when the service is told to end
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -67,7 +68,7 @@ class LaneProtocol(Receiver):
         self._passing = False  # to the inner protocol
         self._closing = False  # after the answer
         self._requests = 0  # that have begun, here or there
-        self._before: tuple[Phase, int] = (Phase.IDLE, 0)  # when the lane last looked
+        self._before: tuple[Phase, int] = (Phase.IDLE, -1)  # when the lane last looked
         self._looks = 0  # since it is so
 
     # what asyncio calls
@@ -118,10 +119,13 @@ class LaneProtocol(Receiver):
     # what uvicorn's server calls
 
     def shutdown(self) -> None:
-        """Answer what is under way, then close."""
-        if self._door is not None:
-            self._closing = True
-        else:
+        """Answer what is under way, or what the client has just sent, then close."""
+        self._closing = self._inner.closing = True
+        if self._door is None:
+            self._inner.loop.call_later(LAST_S, self._end)
+
+    def _end(self) -> None:
+        if self.transport is not None and self._door is None:
             self._inner.shutdown()
 
     # what uvicorn's protocol calls

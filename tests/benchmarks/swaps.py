@@ -206,8 +206,8 @@ async def swap(
                 seen = crowd.seen
                 report(
                     Row(
-                        index, sum(seen.answers.values()), len(seen.failures), len(seen.wrong), rss_mb(service.pid),
-                        len(described["loaded"]), float(np.mean(took[-10:])),
+                        index, sum(seen.answers.values()), len(seen.failures), len(seen.wrong),
+                        rss_mb(service.workers[0]), len(described["loaded"]), float(np.mean(took[-10:])),
                     )
                 )  # fmt: skip
     finally:

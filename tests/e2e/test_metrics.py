@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -59,11 +58,6 @@ def act(service: LocalService, times: int) -> int:
     return done
 
 
-def workers(service: LocalService) -> list[int]:
-    children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
-
-
 def until_there_are_two(service: LocalService) -> dict[str, float]:
     deadline = time.monotonic() + 30
     while (found := scrape(service))["workers"] != 2:
@@ -87,7 +81,7 @@ def test_any_worker_answers_for_all_and_nothing_is_counted_back(service: LocalSe
     assert after["actserve_actions_total"] == after["actserve_queue_seconds_count"] == 100
     assert after["actserve_policy_info"] == 2  # pong and pong-lstm, however many workers have them
 
-    os.kill(workers(service)[0], signal.SIGKILL)
+    os.kill(service.workers[0], signal.SIGKILL)
     time.sleep(0.5)
     assert scrape(service)["actserve_actions_total"] == 100
     again = until_there_are_two(service)

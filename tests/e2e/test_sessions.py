@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -94,10 +94,10 @@ class Connection:
         peer = f"{self._http.sock.getsockname()[1]:04X}"
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         (inode,) = (row[9] for row in rows if row[2].endswith(":" + peer) and row[3] == "01")
-        for child in Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split():
-            for file in Path(f"/proc/{child}/fd").iterdir():
-                if os.readlink(file) == f"socket:[{inode}]":
-                    return int(child)
+        for worker in service.workers:
+            with suppress(OSError):  # it has just ended
+                if f"socket:[{inode}]" in map(os.readlink, Path(f"/proc/{worker}/fd").iterdir()):
+                    return worker
         raise AssertionError("no worker has this connection")
 
 

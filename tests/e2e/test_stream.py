@@ -137,7 +137,8 @@ def test_killed_clients_leave_nothing_behind(service: LocalService, screens: Arr
 
 
 def open_files(service: LocalService) -> int:
-    return len(os.listdir(f"/proc/{service.pid}/fd"))
+    (worker,) = service.workers
+    return len(os.listdir(f"/proc/{worker}/fd"))
 
 
 def test_a_version_that_is_no_number(service: LocalService) -> None:

@@ -1,0 +1,72 @@
+"""Worker: one process that serves, as the supervisor starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import uvicorn
+
+from app.main import create_app
+from app.settings import Settings
+from app.supervisor import SIGNALS, Start, Work
+
+GRACE_S = 30  # for what was accepted, once the service is to end
+
+
+def serving(settings: Settings) -> Work:
+    """What a worker does."""
+    return partial(_serve, settings)
+
+
+def _serve(settings: Settings, listener: socket.socket, start: Start) -> None:
+    config = uvicorn.Config(
+        create_app(settings, start),
+        loop="uvloop",
+        http="app.lane.protocol:LaneProtocol",
+        ws="app.api.websocket:WebSocketProtocol",
+        ws_per_message_deflate=False,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        headers=[("X-Content-Type-Options", "nosniff")],
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    _Server(config, start).run([listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, start: Start) -> None:
+        super().__init__(config)
+        self._start = start
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would end by the signal in the end; here that it was told to end is no failure."""
+        for number in SIGNALS:
+            signal.signal(number, self.handle_exit)
+        yield
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            with suppress(OSError):
+                os.write(self._start.pulse, b".")
+            self.should_exit = self.should_exit or self._is_orphan()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.sleep(0)  # who has connected is accepted before the socket is closed
+        await super().shutdown(sockets)
+
+    def _is_orphan(self) -> bool:
+        try:
+            return os.read(self._start.lifeline, 1) == b""
+        except BlockingIOError:
+            return False

@@ -1,0 +1,75 @@
+"""A supervised service of a few lines, as a process of its own: `python -m tests.supervised PORT COUNT [OPTION...]`.
+
+Each worker answers a connection with its pid and how it began. It crashes, exits or hangs when it is told to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from app import supervisor
+from app.address import Address
+from app.supervisor import Start, Supervisor
+
+
+def work(listener: socket.socket, start: Start) -> None:
+    """Until it is told to end, or the supervisor has gone."""
+    if "unable" in sys.argv:
+        sys.exit(7)
+    told = False
+
+    def tell(_number: int, _frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+
+    signal.signal(signal.SIGTERM, tell)
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(start.lifeline, selectors.EVENT_READ)
+        while not told:
+            os.write(start.pulse, b".")
+            for key, _ in selector.select(0.05):
+                if key.fd == start.lifeline:
+                    return
+                listener.setblocking(False)
+                try:
+                    client, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                with client:
+                    answer(client, start)
+    if "stubborn" in sys.argv:
+        time.sleep(60)
+
+
+def answer(client: socket.socket, start: Start) -> None:
+    client.setblocking(True)
+    command = client.recv(10).decode()
+    if command == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if command == "exit":
+        os._exit(3)
+    if command == "hang":
+        time.sleep(60)
+    told = {"pid": os.getpid(), "replaces": start.replaces, "rest_s": start.rest_s, "reason": start.reason}
+    client.sendall(json.dumps(told).encode())
+
+
+def main(port: int, count: int) -> int:
+    logging.basicConfig(level=logging.INFO)
+    hurried: dict[str, Any] = {"HANG_S": 1.0, "DRAIN_S": 1.0}
+    vars(supervisor).update(hurried)
+    return Supervisor(Address("127.0.0.1", port), count, work).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

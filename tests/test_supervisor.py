@@ -1,0 +1,203 @@
+"""Worker processes, and what becomes of them: with workers of a few lines (`tests.supervised`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.address import Address
+from app.client.local import free_port
+from app.errors import UsageError
+
+WITHIN_S = 20
+
+
+@dataclass
+class Running:
+    process: subprocess.Popen[str]
+    port: int
+
+    def tell(self, command: str = "") -> dict[str, Any] | None:
+        """What the worker that got the connection answers; None: it ended."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=WITHIN_S) as connection:
+            connection.sendall(command.encode() or b"-")
+            try:
+                told = connection.recv(4096)
+            except ConnectionResetError:
+                return None
+        return json.loads(told) if told else None
+
+    @property
+    def workers(self) -> list[int]:
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def running(count: int, *options: str) -> Iterator[Running]:
+    port = free_port()
+    command = [sys.executable, "-m", "tests.supervised", str(port), str(count), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            service = Running(process, port)
+            until(lambda: process.poll() is not None or (listens(port) and len(service.workers) == count))
+            yield service
+        finally:
+            process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_connections_are_dealt_out() -> None:
+    with running(2) as service:
+        seen = Counter(answered["pid"] for _ in range(200) if (answered := service.tell()) is not None)
+        assert sorted(seen) == sorted(service.workers)
+        assert min(seen.values()) > 50
+
+
+@pytest.mark.parametrize("command", ["crash", "exit"])
+def test_one_that_dies_costs_only_what_it_held_and_its_successor_begins_at_once(command: str) -> None:
+    with running(2) as service:
+        before = service.workers
+        assert service.tell(command) is None
+        answers = [service.tell() for _ in range(50)]
+        assert None not in answers
+        until(lambda: len(service.workers) == 2)
+        (successor,) = set(service.workers) - set(before)
+        until(lambda: (answered := service.tell()) is not None and answered["pid"] == successor)
+        assert len(set(service.workers) & set(before)) == 1
+        answers = [service.tell() for _ in range(50)]
+        assert {a["replaces"] for a in answers if a is not None and a["pid"] == successor} == {True}
+
+
+def test_a_lone_one_that_dies_again_and_again_rests_and_says_why() -> None:
+    with running(1) as service:
+        first = service.tell()
+        assert first is not None
+        assert (first["replaces"], first["rest_s"]) == (False, 0)
+        assert service.tell("crash") is None
+        second = service.tell()
+        assert second is not None
+        assert (second["replaces"], second["rest_s"], second["reason"]) == (True, 0, "")
+        for number, rest_s in ((2, 1), (3, 2)):
+            assert service.tell("crash") is None
+            resting = service.tell()
+            assert resting is not None
+            assert resting["rest_s"] == pytest.approx(rest_s, abs=0.5)
+            assert resting["reason"].endswith(f"signal 11 (SIGSEGV), death {number} in a row")
+
+
+def test_others_take_the_share_of_one_that_dies_again_and_again() -> None:
+    with running(2) as service:
+        lasting, failing = service.workers
+        for _ in range(3):
+            os.kill(failing, signal.SIGSEGV)
+            until(lambda: not alive(failing))  # noqa: B023, it is called at once
+            time.sleep(0.2)  # until the supervisor knows
+            began = time.monotonic()
+            answers = [service.tell() for _ in range(20)]
+            assert None not in answers  # none waits for it
+            assert time.monotonic() - began < 1
+            until(lambda: len(service.workers) == 2)
+            (failing,) = set(service.workers) - {lasting}
+            until(lambda: (a := service.tell()) is not None and a["pid"] == failing)  # noqa: B023
+
+
+def test_one_that_hangs_is_ended() -> None:
+    with running(1) as service:
+        (hanging,) = service.workers
+        with socket.create_connection(("127.0.0.1", service.port)) as connection:
+            connection.sendall(b"hang")
+            until(lambda: not alive(hanging))
+        answered = service.tell()
+        assert answered is not None
+        assert answered["pid"] != hanging
+
+
+def test_told_to_end_it_ends_with_all_its_workers() -> None:
+    with running(3) as service:
+        workers = service.workers
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(WITHIN_S) == 0
+        assert not any(map(alive, workers))
+        assert not listens(service.port)
+
+
+def test_workers_that_do_not_end_are_ended_at_the_deadline() -> None:
+    with running(2, "stubborn") as service:
+        workers = service.workers
+        began = time.monotonic()
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(WITHIN_S) == 0
+        assert 0.9 < time.monotonic() - began < 10
+        assert not any(map(alive, workers))
+
+
+def test_no_worker_outlives_its_supervisor() -> None:
+    with running(2) as service:
+        workers = service.workers
+        service.process.kill()
+        until(lambda: not any(map(alive, workers)))
+        assert not listens(service.port)
+
+
+def test_what_cannot_begin_ends_the_service() -> None:
+    with running(2, "unable") as service:
+        assert service.process.wait(WITHIN_S) == 7
+
+
+def test_a_port_that_another_service_has_is_refused() -> None:
+    with running(2) as service, pytest.raises(UsageError, match=r"cannot listen on 127\.0\.0\.1:.*in use"):
+        Address("127.0.0.1", service.port).listen(2)
+
+
+def test_a_unix_socket_that_was_left_behind_is_taken_and_one_in_use_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    address = Address("", 0, path)
+    one, other = address.listen(2)
+    assert one is other
+    with pytest.raises(UsageError, match="another service listens there"):
+        Address("", 0, path).listen(1)
+    one.close()
+    address.close()
+    assert not path.exists()
+
+
+def test_a_file_is_not_taken_for_a_socket(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match=r"cannot listen on unix:.*in use"):
+        Address("", 0, path).listen(1)
+    assert path.read_text() == "mine"
