@@ -12,7 +12,7 @@ demo: .venv/all
 	$(BIN)/python -m app.demo
 
 test: .venv/dev .venv/kserve/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check .
