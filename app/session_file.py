@@ -34,7 +34,7 @@ PRAGMA user_version = {FORMAT};
 CREATE TABLE service (key BLOB NOT NULL, sessions INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT;
 CREATE TABLE session (
     number INTEGER PRIMARY KEY AUTOINCREMENT, -- ascending, so that pages are full, and never given twice
-    used_ms INTEGER NOT NULL, -- the last step, or the begin; since the epoch
+    used_ms INTEGER NOT NULL, -- the last step, or the begin, by the host's monotonic clock
     step INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL DEFAULT 0, -- of the answer and the state
     policy TEXT NOT NULL,

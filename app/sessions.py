@@ -94,10 +94,10 @@ class Sessions:
     """The sessions of one service, a context manager over their file. Every method is short and may be called in the
     event loop, from any worker. All raise `SessionsUnavailable` when the file cannot be used."""
 
-    def __init__(self, path: Path, limits: Limits, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self._file = SessionFile(path)
-        self._clock = clock  # seconds since the epoch: the one clock that processes and restarts share
+        self._clock = clock  # seconds: all processes of a host have the same, and nobody can set it
         self._swept_s = 0.0
         self._names = Names(b"")
 
@@ -105,6 +105,8 @@ class Sessions:
         self._file.open()
         ((key,),) = self._file.rows("SELECT key FROM service")
         self._names = Names(key)
+        now_ms = self._now_ms()  # what was used after it was used before the host began anew
+        self._file.change("UPDATE session SET used_ms = ? WHERE used_ms > ?", now_ms, now_ms)
         return self
 
     def __exit__(

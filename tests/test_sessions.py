@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -483,3 +484,31 @@ def test_the_wall_clock_may_be_set_back(path: Path, clock: Clock) -> None:
 def test_settings_have_the_limits() -> None:
     settings = Settings()
     assert Limits(settings.max_sessions, settings.max_session_bytes, settings.session_idle_s) == Limits()
+
+
+def test_a_clock_that_is_set_ends_no_session(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(registry: Versions) -> None:
+        with Sessions(path, Limits()) as sessions:
+            session = sessions.begin(NAME, 1)
+            await sessions.step(registry, session, seen(1))
+            for hours in (5, -50, 5000):
+                set_to = time.time() + hours * 3600
+                monkeypatch.setattr("time.time", lambda: set_to)  # noqa: B023, it is called at once
+                assert sessions.get(NAME, session.id).idle_s < 60
+            stepped = await sessions.step(registry, sessions.get(NAME, session.id), seen(1), 2)
+            assert stepped.step == 2
+
+    run(scenario)
+
+
+def test_sessions_outlive_a_host_that_begins_anew(path: Path) -> None:
+    """Whose clock then begins anew, too."""
+    before, after = Clock(), Clock()
+    after.now_s = 5.0
+    with Sessions(path, Limits(), before) as sessions:
+        session = sessions.begin(NAME, 1)
+    with Sessions(path, Limits(idle_s=600), after) as sessions:
+        assert sessions.get(NAME, session.id).idle_s == 0
+        after.now_s += 601
+        with pytest.raises(SessionExpired):
+            sessions.get(NAME, session.id)
