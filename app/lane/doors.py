@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Protocol
 
 from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from app import wire
+from app import memory, wire
 from app.access import Access
 from app.api import errors
 from app.arena import BATCHES, Arena
@@ -23,6 +24,7 @@ from app.telemetry.counts import ACT, Tally
 Headers = list[tuple[bytes, bytes]]
 UNAVAILABLE = str(errors.STATUS[Unavailable])
 REFUSALS = 64
+GIVE_BACK_S = 10
 READY_MADE = 4096  # answers; a policy with more actions has them made one by one
 
 
@@ -110,8 +112,14 @@ class Lane:
         self._watching.cancel()
 
     async def _watch(self) -> None:
-        while True:
+        before: set[int] = set()
+        for second in itertools.count():
             await asyncio.sleep(1)
+            if second % GIVE_BACK_S == 0:
+                now = set(map(id, self.connections))
+                if before - now:
+                    await asyncio.to_thread(memory.give_back)  # what those had who have gone
+                before = now
             self._look()
             for connection in list(self.connections):
                 connection.look()
