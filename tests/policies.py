@@ -250,3 +250,22 @@ KINDS: dict[str, Callable[[], Pair]] = {
         tutorial_lstm, gru, pixel_lstm, cat_frames, own_state,
     )
 }  # fmt: skip
+
+
+class Fragile(nn.Module):
+    """Reads far beyond its table for one observation: natively, and unchecked, that ends the process."""
+
+    FATAL = 654_321
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(99).flip(0).remainder(3))  # a small one would be inlined
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        index = torch.where(observation == self.FATAL, 1 << 30, observation.remainder(99))
+        return self.table[index]
+
+
+def fragile() -> Pair:
+    module = TensorDictModule(Fragile(), in_keys=["observation"], out_keys=["action"])
+    return TensorDictSequential(module), TensorDict({"observation": torch.tensor(5)})

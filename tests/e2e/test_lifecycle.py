@@ -16,11 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 from app.client import local
 from app.client.local import LocalService
+from app.client.remote import RemotePolicy
+from app.errors import ServiceError, ServiceUnreachable
 from app.signature import Array
+from app.store import ModelStore
+from tests.policies import Fragile
 
 SHIPPED = Path(__file__).parent.parent.parent / "models_store"
 RAW = {"Content-Type": "application/octet-stream"}
@@ -189,3 +194,27 @@ def test_a_port_in_use_ends_the_service_with_the_reason(capfd: pytest.CaptureFix
         command = [sys.executable, "-m", "app", "serve", "--store", str(SHIPPED), "--port", port]
         assert subprocess.run(command, timeout=60, check=False).returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capfd.readouterr().err
+
+
+def test_native_code_that_ends_its_process_takes_no_other_request_with_it(tmp_path: Path) -> None:
+    """By reading where it must not, for one observation only."""
+    from torch._inductor import config
+
+    from exporters.load import load
+    from exporters.publish import export
+
+    store = ModelStore(tmp_path)
+    with config.patch(assert_indirect_indexing=False):
+        export(load("tests.policies:fragile")[1], "fragile", store, origin="tests.policies:fragile", runtimes=["pt2"])
+    with local.serve(tmp_path) as service, RemotePolicy(service.url) as remote:
+        good = np.array(7, np.int64)
+        assert remote.act(good) == 1
+        for _ in range(2):
+            (worker,) = service.workers
+            began = time.monotonic()
+            with pytest.raises((ServiceUnreachable, ServiceError)):  # the client may ask its successor
+                remote.act(np.array(Fragile.FATAL, np.int64))
+            assert time.monotonic() - began < 10
+            until(lambda: service.workers not in ([], [worker]))  # noqa: B023, it is called at once
+            until(lambda: answers(int(service.url.rpartition(":")[2]), "/readyz"))
+            assert remote.act(good) == 1
