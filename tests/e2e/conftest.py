@@ -11,6 +11,14 @@ from app.signature import Array
 from app.store import ModelStore
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _patient() -> Iterator[None]:
+    """That this host is slow is no overload."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACTSERVE_MAX_WAIT_MS", "60000")
+        yield
+
+
 @pytest.fixture(scope="session")
 def pong_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with `pong`@1, both programs, exported from the checkpoint that ships."""

@@ -19,8 +19,8 @@ from app.wire.oip import DATATYPES, HEADER
 
 
 class Oip(Backend):
-    def __init__(self, url: str, description: Description, seed: int) -> None:
-        super().__init__(url, description, seed)
+    def __init__(self, url: str, description: Description, seed: int, token: str | None = None) -> None:
+        super().__init__(url, description, seed, token)
         self._sequences: list[str] = []
 
     async def begin(self, connection: Connection) -> None:
