@@ -50,6 +50,7 @@ ActserveError
 └── ClientError                  raised on the client's side
     ├── ServiceUnreachable       no connection, or it broke
     ├── ServiceError             the service answered with an error
+    │   └── ProxyFailed          a proxy did, as no answer came from the service
     ├── EnvironmentMismatch      the game here is not the game the policy was trained for
     └── UsageError               a wish that cannot be met (an unknown game, a format without an encoder)
 """
@@ -357,6 +358,10 @@ class ServiceError(ClientError):
         super().__init__(f"the service answered {status} {reason}: {message}", status=status, reason=reason)
         self.status = status
         self.reason = reason
+
+
+class ProxyFailed(ServiceError):
+    """A proxy answered, as it got no answer from the service behind it."""
 
 
 class EnvironmentMismatch(ClientError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,12 @@ from tensordict import TensorDict
 
 from app.client import remote as remotes
 from app.client.aio import AsyncRemotePolicy
+from app.client.operations import Response
 from app.client.remote import RemotePolicy
 from app.client.sequence import OipSequence
 from app.client.transport import Connection
 from app.client.ways import WAYS
-from app.errors import InvalidTensor, ServiceError, ServiceUnreachable, UnknownOutput, UsageError
+from app.errors import InvalidTensor, ProxyFailed, ServiceError, ServiceUnreachable, UnknownOutput, UsageError
 from app.signature import Exploration
 from tests.fake_policy import NAME, Alone, seen
 from tests.stream_service import Service, running
@@ -88,6 +90,33 @@ def test_a_step_whose_answer_is_lost_is_taken_once(policy: RemotePolicy, monkeyp
     with policy.session(seed=SEED) as session:
         assert [session.act(np.array(x)) for x in XS] == [action for action, _ in alone(None)]
     assert len(lost) == 2
+
+
+@pytest.mark.parametrize("way", ["episode", "session"])
+def test_a_step_that_a_proxy_lost_is_asked_for_again(
+    policy: RemotePolicy, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The service has taken some of them, and others never came to it."""
+    exchange = Connection.exchange
+    asked = 0
+
+    def lose(connection: Connection, request: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked % 3 == 0:
+            return Response(502, "text/html", b"<html>Bad gateway")
+        response = exchange(connection, request)
+        return Response(500, "text/plain", b"Internal Server Error") if asked % 3 == 1 else response
+
+    with contextlib.ExitStack() as stack:
+        acting: Any = policy.episode() if way == "episode" else stack.enter_context(policy.session(seed=SEED))
+        with monkeypatch.context() as patched:
+            patched.setattr(Connection, "exchange", lose)
+            actions = [acting.act(np.array(x)) for x in XS]
+            patched.setattr(Connection, "exchange", lambda *_: Response(500, "text/plain", b"Internal Server Error"))
+            with pytest.raises(ProxyFailed, match="500 http_error: Internal"):
+                acting.act(np.array(1))
+    assert actions == [action for action, _ in alone(None)]
 
 
 def test_a_step_that_fails_moves_nothing(policy: RemotePolicy) -> None:

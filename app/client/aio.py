@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from app.client import operations
 from app.client.operations import Description, Operation, Request, Response, Result
-from app.client.remote import Carried
+from app.client.remote import ATTEMPTS, LOST, Carried
 from app.client.tensordicts import read_tensordict, write_tensordict
 from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer
 from app.errors import ServiceUnreachable
@@ -87,6 +88,13 @@ class AsyncRemotePolicy:
             result: Result = done.value
             return result
 
+    async def insist(self, ask: Callable[[], Operation[Result]]) -> Result:
+        """See `RemotePolicy.insist`."""
+        for _ in range(ATTEMPTS - 1):
+            with suppress(*LOST):
+                return await self.run(ask())
+        return await self.run(ask())
+
     async def _exchange(self, request: Request) -> Response:
         aiohttp = require("aiohttp")
         url = self.url.rstrip("/") + request.path
@@ -109,7 +117,7 @@ class AsyncEpisode:
 
     async def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """See `Episode.act`."""
-        return await self._policy.run(self._carried.act(observation))
+        return await self._policy.insist(lambda: self._carried.act(observation))
 
     @property
     def outputs(self) -> Arrays:

@@ -17,7 +17,7 @@ import pydantic_core
 
 from app import wire
 from app.environment import Environment
-from app.errors import InvalidRequest, ServiceError, UsageError
+from app.errors import InvalidRequest, ProxyFailed, ServiceError, UsageError
 from app.signature import Array, Arrays, Exploration, Signature, TensorSpec
 
 
@@ -160,7 +160,8 @@ def begin_session(
 
 
 def end_session(description: Description, session: str) -> Operation[None]:
-    _good((yield Request("DELETE", f"{_policy_path(description.name)}/sessions/{quote(session, safe='')}")))
+    path = f"{_policy_path(description.name)}/sessions/{quote(session, safe='')}"
+    _good((yield Request("DELETE", path, headers={"X-Session": session})))  # by which a proxy may find its host
 
 
 def act_path(name: str) -> str:
@@ -198,7 +199,7 @@ def service_error(status: int, body: bytes) -> ServiceError:
     if isinstance(error, str):  # the Open Inference Protocol's shape
         return ServiceError(status, "http_error", error)
     if not isinstance(error, dict) or not {"code", "message"} <= error.keys():
-        return ServiceError(status, "http_error", f"{document}")
+        return (ProxyFailed if status >= 500 else ServiceError)(status, "http_error", f"{document}")
     return ServiceError(status, error["code"], error["message"])
 
 

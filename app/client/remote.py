@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,11 +12,12 @@ from app.client.operations import Description, Operation, Result
 from app.client.tensordicts import read_tensordict, write_tensordict
 from app.client.transport import Connection
 from app.environment import Environment
-from app.errors import ServiceUnreachable
+from app.errors import ProxyFailed, ServiceUnreachable
 from app.requests import step_seed
 from app.signature import Array, Arrays, Exploration, Signature
 
-ATTEMPTS = 3  # at a step within a session, which the service takes once
+ATTEMPTS = 3  # at a step of an episode; a session's is taken once
+LOST = (ServiceUnreachable, ProxyFailed)  # no answer of the service's own
 
 
 class RemotePolicy:
@@ -111,6 +113,13 @@ class RemotePolicy:
             result: Result = done.value
             return result
 
+    def insist(self, ask: Callable[[], Operation[Result]]) -> Result:
+        """The same operation, up to `ATTEMPTS` times, until there is an answer of the service itself."""
+        for _ in range(ATTEMPTS - 1):
+            with suppress(*LOST):
+                return self.run(ask())
+        return self.run(ask())
+
     @property
     def description(self) -> Description:
         """As the service gave it when this was entered."""
@@ -179,9 +188,9 @@ class Episode:
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """The action for one observation (*shape): an int if it is a single discrete one, else an array.
 
-        A step that fails moves nothing: it may be tried again.
+        A step that fails moves nothing: one whose answer was lost is asked for again.
         """
-        return self._policy.run(self._carried.act(observation))
+        return self._policy.insist(lambda: self._carried.act(observation))
 
     @property
     def outputs(self) -> Arrays:
@@ -203,15 +212,8 @@ class Session:
         """As `Episode.act`. A step whose answer was lost is asked for again, and taken once."""
         description = self._policy.description
         within = operations.Step(self.id, self.steps + 1)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                self.outputs = self._policy.run(
-                    operations.step(description, description.by_name(observation), self._wanted, within=within)
-                )
-                break
-            except ServiceUnreachable:
-                if attempt == ATTEMPTS:
-                    raise
+        tensors = description.by_name(observation)
+        self.outputs = self._policy.insist(lambda: operations.step(description, tensors, self._wanted, within=within))
         self.steps += 1
         return plain(self.outputs[description.signature.action.name])
 
