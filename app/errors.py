@@ -26,7 +26,8 @@ ActserveError
 │   ├── NotServing               still loading, or closing
 │   ├── TooLate                  the answer would come after the time that the request gave
 │   ├── TooManyGames             as many games are being played on the page as may be
-│   └── SessionsUnavailable      the sessions' file cannot be used
+│   ├── SessionsUnavailable      the sessions' file cannot be used
+│   └── SessionElsewhere         another host holds the session, and no request reaches it now
 ├── SessionTooLarge              one session alone has more state than all may have together
 ├── StoreError                   an artifact that must not be served
 │   ├── UnfinishedVersion        no manifest: publishing was cut short
@@ -249,6 +250,10 @@ class TooManyGames(Unavailable):
 
 class SessionsUnavailable(Unavailable):
     code = "sessions_unavailable"
+
+
+class SessionElsewhere(Unavailable):
+    code = "session_elsewhere"
 
 
 class SessionTooLarge(ActserveError):

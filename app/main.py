@@ -53,7 +53,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
             path = settings.sessions
             if path is None:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
-            app.state.sessions = stack.enter_context(Sessions(path, limits))
+            app.state.sessions = stack.enter_context(Sessions(path, limits, home=settings.session_home))
             registry.in_sessions = app.state.sessions.versions
             stack.callback(traces.close)
             async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:

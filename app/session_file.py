@@ -67,14 +67,15 @@ class SessionFile:
     """One process's way into the file at `path`, which is made when there is none. Everything here raises
     `SessionsUnavailable` for whatever SQLite or the disk refuses."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after: int = 0) -> None:
         self.path = path
+        self._after = after  # the number that the first session of a new file follows
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> None:
         with _translated():
             if not self.path.exists():
-                _make(self.path)
+                _make(self.path, self._after)
             self._connection = sqlite3.connect(
                 self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
@@ -125,7 +126,7 @@ class SessionFile:
             raise SessionsUnavailable(f"{self.path.name} is damaged: move it away to begin anew")
 
 
-def _make(path: Path) -> None:
+def _make(path: Path, after: int) -> None:
     """Appears whole, by one link: of several workers that find no file one makes it."""
     descriptor, draft = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # readable by its owner alone
     os.close(descriptor)
@@ -134,6 +135,7 @@ def _make(path: Path) -> None:
         try:
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO service VALUES (?, 0, 0)", (secrets.token_bytes(KEY_BYTES),))
+            connection.execute("INSERT INTO sqlite_sequence VALUES ('session', ?)", (after,))
         finally:
             connection.close()
         try:

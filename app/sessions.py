@@ -32,7 +32,7 @@ from app.policy import Acted, Policy
 from app.registry import Registry
 from app.requests import MAX_SEED, step_seed
 from app.session_file import SessionFile
-from app.session_names import Names
+from app.session_names import Names, first_number
 from app.session_record import Record
 from app.signature import Arrays, Exploration, Signature
 
@@ -92,11 +92,15 @@ async def policy_of(registry: Registry, session: Session) -> Policy:
 
 class Sessions:
     """The sessions of one service, a context manager over their file. Every method is short and may be called in the
-    event loop, from any worker. All raise `SessionsUnavailable` when the file cannot be used."""
+    event loop, from any worker. All raise `SessionsUnavailable` when the file cannot be used. `home`: which host this
+    is, where several have files of their own."""
 
-    def __init__(self, path: Path, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: Path, limits: Limits, clock: Callable[[], float] = time.monotonic, home: int | None = None
+    ) -> None:
         self.limits = limits
-        self._file = SessionFile(path)
+        self._file = SessionFile(path, first_number(home or 0))
+        self._home = home
         self._clock = clock  # seconds: all processes of a host have the same, and nobody can set it
         self._swept_s = 0.0
         self._names = Names(b"")
@@ -104,7 +108,7 @@ class Sessions:
     def __enter__(self) -> Self:
         self._file.open()
         ((key,),) = self._file.rows("SELECT key FROM service")
-        self._names = Names(key)
+        self._names = Names(key, self._home)
         now_ms = self._now_ms()  # what was used after it was used before the host began anew
         self._file.change("UPDATE session SET used_ms = ? WHERE used_ms > ?", now_ms, now_ms)
         return self
@@ -148,8 +152,8 @@ class Sessions:
         return Session(id_, policy, version, 0, seed, exploration, 0.0, number, holder)
 
     def get(self, policy: str, id_: str, holder: Token | None = None) -> Session:
-        """Raises `UnknownSession` (never issued here for this policy and this holder) or `SessionExpired` (issued, and
-        gone)."""
+        """Raises `UnknownSession` (never issued here for this policy and this holder), `SessionExpired` (issued, and
+        gone) or `SessionElsewhere` (issued by another host)."""
         found = self._find(holder, "number = ?", self._names.number(policy, id_, holder))
         if not found:
             raise SessionExpired

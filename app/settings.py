@@ -47,6 +47,12 @@ class Settings(BaseModel):
         description="The file, on a local disk, that holds the sessions; it outlives restarts. "
         "Unset: a temporary one, which `actserve serve` makes for all its workers.",
     )
+    session_home: int | None = Field(
+        None,
+        ge=0,
+        lt=1 << 23,
+        description="Which host this is, where several each have a `sessions` file of their own. `app.scale` sets it.",
+    )
     max_sessions: int = Field(10_000, ge=1, description="Sessions that may be held; the longest idle make room.")
     max_session_bytes: int = Field(
         256 << 20, ge=1, description="What all sessions' state and last answers may come to, in bytes."

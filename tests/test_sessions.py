@@ -15,6 +15,7 @@ from app.errors import (
     InvalidRequest,
     InvalidTensor,
     RuntimeFailure,
+    SessionElsewhere,
     SessionExpired,
     SessionsUnavailable,
     SessionTooLarge,
@@ -22,6 +23,7 @@ from app.errors import (
     UnknownSession,
 )
 from app.requests import MAX_SEED, step_seed
+from app.session_names import home_of
 from app.sessions import Limits, Session, Sessions
 from app.settings import Settings
 from app.signature import Array
@@ -512,3 +514,21 @@ def test_sessions_outlive_a_host_that_begins_anew(path: Path) -> None:
         after.now_s += 601
         with pytest.raises(SessionExpired):
             sessions.get(NAME, session.id)
+
+
+def test_an_id_names_the_home_that_alone_has_the_session(tmp_path: Path) -> None:
+    homes = (0, 5, (1 << 23) - 1)
+    held = [Sessions(tmp_path / f"{home}.sqlite", Limits(), home=home) for home in homes]
+    for home, sessions in zip(homes, held, strict=True):
+        with sessions:
+            ids = [sessions.begin(NAME, 1).id for _ in range(3)]
+            assert {home_of(id_) for id_ in ids} == {home}
+            assert [sessions.get(NAME, id_).id for id_ in ids] == ids
+            for other in held:
+                if other is not sessions:
+                    with other, pytest.raises(SessionElsewhere, match="another host holds the session"):
+                        other.get(NAME, ids[0])
+            for forged in (ids[0][:-4] + "AAAA", "nonsense!"):
+                with pytest.raises(UnknownSession):
+                    sessions.get(NAME, forged)
+    assert home_of("nonsense!") is None
