@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 demo: .venv/all
 	$(BIN)/python -m app.demo
 
-test: .venv/dev .venv/kserve/installed
+test: .venv/dev .venv/kserve/installed .venv/ray/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: .venv/dev

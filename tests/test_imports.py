@@ -18,8 +18,8 @@ ORDER = [
     "cache", "store", "remote_store", "requests", "wire", "settings", "address", "supervisor", "tls", "access",
     "telemetry", "runtimes", "golden", "tuning", "tuned", "arena", "batcher", "policy", "routing", "memory", "loaded",
     "refusals", "shadow", "beside", "registry", "session_record", "session_file", "session_names", "sessions",
-    "metrics", "game", "api", "lane", "grpc", "admin", "main", "worker", "client", "evaluate", "bench", "diff",
-    "doctor", "demo", "commands", "cli", "__main__",
+    "metrics", "game", "api", "lane", "grpc", "admin", "main", "worker", "scale", "client", "evaluate", "bench",
+    "diff", "doctor", "demo", "commands", "cli", "__main__",
 ]  # fmt: skip
 CLIENT_MAY_IMPORT = {"errors", "lazy", "extras", "environment", "atari", "signature", "requests", "wire", "client"}
 EXPORTERS_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "artifact", "store", "golden", "requests"}

@@ -8,11 +8,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.load import Address, Load
 from tests.benchmarks.questions import Questions
@@ -128,8 +129,9 @@ def running(command: Sequence[str], address: Address, core: int, environment: Ma
             stop(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    pids = tree(process.pid)
+def stop(process: subprocess.Popen[Any], known: Iterable[int] = ()) -> None:
+    """With all that it started; of what it started earlier, the `known`."""
+    pids = tree(process.pid).union(known)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_WITHIN_S)

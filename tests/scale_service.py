@@ -1,0 +1,106 @@
+"""The service on a Ray cluster of this machine, for the length of a `with`: `tests.ray_cluster`, as others see it.
+
+Ray has an environment of its own, `make .venv/ray/installed`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.server import free_port, stop, tree
+
+ROOT = Path(__file__).parent.parent
+PYTHON = ROOT / ".venv" / "ray" / "bin" / "python"
+SESSION_HEADER = "x-session"  # by which Ray's proxies find a session's home
+ENDS_WITHIN_S = 20.0
+
+
+@dataclass(frozen=True)
+class Replica:
+    pid: int
+    home: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    url: str
+    process: subprocess.Popen[str]
+
+    def replicas(self) -> list[Replica]:
+        """Those that Ray takes to be alive. Raises ValueError when the cluster is no more."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def read(self) -> list[Replica]:
+        assert self.process.stdout is not None
+        return [Replica(**replica) for replica in json.loads(self.process.stdout.readline())]
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Ray's own files are in `folder`; it reports to nobody, and only who has the token is let into the cluster."""
+    settings = {
+        "HOME": folder,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "RAY_enable_metrics_collection": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_SERVE_SESSION_ID_HEADER_KEY": SESSION_HEADER,
+        "RAY_TMPDIR": folder,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TMPDIR": folder,
+    }
+    return {name: value for name, value in os.environ.items() if not name.startswith("ACTSERVE_")} | settings
+
+
+@contextmanager
+def running(nodes: Sequence[int], **arguments: Any) -> Iterator[Scaled]:
+    """On as many nodes, each with so many CPUs. `arguments`: of `app.scale.build`. Entered once it is ready; nothing
+    is left of it in the end. Raises ValueError with the end of the log when it does not come up."""
+    port = free_port()
+    command = [str(PYTHON), "-m", "tests.ray_cluster", str(port), ",".join(map(str, nodes)), json.dumps(arguments)]
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=ROOT,
+            env=environment(folder),
+        ) as process,
+    ):
+        scaled = Scaled(f"http://127.0.0.1:{port}", process)
+        try:
+            try:
+                scaled.read()
+            except ValueError as error:
+                log.seek(0)
+                raise ValueError(f"the cluster did not come up:\n{log.read()[-3000:]}") from error
+            yield scaled
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    pids = tree(process.pid)
+    assert process.stdin is not None
+    with suppress(OSError):
+        process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(ENDS_WITHIN_S)
+    stop(process, pids)
