@@ -1,35 +1,85 @@
+# serve       the service with .onnx artifacts: no compiler, no torch, no emulator
+# serve-pt2   the same with torch and .pt2 artifacts beside the .onnx ones
+# client      what plays games through a service
+# demo        a service whose page can play games
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-# What both images run, in a virtual environment of its own; no compiler, no torch.
+# What every image runs, in a virtual environment of its own. Nothing is compiled to bytecode until the checks below run
+# it, so that the images have that of what serving imports and of nothing else.
 FROM ${BASE_IMAGE} AS build
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python3 -m venv /opt/actserve
+ENV PATH=/opt/actserve/bin:$PATH ORT_DISABLE_TELEMETRY=1
+ENV PIP_PYTHON=/opt/actserve/bin/python PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv --without-pip /opt/actserve
 WORKDIR /src
 COPY .ci/constraints.txt pyproject.toml README.md LICENSE ./
 COPY app app
-RUN /opt/actserve/bin/pip install --constraint constraints.txt . \
- && /opt/actserve/bin/pip uninstall --yes pip setuptools
+# ONNX Runtime's Python module has its library inside: the second copy is for programs in C++. Its tools, NumPy's for Fortran
+# and C, and any package's tests, type stubs, sources and debug symbols are for development.
+RUN pip install --no-compile --constraint constraints.txt . \
+ && pip uninstall --yes setuptools \
+ && cd /opt/actserve/lib/python3*/site-packages \
+ && rm -rf onnxruntime/capi/libonnxruntime.so* \
+ && rm -rf onnxruntime/backend onnxruntime/datasets onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \
+ && rm -rf numpy/distutils numpy/f2py \
+ && find . -type d -name tests -prune -exec rm -rf {} + \
+ && find . -regex '.*\.\(a\|h\|pxd\|pyi\|pyx\)' -delete \
+ && find . -name '*.cpython-*.so' -exec strip --strip-unneeded {} +
 
+# Both policies repeat their golden samples, and the service becomes ready, with what is left.
+FROM build AS build-serve
+WORKDIR /srv
+COPY models_store models_store
+RUN actserve verify pong && actserve verify pong-lstm \
+ && { actserve serve & } && until python -m app.ready; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
+
+# The emulator and PNG, without what makes films.
 FROM build AS build-client
-RUN python3 -m venv --upgrade-deps /tmp/pip 2>/dev/null || python3 -m venv /tmp/pip
-RUN /tmp/pip/bin/pip --python /opt/actserve/bin/python install --constraint constraints.txt ".[play]"
+RUN pip install --no-compile --constraint constraints.txt ale-py pillow
+RUN python -c "import app.cli, app.main, app.client.commands, app.client.load, PIL.PngImagePlugin, ale_py.roms"
+
+# AOTInductor's programs are native code: built here, they belong to root, which makes them trusted.
+FROM build AS build-pt2
+ARG TORCH=torch==2.13.0+cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+RUN pip install --no-compile --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} \
+    ${TORCH} pyelftools
+COPY exporters exporters
+COPY models_store /srv/models_store
+RUN PYTHONPATH=/src actserve compile pong --store /srv/models_store \
+ && PYTHONPATH=/src actserve compile pong-lstm --store /srv/models_store
+WORKDIR /srv
+# What was measured here says nothing about where the image will run.
+RUN rm -rf /opt/actserve/lib/python3*/site-packages/torch/include models_store/*/*.tuning.json \
+ && find /opt/actserve -name __pycache__ -prune -exec rm -rf {} + \
+ && actserve verify pong && actserve verify pong-lstm \
+ && { actserve serve --runtime pt2 & } && until python -m app.ready; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
 
 FROM ${BASE_IMAGE} AS base
-RUN useradd --system --uid 10001 --no-create-home actserve
-ENV PATH=/opt/actserve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+RUN useradd --system --uid 10001 --no-create-home actserve && install -d -o actserve /var/lib/actserve
+ENV PATH=/opt/actserve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /srv
-USER actserve
+USER 10001
 
-# The service: the shipped .onnx artifacts in ONNX Runtime.
-FROM base AS serve
-COPY --from=build /opt/actserve /opt/actserve
-COPY models_store models_store
+FROM base AS service
 EXPOSE 8000
-HEALTHCHECK --interval=2s --timeout=3s --retries=30 \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
+HEALTHCHECK --interval=3s --timeout=3s --retries=40 CMD ["python", "-m", "app.ready"]
 CMD ["actserve", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
-# The client: ALE and nothing else of a training stack.
 FROM base AS client
 COPY --from=build-client /opt/actserve /opt/actserve
-CMD ["actserve", "play", "--url", "http://service:8000"]
+CMD ["actserve", "play"]
+
+FROM service AS demo
+COPY --from=build-client /opt/actserve /opt/actserve
+COPY models_store models_store
+
+FROM service AS serve-pt2
+COPY --from=build-pt2 /opt/actserve /opt/actserve
+COPY --from=build-pt2 /srv/models_store models_store
+
+# Last, and so what `docker build .` makes.
+FROM service AS serve
+COPY --from=build-serve /opt/actserve /opt/actserve
+COPY models_store models_store

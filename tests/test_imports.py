@@ -14,12 +14,12 @@ from app.store import ModelStore
 ROOT = Path(__file__).parent.parent
 # Each may import itself and what stands before it.
 ORDER = [
-    "errors", "lazy", "extras", "environment", "atari", "signature", "ownership", "signing", "trust", "artifact",
-    "cache", "store", "remote_store", "requests", "wire", "settings", "address", "supervisor", "tls", "access",
-    "telemetry", "runtimes", "golden", "tuning", "tuned", "arena", "batcher", "policy", "routing", "memory", "loaded",
-    "refusals", "shadow", "beside", "registry", "session_record", "session_file", "session_names", "sessions",
-    "metrics", "game", "api", "lane", "grpc", "admin", "main", "worker", "scale", "client", "evaluate", "bench",
-    "diff", "doctor", "demo", "commands", "cli", "__main__",
+    "ready", "errors", "lazy", "extras", "environment", "atari", "signature", "ownership", "signing", "trust",
+    "artifact", "cache", "store", "remote_store", "requests", "wire", "settings", "address", "supervisor", "tls",
+    "access", "telemetry", "runtimes", "golden", "tuning", "tuned", "arena", "batcher", "policy", "routing", "memory",
+    "loaded", "refusals", "shadow", "beside", "registry", "session_record", "session_file", "session_names",
+    "sessions", "metrics", "game", "api", "lane", "grpc", "admin", "main", "worker", "scale", "client", "evaluate",
+    "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
 ]  # fmt: skip
 CLIENT_MAY_IMPORT = {"errors", "lazy", "extras", "environment", "atari", "signature", "requests", "wire", "client"}
 EXPORTERS_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "artifact", "store", "golden", "requests"}
