@@ -41,7 +41,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the port.", envvar="ACTSERVE_WORKERS")] = 1,
-    runtime: Annotated[RuntimeName, typer.Option(help="Which program to run.", envvar="ACTSERVE_RUNTIME")] = RuntimeName.AUTO,
+    runtime: Annotated[
+        RuntimeName, typer.Option(help="Which program to run.", envvar="ACTSERVE_RUNTIME")
+    ] = RuntimeName.AUTO,
     policy: Annotated[str | None, typer.Option(help="The policy behind /act; by default the first by name.")] = None,
     uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
     grpc_port: Annotated[
