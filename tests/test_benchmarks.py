@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.benchmarks import overload, plot, report
+from tests.benchmarks import overload, plot, report, soak
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.cost import measure
 from tests.benchmarks.load import Load
@@ -217,3 +217,14 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot.draw(report.rows(found(*OURS, *OTHERS)), 200.0, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trend_is_what_changed_once_it_had_settled() -> None:
+    def stretch(minutes: float, rss_mb: float, files: int) -> soak.Stretch:
+        return soak.Stretch(minutes, 1000, 0, 0, 1.0, 2.0, rss_mb, rss_mb / 2, files, 170)
+
+    growing = [stretch(minutes, 90 + (100 if minutes == 0 else 2 * minutes), 30) for minutes in range(20)]
+    found = soak.trends(growing)
+    assert found["rss_mb"] == pytest.approx(2 * 17)
+    assert found["files"] == pytest.approx(0, abs=1e-9)
+    assert found["p99_ms"] == pytest.approx(0, abs=1e-9)
