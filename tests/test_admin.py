@@ -164,9 +164,9 @@ def test_all_workers_follow_the_administrator_and_the_commands(service: Service)
     until(lambda: all_say(1))
     store = ("--store", str(service.variants.store.root))
     done = actserve("pin", "cart", *store)
-    assert (done.returncode, done.stdout) == (0, 'cart: {"aliases":{}}\n'), done.stderr
+    assert (done.returncode, done.stdout) == (0, "cart serves its highest version\n"), done.stderr
     until(lambda: all_say(2))
-    assert actserve("rollback", "cart", *store).stdout == 'cart: {"pin":1,"aliases":{}}\n'
+    assert actserve("rollback", "cart", *store).stdout == "cart serves version 1\n"
     until(lambda: all_say(1))
 
 
@@ -178,6 +178,15 @@ def test_the_commands_write_what_the_service_reads(variants: Variants) -> None:
         assert done.returncode == 0, done.stderr
     expected = {"pin": 1, "aliases": {"champion": 1}, "canary": {"version": 2, "share": 0.2}, "shadow": 2}
     assert routing.read(variants.store.root, "cart") == Routing.model_validate(expected)
+    done = actserve("alias", "cart", "champion", "2", *store)
+    assert done.stdout.splitlines() == [
+        "cart serves version 1",
+        "  champion is version 2",
+        "  version 2 acts on 20% of the requests",
+        "  version 2 is asked, too, and compared",
+    ]
+    done = actserve("alias", "cart", "champion", "1", "--json", *store)
+    assert json.loads(done.stdout) == {"name": "cart", **expected}
     refused = actserve("pin", "cart", "7", *store)
     assert (refused.returncode, refused.stderr) == (1, "error: cart has no version '7'; there is 1, 2\n")
 

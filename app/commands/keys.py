@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from app.commands.stores import DEFAULT_STORE, Label, Store, find, publishing
+from app.commands.terminal import Json, print_json
 from app.lazy import resolve_extra
 
 keys = typer.Typer(help="Make and show the keys that sign artifacts.", no_args_is_help=True)
 
 
 @keys.command()
-def new(path: Annotated[Path, typer.Argument(help="The private key; the public one is PATH.pub.")]) -> None:
+def new(
+    path: Annotated[Path, typer.Argument(help="The private key; the public one is PATH.pub.")], json: Json = False
+) -> None:
     """Make a key: what signs stays at PATH, what others need to trust it is in PATH.pub."""
     key = resolve_extra("sign", "app.signing:PrivateKey").create(path)
-    print(f"{key.public.line} {key.public.fingerprint}")
+    _print([key.public], json)
 
 
 @keys.command()
-def show(path: Annotated[Path, typer.Argument(help="A private key, or a file of public keys.")]) -> None:
+def show(
+    path: Annotated[Path, typer.Argument(help="A private key, or a file of public keys.")], json: Json = False
+) -> None:
     """Print public keys, one a line, each with its fingerprint."""
-    for key in resolve_extra("sign", "app.signing:read_keys")(path):
+    _print(resolve_extra("sign", "app.signing:read_keys")(path), json)
+
+
+def _print(keys: Sequence[Any], json: bool) -> None:
+    if json:
+        print_json({"keys": [{"key": key.line, "fingerprint": key.fingerprint} for key in keys]})
+        return
+    for key in keys:
         print(f"{key.line} {key.fingerprint}")
 
 
@@ -33,6 +46,7 @@ def sign(
     label: Label,
     key: Annotated[Path, typer.Option(help="The private key.")],
     store: Store = DEFAULT_STORE,
+    json: Json = False,
 ) -> None:
     """Vouch for an artifact that is in the store: publish the same files as its next version, signed."""
     opened = publishing(store, key)
@@ -42,4 +56,7 @@ def sign(
         for name, file in files.items():
             file.write_bytes(artifact.read(name))
         signed = opened.publish(dataclasses.replace(artifact.manifest, parent=artifact.manifest.version), files)
-    print(f"{signed.label} is {artifact.label}, signed by {signed.signer}")
+    if json:
+        print_json({"name": signed.manifest.name, "version": signed.manifest.version, "signer": signed.signer})
+    else:
+        print(f"{signed.label} is {artifact.label}, signed by {signed.signer}")

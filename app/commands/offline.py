@@ -42,12 +42,16 @@ def train(
     method: Annotated[
         str | None, typer.Option(help="pong: distill, which made the weights that ship, or dqn, the tutorial's.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Train a policy with TorchRL; stop it at any time and run it again to go on."""
     checkpoint = resolve_extra("export", "exporters.train:run")(
         name, out=out or Path("runs") / name, total_frames=frames, seed=seed, resume=resume, method=method
     )
-    print(checkpoint)
+    if json:
+        print_json({"checkpoint": str(checkpoint)})
+    else:
+        print(checkpoint)
 
 
 def export(

@@ -11,20 +11,21 @@ import typer
 
 from app import routing
 from app.commands.stores import DEFAULT_STORE, Store, reading
+from app.commands.terminal import Json, print_json
 from app.routing import Routing
 
 Name = Annotated[str, typer.Argument(help="The policy.")]
 Version = Annotated[int | None, typer.Argument(min=1, help="Left out: no longer.")]
 
 
-def pin(name: Name, version: Version = None, store: Store = DEFAULT_STORE) -> None:
+def pin(name: Name, version: Version = None, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Serve this version, whatever is published; without a version: the highest again."""
-    _print(name, routing.pin(reading(store), name, version))
+    _print(name, routing.pin(reading(store), name, version), json)
 
 
-def rollback(name: Name, store: Store = DEFAULT_STORE) -> None:
+def rollback(name: Name, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Pin the version before the pinned one, or before the highest."""
-    _print(name, routing.roll_back(reading(store), name))
+    _print(name, routing.roll_back(reading(store), name), json)
 
 
 def alias(
@@ -32,9 +33,10 @@ def alias(
     alias: Annotated[str, typer.Argument(help="Such as champion: /policies/NAME/versions/champion/act.")],
     version: Version = None,
     store: Store = DEFAULT_STORE,
+    json: Json = False,
 ) -> None:
     """Let URLs have a name for a version; without a version: no longer."""
-    _print(name, routing.alias(reading(store), name, alias, version))
+    _print(name, routing.alias(reading(store), name, alias, version), json)
 
 
 def canary(
@@ -42,18 +44,28 @@ def canary(
     version: Version = None,
     share: Annotated[float, typer.Option(help="Of the requests, above 0 and below 1.")] = 0.1,
     store: Store = DEFAULT_STORE,
+    json: Json = False,
 ) -> None:
     """Have a candidate act on a share of the requests; without a version: on none."""
-    _print(name, routing.canary(reading(store), name, version, share))
+    _print(name, routing.canary(reading(store), name, version, share), json)
 
 
-def shadow(name: Name, version: Version = None, store: Store = DEFAULT_STORE) -> None:
+def shadow(name: Name, version: Version = None, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Ask a candidate too and compare its actions, which nobody gets; without a version: no longer."""
-    _print(name, routing.shadow(reading(store), name, version))
+    _print(name, routing.shadow(reading(store), name, version), json)
 
 
 ROUTING = (pin, rollback, alias, canary, shadow)
 
 
-def _print(name: str, wishes: Routing) -> None:
-    print(f"{name}: {wishes.model_dump_json(exclude_none=True)}")
+def _print(name: str, wishes: Routing, json: bool) -> None:
+    if json:
+        print_json({"name": name, **wishes.model_dump()})
+        return
+    print(f"{name} serves {f'version {wishes.pin}' if wishes.pin else 'its highest version'}")
+    for alias, version in wishes.aliases.items():
+        print(f"  {alias} is version {version}")
+    if wishes.canary:
+        print(f"  version {wishes.canary.version} acts on {wishes.canary.share:.0%} of the requests")
+    if wishes.shadow:
+        print(f"  version {wishes.shadow} is asked, too, and compared")

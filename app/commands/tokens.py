@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from app.commands.terminal import Json, print_json
+
 DEFAULT_FILE = "tokens"
 
 tokens = typer.Typer(help="Make and show the tokens that let clients in.", no_args_is_help=True)
@@ -21,18 +23,28 @@ def new(
         float, typer.Option(min=0, help="Requests a second, each observation of a batch one; 0: no limit.")
     ] = 0,
     sessions: Annotated[int | None, typer.Option(min=1, help="Sessions that may be held.")] = None,
+    json: Json = False,
 ) -> None:
     """Make a token and print it, once: the file has its hash alone. A service that runs takes it in within a second."""
     from app.access import add
 
-    print(add(file, name, rate, sessions))
+    token = add(file, name, rate, sessions)
+    if json:
+        print_json({"name": name, "token": token})
+    else:
+        print(token)
 
 
 @tokens.command()
-def show(file: File = Path(DEFAULT_FILE)) -> None:
+def show(file: File = Path(DEFAULT_FILE), json: Json = False) -> None:
     """Print whose tokens there are, one a line. To revoke one, delete its line from the file."""
     from app.access import read
 
-    for token in read(file):
+    tokens = read(file)
+    if json:
+        told = [{"name": t.name, "sha256": t.digest.hex(), "rate": t.rate, "sessions": t.sessions} for t in tokens]
+        print_json({"tokens": told})
+        return
+    for token in tokens:
         rate = f"{token.rate:g} requests a second" if token.rate else "any rate"
         print(f"{token.name}  {token.digest.hex()[:12]}…  {rate}, {token.sessions or 'the usual'} sessions")
