@@ -99,14 +99,7 @@ class Beside:
             "pin": self.routing.pin,
             "aliases": {alias: key_of(policy)[1] for alias, policy in self.aliases.items()},
             "canary": self.canary and {"version": key_of(self.canary.policy)[1], "share": self.canary.share},
-            "shadow": shadow
-            and {
-                "version": key_of(shadow.policy)[1],
-                "agreements": shadow.agreements,
-                "disagreements": shadow.disagreements,
-                "failures": shadow.failures,
-                "dropped": shadow.dropped,
-            },
+            "shadow": shadow and {"version": key_of(shadow.policy)[1], **shadow.outcomes},
             "problems": {what: {"code": e.code, "message": e.message} for what, e in self.problems.items()},
         }
 

@@ -28,6 +28,7 @@ from app.policy import Acted, Policy
 from app.refusals import Refusals
 from app.routing import Routing
 from app.settings import Settings
+from app.shadow import OUTCOMES
 from app.signature import Arrays, Exploration
 from app.store import ModelStore
 from app.telemetry.counts import Counts
@@ -167,6 +168,11 @@ class Registry:
     def splits(self, name: str) -> bool:
         """Whether some of the requests for `name` go to another version than the live one."""
         return name in self._beside and self._beside[name].splits
+
+    def shadowed(self, name: str) -> dict[str, int]:
+        """Items that the shadow of `name` was asked about, by what came of it."""
+        shadow = self._beside[name].shadow if name in self._beside else None
+        return dict.fromkeys(OUTCOMES, 0) if shadow is None else shadow.outcomes
 
     def _beside_live(self, policy: Policy) -> Beside | None:
         name = policy.artifact.manifest.name

@@ -17,21 +17,22 @@ log = logging.getLogger("actserve")
 PENDING = 8  # requests that may wait for the shadow; further ones are not copied
 
 
+# What can come of asking it about an item; it is not asked ("dropped") while it is behind.
+OUTCOMES = ("agreements", "disagreements", "failures", "dropped")
+
+
 class Shadow:
     """Counts, in items, how often the actions of `policy` are those of the live version."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.agreements = 0
-        self.disagreements = 0
-        self.failures = 0  # it gave no answer
-        self.dropped = 0  # it was behind, and was not asked
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)  # items
         self._asked: set[asyncio.Task[None]] = set()
 
     def offer(self, tensors: Arrays, size: int, exploration: Exploration | None, acted: Acted) -> None:
         """`acted`: what the live version made of these. The shadow acts when the caller has let go of the loop."""
         if len(self._asked) >= PENDING:
-            self.dropped += size
+            self.outcomes["dropped"] += size
             return
         action = acted.outputs[self.policy.signature.action.name]
         task = asyncio.create_task(self._compare(tensors, size, exploration, acted.seed, action))
@@ -45,11 +46,11 @@ class Shadow:
             acted = await self.policy.act(tensors, size, exploration, seed)
         except ActserveError as error:
             log.warning("%s, a shadow: %s", self.policy.artifact.label, error.message)
-            self.failures += size
+            self.outcomes["failures"] += size
             return
         same = int(agreeing(action, acted.outputs[self.policy.signature.action.name]).sum())
-        self.agreements += same
-        self.disagreements += size - same
+        self.outcomes["agreements"] += same
+        self.outcomes["disagreements"] += size - same
 
 
 def agreeing(one: Array, other: Array) -> Array:

@@ -70,7 +70,7 @@ def test_a_request_that_raw_bytes_cannot_say_is_refused() -> None:
         ("text/html", b"<html>", UnsupportedContentType, "application/json"),
         (wire.PNG, b"", UnsupportedContentType, "application/json"),
         (wire.JSON, b"{}", InvalidTensor, "action: expected int64\\[\\]; got nothing"),
-        (wire.JSON, b'{"action": []}', InvalidTensor, "integers"),
+        (wire.JSON, b'{"action": []}', InvalidTensor, "at least one; got int64\\[0\\]"),
         (wire.JSON, b'{"action": 1, "action_value": [[1, 2, 3]]}', MalformedBody, "mixture"),
         (wire.JSON, b'{"action": [1, 2], "action_value": [[1, 2, 3]]}', InvalidTensor, "same number of items"),
         (wire.JSON, b'{"action": 1, "action_value": [1, 2, "3"]}', InvalidTensor, "expected numbers; got text"),

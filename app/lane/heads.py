@@ -87,7 +87,7 @@ class Heads(Generic[Door]):
         found: dict[bytes, bytes] = {}
         for line in lines:
             name, colon, value = line.partition(b":")
-            value = value.strip(b" ")
+            value = value.lstrip(b" ")  # uvicorn's parser leaves what is behind it
             name = name.lower()
             if not (colon and _TOKEN.fullmatch(name) and _VALUE.fullmatch(value)) or name in found:
                 return None

@@ -77,11 +77,14 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
     size = _gauge("actserve_session_bytes", "State and last answers of all sessions.", Merge.MAX)
     size.add({}, held.bytes)
     swaps = _counter("actserve_swaps", "Live versions that another has replaced, in each worker.")
-    for name, times in registry.swaps.items():
-        swaps.add({"policy": name}, times, "_total")
+    shadows = _counter("actserve_shadow_items", "Items for a shadow, in each worker, by what came of them.")
+    for name in registry.names:
+        swaps.add({"policy": name}, registry.swaps[name], "_total")
+        for outcome, items in registry.shadowed(name).items():
+            shadows.add({"policy": name, "outcome": outcome}, items, "_total")
     streams = _gauge("actserve_streams", "WebSocket streams that are open.")
     streams.add({}, registry.counts.streams)
-    return [info, waiting, rate, counted, size, swaps, streams]
+    return [info, waiting, rate, counted, size, swaps, shadows, streams]
 
 
 def _process() -> list[Family]:
