@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import uvicorn
 
@@ -63,7 +64,17 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await asyncio.sleep(0)  # who has connected is accepted before the socket is closed
+        telling = asyncio.create_task(self._tell_the_late(set(self.server_state.connections)))
         await super().shutdown(sockets)
+        telling.cancel()
+
+    async def _tell_the_late(self, told: set[Any]) -> None:
+        """A connection that was accepted at the last moment is made when the others have been told to close."""
+        while True:
+            await asyncio.sleep(0.05)
+            for connection in self.server_state.connections - told:
+                connection.shutdown()
+                told.add(connection)
 
     def _is_orphan(self) -> bool:
         try:
