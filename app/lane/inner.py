@@ -42,7 +42,8 @@ class Inner(HttpToolsProtocol):
         if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated and not websocket.close_sent:
             lane = StreamLane(websocket, self.transport)
             self.transport.set_protocol(lane)
-            websocket.scope["extensions"][LANE] = lane  # type: ignore[assignment]
+            extensions: Any = websocket.scope["extensions"]
+            extensions[LANE] = lane
 
     def on_message_begin(self) -> None:
         self.between, self._in_head = False, True
