@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import machine
+from tests.benchmarks.alone import alone
 from tests.benchmarks.contenders import CONTENDERS
-from tests.benchmarks.ground import prepare
 from tests.benchmarks.load import LATE_S, Load
-from tests.benchmarks.server import cores
 
 CONNECTIONS = 64  # of the closed loop that says where to look for the peak
 SEARCHED = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # times what that found
@@ -77,19 +72,8 @@ def line(found: dict[str, Any], peak: float) -> list[str]:
 
 def main() -> int:
     wanted = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     progress = Console(stderr=True)
-    progress.print("screens and programs")
-    ground = prepare(wanted.store)
-    (contender,) = (c for c in CONTENDERS if c.name == wanted.only)
-    questions = contender.way(ground.screens[contender.policy])
-    server_core, client_core = cores()
-    machine_ = machine.describe(server_core, client_core)
-    os.sched_setaffinity(0, {client_core})
-    with contender.start(ground.stores[contender.policy], ground.programs[contender.policy], server_core) as server:
-        server.first_answer_s(questions)
+    with alone(wanted.only, wanted.store, progress) as (server, questions, machine):
         with Load(server.address, questions, CONNECTIONS) as few:
             few.closed(1)
             near = few.closed(wanted.seconds).in_time / wanted.seconds
@@ -100,7 +84,7 @@ def main() -> int:
                 progress.print(f"due {times * near:,.0f}/s: goodput {search[-1]['goodput']:,.0f}/s", highlight=False)
             peak = max(tried["goodput"] for tried in search)
             steps = [step(load, float(times) * peak, wanted.seconds) for times in wanted.times.split(",")]
-    found = {"contender": contender.name, "machine": machine_, "peak": peak, "search": search, "steps": steps}
+    found = {"contender": wanted.only, "machine": machine, "peak": peak, "search": search, "steps": steps}
     if wanted.json:
         wanted.json.write_text(json.dumps(found, indent=1) + "\n")
     show(found)

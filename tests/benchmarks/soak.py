@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
@@ -22,11 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import machine
+from tests.benchmarks.alone import alone
 from tests.benchmarks.contenders import CONTENDERS
-from tests.benchmarks.ground import prepare
 from tests.benchmarks.load import Load, Tally
-from tests.benchmarks.server import Server, cores, cpu_s, memory_mb
+from tests.benchmarks.server import Server, cpu_s, memory_mb
 
 CONNECTIONS = 64
 WARM = 0.1  # of the stretches
@@ -91,20 +88,9 @@ def trends(stretches: Sequence[Stretch]) -> dict[str, float]:
 
 def main() -> int:
     wanted = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     progress = Console(stderr=True, highlight=False)
-    progress.print("screens and programs")
-    ground = prepare(wanted.store)
-    (contender,) = (c for c in CONTENDERS if c.name == wanted.only)
-    questions = contender.way(ground.screens[contender.policy])
-    server_core, client_core = cores()
-    machine_ = machine.describe(server_core, client_core)
-    os.sched_setaffinity(0, {client_core})
     stretches: list[Stretch] = []
-    with contender.start(ground.stores[contender.policy], ground.programs[contender.policy], server_core) as server:
-        server.first_answer_s(questions)
+    with alone(wanted.only, wanted.store, progress) as (server, questions, machine):
         with Load(server.address, questions, CONNECTIONS) as load:
             load.closed(1)
             peak = load.closed(5).in_time / 5
@@ -123,8 +109,8 @@ def main() -> int:
                 f"{told.files} files  {told.errors} errors"
             )
     found = {
-        "contender": contender.name,
-        "machine": machine_,
+        "contender": wanted.only,
+        "machine": machine,
         "peak": peak,
         "rate": rate,
         "stretches": [asdict(stretch) for stretch in stretches],
