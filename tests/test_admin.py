@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from app.errors import UsageError
 from app.routing import Routing
 from app.settings import Settings
 from app.store import ModelStore
+from tests import stream_service
 from tests.test_cli import actserve
 from tests.variants import Variants
 
 TOKEN = "a token of more than 16 characters"
+until = partial(stream_service.until, within_s=30)
 ACT = "/policies/cart/act"
 
 
@@ -75,13 +77,6 @@ def service(request: pytest.FixtureRequest, variants: Variants) -> Iterator[Serv
         urllib3.PoolManager(retries=False) as http,
     ):
         yield Service(running.url, f"http://127.0.0.1:{port}", variants, http)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "this should have happened by now"
-        time.sleep(0.02)
 
 
 def test_an_administrator_says_who_acts(service: Service) -> None:

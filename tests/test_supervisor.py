@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import pytest
 from app.address import Address
 from app.client.local import free_port
 from app.errors import UsageError
+from tests import stream_service
 
 WITHIN_S = 20
+until = partial(stream_service.until, within_s=WITHIN_S)
 
 
 @dataclass
@@ -62,13 +65,6 @@ def running(count: int, *options: str) -> Iterator[Running]:
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

@@ -17,6 +17,7 @@ from app.client import local
 from app.client.local import LocalService
 from app.client.remote import RemotePolicy
 from app.signature import Array
+from tests.stream_service import until
 
 SHIPPED = Path(__file__).parent.parent.parent / "models_store"
 SCREEN_BYTES = 210 * 160 * 3
@@ -47,13 +48,6 @@ def rss_mb(service: LocalService) -> float:
     (worker,) = service.workers
     pages = int(Path(f"/proc/{worker}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @contextmanager

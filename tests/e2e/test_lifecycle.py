@@ -26,6 +26,7 @@ from app.errors import ServiceError, ServiceUnreachable
 from app.signature import Array
 from app.store import ModelStore
 from tests.policies import Fragile
+from tests.stream_service import until
 
 SHIPPED = Path(__file__).parent.parent.parent / "models_store"
 RAW = {"Content-Type": "application/octet-stream"}
@@ -85,14 +86,6 @@ def asking(service: LocalService, screens: Array) -> Iterator[list[Client]]:
 
 def total(clients: list[Client]) -> Counter[str]:
     return sum((client.answers for client in clients), Counter())
-
-
-def until(condition: object) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

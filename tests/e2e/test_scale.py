@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from app.runtimes import base
 from app.session_names import home_of
 from app.signature import Array, Arrays
 from app.store import ModelStore
+from tests import stream_service
 from tests.scale_service import PYTHON, ROOT, Scaled, environment, running
 
 STORE = ROOT / "models_store"
@@ -36,6 +38,7 @@ SEED = 3
 STEPS, KILLED_AT = 120, 40
 STREAMS = 6
 RESTARTED_WITHIN_S = 60.0
+until = partial(stream_service.until, within_s=RESTARTED_WITHIN_S)
 SCREEN = np.zeros((210, 160, 3), np.uint8)
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="Ray is not installed: make .venv/ray/installed")
@@ -81,12 +84,12 @@ class Player:
         return self.actions
 
     def act(self, screen: Array) -> int:
-        until = time.monotonic() + RESTARTED_WITHIN_S
+        deadline = time.monotonic() + RESTARTED_WITHIN_S
         while True:
             try:
                 action = int(self._act(screen))
             except ServiceError as error:
-                if error.status != 503 or time.monotonic() > until:
+                if error.status != 503 or time.monotonic() > deadline:
                     raise
                 self.refused.add(error.reason)
                 time.sleep(0.05)
@@ -103,13 +106,6 @@ def begin_at(policy: RemotePolicy, home: int) -> Session:
             return session
         session.end()
     raise AssertionError("a hundred sessions have begun elsewhere")
-
-
-def until(found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + RESTARTED_WITHIN_S
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_the_contracts_are_those_of_the_service(scaled: Scaled) -> None:
