@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 .PHONY: demo test check format bench
 
 demo: .venv/all
-	$(BIN)/python -m app.demo
+	$(BIN)/python -m app.tools.demo
 
 test: .venv/dev .venv/kserve/installed .venv/ray/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile

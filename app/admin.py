@@ -18,13 +18,12 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict
 
-from app import routing
 from app.api import errors
 from app.errors import Unauthorized, UsageError
 from app.registry import Registry
-from app.routing import Routing, Share, Version
 from app.settings import Settings
-from app.store import ModelStore
+from app.store import ModelStore, routing
+from app.store.routing import Routing, Share, Version
 
 log = logging.getLogger("actserve")
 

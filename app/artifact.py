@@ -25,9 +25,9 @@ from app.errors import (
     UnfinishedVersion,
     UntrustedProgram,
 )
-from app.ownership import meddler
 from app.signature import Signature
 from app.trust import Trust
+from app.trust.ownership import meddler
 
 FORMAT = 1  # of the manifest; a reader refuses what is newer than itself
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from app.environment import Environment, GameAction
 from app.errors import EnvironmentMismatch, UsageError
-from app.extras import require
+from app.lazy import resolve_extra
 
 
 class AtariGame:
@@ -75,7 +75,7 @@ def _emulator(environment: Environment, seed: int) -> Any:
     """An `ALEInterface` with the game loaded. The settings count only if they stand before the ROM is loaded."""
     if seed < 0:
         raise UsageError(f"a seed is a whole number from 0; got {seed}")
-    ale_py = require("ale_py")
+    ale_py = resolve_extra("play", "ale_py")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     ale = ale_py.ALEInterface()
     ale.setInt("random_seed", _ale_seed(seed))
@@ -92,7 +92,7 @@ def _ale_seed(seed: int) -> int:
 
 
 def _rom(game: str) -> Any:
-    roms = require("ale_py.roms")
+    roms = resolve_extra("play", "ale_py.roms")
     known = roms.get_all_rom_ids()
     if game not in known:
         close = difflib.get_close_matches(game.lower(), known, cutoff=0.4)
@@ -103,7 +103,7 @@ def _rom(game: str) -> Any:
             path = roms.get_rom_path(game)
     except OSError as error:
         raise UsageError(f"the ROM of {game} cannot be read: {error}") from error
-    if require("ale_py").ALEInterface.isSupportedROM(path) is None:  # loading it would end the process
+    if resolve_extra("play", "ale_py").ALEInterface.isSupportedROM(path) is None:  # loading it would end the process
         raise UsageError(f"{game} is for two players: ale-py has its ROM and cannot play it")
     return path
 

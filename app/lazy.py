@@ -9,9 +9,10 @@ from app.errors import UsageError
 
 
 def resolve(path: str) -> Any:
-    """``"package.module:attribute"`` -> the attribute. Raises ImportError or AttributeError."""
+    """``"package.module:attribute"`` -> the attribute; ``"package.module"`` -> the module. Raises ImportError or
+    AttributeError."""
     module, _, attribute = path.partition(":")
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(module), attribute) if attribute else import_module(module)
 
 
 def resolve_extra(extra: str, path: str) -> Any:

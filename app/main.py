@@ -13,19 +13,32 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app import __version__, admin, grpc
-from app.access import Access
+from app.access import Access, read, tls
 from app.api import act, errors, games, gate, health, metrics, oip, page, policies, sessions, stream
 from app.api.observed import Observed
+from app.errors import UsageError
 from app.game import Seats
 from app.lane.doors import Lane
 from app.metrics.publisher import Publisher
 from app.registry import Registry
-from app.remote_store import open_store
 from app.sessions import Limits, Sessions
 from app.settings import Settings
+from app.store.remote import open_store
 from app.supervisor import Start
 from app.telemetry.traces import Traces
 from app.trust import Trust
+
+
+def check(settings: Settings) -> None:
+    """What can be known to be wrong before the first process serves. Raises `UsageError`."""
+    if "://" not in settings.store and not Path(settings.store).is_dir():
+        raise UsageError(f"there is no model store at {settings.store}; export a policy first, or name it with --store")
+    open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
+    if settings.tokens is not None:
+        read(settings.tokens)
+    grpc.check(settings)
+    admin.check(settings)
+    tls.check(settings)
 
 
 class Service(FastAPI):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from app import golden, tuning
-from app.arena import BATCHES, Arena
 from app.artifact import Artifact
 from app.batcher import Answer, Batcher, Statistics
+from app.batcher.arena import BATCHES, Arena
 from app.errors import RuntimeFailure, TooManyItems
 from app.requests import complete
 from app.runtimes import preflight
@@ -24,7 +24,7 @@ from app.settings import Settings
 from app.signature import Arrays, Exploration
 from app.telemetry import call
 from app.telemetry.counts import Program
-from app.tuned import Tuned
+from app.tuning.tuned import Tuned
 
 log = logging.getLogger("actserve")
 

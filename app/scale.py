@@ -25,19 +25,15 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from ray.serve.schema import LoggingConfig
 
-from app.access import read
 from app.errors import NotServing, UsageError
-from app.main import create_app
+from app.main import check, create_app
 from app.registry import Registry
-from app.remote_store import open_store
-from app.session_names import HOME_BITS, home_of
+from app.sessions.names import HOME_BITS, home_of
 from app.settings import PREFIX, Settings
 from app.telemetry import logs
-from app.trust import Trust
 
 DRAIN_S = 30.0  # as `actserve serve` gives to what is under way
 PROXYS = ("grpc_port", "admin_port", "tls_cert", "tls_key")  # replicas on one host cannot all have a port
-FILES = ("trust", "sessions", "counts", "tokens")
 
 
 class Scale(BaseModel):
@@ -98,16 +94,8 @@ def read_arguments(arguments: dict[str, Any]) -> tuple[Scale, Settings]:
     beyond = [name for name in PROXYS if getattr(settings, name) is not None]
     if beyond:
         raise UsageError(f"expected no {', '.join(beyond)}: behind Ray Serve, ports are its proxy's")
-    paths = {name: path.resolve() for name in FILES if (path := getattr(settings, name)) is not None}
-    if "://" not in settings.store:
-        if not Path(settings.store).is_dir():
-            raise UsageError(f"there is no model store at {settings.store}")
-        paths["store"] = str(Path(settings.store).resolve())
-    settings = settings.model_copy(update=paths)
-    open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
-    if settings.tokens:
-        read(settings.tokens)
-    return scale, settings
+    check(settings)
+    return scale, settings.absolute()
 
 
 def with_files(settings: Settings) -> Settings:

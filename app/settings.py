@@ -116,7 +116,8 @@ class Settings(BaseModel):
         found = {name.removeprefix(PREFIX).lower(): v for name, v in environment.items() if name.startswith(PREFIX)}
         return cls.model_validate({name: value for name, value in found.items() if name in cls.model_fields})
 
-    def to_environment(self) -> dict[str, str]:
-        """The variables from which `from_environment` makes this record again, in another process."""
-        dumped = self.model_dump(mode="json", exclude_none=True)
-        return {PREFIX + name.upper(): str(value) for name, value in dumped.items()}
+    def absolute(self) -> Settings:
+        """With paths that mean the same in another folder."""
+        paths = {name: value.resolve() for name, value in self if isinstance(value, Path)}
+        store = self.store if "://" in self.store else str(Path(self.store).resolve())
+        return self.model_copy(update={**paths, "store": store})

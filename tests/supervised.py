@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any
 
 from app import supervisor
-from app.address import Address
 from app.supervisor import Start, Supervisor
+from app.supervisor.address import Address
 
 
 def work(listener: socket.socket, start: Start) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import urllib3
 
-from app import admin, routing
+from app import admin
 from app.client import local
 from app.errors import UsageError
-from app.routing import Routing
 from app.settings import Settings
-from app.store import ModelStore
+from app.store import ModelStore, routing
+from app.store.routing import Routing
 from tests import stream_service
 from tests.test_cli import actserve
 from tests.variants import Variants

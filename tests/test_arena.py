@@ -6,7 +6,7 @@ from time import perf_counter_ns
 import numpy as np
 import pytest
 
-from app.arena import AT_MOST_BYTES, SLOW_NS, Arena
+from app.batcher.arena import AT_MOST_BYTES, SLOW_NS, Arena
 from app.signature import Noise, Signature, State, TensorSpec
 from tests import fake_policy
 from tests.lane_service import SIGNATURE

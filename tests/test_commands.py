@@ -9,8 +9,8 @@ import pytest
 
 from app.client.local import serve
 from app.client.remote import RemotePolicy
-from app.signing import PrivateKey
 from app.store import ModelStore
+from app.trust.signing import PrivateKey
 from exporters.compile import _existing
 from exporters.publish import export
 from tests.policies import cart

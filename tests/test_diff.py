@@ -7,10 +7,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from app.diff import diff, show
 from app.errors import RuntimeFailure, UnknownPolicy, UnknownVersion
 from app.runtimes import base
 from app.store import ModelStore
+from app.tools.diff import diff, show
 
 
 def text(store: ModelStore, before: str, after: str) -> str:

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from app.artifact import Program
-from app.doctor import RUNS, Row, diagnose, print_diagnosis
 from app.errors import UnknownPolicy
 from app.runtimes.preflight import this_host
 from app.store import ModelStore
+from app.tools.doctor import RUNS, Row, diagnose, print_diagnosis
 
 
 @pytest.fixture(autouse=True)

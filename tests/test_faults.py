@@ -159,7 +159,7 @@ FETCH = """
 import os, sys
 from pathlib import Path
 from app.errors import StoreError
-from app.remote_store import RemoteStore
+from app.store.remote import RemoteStore
 from app.store import ModelStore
 from tests.test_store import MANIFEST_DRAFT
 folder = Path(sys.argv[1])

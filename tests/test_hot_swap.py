@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 
-from app import loaded, routing
 from app.artifact import MANIFEST
 from app.errors import RuntimeFailure, SessionsUnavailable, UnknownVersion
 from app.main import create_app
 from app.policy import Policy
-from app.registry import Registry
-from app.routing import FILE
+from app.registry import Registry, loaded
 from app.settings import Settings
-from app.store import ModelStore
+from app.store import ModelStore, routing
+from app.store.routing import FILE
 from tests.asgi import Caller
 from tests.test_faults import deleted, emptied, flipped, gone, linked, overwritten, truncated, without_manifest
 from tests.variants import Variants

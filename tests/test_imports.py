@@ -14,14 +14,12 @@ from app.store import ModelStore
 ROOT = Path(__file__).parent.parent
 # Each may import itself and what stands before it.
 ORDER = [
-    "ready", "errors", "lazy", "extras", "environment", "atari", "signature", "ownership", "signing", "trust",
-    "artifact", "cache", "store", "remote_store", "requests", "wire", "settings", "address", "supervisor", "tls",
-    "access", "telemetry", "runtimes", "golden", "tuning", "tuned", "arena", "batcher", "policy", "routing", "memory",
-    "loaded", "refusals", "shadow", "beside", "registry", "session_record", "session_file", "session_names",
-    "sessions", "metrics", "game", "api", "lane", "grpc", "admin", "main", "worker", "scale", "client", "evaluate",
-    "bench", "diff", "doctor", "demo", "commands", "cli", "__main__",
+    "ready", "errors", "lazy", "environment", "atari", "signature", "trust", "artifact", "cache", "store", "requests",
+    "wire", "settings", "supervisor", "access", "telemetry", "runtimes", "golden", "tuning", "batcher", "policy",
+    "memory", "registry", "sessions", "metrics", "game", "api", "lane", "grpc", "admin", "main", "worker", "scale",
+    "client", "tools", "commands", "cli", "__main__",
 ]  # fmt: skip
-CLIENT_MAY_IMPORT = {"errors", "lazy", "extras", "environment", "atari", "signature", "requests", "wire", "client"}
+CLIENT_MAY_IMPORT = {"errors", "lazy", "environment", "atari", "signature", "requests", "wire", "client"}
 EXPORTERS_MAY_IMPORT = {"errors", "lazy", "environment", "signature", "artifact", "store", "golden", "requests"}
 
 

@@ -59,6 +59,12 @@ def test_auto_falls_back_when_a_program_cannot_be_opened(cart: Artifact, tmp_pat
         Policy.load(artifact, settings(runtime="pt2"))
 
 
-def test_settings_travel_through_the_environment() -> None:
-    given = settings(threads=2, policy="cart", store="elsewhere")
-    assert Settings.from_environment(given.to_environment() | {"HOME": "x", "ACTSERVE_URL": "x"}) == given
+def test_settings_are_read_from_the_environment() -> None:
+    environment = {"ACTSERVE_THREADS": "2", "ACTSERVE_POLICY": "cart", "ACTSERVE_TRUST": "keys", "HOME": "x"}
+    assert Settings.from_environment(environment) == Settings(threads=2, policy="cart", trust=Path("keys"))
+
+
+def test_settings_mean_the_same_in_another_folder() -> None:
+    moved = Settings(store="here", trust=Path("keys")).absolute()
+    assert (moved.store, moved.trust) == (str(Path("here").resolve()), Path("keys").resolve())
+    assert Settings(store="s3://bucket/here").absolute().store == "s3://bucket/here"

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from app import routing
 from app.errors import InvalidRequest, InvalidRouting, UnknownPolicy, UnknownVersion
-from app.routing import FILE, Routing
-from app.store import ModelStore
+from app.store import ModelStore, routing
+from app.store.routing import FILE, Routing
 
 
 @pytest.fixture

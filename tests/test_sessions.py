@@ -23,8 +23,8 @@ from app.errors import (
     UnknownSession,
 )
 from app.requests import MAX_SEED, step_seed
-from app.session_names import home_of
 from app.sessions import Limits, Session, Sessions
+from app.sessions.names import home_of
 from app.settings import Settings
 from app.signature import Array
 from app.tuning import Tuning

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from app.address import Address
 from app.client.local import free_port
 from app.errors import UsageError
+from app.supervisor.address import Address
 from tests import stream_service
 
 WITHIN_S = 20

@@ -13,9 +13,9 @@ from app.main import create_app
 from app.policy import Policy
 from app.runtimes.base import load
 from app.settings import Settings
-from app.signing import PrivateKey
 from app.store import ModelStore
 from app.trust import Trust
+from app.trust.signing import PrivateKey
 from tests.asgi import Caller
 from tests.native import package_that
 

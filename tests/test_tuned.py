@@ -13,8 +13,8 @@ from app.cli import cli
 from app.policy import Policy
 from app.settings import Settings
 from app.store import ModelStore
-from app.tuned import Tuned
 from app.tuning import QUICK_NS, Tuning
+from app.tuning.tuned import Tuned
 
 SLOWER, FASTER = Tuning({1: 2000, 2: 1500}), Tuning({1: 1000, 2: 900})
 

@@ -13,7 +13,7 @@ from app.client.remote import ATTEMPTS, LOST, Carried
 from app.client.tensordicts import read_tensordict, write_tensordict
 from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer
 from app.errors import ServiceUnreachable
-from app.extras import require
+from app.lazy import resolve_extra
 from app.signature import Array, Arrays, Exploration
 
 
@@ -29,7 +29,7 @@ class AsyncRemotePolicy:
         self._description: Description | None = None
 
     async def __aenter__(self) -> Self:
-        aiohttp = require("aiohttp")
+        aiohttp = resolve_extra("async", "aiohttp")
         connector = aiohttp.UnixConnector(self.uds, limit=0) if self.uds else aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
         self._http = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=bearer(self.token))
@@ -96,7 +96,7 @@ class AsyncRemotePolicy:
         return await self.run(ask())
 
     async def _exchange(self, request: Request) -> Response:
-        aiohttp = require("aiohttp")
+        aiohttp = resolve_extra("async", "aiohttp")
         url = self.url.rstrip("/") + request.path
         try:
             async with self._http.request(

@@ -19,7 +19,7 @@ from app.client.human import normalised
 from app.client.play import Report
 from app.environment import Environment
 from app.errors import UsageError
-from app.extras import require
+from app.lazy import resolve_extra
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -102,14 +102,14 @@ def compare(first: Report, second: Report) -> Comparison:
 
 
 def _iqm(values: NDArray[np.float64], axis: int = -1) -> Any:
-    return require("scipy.stats").trim_mean(values, 0.25, axis=axis)
+    return resolve_extra("evaluate", "scipy.stats").trim_mean(values, 0.25, axis=axis)
 
 
 def _interval(values: NDArray[np.float64], statistic: Callable[..., Any]) -> Interval | None:
     """The percentile bootstrap's; the same every time."""
     if len(values) < 2:
         return None
-    drawn = require("scipy.stats").bootstrap(
+    drawn = resolve_extra("evaluate", "scipy.stats").bootstrap(
         (values,),
         statistic,
         n_resamples=RESAMPLES,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from app.environment import Environment
 from app.errors import UsageError
-from app.extras import require
+from app.lazy import resolve_extra
 
 PANEL = 360  # pixels wide: beside an Atari screen, three times as large, it makes 840 × 630, that is 4:3
 MARGIN = 24
@@ -161,8 +161,8 @@ class _Font:
     """Pillow's own typeface in one size. What was written lately is kept."""
 
     def __init__(self, size: int) -> None:
-        self._image, self._draw = require("PIL.Image"), require("PIL.ImageDraw")
-        self._font = require("PIL.ImageFont").load_default(size)
+        self._image, self._draw = resolve_extra("play", "PIL.Image"), resolve_extra("play", "PIL.ImageDraw")
+        self._font = resolve_extra("play", "PIL.ImageFont").load_default(size)
         self._ascent, self._descent = self._font.getmetrics()
         self.capital = -int(self._font.getbbox("H", anchor="ls")[1])  # pixels from the baseline to the top of a capital
         self._letters = lru_cache(512)(self._drawn)

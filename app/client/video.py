@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.errors import UsageError
-from app.extras import require
+from app.lazy import resolve_extra
 
 H264 = (("libx264", {"preset": "veryfast", "crf": "20"}), ("libopenh264", {"b": "2M"}), ("mpeg4", {"qscale": "3"}))
 GIF_MAX_FPS = 50  # a GIF counts in hundredths of a second, and browsers slow down what asks for less than two
@@ -44,7 +44,7 @@ class VideoWriter:
             raise UsageError(f"a video is {' or '.join(_ENCODERS)}; got {self.path.name!r}")
         if not self.path.parent.is_dir():
             raise UsageError(f"there is no folder {self.path.parent} to write {self.path.name} into")
-        self._encoder = kind(require("av"), self._part, self.fps, self.scale)
+        self._encoder = kind(resolve_extra("play", "av"), self._part, self.fps, self.scale)
         return self
 
     def add(self, screen: NDArray[np.uint8]) -> None:

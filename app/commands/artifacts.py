@@ -85,7 +85,7 @@ def diff(
     json: Json = False,
 ) -> None:
     """Say what changed between two artifacts: signature, actions on golden samples, speed, size."""
-    from app import diff as differ
+    from app.tools import diff as differ
 
     found = differ.diff(reading(store, trust), before, after)
     if json:
@@ -101,7 +101,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say what this host can run, and what it cannot and why."""
-    from app.doctor import diagnose, print_diagnosis
+    from app.tools.doctor import diagnose, print_diagnosis
 
     with console.status("looking"):
         diagnosis = diagnose(reading(store, trust), name)

@@ -22,7 +22,7 @@ def new(
     path: Annotated[Path, typer.Argument(help="The private key; the public one is PATH.pub.")], json: Json = False
 ) -> None:
     """Make a key: what signs stays at PATH, what others need to trust it is in PATH.pub."""
-    key = resolve_extra("sign", "app.signing:PrivateKey").create(path)
+    key = resolve_extra("sign", "app.trust.signing:PrivateKey").create(path)
     _print([key.public], json)
 
 
@@ -31,7 +31,7 @@ def show(
     path: Annotated[Path, typer.Argument(help="A private key, or a file of public keys.")], json: Json = False
 ) -> None:
     """Print public keys, one a line, each with its fingerprint."""
-    _print(resolve_extra("sign", "app.signing:read_keys")(path), json)
+    _print(resolve_extra("sign", "app.trust.signing:read_keys")(path), json)
 
 
 def _print(keys: Sequence[Any], json: bool) -> None:

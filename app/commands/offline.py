@@ -153,6 +153,6 @@ def _play_in_process(run: Callable[[Any], Any], environment: Any) -> list[float]
 
 
 def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None]], dict[str, Any]]:
-    from app.evaluate import evaluate
+    from app.tools.evaluate import evaluate
 
     return lambda artifact, progress: {"evaluation": evaluate(artifact, episodes, seed, progress)}

@@ -116,7 +116,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """The tutorial's comparison: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
-    from app import bench as benchmark
+    from app.tools import bench as benchmark
 
     rows = benchmark.run(find(reading(store), label), store, steps, console)
     if json:

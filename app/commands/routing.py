@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from app import routing
 from app.commands.stores import DEFAULT_STORE, Store, reading
 from app.commands.terminal import Json, print_json
-from app.routing import Routing
+from app.store import routing
+from app.store.routing import Routing
 
 Name = Annotated[str, typer.Argument(help="The policy.")]
 Version = Annotated[int | None, typer.Argument(min=1, help="Left out: no longer.")]

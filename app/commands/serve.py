@@ -15,7 +15,6 @@ import typer
 
 from app.commands.stores import DEFAULT_STORE, Store, TrustOption
 from app.commands.terminal import console
-from app.errors import UsageError
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -70,18 +69,13 @@ def serve(
 ) -> None:
     """Serve every policy of a store over HTTP."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies no matrices here; its threads would not fork
-    from app import admin, grpc, tls
-    from app.access import read
-    from app.address import Address
-    from app.remote_store import open_store
+    from app.main import check
     from app.settings import PREFIX, Settings
+    from app.supervisor import Supervisor
+    from app.supervisor.address import Address
     from app.telemetry import logs
-    from app.trust import Trust
+    from app.worker import serving
 
-    if "://" not in store:
-        if not Path(store).is_dir():
-            raise UsageError(f"there is no model store at {store}; export a policy first, or name it with --store")
-        store = str(Path(store).resolve())
     given = {
         "store": store,
         "runtime": runtime.value,
@@ -90,32 +84,24 @@ def serve(
         "grpc_host": host,
         "grpc_port": grpc_port,
         "admin_port": admin_port,
-        "trust": trust and trust.resolve(),
+        "trust": trust,
         "require_signature": require_signature,
         "log_format": log_format and log_format.value,
         "access_log": access_log,
-        "tokens": tokens and tokens.resolve(),
-        "tls_cert": tls_cert and tls_cert.resolve(),
-        "tls_key": tls_key and tls_key.resolve(),
+        "tokens": tokens,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
         "cors_origins": cors_origin and ",".join(cors_origin),
     }
     named = {PREFIX + name.upper(): str(value) for name, value in given.items() if value}
     settings = Settings.from_environment({**os.environ, **named})  # a wrong value ends here, not in a worker
-    open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
-    grpc.check(settings)
-    admin.check(settings)
-    tls.check(settings)
-    if settings.tokens:
-        read(settings.tokens)
-    elif not (uds or host in LOOPBACK):
+    check(settings)
+    if settings.tokens is None and not (uds or host in LOOPBACK):
         console.print("[yellow]whoever can connect may ask:[/] see --tokens")
     logging.config.dictConfig(logs.configuration(settings.log_format))
-    from app.supervisor import Supervisor
-    from app.worker import serving
-
     address = Address(host, port, uds)
     with _files(settings) as complete:
-        supervisor = Supervisor(address, workers, serving(complete))
+        supervisor = Supervisor(address, workers, serving(complete.absolute()))
         log.info("listening on %s", address)
         code = supervisor.run()
     raise typer.Exit(code)

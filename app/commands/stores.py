@@ -30,7 +30,7 @@ SignOption = Annotated[
 
 def reading(location: str, trust: Path | None = None) -> ModelStore:
     """The store at a path or behind a URL; what it has is known, or else it was said that it does not answer."""
-    from app.remote_store import open_store
+    from app.store.remote import open_store
     from app.trust import Trust
 
     store = open_store(location, Trust.load(trust))
@@ -47,7 +47,8 @@ def publishing(location: str, sign: Path | None = None) -> ModelStore:
 
     if "://" in location:
         raise UsageError(f"expected --store to be a folder; a store behind a URL is read only; got {location}")
-    return ModelStore(Path(location), key=resolve_extra("sign", "app.signing:PrivateKey").read(sign) if sign else None)
+    key = resolve_extra("sign", "app.trust.signing:PrivateKey").read(sign) if sign else None
+    return ModelStore(Path(location), key=key)
 
 
 def find(store: ModelStore, label: str) -> Artifact:

@@ -13,7 +13,7 @@ from app.commands.terminal import Json, print_json
 
 if TYPE_CHECKING:
     from app.artifact import Artifact
-    from app.tuned import Tuned
+    from app.tuning.tuned import Tuned
 
 AT_LEAST_NS = 200_000_000  # for each batch size
 BRIEFLY_NS = 50_000_000
@@ -27,7 +27,7 @@ def tune(
     json: Json = False,
 ) -> None:
     """Measure an artifact's programs on this host, at several batch sizes, for `serve` to choose by."""
-    from app.tuned import Tuned
+    from app.tuning.tuned import Tuned
 
     progress = Console(stderr=True)
     artifact = find(reading(store, trust), label)
@@ -51,7 +51,7 @@ def tune(
 
 def tune_quietly(artifact: Artifact, progress: Callable[[str], None]) -> None:
     """What an export ends with where there is a choice, so that `--runtime auto` is the fastest from the beginning."""
-    from app.tuned import Tuned
+    from app.tuning.tuned import Tuned
 
     if len(artifact.manifest.programs) > 1:
         progress("measuring which program is the fastest here")

@@ -12,8 +12,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from app import memory, wire
 from app.access import Access
 from app.api import errors
-from app.arena import BATCHES, Arena
 from app.batcher import Batcher, Outcome
+from app.batcher.arena import BATCHES, Arena
 from app.errors import ActserveError, Unavailable
 from app.lane.heads import Heads, Size, Taken
 from app.policy import Policy

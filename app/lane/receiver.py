@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from app.arena import Arena
 from app.batcher import Waiting
+from app.batcher.arena import Arena
 from app.signature import Array, Arrays
 
 BUFFER_BYTES = 1 << 16

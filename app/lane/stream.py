@@ -16,8 +16,8 @@ import numpy as np
 
 from app.access import Token
 from app.api.websocket import WebSocketProtocol
-from app.arena import Arena
 from app.batcher import Batcher, Outcome
+from app.batcher.arena import Arena
 from app.errors import ActserveError
 from app.lane import frames
 from app.lane.receiver import Receiver

@@ -25,7 +25,7 @@ from app.environment import Environment
 from app.errors import ServiceError, ServiceUnreachable
 from app.requests import complete
 from app.runtimes import base
-from app.session_names import home_of
+from app.sessions.names import home_of
 from app.signature import Array, Arrays
 from app.store import ModelStore
 from tests import stream_service

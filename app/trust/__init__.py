@@ -11,7 +11,7 @@ from app.errors import Unsigned, UsageError
 from app.lazy import resolve_extra
 
 if TYPE_CHECKING:
-    from app.signing import PublicKey
+    from app.trust.signing import PublicKey
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Trust:
             if required:
                 raise UsageError("signatures are required and nobody is trusted: name a file of public keys, --trust")
             return Trust()
-        return Trust(resolve_extra("sign", "app.signing:read_public_keys")(file), required)
+        return Trust(resolve_extra("sign", "app.trust.signing:read_public_keys")(file), required)
 
     def signer(self, label: str, manifest: bytes, signature: bytes | None) -> str | None:
         """The fingerprint of the trusted key that signed `manifest`, or None. Raises `Unsigned` if one is required."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
 
-from app.address import Address
+from app.supervisor.address import Address
 
 log = logging.getLogger("actserve")
 

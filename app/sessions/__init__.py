@@ -31,9 +31,9 @@ from app.errors import (
 from app.policy import Acted, Policy
 from app.registry import Registry
 from app.requests import MAX_SEED, step_seed
-from app.session_file import SessionFile
-from app.session_names import Names, first_number
-from app.session_record import Record
+from app.sessions.file import SessionFile
+from app.sessions.names import Names, first_number
+from app.sessions.record import Record
 from app.signature import Arrays, Exploration, Signature
 
 log = logging.getLogger("actserve")

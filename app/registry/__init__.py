@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Set
 from typing import Any
 
-from app import routing
-from app.beside import ROUTING, Beside
 from app.errors import (
     NotServing,
     SessionsUnavailable,
@@ -23,14 +21,15 @@ from app.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
-from app.loaded import Key, Loaded, key_of
 from app.policy import Acted, Policy
-from app.refusals import Refusals
-from app.routing import Routing
+from app.registry.beside import ROUTING, Beside
+from app.registry.loaded import Key, Loaded, key_of
+from app.registry.refusals import Refusals
+from app.registry.shadow import OUTCOMES
 from app.settings import Settings
-from app.shadow import OUTCOMES
 from app.signature import Arrays, Exploration
-from app.store import ModelStore
+from app.store import ModelStore, routing
+from app.store.routing import Routing
 from app.telemetry.counts import Counts
 
 log = logging.getLogger("actserve")

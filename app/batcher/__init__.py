@@ -23,7 +23,7 @@ from time import perf_counter_ns, thread_time_ns
 
 import numpy as np
 
-from app.arena import Arena
+from app.batcher.arena import Arena
 from app.errors import ActserveError, Behind, NotServing, Overloaded, RuntimeFailure, TooLate
 from app.signature import Array, Arrays
 from app.telemetry.meters import Meters

@@ -21,7 +21,7 @@ from app.errors import InvalidManifest, InvalidName, MisplacedVersion, StoreErro
 from app.trust import Trust
 
 if TYPE_CHECKING:
-    from app.signing import PrivateKey
+    from app.trust.signing import PrivateKey
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")

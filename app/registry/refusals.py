@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from time import monotonic
 
 from app.errors import ActserveError, StoreError
-from app.loaded import Loaded
 from app.policy import Policy
+from app.registry.loaded import Loaded
 
 log = logging.getLogger("actserve")
 

@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from app.errors import ActserveError, InvalidRouting
-from app.loaded import key_of
 from app.policy import Policy
-from app.routing import Routing
-from app.shadow import Shadow
+from app.registry.loaded import key_of
+from app.registry.shadow import Shadow
+from app.store.routing import Routing
 
 ROUTING = "routing"  # a problem with the wishes themselves
 

@@ -40,9 +40,9 @@ from app.errors import (
     UsageError,
 )
 from app.lazy import resolve_extra
-from app.ownership import meddler
 from app.store import NAME, STAGING, VERSION, ModelStore, check_place, opened
 from app.trust import Trust
+from app.trust.ownership import meddler
 
 log = logging.getLogger("actserve")
 
