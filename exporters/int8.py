@@ -19,6 +19,7 @@ import numpy as np
 from app import golden
 from app.artifact import GOLDEN, Artifact, Program
 from app.environment import Environment
+from app.errors import Disagreement
 from app.runtimes import preflight
 from app.runtimes.base import load
 from app.signature import Arrays
@@ -53,23 +54,32 @@ def export_int8(
         progress("quantising")
         x86 = platform.machine() == "x86_64"
         full_range = not x86 or "avx512_vnni" in preflight.this_host().cpu_flags
-        made = quantize(float32, folder / ONNX, calibration, full_range=full_range)
-        requires = {**manifest.programs["onnx"].requires, **made.pop("requires")}
-        rewrites = (*manifest.programs["onnx"].rewrites, f"int8: {made['method']}")
-        draft = replace(
-            manifest,
-            name=f"{manifest.name}-int8",
-            parent=manifest.version,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            programs={"onnx": Program(ONNX, requires, rewrites)},
-            provenance={**manifest.provenance, "fingerprint": fingerprint, "quantised_from": original.label},
-        )
-        built = ModelStore(folder / "draft").publish(draft, {ONNX: folder / ONNX})
-        progress(f"certifying int8 on {SAMPLES // 2} held-out samples, and playing a game with each")
-        ours, theirs = load("onnx", built), load("onnx", original)
         environment = source.environment
         games = (lambda run: play(run, environment)) if environment is not None else None
-        evidence = certify_int8(manifest.signature, ours.run, theirs.run, held_out, games)
+        theirs = load("onnx", original)
+        refused: Disagreement | None = None
+        for program, made in quantize(float32, calibration, full_range=full_range):
+            (folder / ONNX).write_bytes(program)
+            requires = {**manifest.programs["onnx"].requires, **made.pop("requires")}
+            rewrites = (*manifest.programs["onnx"].rewrites, f"int8: {made['method']}")
+            draft = replace(
+                manifest,
+                name=f"{manifest.name}-int8",
+                parent=manifest.version,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                programs={"onnx": Program(ONNX, requires, rewrites)},
+                provenance={**manifest.provenance, "fingerprint": fingerprint, "quantised_from": original.label},
+            )
+            ours = load("onnx", ModelStore(folder / "drafts").publish(draft, {ONNX: folder / ONNX}))
+            progress(f"certifying int8 on {SAMPLES // 2} held-out samples, and playing a game with each")
+            try:
+                evidence = certify_int8(manifest.signature, ours.run, theirs.run, held_out, games)
+                break
+            except Disagreement as error:
+                refused = error  # the next one has more in floats
+        else:
+            assert refused is not None  # `quantize` says so itself when it finds none
+            raise refused
         chosen = np.linspace(0, SAMPLES // 2 - 1, certify.GOLDEN_SAMPLES).astype(int)
         picked = {k: v[chosen] for k, v in held_out.items()}
         (folder / GOLDEN).write_bytes(golden.save(picked, golden.in_batches(ours.run, picked, 1)))

@@ -10,6 +10,7 @@ import pytest
 
 from app.errors import CaptureFailed, Disagreement
 from app.signature import Array, Arrays
+from exporters import compensate
 from exporters import quantize as quantization
 from exporters.capture import Captured, capture
 from exporters.optimize import optimize
@@ -57,7 +58,8 @@ def test_int8_does_what_the_policy_does(
 ) -> None:
     monkeypatch.setattr(quantization, "AGREEMENT", FEW)
     target = folder / "int8.onnx"
-    done = quantize(folder / "policy.onnx", target, {"pixels": screens[::2]}, full_range=full_range)
+    program, done = next(quantize(folder / "policy.onnx", {"pixels": screens[::2]}, full_range=full_range))
+    target.write_bytes(program)
     assert done["int8_layers"]
     assert done["float_layers"]
     assert done["calibration_samples"] == SCREENS // 2
@@ -87,16 +89,35 @@ def test_a_program_that_disagrees_gets_no_certificate(captured: Captured, folder
         certify_int8(captured.signature, wrong, original, {"pixels": screens[:16]})
 
 
-def test_more_stays_in_floats_until_it_agrees(
-    folder: Path, screens: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_one_has_more_in_floats(folder: Path, screens: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "AGREEMENT", 0.0)
+    versions = [made["int8_layers"] for _, made in quantize(folder / "policy.onnx", {"pixels": screens[:16]})]
+    assert [len(layers) for layers in versions] == [3, 2, 1]
+
+
+def test_none_agrees(folder: Path, screens: Array, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "AGREEMENT", 1.01)
     with pytest.raises(CaptureFailed, match=r"at best .* of the actions agree"):
-        quantize(folder / "policy.onnx", tmp_path / "int8.onnx", {"pixels": screens[:16]})
-    assert not (tmp_path / "int8.onnx").exists()
+        list(quantize(folder / "policy.onnx", {"pixels": screens[:16]}))
+
+
+def test_what_is_off_on_average_is_made_good(folder: Path, screens: Array, tmp_path: Path) -> None:
+    original, calibration, held_out = folder / "policy.onnx", {"pixels": screens[::2]}, {"pixels": screens[1::2]}
+    draft, layers = tmp_path / "int8.onnx", quantization._layers(original)
+    quantization._quantize(original, draft, layers[1:-1], calibration, True)
+
+    def off() -> float:
+        values = [runner(file)(held_out)["action_value"] for file in (draft, original)]
+        return float(np.abs(values[0] - values[1]).mean())
+
+    before = off()
+    compensate.correct(original, draft, layers[1:-1], calibration)
+    corrected = off()
+    compensate.refit(original, draft, layers[-1], calibration)
+    assert off() < corrected < before
 
 
 def test_too_small_to_quantise(tmp_path: Path) -> None:
     build(capture(cart()), tmp_path / "policy.onnx")
     with pytest.raises(CaptureFailed, match="has 2 in all"):
-        quantize(tmp_path / "policy.onnx", tmp_path / "int8.onnx", {"observation": np.zeros((8, 4), np.float32)})
+        next(quantize(tmp_path / "policy.onnx", {"observation": np.zeros((8, 4), np.float32)}))

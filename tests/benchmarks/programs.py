@@ -80,11 +80,12 @@ def race(programs: dict[str, Run], screens: Array) -> dict[str, dict[int, float]
 
 def build(captured: Captured, calibration: Array, folder: Path, pt2: bool) -> tuple[dict[str, Run], list[str], Any]:
     """The programs by name, the first one the tutorial's; the rewrites; what the quantiser says."""
-    program, applied = optimize(captured.program)
+    optimized, applied = optimize(captured.program)
     onnx.build(captured, folder / "tutorial.onnx")
-    onnx.build(replace(captured, program=program), folder / "rewritten.onnx")
+    onnx.build(replace(captured, program=optimized), folder / "rewritten.onnx")
     vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
-    int8 = quantize(folder / "rewritten.onnx", folder / "int8.onnx", {"pixels": calibration}, full_range=vnni)
+    program, int8 = next(quantize(folder / "rewritten.onnx", {"pixels": calibration}, full_range=vnni))
+    (folder / "int8.onnx").write_bytes(program)
     programs = {f".onnx, {name}": open_onnx(folder / f"{name}.onnx") for name in ("tutorial", "rewritten", "int8")}
     if pt2:
         for name, graph in (("tutorial", captured.program), ("rewritten", optimize(captured.program, "pt2")[0])):
