@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BINARY = 0x82  # a whole binary message: FIN and the opcode
 TEXT = 0x81
@@ -11,8 +11,7 @@ _CONTROL = 0x08  # the bit of an opcode that is not of a message
 _U16, _U64 = struct.Struct("!H"), struct.Struct("!Q")
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     first: int  # FIN, three reserved bits, the opcode
     mask: bytes  # 4 bytes, or none
     length: int  # of the payload, in bytes

@@ -9,6 +9,7 @@ the lane may step it; a message that the route is to answer ends the offer.
 from __future__ import annotations
 
 import asyncio
+import sys
 from time import perf_counter_ns
 from typing import Any, Protocol
 
@@ -171,7 +172,9 @@ class StreamLane(Receiver):
 
 def unmask(payload: Array, mask: bytes) -> None:
     """`payload`, (n,) uint8, in place (RFC 6455, 5.3)."""
+    mask *= 2
     whole = len(payload) // 8 * 8
     words = payload[:whole].view(np.uint64)
-    np.bitwise_xor(words, np.frombuffer(mask * 2, np.uint64)[0], out=words)
-    payload[whole:] ^= np.frombuffer(mask * 2, np.uint8)[: len(payload) - whole]
+    np.bitwise_xor(words, np.uint64(int.from_bytes(mask, sys.byteorder)), out=words)
+    if whole < len(payload):
+        payload[whole:] ^= np.frombuffer(mask, np.uint8)[: len(payload) - whole]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
@@ -61,8 +62,7 @@ class Hello:
 _HELLO = pydantic.TypeAdapter(Hello)
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """The answer to one message."""
 
     step: int
@@ -77,19 +77,20 @@ class Replies:
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._specs = specs
         self.offsets: dict[str, int] = {}
+        self._packed: list[tuple[str, np.dtype[Any], bytes]] = []  # name, dtype, the bytes before it
         end = _HEADER.size
         for spec in specs:
-            self.offsets[spec.name] = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = self.offsets[spec.name] + spec.item_bytes
+            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+            self.offsets[spec.name] = offset
+            self._packed.append((spec.name, spec.numpy_dtype.newbyteorder("<"), bytes(offset - end)))
+            end = offset + spec.item_bytes
         self._bytes = end
 
     def pack(self, reply: Reply) -> bytes:
-        message = bytearray(self._bytes)
-        _HEADER.pack_into(message, 0, reply.step, min(reply.queue_us, _UINT32_MAX), min(reply.run_us, _UINT32_MAX))
-        for spec in self._specs:
-            dtype = spec.numpy_dtype.newbyteorder("<")
-            np.ndarray(spec.shape, dtype, message, self.offsets[spec.name])[...] = reply.outputs[spec.name]
-        return bytes(message)
+        parts = [_HEADER.pack(reply.step, min(reply.queue_us, _UINT32_MAX), min(reply.run_us, _UINT32_MAX))]
+        for name, dtype, before in self._packed:
+            parts += (before, np.asarray(reply.outputs[name], dtype).tobytes())
+        return b"".join(parts)
 
     def unpack(self, message: bytes) -> Reply:
         """Raises `MalformedBody`."""
