@@ -5,14 +5,15 @@ They write `routing.json` beside the versions; a running service follows it.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.commands.stores import DEFAULT_STORE, Store, reading
 from app.commands.terminal import Json, print_json
-from app.store import routing
-from app.store.routing import Routing
+
+if TYPE_CHECKING:
+    from app.store.routing import Routing
 
 Name = Annotated[str, typer.Argument(help="The policy.")]
 Version = Annotated[int | None, typer.Argument(min=1, help="Left out: no longer.")]
@@ -20,11 +21,15 @@ Version = Annotated[int | None, typer.Argument(min=1, help="Left out: no longer.
 
 def pin(name: Name, version: Version = None, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Serve this version, whatever is published; without a version: the highest again."""
+    from app.store import routing
+
     _print(name, routing.pin(reading(store), name, version), json)
 
 
 def rollback(name: Name, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Pin the version before the pinned one, or before the highest."""
+    from app.store import routing
+
     _print(name, routing.roll_back(reading(store), name), json)
 
 
@@ -36,6 +41,8 @@ def alias(
     json: Json = False,
 ) -> None:
     """Let URLs have a name for a version; without a version: no longer."""
+    from app.store import routing
+
     _print(name, routing.alias(reading(store), name, alias, version), json)
 
 
@@ -47,11 +54,15 @@ def canary(
     json: Json = False,
 ) -> None:
     """Have a candidate act on a share of the requests; without a version: on none."""
+    from app.store import routing
+
     _print(name, routing.canary(reading(store), name, version, share), json)
 
 
 def shadow(name: Name, version: Version = None, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Ask a candidate too and compare its actions, which nobody gets; without a version: no longer."""
+    from app.store import routing
+
     _print(name, routing.shadow(reading(store), name, version), json)
 
 
