@@ -29,7 +29,7 @@ from app.settings import Settings
 from app.signature import Array, Signature, TensorSpec
 from app.store import ModelStore
 from tests.fake_policy import QUICK, SLOW
-from tests.stream_service import until
+from tests.waiting import until
 
 LANE = "app.lane.protocol:LaneProtocol"
 PLAIN = "httptools"

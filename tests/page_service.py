@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from app.game import Seats
 from app.main import create_app
 from app.settings import Settings
-from tests.stream_service import UVICORN, until
+from tests.stream_service import UVICORN
+from tests.waiting import until
 
 SHIPPED = Path(__file__).parent.parent / "models_store"
 

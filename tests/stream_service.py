@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.signature import Array
 from tests.fake_policy import QUICK, SLOW, Versions
+from tests.waiting import until
 
 UVICORN: dict[str, Any] = {
     "loop": "uvloop",
@@ -102,10 +102,3 @@ def running(settings: Settings | None = None, slow: bool = False, **options: Any
     finally:
         server.should_exit = True
         thread.join()
-
-
-def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "this should have happened by now"
-        time.sleep(0.005)

@@ -19,12 +19,12 @@ from app.errors import UsageError
 from app.settings import Settings
 from app.store import ModelStore, routing
 from app.store.routing import Routing
-from tests import stream_service
+from tests import waiting
 from tests.test_cli import actserve
 from tests.variants import Variants
 
 TOKEN = "a token of more than 16 characters"
-until = partial(stream_service.until, within_s=30)
+until = partial(waiting.until, within_s=30)
 ACT = "/policies/cart/act"
 
 

@@ -24,8 +24,8 @@ from app.runtimes.preflight import Choice
 from app.settings import Settings
 from app.signature import Array, Exploration, Noise, Signature, State, TensorSpec
 from tests.fake_policy import QUICK
-from tests.stream_service import until
 from tests.test_atari import PONG
+from tests.waiting import until
 
 SIGNATURE = Signature(
     observations=(TensorSpec("pixels", "uint8", (210, 160, 3)),),

@@ -22,8 +22,8 @@ from websockets.sync.client import ClientConnection, connect
 from app.atari import AtariGame
 from app.signature import Array
 from tests.page_service import Service, running
-from tests.stream_service import until
 from tests.test_atari import LEFT, PONG
+from tests.waiting import until
 
 FAST = {"speed": 0}
 

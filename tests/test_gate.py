@@ -22,7 +22,7 @@ from app.client.remote import RemotePolicy
 from app.client.stream import Stream
 from app.errors import ServiceError
 from app.settings import Settings
-from tests import lane_service, stream_service
+from tests import lane_service, stream_service, waiting
 from tests.fake_policy import NAME
 from tests.lane_service import LANE, PLAIN, Service, request
 
@@ -164,7 +164,7 @@ def test_a_token_is_revoked_and_another_let_in_while_the_service_runs(http: str,
         assert b"200 OK" in answers(kept, 1)
         file.write_text("")
         new = add(file, "robot")
-        stream_service.until(lambda: b"200 OK" in ask(service, asked(new)), 10)
+        waiting.until(lambda: b"200 OK" in ask(service, asked(new)), 10)
         kept.sendall(asked(old))
         assert answers(kept, 1).startswith(b"HTTP/1.1 401 ")
         time.sleep(1.2)

@@ -23,6 +23,7 @@ from app.store.routing import FILE
 from tests.asgi import Caller
 from tests.test_faults import deleted, emptied, flipped, gone, linked, overwritten, truncated, without_manifest
 from tests.variants import Variants
+from tests.waiting import until_in_loop
 
 Scenario = Callable[[Registry, Variants], Awaitable[None]]
 
@@ -60,12 +61,6 @@ def loaded_of(registry: Registry) -> list[int]:
     return found
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def test_a_new_version_takes_over_and_the_old_one_is_unloaded(variants: Variants) -> None:
     async def scenario(registry: Registry, variants: Variants) -> None:
         generation = registry.generation
@@ -97,7 +92,7 @@ def test_whoever_acts_with_the_old_version_is_answered_by_it(variants: Variants)
         assert len((await answer).outputs["action"]) == 8
         del answer
         assert loaded_of(registry) == [2]
-        await until(lambda: not batcher._open)
+        await until_in_loop(lambda: not batcher._open)
 
     follow(variants, scenario)
 
@@ -191,12 +186,12 @@ def test_a_version_that_is_looked_at_while_it_is_copied_is_served_in_the_end(
         registry = Registry(variants.store, Settings(runtime="onnx", poll_s=0.02))
         registry.start()
         try:
-            await until(lambda: not registry.loading)
+            await until_in_loop(lambda: not registry.loading)
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(MANIFEST))
-            await until(lambda: 2 in registry.describe("cart")["refused"])
+            await until_in_loop(lambda: 2 in registry.describe("cart")["refused"])
             assert registry.describe("cart")["version"] == 1
             shutil.copy(source / MANIFEST, target)
-            await until(lambda: registry.describe("cart")["version"] == 2)
+            await until_in_loop(lambda: registry.describe("cart")["version"] == 2)
             assert registry.describe("cart")["refused"] == {}
         finally:
             await registry.close()
@@ -361,7 +356,7 @@ def test_sessions_keep_their_version_loaded(variants: Variants, monkeypatch: pyt
             assert await version_by_action(await registry.resume("cart", 1), variants) == 1
             on.clear()
             await registry.poll()
-            await until(lambda: loaded_of(registry) == [2])  # a thread that loaded it may hold it yet
+            await until_in_loop(lambda: loaded_of(registry) == [2])  # a thread that loaded it may hold it yet
 
     follow(variants, scenario)
 
@@ -394,6 +389,6 @@ def test_a_version_that_was_asked_for_by_its_number_stays_for_a_while(
             assert loaded_of(registry) == [1, 2]
             move(loaded.UNUSED_S + 1)
             await registry.poll()
-            await until(lambda: loaded_of(registry) == [2])  # a thread that loaded it may hold it yet
+            await until_in_loop(lambda: loaded_of(registry) == [2])  # a thread that loaded it may hold it yet
 
     follow(variants, scenario)

@@ -15,7 +15,7 @@ from backports import zstd
 from app.settings import Settings
 from app.telemetry.counts import ACT
 from tests.lane_service import ITEM_BYTES, LANE, NAME, PLAIN, Service, exchange, request, running
-from tests.stream_service import until
+from tests.waiting import until
 
 BODY = bytes(range(ITEM_BYTES))
 RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: on, for no time

@@ -18,7 +18,7 @@ from app.wire.items import MAX_VALUES
 from tests import stream_service
 from tests.fake_policy import NAME
 from tests.lane_service import ITEM_BYTES, LANE, Service, request, running
-from tests.stream_service import until
+from tests.waiting import until
 
 BODY = bytes(ITEM_BYTES)
 HEAD = b"POST /act HTTP/1.1\r\nHost: h\r\nContent-Type: application/octet-stream\r\n"

@@ -35,6 +35,7 @@ from app.signature import Array, Arrays
 from app.wire.oip import DATATYPES
 from tests.fake_policy import NAME, SLOW, Alone, Versions, seen
 from tests.oip import BATCH, MAX_BODY_BYTES, same
+from tests.waiting import until_in_loop
 
 
 class AbortedError(Exception):
@@ -320,12 +321,6 @@ def hold(registry: Versions) -> threading.Event:
     return open_
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def test_what_was_accepted_is_answered_before_the_server_ends(tmp_path: Path) -> None:
     async def main() -> None:
         registry = Versions(SLOW)
@@ -337,7 +332,7 @@ def test_what_was_accepted_is_answered_before_the_server_ends(tmp_path: Path) ->
             stream = stub.ModelStreamInfer()
             for number in range(3):
                 await stream.write(infer(BATCH, id=str(number)))
-            await until(lambda: registry.policies[1].statistics().waiting == 8)
+            await until_in_loop(lambda: registry.policies[1].statistics().waiting == 8)
             ending = asyncio.create_task(service.aclose())
             await asyncio.sleep(0.05)
             assert not ending.done()
@@ -376,9 +371,9 @@ def test_calls_that_end_early_move_nothing(tmp_path: Path) -> None:
                 await stub.ModelInfer(step(4), timeout=0.2)
             assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
             call, stream = stub.ModelInfer(step(4)), stub.ModelStreamInfer()
-            await until(waiting(2))
+            await until_in_loop(waiting(2))
             await stream.write(step(4))
-            await until(waiting(3))
+            await until_in_loop(waiting(3))
             call.cancel()
             stream.cancel()
             late = with_parameters(step(4), timeout=1000)

@@ -13,8 +13,8 @@ from app.game import encode_png
 from tests import browser
 from tests.browser import Tab
 from tests.page_service import Service, running
-from tests.stream_service import until
 from tests.test_atari import PONG
+from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(
     browser.PATH is None, reason=f"no Chromium is installed ({', '.join(browser.NAMES)}): apt-get install chromium"

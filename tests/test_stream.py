@@ -26,7 +26,8 @@ from app.settings import Settings
 from app.signature import Exploration
 from app.telemetry.counts import STREAM
 from tests.fake_policy import NAME, Alone, Versions, same, seen
-from tests.stream_service import Service, application, running, until
+from tests.stream_service import Service, application, running
+from tests.waiting import until
 
 REPLY = struct.Struct("<QIIq")  # step, queue_us, run_us, action
 

@@ -22,10 +22,10 @@ import pytest
 from app.client.local import free_port
 from app.errors import UsageError
 from app.supervisor.address import Address
-from tests import stream_service
+from tests import waiting
 
 WITHIN_S = 20
-until = partial(stream_service.until, within_s=WITHIN_S)
+until = partial(waiting.until, within_s=WITHIN_S)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from app.client import local
 from app.client.local import LocalService
 from app.client.remote import RemotePolicy
 from app.signature import Array
-from tests.stream_service import until
+from tests.waiting import until
 
 SHIPPED = Path(__file__).parent.parent.parent / "models_store"
 SCREEN_BYTES = 210 * 160 * 3

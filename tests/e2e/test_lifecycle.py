@@ -26,7 +26,7 @@ from app.errors import ServiceError, ServiceUnreachable
 from app.signature import Array
 from app.store import ModelStore
 from tests.policies import Fragile
-from tests.stream_service import until
+from tests.waiting import until
 
 SHIPPED = Path(__file__).parent.parent.parent / "models_store"
 RAW = {"Content-Type": "application/octet-stream"}

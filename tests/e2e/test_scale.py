@@ -28,7 +28,7 @@ from app.runtimes import base
 from app.sessions.names import home_of
 from app.signature import Array, Arrays
 from app.store import ModelStore
-from tests import stream_service
+from tests import waiting
 from tests.scale_service import PYTHON, ROOT, Scaled, environment, running
 
 STORE = ROOT / "models_store"
@@ -38,7 +38,7 @@ SEED = 3
 STEPS, KILLED_AT = 120, 40
 STREAMS = 6
 RESTARTED_WITHIN_S = 60.0
-until = partial(stream_service.until, within_s=RESTARTED_WITHIN_S)
+until = partial(waiting.until, within_s=RESTARTED_WITHIN_S)
 SCREEN = np.zeros((210, 160, 3), np.uint8)
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="Ray is not installed: make .venv/ray/installed")
