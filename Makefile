@@ -29,6 +29,7 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 	@mkdir -p .cache
 	$(BIN)/python -m tests.benchmarks.cost --json .cache/cost.json --docs docs
 	$(BIN)/python -m tests.benchmarks.overload --json .cache/overload.json
+	$(BIN)/python -m tests.benchmarks.workers --json .cache/workers.json
 	$(BIN)/python -m tests.benchmarks.scale
 
 .venv/all: pyproject.toml .ci/constraints.txt

@@ -154,7 +154,7 @@ def test_who_ends_at_once_is_told_of_with_its_log() -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such luck')"]
     with (
         pytest.raises(DoesNotServe, match="no such luck"),
-        running(command, ("127.0.0.1", 1), cores()[0], {}) as server,
+        running(command, ("127.0.0.1", 1), cores()[:1], {}) as server,
     ):
         server.first_answer_s(posts()(SCREENS))
 

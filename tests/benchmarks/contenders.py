@@ -44,13 +44,13 @@ class Contender:
             return None if self._python.exists() else f"make .venv/{self.module}/installed"
         return None if self.kind != "peer" or find_spec(self.module) else "pip install 'actserve[peers]'"
 
-    def start(self, store: Path, program: Path, core: int) -> AbstractContextManager[Server]:
-        """Its server with the one policy of `store`, whose .onnx is `program`. Raises `DoesNotServe`."""
+    def start(self, store: Path, program: Path, *on: int) -> AbstractContextManager[Server]:
+        """Its server on these cores with the one policy of `store`, whose .onnx is `program`. Raises `DoesNotServe`."""
         port, socket = free_port(), f"{store}.sock"
         address: Address = socket if self.uds else ("127.0.0.1", port)
         values = {"python": self._python, "module": self.module, "port": port, "store": store, "socket": socket}
         environment = {"PROGRAM": str(program), "PORT": str(port), "BATCH": str(self.batch), **self.environment}
-        return running([part.format(**values) for part in self.command.split()], address, core, environment)
+        return running([part.format(**values) for part in self.command.split()], address, on, environment)
 
     @property
     def _python(self) -> Path:

@@ -1,4 +1,4 @@
-"""A server for the length of a `with`, on one core, and what it costs: CPU time and memory of all its processes."""
+"""A server for the length of a `with`, on given cores, and what it costs: CPU time and memory of all its processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -89,9 +89,9 @@ def core_busy_s(core: int) -> float:
     return (user + nice + system + sum(interrupts)) * TICK_S
 
 
-def pinned(core: int) -> partial[None]:
-    """For `Popen(preexec_fn=…)`: the process and all that it starts run on `core` and nowhere else."""
-    return partial(os.sched_setaffinity, 0, {core})
+def pinned(*on: int) -> partial[None]:
+    """For `Popen(preexec_fn=…)`: the process and all that it starts run on these cores and nowhere else."""
+    return partial(os.sched_setaffinity, 0, set(on))
 
 
 def cores() -> tuple[int, int]:
@@ -107,7 +107,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: Sequence[str], address: Address, core: int, environment: Mapping[str, str]) -> Iterator[Server]:
+def running(
+    command: Sequence[str], address: Address, on: Collection[int], environment: Mapping[str, str]
+) -> Iterator[Server]:
     """Started, not necessarily ready. Nothing is left of it in the end. Raises `DoesNotServe` with the log's end."""
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         started = time.perf_counter()
@@ -118,7 +120,7 @@ def running(command: Sequence[str], address: Address, core: int, environment: Ma
             stderr=log,
             env={**os.environ, "HOME": home, "TMPDIR": home, "OMP_NUM_THREADS": "1", **environment},
             start_new_session=True,
-            preexec_fn=pinned(core),
+            preexec_fn=pinned(*on),
         )
         try:
             yield Server(address, process, started)
