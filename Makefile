@@ -1,12 +1,13 @@
 # make demo    install, export the bundled policy, serve it, and play a game over HTTP with each runtime
 # make test    install and run every test
 # make check   lint, types, format
+# make docs    the Python API's reference, into build/api
 # make bench   what it costs, and what others do (half an hour): docs/cost.md
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test check format bench
+.PHONY: demo test check format docs bench
 
 demo: .venv/all
 	$(BIN)/python -m app.tools.demo
@@ -22,6 +23,9 @@ check: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/dev
+	$(BIN)/python -m tests.api build/api
 
 bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/installed
 	$(BIN)/actserve bench

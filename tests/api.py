@@ -1,0 +1,68 @@
+"""The Python API's reference, from docstrings: what users import.
+
+python -m tests.api build/api writes it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pdoc
+from pdoc.doc import Class, Doc, Function, Module
+
+import exporters
+
+MODULES = (
+    "app.client.remote",
+    "app.client.aio",
+    "app.client.stream",
+    "app.client.sequence",
+    "exporters",
+    "app.signature",
+    "app.artifact",
+    "app.store",
+    "app.settings",
+    "app.errors",
+    "app.main",
+)
+
+
+def build(folder: Path) -> None:
+    """A page for each module, and an index."""
+    _bring_in()
+    pdoc.pdoc(*MODULES, output_directory=folder)
+
+
+def documented(module: str) -> Iterator[tuple[str, str]]:
+    """Each public class, function and method of `module` that is written there, and its own docstring."""
+    _bring_in()
+    yield from _members(Module(sys.modules.get(module) or __import__(module, fromlist=["*"])))
+
+
+def _bring_in() -> None:
+    """What `exporters` imports when it is asked for, pdoc takes for nothing."""
+    for name in exporters.__all__:
+        setattr(exporters, name, getattr(exporters, name))
+
+
+def _members(of: Module | Class) -> Iterator[tuple[str, str]]:
+    for name, member in of.members.items():
+        if name.startswith("_") or isinstance(member, Module) or _elsewhere(member, of):
+            continue
+        if isinstance(member, Class):
+            own = member.docstring if member.obj.__dict__.get("__doc__") else ""
+            yield member.fullname, own.strip()
+            yield from _members(member)
+        elif isinstance(member, Function):
+            yield member.fullname, (inspect.getdoc(member.obj) or "").strip()
+
+
+def _elsewhere(member: Doc[object], of: Module | Class) -> bool:
+    return isinstance(of, Class) and member.taken_from[1].rpartition(".")[0] != of.qualname
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
