@@ -53,13 +53,8 @@ class Description:
     environment: Environment | None  # the game it plays, if it plays one
 
     def by_name(self, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
-        """An observation by name, if it is not yet. Raises `UsageError` where the policy has several."""
-        if isinstance(observation, Mapping):
-            return observation
-        names = [spec.name for spec in self.signature.observations]
-        if len(names) > 1:
-            raise UsageError(f"{self.name} takes {', '.join(names)}: give them by name")
-        return {names[0]: observation}
+        """The function of this name, for this policy."""
+        return by_name(self.name, self.signature, observation)
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,16 @@ class Step:
     number: int
 
 
+def by_name(policy: str, signature: Signature, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+    """An observation by name, if it is not yet. Raises `UsageError` where the policy has several."""
+    if isinstance(observation, Mapping):
+        return observation
+    names = [spec.name for spec in signature.observations]
+    if len(names) > 1:
+        raise UsageError(f"{policy} takes {', '.join(names)}: give them by name")
+    return {names[0]: observation}
+
+
 def describe(policy: str | None) -> Operation[Description]:
     """Of `policy`, or of the service's default one."""
     if policy is None:
@@ -77,7 +82,7 @@ def describe(policy: str | None) -> Operation[Description]:
         policy = listed.get("default") if isinstance(listed, dict) else None
         if not isinstance(policy, str):
             raise UsageError("the service names no default policy; say which")
-    answer = read_json((yield Request("GET", f"/policies/{quote(policy, safe='')}")))
+    answer = read_json((yield Request("GET", policy_path(policy))))
     try:
         manifest = answer["manifest"]
         signature = pydantic.TypeAdapter(Signature).validate_python(manifest["signature"])
@@ -152,7 +157,7 @@ def begin_session(
     wishes = {"exploration": exploration, "seed": seed}
     body = pydantic_core.to_json({name: wish for name, wish in wishes.items() if wish is not None})
     headers = {"Content-Type": wire.JSON, **({"X-Owner": owner} if owner else {})}
-    answer = read_json((yield Request("POST", f"{_policy_path(description.name)}/sessions", body, headers)))
+    answer = read_json((yield Request("POST", sessions_path(description.name), body, headers)))
     try:
         return str(answer["session"])
     except (KeyError, TypeError) as error:
@@ -160,15 +165,19 @@ def begin_session(
 
 
 def end_session(description: Description, session: str) -> Operation[None]:
-    path = f"{_policy_path(description.name)}/sessions/{quote(session, safe='')}"
+    path = f"{sessions_path(description.name)}/{quote(session, safe='')}"
     _good((yield Request("DELETE", path, headers={"X-Session": session})))  # by which a proxy may find its host
 
 
 def act_path(name: str) -> str:
-    return f"{_policy_path(name)}/act"
+    return f"{policy_path(name)}/act"
 
 
-def _policy_path(name: str) -> str:
+def sessions_path(name: str) -> str:
+    return f"{policy_path(name)}/sessions"
+
+
+def policy_path(name: str) -> str:
     return f"/policies/{quote(name, safe='')}"
 
 
@@ -178,7 +187,17 @@ def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bo
         return wire.SAFETENSORS, wire.encode_request(wire.SAFETENSORS, wire.Items(dict(tensors), batched))
     (array,) = tensors.values()
     # A view: 100 KB of screen are not copied before they are sent.
-    return wire.RAW, array.astype(array.dtype.newbyteorder("<"), copy=False).data.cast("B")
+    return wire.RAW, little_endian(array).data.cast("B")
+
+
+def little_endian(array: Array) -> Array:
+    """The array itself where its bytes are in that order already."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def plain(action: Array) -> Any:
+    """An int for a single discrete action, else the array."""
+    return int(action) if action.ndim == 0 and action.dtype.kind in "iu" else action
 
 
 def _items(tensors: Mapping[str, Array], specs: Sequence[TensorSpec]) -> tuple[Arrays, bool]:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from app.client import operations
-from app.client.operations import Description, Operation, Result
+from app.client.operations import Description, Operation, Result, plain
 from app.client.tensordicts import read_tensordict, write_tensordict
 from app.client.transport import Connection
 from app.environment import Environment
@@ -227,8 +227,3 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.end()
-
-
-def plain(action: Array) -> Any:
-    """An int for a single discrete action, else the array."""
-    return int(action) if action.ndim == 0 and action.dtype.kind in "iu" else action

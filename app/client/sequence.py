@@ -14,8 +14,8 @@ from urllib.parse import quote
 import numpy as np
 import pydantic_core
 
-from app.client.operations import Operation, Request, read_json, unintelligible
-from app.client.remote import RemotePolicy, plain
+from app.client.operations import Operation, Request, little_endian, plain, read_json, unintelligible
+from app.client.remote import RemotePolicy
 from app.signature import Array, Arrays, Exploration
 from app.wire import RAW
 from app.wire.oip import DATATYPES, HEADER
@@ -70,7 +70,7 @@ class OipSequence:
         policy = self._policy
         items = {name: np.asarray(array)[None] for name, array in tensors.items()}
         policy.signature.validate_request(items)
-        binary = [array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in items.values()]
+        binary = [little_endian(array).tobytes() for array in items.values()]
         inputs = [
             {
                 "name": name,

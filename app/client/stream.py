@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import numpy as np
 import pydantic_core
-import urllib3
+from urllib3.util import Url
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect, unix_connect
 
-from app.client.operations import service_error
-from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer
+from app.client.operations import by_name, little_endian, plain, policy_path, service_error
+from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse, prefix
 from app.environment import Environment
 from app.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
 from app.signature import Array, Arrays, Exploration, Signature
@@ -50,7 +50,7 @@ class Stream:
         self.steps = 0  # taken so far, as the last reply has it
         self.outputs: Arrays = {}  # of the last reply, each (*shape)
         query = {"outputs": ",".join(outputs) or None, "exploration": exploration, "seed": seed}
-        self._url, self._uds = _stream_url(url, policy, version, query), uds
+        self._url, self._uds = stream_url(parse(url), policy, version, query), uds
         self._headers = bearer(token)
         self._stack = ExitStack()
         self._connection: ClientConnection | None = None
@@ -79,8 +79,7 @@ class Stream:
         if self.unanswered:
             raise UsageError(f"receive the replies to what was sent ahead first: {self.unanswered} of them")
         self.send(observation)
-        action = self.receive().outputs[self.signature.action.name]
-        return int(action) if action.ndim == 0 and action.dtype.kind in "iu" else action
+        return plain(self.receive().outputs[self.signature.action.name])
 
     def send(self, observation: Array | Mapping[str, Array]) -> None:
         """Send ahead: at most `hello.window` messages may be unanswered. Raises as `act` does."""
@@ -138,18 +137,13 @@ class Stream:
 
     def _message(self, observation: Array | Mapping[str, Array]) -> memoryview | str:
         """Raw bytes of a single observation; JSON for anything else."""
-        observations = self.signature.observations
-        if not isinstance(observation, Mapping):
-            if len(observations) > 1:
-                raise UsageError(
-                    f"{self.hello.policy} takes {', '.join(s.name for s in observations)}: give them by name"
-                )
-            observation = {observations[0].name: observation}
-        items = {name: np.ascontiguousarray(np.asarray(array)[None]) for name, array in observation.items()}
+        named = by_name(self.hello.policy, self.signature, observation)
+        items = {name: np.ascontiguousarray(np.asarray(array)[None]) for name, array in named.items()}
         self.signature.validate_request(items)
-        little = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in items.items()}
-        if list(little) == [observations[0].name]:
-            return little[observations[0].name].data.cast("B")
+        little = {name: little_endian(array) for name, array in items.items()}
+        if len(little) == 1:
+            (array,) = little.values()
+            return array.data.cast("B")
         return pydantic_core.to_json({name: _b64(array[0]) for name, array in little.items()}).decode()
 
     def _read(self, text: str) -> Reply:
@@ -186,19 +180,14 @@ def _b64(array: Array) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": array.shape, "b64": base64.b64encode(array.tobytes())}
 
 
-def _stream_url(url: str, policy: str | None, version: int | None, query: Mapping[str, Any]) -> str:
-    """The address of a stream; what is None is not asked for. Raises `UsageError`."""
-    try:
-        parsed = urllib3.util.parse_url(url)
-    except urllib3.exceptions.HTTPError as error:
-        raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}")
+def stream_url(service: Url, policy: str | None, version: int | None, query: Mapping[str, Any]) -> str:
+    """The address of a stream of `service`; what is None is not asked for. Raises `UsageError`."""
     if version is not None and policy is None:
         raise UsageError(f"version {version} of which policy?")
-    path = (parsed.path or "").rstrip("/")
-    path += f"/policies/{quote(policy, safe='')}" if policy is not None else ""
+    path = prefix(service)
+    path += policy_path(policy) if policy is not None else ""
     path += f"/versions/{version}" if version is not None else ""
-    address = f"ws{parsed.scheme.removeprefix('http')}://{parsed.netloc}{path}/stream"
+    scheme = "wss" if service.scheme == "https" else "ws"
+    address = f"{scheme}://{service.netloc}{path}/stream"
     asked = {name: value for name, value in query.items() if value is not None}
     return f"{address}?{urlencode(asked)}" if asked else address

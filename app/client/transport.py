@@ -7,6 +7,7 @@ from typing import Any
 
 import urllib3
 from urllib3.connection import HTTPConnection
+from urllib3.util import Url
 
 from app.client.operations import Request, Response
 from app.errors import ServiceUnreachable, UsageError
@@ -22,14 +23,8 @@ class Connection:
     def __init__(self, url: str, uds: str | None, token: str | None = None) -> None:
         self._headers = bearer(token)
         self._where = url if uds is None else f"{url} through {uds}"
-        try:
-            parsed = urllib3.util.parse_url(url)
-            if parsed.scheme not in ("http", "https") or not parsed.host:
-                raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}")
-            self._prefix = (parsed.path or "").rstrip("/")
-            self._pool = _pool(url, uds)
-        except urllib3.exceptions.HTTPError as error:
-            raise UsageError(f"expected a URL such as http://127.0.0.1:8000; got {url!r}: {error}") from error
+        self._prefix = prefix(parse(url))
+        self._pool = _pool(url, uds)
         self._used = False
 
     def exchange(self, request: Request) -> Response:
@@ -58,6 +53,23 @@ class Connection:
 def bearer(token: str | None) -> dict[str, str]:
     """The header that has it, if there is one."""
     return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+
+def parse(url: str) -> Url:
+    """Raises `UsageError` for what is no service's address."""
+    expected = f"expected a URL such as http://127.0.0.1:8000; got {url!r}"
+    try:
+        parsed = urllib3.util.parse_url(url)
+    except urllib3.exceptions.HTTPError as error:
+        raise UsageError(f"{expected}: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UsageError(expected)
+    return parsed
+
+
+def prefix(url: Url) -> str:
+    """What comes before every path, where the service is below the root of its address."""
+    return (url.path or "").rstrip("/")
 
 
 def _pool(url: str, uds: str | None) -> urllib3.HTTPConnectionPool:

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pydantic_core
-import urllib3
 
 from app import wire
 from app.client.connection import Connection, HttpConnection, Owner, Parts
 from app.client.operations import Description, Request, request_body
-from app.client.transport import bearer
+from app.client.transport import bearer, parse, prefix
 from app.signature import IS_INIT, Arrays
 
 OBSERVATIONS = 32  # different ones are sent in turn
@@ -36,7 +35,7 @@ class Backend(ABC):
         self.authorization = bearer(token)
         self.description = description
         self.signature = description.signature
-        self.url = urllib3.util.parse_url(url)
+        self.url = parse(url)
         self.drawn = seed if self.signature.noise and self.signature.exploration[0] == "random" else None
         self.turns: Iterator[int] = itertools.cycle(range(OBSERVATIONS))  # of what may be asked by any connection
         self._seed = seed
@@ -100,7 +99,7 @@ class Backend(ABC):
             **request.headers,
             **self.authorization,
         }
-        path = (self.url.path or "").rstrip("/") + request.path
+        path = prefix(self.url) + request.path
         lines = [f"{request.method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), ""]
         return "\r\n".join(lines).encode()
 

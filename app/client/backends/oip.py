@@ -14,7 +14,7 @@ import pydantic_core
 from app import wire
 from app.client.backends.base import Ask, Backend, Requests, Steps
 from app.client.connection import Connection
-from app.client.operations import Description, Request
+from app.client.operations import Description, Request, little_endian
 from app.wire.oip import DATATYPES, HEADER
 
 
@@ -49,10 +49,7 @@ class Oip(Backend):
     @cached_property
     def _tensors(self) -> list[bytes]:
         """The binary tensor data of each step."""
-        return [
-            b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in step.values())
-            for step in self.steps
-        ]
+        return [b"".join(little_endian(array).tobytes() for array in step.values()) for step in self.steps]
 
     def _head(self, parameters: Mapping[str, Any]) -> bytes:
         """All of a request before its binary tensor data, which is of one size in every step."""

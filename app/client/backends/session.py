@@ -10,13 +10,12 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from urllib.parse import quote
 
 import pydantic_core
 
 from app.client.backends.base import Ask, Backend, Steps
 from app.client.connection import Connection, Parts
-from app.client.operations import Description, Request, Response, act_path, begin_session, end_session
+from app.client.operations import Description, Request, Response, act_path, begin_session, end_session, sessions_path
 
 
 @dataclass
@@ -47,8 +46,8 @@ class Sessions(Backend):
     async def end(self, ask: Ask) -> None:
         if self._owner is None:
             return
-        path = f"/policies/{quote(self.description.name, safe='')}/sessions"
-        status, body = await ask(self.whole(Request("GET", path, headers={"X-Owner": self._owner})))
+        listing = Request("GET", sessions_path(self.description.name), headers={"X-Owner": self._owner})
+        status, body = await ask(self.whole(listing))
         if status == 200:
             for session in pydantic_core.from_json(body)["sessions"]:
                 await ask(self.whole(next(end_session(self.description, session["session"]))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
-from urllib.parse import quote, urlencode
 
 import pydantic_core
 from websockets.client import ClientProtocol
@@ -17,6 +16,7 @@ from websockets.uri import WebSocketURI, parse_uri
 from app.client.backends.base import Backend, Steps
 from app.client.connection import Connection, Owner, Parts
 from app.client.operations import service_error
+from app.client.stream import stream_url
 from app.wire.stream import Replies
 
 
@@ -41,10 +41,8 @@ class Streams(Backend):
 
     @cached_property
     def _uri(self) -> WebSocketURI:
-        scheme = "wss" if self.url.scheme == "https" else "ws"
-        path = f"{(self.url.path or '').rstrip('/')}/policies/{quote(self.description.name, safe='')}/stream"
-        query = {"binary": self.bodies[0], **({} if self.drawn is None else {"seed": self.drawn})}
-        return parse_uri(f"{scheme}://{self.url.netloc}{path}?{urlencode(query)}")
+        query = {"binary": self.bodies[0], "seed": self.drawn}
+        return parse_uri(stream_url(self.url, self.description.name, None, query))
 
 
 class StreamConnection(Connection):
