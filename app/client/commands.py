@@ -13,7 +13,7 @@ from rich.table import Table
 from app.atari import AtariGame
 from app.client.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
 from app.client.film import Film
-from app.client.load import LoadReport
+from app.client.load import CONCURRENCY, LoadReport
 from app.client.load import load as run_load
 from app.client.play import Act, Report
 from app.client.play import play as run_play
@@ -128,9 +128,9 @@ def load(
     via: str = "http",
     token: str | None = None,
 ) -> LoadReport:
-    """Load a service for a while, `via` one of `BACKENDS`; closed loop with 8 connections unless told otherwise."""
+    """Load a service for a while, `via` one of `BACKENDS`; with neither, a closed loop of `CONCURRENCY` connections."""
     if rate is None and concurrency is None:
-        concurrency = 8
+        concurrency = CONCURRENCY
     what = f"{rate:g} requests/s" if rate is not None else f"{concurrency} connections"
     what += "" if via == "http" else f" via {via}"
     with console.status(f"{what} for {duration_s:g} s") as status:
@@ -150,6 +150,7 @@ def load(
 
 
 def print_load(report: LoadReport) -> None:
+    """The report for people."""
     print(f"{report.requests:,} answers, {report.rate:,.0f} a second")
     print(_latency(report.latency_ms))
     for kind, count in report.errors.items():

@@ -67,7 +67,7 @@ def load(
 
     `via`: how the service is spoken to, one of `backends.BACKENDS`. http: each request is an episode of its own.
     session, stream, oip: each connection is a session, a stream or (of a policy with state) a sequence.
-    `concurrency`: closed loop on so many connections (8 if neither is given). `rate`: open loop, requests a second.
+    `concurrency`: closed loop on so many connections; with neither, `CONCURRENCY`. `rate`: open loop, requests/s.
     `processes`: by default one, or as many as there are cores when a pilot shows that one would be the limit.
     Raises `ServiceUnreachable` or `ServiceError` when there is nothing to load, `UsageError` for a wrong wish.
     """

@@ -21,6 +21,31 @@ from app.wire import RAW
 from app.wire.oip import DATATYPES, HEADER
 
 
+def inference(tensors: Arrays, outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> bytes:
+    """The JSON part of a request, for `tensors` {name: (k, *shape)} of which the data follows."""
+    inputs = [
+        {
+            "name": name,
+            "datatype": DATATYPES[array.dtype.name],
+            "shape": array.shape,
+            "parameters": {"binary_data_size": array.nbytes},
+        }
+        for name, array in tensors.items()
+    ]
+    return pydantic_core.to_json({"inputs": inputs, "outputs": outputs, "parameters": parameters})
+
+
+def binary_data(tensors: Arrays) -> bytes:
+    """What follows the JSON part."""
+    return b"".join(little_endian(array).tobytes() for array in tensors.values())
+
+
+def infer(policy: str, document: bytes, data: bytes) -> Request:
+    """The request of both parts."""
+    headers = {"Content-Type": RAW, HEADER: str(len(document))}
+    return Request("POST", f"/v2/models/{quote(policy, safe='')}/infer", document + data, headers, repeatable=False)
+
+
 class OipSequence:
     """One episode of `policy`, of which the service keeps the state under an id chosen here.
 
@@ -70,26 +95,9 @@ class OipSequence:
         policy = self._policy
         items = {name: np.asarray(array)[None] for name, array in tensors.items()}
         policy.signature.validate_request(items)
-        binary = [little_endian(array).tobytes() for array in items.values()]
-        inputs = [
-            {
-                "name": name,
-                "datatype": DATATYPES[array.dtype.name],
-                "shape": array.shape,
-                "parameters": {"binary_data_size": len(data)},
-            }
-            for (name, array), data in zip(items.items(), binary, strict=True)
-        ]
-        head = pydantic_core.to_json(
-            {
-                "inputs": inputs,
-                "outputs": [{"name": name} for name in self._names],
-                "parameters": {"sequence_id": self.id, **parameters},
-            }
-        )
-        headers = {"Content-Type": RAW, HEADER: str(len(head))}
-        path = f"/v2/models/{quote(policy.name, safe='')}/infer"
-        answer = read_json((yield Request("POST", path, b"".join([head, *binary]), headers, repeatable=False)))
+        outputs = [{"name": name} for name in self._names]
+        document = inference(items, outputs, {"sequence_id": self.id, **parameters})
+        answer = read_json((yield infer(policy.name, document, binary_data(items))))
         specs = {spec.name: spec for spec in policy.signature.outputs}
         try:
             given = {output["name"]: output["data"] for output in answer["outputs"]}

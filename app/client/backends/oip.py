@@ -6,16 +6,14 @@ import secrets
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pydantic_core
 
-from app import wire
 from app.client.backends.base import Ask, Backend, Requests, Steps
 from app.client.connection import Connection
-from app.client.operations import Description, Request, little_endian
-from app.wire.oip import DATATYPES, HEADER
+from app.client.operations import Description
+from app.client.sequence import binary_data, infer, inference
 
 
 class Oip(Backend):
@@ -49,28 +47,11 @@ class Oip(Backend):
     @cached_property
     def _tensors(self) -> list[bytes]:
         """The binary tensor data of each step."""
-        return [b"".join(little_endian(array).tobytes() for array in step.values()) for step in self.steps]
+        return [binary_data(step) for step in self.steps]
 
     def _head(self, parameters: Mapping[str, Any]) -> bytes:
         """All of a request before its binary tensor data, which is of one size in every step."""
-        inputs = [
-            {
-                "name": name,
-                "datatype": DATATYPES[array.dtype.name],
-                "shape": array.shape,
-                "parameters": {"binary_data_size": array.nbytes},
-            }
-            for name, array in self.steps[0].items()
-        ]
+        outputs = [{"name": self.signature.action.name, "parameters": {"binary_data": True}}]
         seed = {} if self.drawn is None else {"seed": self.drawn}
-        document = pydantic_core.to_json(
-            {
-                "inputs": inputs,
-                "outputs": [{"name": self.signature.action.name, "parameters": {"binary_data": True}}],
-                "parameters": {**parameters, **seed},
-            }
-        )
-        headers = {"Content-Type": wire.RAW, HEADER: str(len(document))}
-        path = f"/v2/models/{quote(self.description.name, safe='')}/infer"
-        whole = self.head(Request("POST", path, document + self._tensors[0], headers))
-        return whole + b"\r\n" + document
+        document = inference(self.steps[0], outputs, {**parameters, **seed})
+        return self.head(infer(self.description.name, document, self._tensors[0])) + b"\r\n" + document
