@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from backports import zstd
@@ -20,6 +21,7 @@ from tests.waiting import until
 BODY = bytes(range(ITEM_BYTES))
 RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: on, for no time
 GET = b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n"
+LAST = b"GET /healthz HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"  # what the service closes after
 CHUNKED = (
     b"POST /act HTTP/1.1\r\nHost: h\r\nContent-Type: application/octet-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"c\r\n" + BODY + b"\r\n0\r\n\r\n"
@@ -35,12 +37,6 @@ def lane() -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Service]:
     with running(PLAIN) as up:
-        yield up
-
-
-@pytest.fixture(scope="module")
-def impatient() -> Iterator[Service]:
-    with running(LANE, Settings(request_timeout_s=1), timeout_keep_alive=1) as up:
         yield up
 
 
@@ -141,8 +137,9 @@ EXCHANGES: dict[str, list[bytes]] = {
 
 @pytest.mark.parametrize("pieces", EXCHANGES.values(), ids=EXCHANGES.keys())
 def test_both_lanes_answer_alike(lane: Service, plain: Service, pieces: list[bytes]) -> None:
-    expected = exchange(plain, pieces)
-    assert exchange(lane, pieces) == expected
+    with ThreadPoolExecutor(2) as both:  # each waits until nothing more comes
+        found, expected = both.map(exchange, (lane, plain), (pieces, pieces))
+    assert found == expected
 
 
 TAKEN = {
@@ -162,7 +159,7 @@ def test_what_the_lane_takes_never_comes_to_the_routes(lane: Service, name: str)
     "name", ["one", "three in a row", "lane, route, lane", "refused, lane", "chunked, lane", "zstd"]
 )
 def test_pieces_make_no_difference(lane: Service, plain: Service, name: str) -> None:
-    data = b"".join(EXCHANGES[name])
+    data = b"".join(EXCHANGES[name]) + LAST
     expected = exchange(plain, [data])
     for cut in range(1, len(data), 7):
         assert exchange(lane, [data[:cut], data[cut:]], 0.002) == expected, cut
@@ -255,27 +252,36 @@ def test_who_sends_slowly_takes_nobodys_place(lane: Service) -> None:
     until(lambda: not arena.coming and lane.policy.statistics().waiting == 0)
 
 
-@pytest.mark.parametrize(
-    ("sent", "told"),
-    [
-        (b"", b""),
-        (b"PO", b"408 Request Timeout"),
-        (request(BODY)[:-2], b"408 Request Timeout"),
-        (request(BODY), b"200 OK"),
-        (GET, b"200 OK"),
-        (request(BODY) + b"POST /act HTT", b"408 Request Timeout"),
-        (request(BODY, headers=["X-Else: 1"])[:-2], b"408 Request Timeout"),
-        (GET + b"G", b"200 OK"),
-    ],
-)
-def test_who_sends_no_more_is_let_go(impatient: Service, sent: bytes, told: bytes) -> None:
-    with impatient.connect() as connection:
-        connection.sendall(sent)
-        began, answer = time.monotonic(), b""
-        while data := connection.recv(1000):
-            answer += data
-        assert 0.9 < time.monotonic() - began < 20
-    assert told in answer
+STOPS = {
+    b"": b"",
+    b"PO": b"408 Request Timeout",
+    request(BODY)[:-2]: b"408 Request Timeout",
+    request(BODY): b"200 OK",
+    GET: b"200 OK",
+    request(BODY) + b"POST /act HTT": b"408 Request Timeout",
+    request(BODY, headers=["X-Else: 1"])[:-2]: b"408 Request Timeout",
+    GET + b"G": b"200 OK",
+}
+
+
+def test_who_sends_no_more_is_let_go() -> None:
+    with running(LANE, Settings(request_timeout_s=1), timeout_keep_alive=1) as impatient:
+
+        def heard(sent: bytes) -> tuple[bytes, float]:
+            """What is answered until the service closes, and the seconds until then."""
+            with impatient.connect() as connection:
+                connection.sendall(sent)
+                began, answer = time.monotonic(), b""
+                while data := connection.recv(1000):
+                    answer += data
+                return answer, time.monotonic() - began
+
+        with ThreadPoolExecutor(len(STOPS)) as all_at_once:
+            found = dict(zip(STOPS, all_at_once.map(heard, STOPS), strict=True))
+    for sent, told in STOPS.items():
+        answer, waited_s = found[sent]
+        assert told in answer, sent
+        assert 0.9 < waited_s < 20, sent
 
 
 @pytest.mark.parametrize("http", [LANE, PLAIN])
