@@ -28,7 +28,8 @@ from exporters.optimize import optimize
 from exporters.ports import Ports, dtype_name
 from exporters.programs.exported import PROGRAM, save_program
 from exporters.source import PolicySource
-from exporters.swaps import Step, reads_and_writes, swap
+from exporters.steps import Step
+from exporters.swaps import reads_and_writes, swap
 from exporters.trace import MAX_BATCH, first_lines, trace
 
 log = logging.getLogger("actserve")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from app.signature import Array, Arrays
+from exporters.onnx_session import open_session
 
 CALIBRATION_BATCH = 8
 
@@ -145,9 +145,9 @@ def _by_channel(model: Any, names: Sequence[str], calibration: Mapping[str, Arra
     for name in names:
         if name not in {output.name for output in model.graph.output}:
             observed.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    running = session(observed.SerializeToString())
+    session = open_session(observed.SerializeToString())
     for batch in batches(calibration):
-        values = running.run(list(names), batch)
+        values = session.run(list(names), batch)
         yield [np.moveaxis(value, 1, 0).reshape(value.shape[1], -1) for value in values]
 
 
@@ -156,14 +156,7 @@ def _set(tensor: Any, value: Array) -> None:
 
 
 def batches(inputs: Mapping[str, Array]) -> Iterator[Arrays]:
+    """`inputs` by name, each (N, *shape), in batches of `CALIBRATION_BATCH`."""
     count = len(next(iter(inputs.values())))
     for start in range(0, count, CALIBRATION_BATCH):
         yield {name: array[start : start + CALIBRATION_BATCH] for name, array in inputs.items()}
-
-
-def session(model: bytes) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -7,7 +7,6 @@ own answers: what a host must repeat.
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -22,17 +21,15 @@ from app.environment import Environment
 from app.errors import Disagreement
 from app.runtimes import preflight
 from app.runtimes.base import load
-from app.signature import Arrays
 from app.store import ModelStore
 from exporters import certify, samples
 from exporters.exportable import Source
 from exporters.publish import Export
-from exporters.quantize import certify_int8, quantize
+from exporters.quantize import Run, certify_int8, is_x86, quantize
 
 SAMPLES = 4096  # half to calibrate, half held out; hundreds cannot tell 99.4 % from 99.7 %
 ONNX = "policy.onnx"
 
-Run = Callable[[Arrays], Arrays]
 Play = Callable[[Run, Environment], Sequence[float]]  # plays the same games each time; their scores
 
 
@@ -52,8 +49,7 @@ def export_int8(
         float32 = folder / "float32.onnx"
         float32.write_bytes(original.read_program("onnx"))
         progress("quantising")
-        x86 = platform.machine() == "x86_64"
-        full_range = not x86 or "avx512_vnni" in preflight.this_host().cpu_flags
+        full_range = not is_x86() or "avx512_vnni" in preflight.this_host().cpu_flags
         environment = source.environment
         games = (lambda run: play(run, environment)) if environment is not None else None
         theirs = load("onnx", original)

@@ -30,10 +30,12 @@ from exporters.onnx_graph import (
     dtype_of,
     forget_source,
     inputs_of,
+    opset_of,
     outputs_of,
     read,
     refuse_random,
 )
+from exporters.onnx_session import open_session
 from exporters.trace import MAX_BATCH, first_lines
 
 log = logging.getLogger("actserve")
@@ -119,8 +121,7 @@ class OnnxFile:
     def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:
         file = f"policy.{runtime}"
         (folder / file).write_bytes(self._data())
-        opset = max(entry.version for entry in self._model.opset_import if entry.domain in ("", "ai.onnx"))
-        return Program(file, {"opset": opset}, self._rewrites)
+        return Program(file, {"opset": opset_of(self._model)}, self._rewrites)
 
 
 def capture(source: OnnxSource) -> OnnxFile:
@@ -157,12 +158,9 @@ def capture(source: OnnxSource) -> OnnxFile:
 
 
 def _session(model: Any) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT raises many types of its own, with no common base
+        return open_session(model.SerializeToString())
+    except Exception as error:
         raise CaptureFailed(f"ONNX Runtime refused the file: {first_lines(error)}") from error
 
 

@@ -26,6 +26,11 @@ def read(path: Path) -> Any:
         raise UsageError(f"{path.name} is no .onnx file that can be read: {first_lines(error)}") from error
 
 
+def opset_of(model: Any) -> int:
+    """The version of ONNX's own operators that the model needs."""
+    return max(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
 def refuse_random(graph: Any) -> None:
     """Raise `CaptureFailed` for a graph that draws random numbers."""
     for node in _nodes(graph):

@@ -20,6 +20,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from app import golden
 from app.errors import CaptureFailed, Disagreement
 from app.golden import Tolerance
 from app.signature import Array, Arrays, Signature
-from exporters.compensate import CALIBRATION_BATCH, batches, correct, equalize, refit, session
+from exporters.compensate import CALIBRATION_BATCH, batches, correct, equalize, refit
+from exporters.onnx_session import open_session
 
 AGREEMENT = 0.995  # the share of actions that must be the original's
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -83,7 +85,7 @@ def quantize(
                     "float_layers": [*layers[:first], layers[-1]],
                     "calibration_samples": len(every_fourth),
                     "calibration_agreement": agreement,
-                    "requires": {"cpu_flags": ["avx512_vnni"]} if full_range and _is_x86() else {},
+                    "requires": {"cpu_flags": ["avx512_vnni"]} if full_range and is_x86() else {},
                 }
                 yield draft.read_bytes(), made
     if best < AGREEMENT:
@@ -212,7 +214,8 @@ def _prune(graph: Any) -> None:
         graph.initializer.remove(tensor)
 
 
-def _is_x86() -> bool:
+def is_x86() -> bool:
+    """Such CPUs multiply bytes in 16 bits unless they have VNNI."""
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -237,9 +240,9 @@ class _Reader(ortq.CalibrationDataReader):
 
 def _actions(path: Path, inputs: Mapping[str, Array]) -> Array:
     """The program's first output, which is the action, for all of `inputs`."""
-    running = session(path.read_bytes())
-    action = running.get_outputs()[0].name
-    return np.concatenate([running.run([action], batch)[0] for batch in batches(inputs)])
+    session = open_session(path.read_bytes())
+    action = session.get_outputs()[0].name
+    return np.concatenate([session.run([action], batch)[0] for batch in batches(inputs)])
 
 
 def _same(ours: Array, theirs: Array) -> Array:
@@ -248,12 +251,12 @@ def _same(ours: Array, theirs: Array) -> Array:
     return np.asarray(same.reshape(len(same), -1).all(axis=1))
 
 
-class _quiet:  # noqa: N801 - used like a function
+@contextmanager
+def _quiet() -> Iterator[None]:
     """ONNX Runtime's quantiser advises, through the root logger, to prepare models that were prepared."""
-
-    def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._before)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -12,7 +12,7 @@ import torch
 
 from app.errors import CaptureFailed
 from exporters.capture import Captured
-from exporters.onnx_graph import forget_source
+from exporters.onnx_graph import forget_source, opset_of
 
 
 def build(captured: Captured, target: Path) -> dict[str, Any]:
@@ -39,4 +39,4 @@ def build(captured: Captured, target: Path) -> dict[str, Any]:
     for value in (*model.graph.input, *model.graph.output):
         if signature.max_batch > 1 and not value.type.tensor_type.shape.dim[0].dim_param:
             raise CaptureFailed(f"{value.name}: expected a symbolic batch axis in the .onnx graph; it became fixed")
-    return {"opset": max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))}
+    return {"opset": opset_of(model)}

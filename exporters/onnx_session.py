@@ -1,0 +1,15 @@
+"""ONNX Runtime with one thread, as programs are served; for what is looked at offline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime as ort
+
+
+def open_session(model: bytes) -> Any:
+    """Raises whatever ONNX Runtime raises: many types, with no common base."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
