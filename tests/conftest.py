@@ -10,11 +10,13 @@ from hypothesis import settings
 
 from app.artifact import Artifact
 from app.store import ModelStore
+from tests.exported import exported
 
 # One thread: the networks are small, and threads that wait for a core that is busy elsewhere take forever.
 os.environ["OMP_NUM_THREADS"] = "1"
 # What the tests prove about their programs is no news to later runs.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="actserve-tests-")
+CACHE = tempfile.TemporaryDirectory(prefix="actserve-tests-")  # until this process ends
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared-machine")
 
@@ -22,12 +24,7 @@ settings.load_profile("shared-machine")
 @pytest.fixture(scope="session")
 def cart_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     """A store with `cart`@1, exported to both programs. To be looked at, not changed."""
-    from exporters.publish import export
-    from tests.policies import cart
-
-    store = ModelStore(tmp_path_factory.mktemp("cart"))
-    export(cart(), "cart", store, origin="tests.policies:cart")
-    return store
+    return exported(tmp_path_factory, "tests.policies:cart")
 
 
 @pytest.fixture

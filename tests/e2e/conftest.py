@@ -9,6 +9,7 @@ import pytest
 from app.client import local
 from app.signature import Array
 from app.store import ModelStore
+from tests.exported import exported
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,34 +23,19 @@ def _patient() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pong_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with `pong`@1, both programs, exported from the checkpoint that ships."""
-    from exporters.load import load
-    from exporters.publish import export
-
-    store = ModelStore(tmp_path_factory.mktemp("pong"))
-    export(load("pong")[1], "pong", store, origin="pong")
-    return store.root
+    return exported(tmp_path_factory, "pong").root
 
 
 @pytest.fixture(scope="session")
 def lstm_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     """A store with `pong-lstm`@1, both programs, exported from the checkpoint that ships."""
-    from exporters.load import load
-    from exporters.publish import export
-
-    store = ModelStore(tmp_path_factory.mktemp("pong-lstm"))
-    export(load("pong-lstm")[1], "pong-lstm", store, origin="pong-lstm")
-    return store
+    return exported(tmp_path_factory, "pong-lstm")
 
 
 @pytest.fixture(scope="session")
 def gru_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     """A store with `gru`@1, both programs: recurrent, with `observation` (4,) float32."""
-    from exporters.load import load
-    from exporters.publish import export
-
-    store = ModelStore(tmp_path_factory.mktemp("gru"))
-    export(load("tests.policies:gru")[1], "gru", store, origin="tests.policies:gru")
-    return store
+    return exported(tmp_path_factory, "tests.policies:gru")
 
 
 @pytest.fixture(scope="session", params=["onnx", "pt2"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,16 @@ from app.runtimes.base import load
 from app.store import ModelStore
 
 
-def test_int8_is_published_with_a_certificate_of_its_own(pong_store: Path) -> None:
-    command = [sys.executable, "-m", "app", "export", "pong", "--int8", "--json", "--store", str(pong_store)]
+def test_int8_is_published_with_a_certificate_of_its_own(pong_store: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(pong_store, tmp_path / "store"))
+    command = [sys.executable, "-m", "app", "export", "pong", "--int8", "--json", "--store", str(store)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["name"] == "pong-int8"
-    artifact = ModelStore(pong_store).resolve("pong-int8")
+    artifact = ModelStore(store).resolve("pong-int8")
     evidence = artifact.manifest.certificate["int8"]
     assert evidence["agreement"] >= 0.995
     assert len(evidence["scores"]["int8"]) == len(evidence["scores"]["original"]) == 1
     assert artifact.manifest.programs["onnx"].rewrites[-1].startswith("int8: ")
     assert golden.check(artifact, load("onnx", artifact).run).holds
-    assert ModelStore(pong_store).versions("pong") == [1], "the original stays what it was"
+    assert ModelStore(store).versions("pong") == [1], "the original stays what it was"
