@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import platform
@@ -26,6 +25,7 @@ from exporters.programs import aoti
 from exporters.programs.elf import read_needs
 from exporters.programs.exported import PROGRAM, load_program, save_program
 from tests.policies import cart as cart_source
+from tests.publishing import republish
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,10 +47,9 @@ def holding(own_store: ModelStore, stored: bytes, tmp_path: Path) -> Artifact:
     """The cart, published with the exported program and with a `.pt2` for a host that is not this one."""
     artifact = own_store.resolve("cart")
     (tmp_path / PROGRAM).write_bytes(stored)
-    files = {name: artifact.folder / name for name in artifact.manifest.files} | {PROGRAM: tmp_path / PROGRAM}
     programs = {**artifact.manifest.programs, "pt2": Program("policy.pt2", {"platform": "Plan9-mips"})}
     provenance = {**artifact.manifest.provenance, "fingerprint": "of this test"}
-    return own_store.publish(dataclasses.replace(artifact.manifest, programs=programs, provenance=provenance), files)
+    return republish(artifact, own_store, {PROGRAM: tmp_path / PROGRAM}, programs=programs, provenance=provenance)
 
 
 # The stored program.
@@ -227,8 +226,7 @@ def test_a_program_that_is_not_the_policy_is_not_published(
         for parameter in other.policy.parameters():
             parameter.normal_()
     save_program(capture(other).program, tmp_path / PROGRAM)
-    files = {name: holding.folder / name for name in holding.manifest.files} | {PROGRAM: tmp_path / PROGRAM}
-    wrong = own_store.publish(holding.manifest, files)
+    wrong = republish(holding, own_store, {PROGRAM: tmp_path / PROGRAM})
     with pytest.raises(Disagreement, match="does not repeat the golden samples"):
         compiling.compile(wrong, own_store)
     assert own_store.versions("cart")[-1] == wrong.manifest.version

@@ -11,6 +11,7 @@ from app.errors import RuntimeFailure, UnknownPolicy, UnknownVersion
 from app.runtimes import base
 from app.store import ModelStore
 from app.tools.diff import diff, show
+from tests.publishing import republish
 
 
 def text(store: ModelStore, before: str, after: str) -> str:
@@ -60,8 +61,7 @@ def test_a_changed_signature(own_store: ModelStore) -> None:
     changed = replace(
         signature, observations=(replace(observation, shape=(5,)),), outputs=signature.outputs[:1], max_batch=4
     )
-    files = {name: first.folder / name for name in first.manifest.files}
-    own_store.publish(replace(first.manifest, signature=changed, programs={}), files)
+    republish(first, own_store, signature=changed, programs={})
     found = diff(own_store, "cart@1", "cart@2")
     assert [(change.way, change.name, change.before, change.after) for change in found.signature] == [
         ("takes", "observation", "float32[4]", "float32[5]"),

@@ -13,6 +13,7 @@ from app.errors import UnknownPolicy
 from app.runtimes.preflight import this_host
 from app.store import ModelStore
 from app.tools.doctor import RUNS, Row, diagnose, print_diagnosis
+from tests.publishing import republish
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +32,10 @@ def test_what_was_built_here_runs_here(cart_store: ModelStore) -> None:
 
 def test_every_version_has_its_reason(own_store: ModelStore) -> None:
     artifact = own_store.resolve("cart")
-    files = {name: artifact.folder / name for name in artifact.manifest.files}
     programs = {**artifact.manifest.programs, "pt2": Program("policy.pt2", {"glibc": "99.1"})}
-    own_store.publish(dataclasses.replace(artifact.manifest, programs=programs), files)  # 2: for a newer glibc
-    own_store.publish(artifact.manifest, files)  # 3: will be damaged
-    own_store.publish(artifact.manifest, files)  # 4: will be unreadable
+    republish(artifact, own_store, programs=programs)  # 2: for a newer glibc
+    republish(artifact, own_store)  # 3: will be damaged
+    republish(artifact, own_store)  # 4: will be unreadable
     damaged = own_store.root / "cart" / "3" / "policy.onnx"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     (own_store.root / "cart" / "4" / "policy.onnx").unlink()

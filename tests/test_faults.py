@@ -16,6 +16,7 @@ from app.main import create_app
 from app.settings import Settings
 from app.store import ModelStore
 from tests.asgi import Caller
+from tests.publishing import republish
 
 ROOT = Path(__file__).parent.parent
 OTHER = 1  # the version that is not loaded yet
@@ -101,8 +102,7 @@ def test_what_is_loaded_serves_on_whatever_happens_to_the_store(
     own_store: ModelStore, tmp_path: Path, runtime: str
 ) -> None:
     """One service, one fault after the other, the store mended in between."""
-    cart = own_store.resolve("cart")
-    own_store.publish(cart.manifest, {name: cart.folder / name for name in cart.manifest.files})
+    republish(own_store.resolve("cart"), own_store)
     good = shutil.copytree(own_store.root, tmp_path / "good")
     observation = {"observation": [0.3, -1, 0.2, 0.7]}
     json = {"Content-Type": "application/json"}

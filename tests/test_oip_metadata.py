@@ -10,14 +10,14 @@ from app.main import create_app
 from app.settings import Settings
 from app.store import ModelStore
 from tests.asgi import Caller
+from tests.publishing import republish
 
 
 @pytest.fixture
 def call(own_store: ModelStore) -> Iterator[Caller]:
     """The service with `cart`@1, 2 and 3; the last one was never finished."""
-    artifact = own_store.resolve("cart")
     for _ in range(2):
-        own_store.publish(artifact.manifest, {name: artifact.folder / name for name in artifact.manifest.files})
+        republish(own_store.resolve("cart"), own_store)
     (own_store.root / "cart" / "3" / MANIFEST).unlink()
     with Caller(create_app(Settings(store=own_store.root, runtime="onnx"))) as caller:
         caller.wait(lambda: not caller.app.state.registry.loading)

@@ -19,6 +19,7 @@ from app.errors import RuntimeFailure
 from app.runtimes.base import load
 from app.runtimes.onnx_model import CHILDREN, inspect_model
 from app.store import ModelStore
+from tests.publishing import republish
 
 SIZE = 64  # ONNX Runtime copies smaller tensors out of the model, and never looks for their files
 ELSEWHERE = "it has tensors in other files"
@@ -179,10 +180,9 @@ def test_the_table_has_every_way_to_a_tensor_or_a_node() -> None:
 
 
 def replaced(cart: Artifact, tmp_path: Path, data: bytes) -> Artifact:
-    """The cart with another `.onnx`; every hash is right."""
+    """The cart with another `.onnx`."""
     (tmp_path / "policy.onnx").write_bytes(data)
-    files = {name: cart.folder / name for name in cart.manifest.files} | {"policy.onnx": tmp_path / "policy.onnx"}
-    return ModelStore(tmp_path / "store").publish(cart.manifest, files)
+    return republish(cart, ModelStore(tmp_path / "store"), {"policy.onnx": tmp_path / "policy.onnx"})
 
 
 def test_the_runtime_never_sees_what_is_refused(

@@ -12,6 +12,7 @@ from app.errors import RuntimeFailure
 from app.policy import Policy
 from app.settings import Settings
 from app.store import ModelStore
+from tests.publishing import republish
 
 
 def settings(**changes: object) -> Settings:
@@ -38,8 +39,7 @@ def forge_golden(store: ModelStore, tmp_path: Path) -> Artifact:
     artifact = store.resolve("cart")
     inputs, outputs = golden.read(artifact)
     (tmp_path / GOLDEN).write_bytes(golden.save(inputs, outputs | {"action": (outputs["action"] + 1) % 3}))
-    files = {name: artifact.folder / name for name in artifact.manifest.files} | {GOLDEN: tmp_path / GOLDEN}
-    return store.publish(artifact.manifest, files)
+    return republish(artifact, store, {GOLDEN: tmp_path / GOLDEN})
 
 
 def test_a_program_that_does_not_repeat_its_golden_samples_is_not_served(own_store: ModelStore, tmp_path: Path) -> None:
@@ -50,8 +50,7 @@ def test_a_program_that_does_not_repeat_its_golden_samples_is_not_served(own_sto
 
 def test_auto_falls_back_when_a_program_cannot_be_opened(cart: Artifact, tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"junk")
-    files = {name: cart.folder / name for name in cart.manifest.files} | {"policy.pt2": tmp_path / "junk"}
-    artifact = ModelStore(tmp_path / "store").publish(cart.manifest, files)
+    artifact = republish(cart, ModelStore(tmp_path / "store"), {"policy.pt2": tmp_path / "junk"})
     policy = Policy.load(artifact, settings(runtime="auto"))
     assert policy.choice.runtime == "onnx"
     assert "refused the package" in policy.choice.reason

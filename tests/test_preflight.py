@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,14 @@ import urllib3
 from app.artifact import Artifact, Manifest, Program
 from app.client import local
 from app.errors import RuntimeFailure, RuntimeRefused
-from app.runtimes import package, probe
+from app.runtimes import probe
 from app.runtimes.base import load
 from app.runtimes.host import newest
-from app.runtimes.preflight import Host, choose, inspect_package, refusal, this_host
+from app.runtimes.preflight import Host, choose, refusal, this_host
 from app.store import ModelStore
 from tests.native import package_that
+from tests.publishing import republish
+from tests.test_package import MODEL, zipped
 
 HOST = Host(
     "Linux",
@@ -149,83 +148,15 @@ def test_when_nothing_runs_every_reason_is_given(cart: Artifact) -> None:
         choose("auto", cart.manifest, dataclasses.replace(this_host(), packages={}), {})
 
 
-# What is inside the package.
-
-MODEL = "p/data/aotinductor/model/"
-
-
-def zipped(*members: str | zipfile.ZipInfo, content: bytes = b"x") -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for member in members:
-            archive.writestr(member, content)
-    return buffer.getvalue()
-
-
-def link(name: str) -> zipfile.ZipInfo:
-    member = zipfile.ZipInfo(name)
-    member.external_attr = 0o120777 << 16
-    return member
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"not a package", "it is not a zip archive"),
-        (b"", "it is not a zip archive"),
-        (zipped(), "it holds no AOTInductor model"),
-        (zipped("p/archive_format"), "it holds no AOTInductor model"),
-        (zipped(MODEL + "m.cpp"), "it is .cpp-only, without a .so: loading it would run a compiler"),
-        (zipped(MODEL + "m.so", "p/../../etc/x"), "its member 'p/../../etc/x' is outside the package"),
-        (zipped(MODEL + "m.so", "/etc/x"), "its member '/etc/x' is outside the package"),
-        (zipped(MODEL + "m.so", "p\\..\\x"), "its member 'p\\\\..\\\\x' is outside the package"),
-        (zipped(MODEL + "m.so", link("p/data/link")), "its member 'p/data/link' is a symbolic link"),
-        (zipped(MODEL + "m.so", "p/data/aotinductor/other/m.so"), "it holds several models: model, other"),
-        (zipped(MODEL + "m.so", "q/data/aotinductor/model/m.so"), "it holds several archives"),
-        (
-            zipped(MODEL + "m.so", "p/data/weights/pickled"),
-            "its member 'p/data/weights/pickled' is no part of an AOTInductor model",
-        ),
-        (zipped(MODEL + "m.so", "p/models/m.json"), "its member 'p/models/m.json' is no part of an AOTInductor model"),
-        (zipped(MODEL + "m.so", MODEL + "n.so"), "it holds 2 .so files; expected one"),
-    ],
-)
-def test_a_package_that_the_loader_must_not_see(tmp_path: Path, data: bytes, reason: str) -> None:
-    assert inspect_package(data) == reason
-    (tmp_path / "p.pt2").write_bytes(data)
-    assert inspect_package(tmp_path / "p.pt2") == reason
-
-
-def test_a_package_holds_a_name_once() -> None:
-    with pytest.warns(UserWarning, match="Duplicate name"):
-        data = zipped(MODEL + "m.so", MODEL + "m.so")
-    assert inspect_package(data) == f"it holds {MODEL + 'm.so'!r} twice"
-
-
-def test_a_package_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "MAX_UNPACKED_BYTES", 1000)
-    data = zipped(MODEL + "m.so", content=bytes(1001))
-    assert inspect_package(data) == "it would unpack to 1,001 bytes; at most 1,000 are read"
-    monkeypatch.setattr(package, "MAX_MEMBERS", 0)
-    assert inspect_package(data) == "it has 1 members; at most 0 are read"
-
-
-def test_what_aotinductor_wrote_is_accepted(cart: Artifact) -> None:
-    assert inspect_package(cart.folder / "policy.pt2") is None
-
-
-def republish(artifact: Artifact, store: ModelStore, pt2: bytes | None = None, **changes: Any) -> Artifact:
-    """The artifact once more, with another `.pt2` or manifest; every hash is right."""
-    folder = store.root.parent / "forging"
-    shutil.copytree(artifact.folder, folder, dirs_exist_ok=True)
-    if pt2 is not None:
-        (folder / "policy.pt2").write_bytes(pt2)
-    files = {name: folder / name for name in artifact.manifest.files}
-    return store.publish(dataclasses.replace(artifact.manifest, **changes), files)
+def forge(cart: Artifact, store: ModelStore, pt2: bytes, **changes: Any) -> Artifact:
+    """The cart once more, with another `.pt2`; every hash is right."""
+    file = store.root.parent / "forged.pt2"
+    file.write_bytes(pt2)
+    return republish(cart, store, {"policy.pt2": file}, **changes)
 
 
 def test_the_package_is_looked_into_before_it_is_loaded(cart: Artifact, tmp_path: Path) -> None:
-    artifact = republish(cart, ModelStore(tmp_path / "store"), zipped(MODEL + "m.cpp"))
+    artifact = forge(cart, ModelStore(tmp_path / "store"), zipped(MODEL + "m.cpp"))
     with pytest.raises(RuntimeFailure, match=r"refused the package: it is \.cpp-only"):
         load("pt2", artifact)
 
@@ -250,7 +181,7 @@ def test_a_program_that_hangs_on_load_is_ended(
     cart: Artifact, crashing: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "LIMIT_S", 1.0)
-    artifact = republish(cart, ModelStore(tmp_path / "store"), crashing("for (;;) sleep(1);"))
+    artifact = forge(cart, ModelStore(tmp_path / "store"), crashing("for (;;) sleep(1);"))
     with pytest.raises(RuntimeFailure, match="did not load and run within 1 seconds"):
         load("pt2", artifact)
 
@@ -258,7 +189,7 @@ def test_a_program_that_hangs_on_load_is_ended(
 def test_a_library_that_is_no_model_is_the_loaders_refusal_without_folders(
     cart: Artifact, crashing: Callable[[str], bytes], tmp_path: Path
 ) -> None:
-    artifact = republish(cart, ModelStore(tmp_path / "store"), crashing(""))
+    artifact = forge(cart, ModelStore(tmp_path / "store"), crashing(""))
     with pytest.raises(RuntimeFailure, match="the AOTI loader refused the package: ") as caught:
         load("pt2", artifact)
     assert "/tmp" not in caught.value.message
@@ -298,9 +229,9 @@ def test_the_service_starts_on_onnx_whatever_the_pt2_is(
         republish(cart, store, name=name, programs=manifest.programs)
         expected[name] = refusal("pt2", manifest, this_host())
     for name, (code, reason) in CRASHES.items():
-        republish(cart, store, crashing(code), name=name)
+        forge(cart, store, crashing(code), name=name)
         expected[name] = reason
-    republish(cart, store, zipped(MODEL + "m.cpp"), name="source")
+    forge(cart, store, zipped(MODEL + "m.cpp"), name="source")
     expected["source"] = "it is .cpp-only"
     republish(cart, store, name="good")
     with (

@@ -10,15 +10,16 @@ from app.errors import NotServing, StoreError, UnknownPolicy, UnknownVersion
 from app.registry import Registry
 from app.settings import Settings
 from app.store import ModelStore
+from tests.publishing import republish
+from tests.waiting import until_in_loop
 
 
 def with_registry(store: ModelStore, scenario: Callable[[Registry], Awaitable[None]], **changes: object) -> None:
     async def main() -> None:
         registry = Registry(store, Settings.model_validate({"runtime": "onnx", **changes}))
         registry.start()
-        while registry.loading:
-            await asyncio.sleep(0.005)
         try:
+            await until_in_loop(lambda: not registry.loading)
             await scenario(registry)
         finally:
             await registry.close()
@@ -27,8 +28,7 @@ def with_registry(store: ModelStore, scenario: Callable[[Registry], Awaitable[No
 
 
 def publish_again(store: ModelStore) -> None:
-    artifact = store.resolve("cart")
-    store.publish(artifact.manifest, {name: artifact.folder / name for name in artifact.manifest.files})
+    republish(store.resolve("cart"), store)
 
 
 def test_the_highest_good_version_is_live_and_the_refused_say_why(own_store: ModelStore) -> None:

@@ -38,6 +38,7 @@ from app.trust import Trust
 from app.trust.signing import PrivateKey
 from tests.asgi import Caller
 from tests.network import URL, Network, network, upload
+from tests.publishing import republish
 from tests.test_store import MANIFEST_DRAFT
 
 PROGRAM = b"program" * 1000
@@ -281,10 +282,9 @@ def test_required_signatures_are_looked_at_before_anything_is_fetched(source: Mo
 
 def test_native_code_from_afar_is_run_only_if_it_is_signed(cart: Artifact, tmp_path: Path) -> None:
     key = PrivateKey.create(tmp_path / "key")
-    files = {name: cart.folder / name for name in cart.manifest.files}
     source = ModelStore(tmp_path / "source")
-    source.publish(cart.manifest, files)
-    ModelStore(source.root, key=key).publish(cart.manifest, files)
+    republish(cart, source)
+    republish(cart, ModelStore(source.root, key=key))
     upload(source)
     trusting = RemoteStore(URL, Trust((key.public,)))
     trusting.refresh()
@@ -307,7 +307,7 @@ def service(cart: Artifact, tmp_path: Path) -> Iterator[Caller]:
     """A service over a remote store with cart@1 and cart@2."""
     source = ModelStore(tmp_path / "source")
     for _ in range(2):
-        source.publish(cart.manifest, {name: cart.folder / name for name in cart.manifest.files})
+        republish(cart, source)
     upload(source)
     with Caller(create_app(Settings(store=URL, runtime="onnx"))) as call:
         call.wait(lambda: not call.app.state.registry.loading)

@@ -18,17 +18,12 @@ from app.trust import Trust
 from app.trust.signing import PrivateKey
 from tests.asgi import Caller
 from tests.native import package_that
+from tests.publishing import republish
 
 
 @pytest.fixture
 def key(tmp_path: Path) -> PrivateKey:
     return PrivateKey.create(tmp_path / "key")
-
-
-def published(cart: Artifact, store: ModelStore, **files: Path) -> Artifact:
-    """The cart once more, `pt2=` for another `.pt2`."""
-    given = {name: cart.folder / name for name in cart.manifest.files}
-    return store.publish(cart.manifest, given | {f"policy.{kind}": file for kind, file in files.items()})
 
 
 def open_to_all(root: Path) -> ModelStore:
@@ -39,7 +34,7 @@ def open_to_all(root: Path) -> ModelStore:
 
 def test_a_signed_version_names_its_signer(cart: Artifact, key: PrivateKey, tmp_path: Path) -> None:
     signing = ModelStore(tmp_path / "store", key=key)
-    artifact = published(cart, signing)
+    artifact = republish(cart, signing)
     assert artifact.signer == key.public.fingerprint
     manifest, signature = ((artifact.folder / name).read_bytes() for name in (MANIFEST, SIGNATURE))
     assert key.public.made(signature, manifest)
@@ -54,7 +49,7 @@ def test_a_signed_version_names_its_signer(cart: Artifact, key: PrivateKey, tmp_
 def test_required_signatures_are_over_these_very_bytes(
     cart: Artifact, key: PrivateKey, tmp_path: Path, change: str
 ) -> None:
-    folder = published(cart, ModelStore(tmp_path / "store", key=key)).folder
+    folder = republish(cart, ModelStore(tmp_path / "store", key=key)).folder
     strict = ModelStore(tmp_path / "store", Trust((key.public,), required=True))
     assert strict.resolve("cart").signer == key.public.fingerprint
     if change == "manifest":
@@ -71,7 +66,7 @@ def test_required_signatures_are_over_these_very_bytes(
 
 
 def test_a_signature_covers_every_file(cart: Artifact, key: PrivateKey, tmp_path: Path) -> None:
-    folder = published(cart, ModelStore(tmp_path / "store", key=key)).folder
+    folder = republish(cart, ModelStore(tmp_path / "store", key=key)).folder
     data = bytearray((folder / "policy.onnx").read_bytes())
     data[-1] ^= 1
     (folder / "policy.onnx").write_bytes(data)
@@ -84,7 +79,7 @@ def test_native_code_of_somebody_elses_is_not_run(cart: Artifact, key: PrivateKe
     ran = tmp_path / "ran"
     (tmp_path / "pt2").write_bytes(package_that(f'close(creat("{ran}", 0600));', cart, tmp_path))
     root = tmp_path / "store"
-    published(cart, ModelStore(root, key=key), pt2=tmp_path / "pt2")
+    republish(cart, ModelStore(root, key=key), {"policy.pt2": tmp_path / "pt2"})
     with pytest.raises(
         UntrustedProgram,
         match=r"cart@1: \.pt2 is native code, no trusted key signed it, and its folder, or one above, can be",
@@ -125,8 +120,8 @@ def test_auto_serves_the_onnx_instead_and_says_why(own_store: ModelStore) -> Non
 def test_only_what_is_signed_is_served_if_that_is_required(
     cart: Artifact, own_store: ModelStore, key: PrivateKey, tmp_path: Path
 ) -> None:
-    published(cart, ModelStore(own_store.root, key=key))
-    published(cart, own_store)  # 3, the highest
+    republish(cart, ModelStore(own_store.root, key=key))
+    republish(cart, own_store)  # 3, the highest
     settings = Settings(store=str(own_store.root), runtime="onnx", trust=tmp_path / "key.pub", require_signature=True)
     with Caller(create_app(settings)) as call:
         call.wait(lambda: not call.app.state.registry.loading)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import urllib3
 
-from app.artifact import Artifact
+from app.artifact import Program
+from app.client import local
 from app.client.local import LocalService
 from app.client.remote import RemotePolicy
 from app.signature import Array
 from app.store import ModelStore
+from tests.publishing import republish
 
 RAW = {"Content-Type": "application/octet-stream"}
 JSON = {"Content-Type": "application/json"}
@@ -40,8 +42,10 @@ def test_both_runtimes_agree_on_512_screens_however_they_are_posted(
     for runtime, service in both.items():
         singly = _singly(service, screens)
         in_sevens = _in_batches(service, screens, 7)
+        in_large = _in_batches(service, screens, 256)  # as many as the program takes
         at_once = _from_connections(service, screens, 16)
         np.testing.assert_array_equal(singly, in_sevens)
+        np.testing.assert_array_equal(singly, in_large)
         np.testing.assert_array_equal(singly, at_once)
         actions[runtime] = singly
     np.testing.assert_array_equal(actions["onnx"], actions["pt2"])
@@ -179,17 +183,11 @@ def test_what_is_served_can_be_read(service: LocalService, http: urllib3.PoolMan
 
 
 def test_auto_serves_onnx_where_the_pt2_cannot_run_and_says_why(pong_store: Path, tmp_path: Path) -> None:
-    from app.client import local
-
-    artifact: Artifact = ModelStore(pong_store).resolve("pong")
+    artifact = ModelStore(pong_store).resolve("pong")
     manifest = artifact.manifest
     forged = {**manifest.programs["pt2"].requires, "cpu_flags": ["a_feature_of_tomorrow"]}
-    programs = {**manifest.programs, "pt2": manifest.programs["pt2"].__class__("policy.pt2", forged)}
-    store = ModelStore(tmp_path)
-    store.publish(
-        type(manifest)(**{**manifest.__dict__, "programs": programs}),
-        {name: artifact.folder / name for name in manifest.files},
-    )
+    programs = {**manifest.programs, "pt2": Program("policy.pt2", forged)}
+    republish(artifact, ModelStore(tmp_path), programs=programs)
     with local.serve(tmp_path) as service, RemotePolicy(service.url) as policy:
         assert policy.runtime == "onnx"
         described = json.loads(urllib3.PoolManager().request("GET", f"{service.url}/policies/pong").data)

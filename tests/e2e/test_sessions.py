@@ -27,6 +27,7 @@ from app.signature import Array
 from app.store import ModelStore
 from exporters.load import load
 from exporters.publish import export
+from tests.publishing import republish
 
 SESSIONS = "/policies/gru/sessions"
 ACT = "/policies/gru/act"
@@ -40,8 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("gru", "epsilon_greedy"):
         name, source = load(f"tests.policies:{kind}")
         export(source, name, made, origin=f"tests.policies:{kind}", runtimes=["onnx"])
-    artifact = made.resolve("gru")
-    made.publish(artifact.manifest, {name: artifact.folder / name for name in artifact.manifest.files})
+    republish(made.resolve("gru"), made)
     return made.root
 
 
