@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
 from fastapi import FastAPI
+
+from tests.waiting import until_in_loop
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Caller:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._runner.run(self._call(method, path, content, headers or {}))
 
-    def wait(self, condition: Any) -> None:
+    def wait(self, condition: Callable[[], bool]) -> None:
         """Let the application run until `condition()` holds."""
-        self._runner.run(_until(condition))
+        self._runner.run(until_in_loop(condition, 60))
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Something of the application's own."""
@@ -81,8 +83,3 @@ class Caller:
         start, *rest = sent
         answered = {name.decode().lower(): value.decode() for name, value in start["headers"]}
         return Answer(start["status"], answered, b"".join(message.get("body", b"") for message in rest))
-
-
-async def _until(condition: Any) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)

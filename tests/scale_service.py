@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.server import free_port, stop, tree
+from app.client.local import free_port
+from tests.benchmarks.server import stop, tree
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv" / "ray" / "bin" / "python"

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 
 from app.access import LOOK_EVERY_S, PREFIX, Access, Token, add, read
 from app.errors import RateLimited, Unauthorized, UsageError
+from tests.clock import Clock
 from tests.test_cli import actserve
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
@@ -31,7 +24,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 def bearer(token: str) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ale_py import Action as ALEAction
-from ale_py import roms
+from ale_py import AtariEnv, roms
 
 from app.atari import AtariGame
 from app.environment import Environment, GameAction
@@ -78,10 +78,7 @@ def test_a_seed_is_a_game() -> None:
 
 
 def test_it_is_the_game_that_gymnasium_plays_with_the_seed() -> None:
-    ale_py = pytest.importorskip("ale_py")
-    if not hasattr(ale_py, "AtariEnv"):
-        pytest.skip("gymnasium is not installed")
-    env = ale_py.AtariEnv("pong", obs_type="rgb", frameskip=4, repeat_action_probability=0.25)
+    env = AtariEnv("pong", obs_type="rgb", frameskip=4, repeat_action_probability=0.25)
     for seed in (0, 5):
         observation, _ = env.reset(seed=seed)
         game = AtariGame(PONG, seed)

@@ -12,6 +12,7 @@ import pytest
 from app.batcher import Batcher, Request, Waiting, form
 from app.errors import Behind, NotServing, Overloaded, RuntimeFailure, TooLate
 from app.signature import Array, Arrays
+from tests.waiting import until_in_loop
 
 
 class Doubler:
@@ -39,11 +40,6 @@ class Doubler:
 
 def items(*values: float) -> Arrays:
     return {"x": np.array(values)}
-
-
-async def until(condition: threading.Event) -> None:
-    while not condition.is_set():
-        await asyncio.sleep(0.001)
 
 
 def waiting(*sizes: int) -> deque[Waiting]:
@@ -89,7 +85,7 @@ def test_who_would_wait_for_too_long_is_refused_at_once() -> None:
         await batcher.submit(items(1.0), 1)  # there is a pace now
         runtime.hold()
         running = batcher.submit(items(1.0), 1)
-        await until(runtime.entered)
+        await until_in_loop(runtime.entered.is_set)
         queued = batcher.submit(items(1.0), 1, patience_ns=10**12)
         with pytest.raises(TooLate):
             batcher.submit(items(1.0), 1, patience_ns=1)
@@ -112,7 +108,7 @@ def test_a_crowd_is_answered_in_one_call_each_with_its_own_rows() -> None:
         batcher.start()
         runtime.hold()
         first = batcher.submit(items(1.0), 1)
-        await until(runtime.entered)
+        await until_in_loop(runtime.entered.is_set)
         crowd = [batcher.submit(items(*range(n, n + size)), size) for n, size in ((10, 1), (20, 3), (30, 2), (40, 4))]
         runtime.free.set()
         assert (await first).outputs["y"].tolist() == [2]
@@ -135,7 +131,7 @@ def test_cancelling_one_leaves_the_others() -> None:
         batcher.start()
         runtime.hold()
         running = batcher.submit(items(1.0), 1)
-        await until(runtime.entered)
+        await until_in_loop(runtime.entered.is_set)
         queued = [batcher.submit(items(float(n)), 1) for n in range(4)]
         queued[1].cancel()
         running.cancel()  # in the runtime already
@@ -154,7 +150,7 @@ def test_one_bad_request_does_not_fail_its_batch() -> None:
         batcher.start()
         runtime.hold()
         batcher.submit(items(0.0), 1)
-        await until(runtime.entered)
+        await until_in_loop(runtime.entered.is_set)
         good, bad, good_too = (batcher.submit(items(x), 1) for x in (1.0, -1.0, 3.0))
         runtime.free.set()
         assert (await good).outputs["y"].item() == 2

@@ -214,7 +214,6 @@ def test_one_error_in_one_round_makes_a_row_invalid() -> None:
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot.draw(report.rows(found(*OURS, *OTHERS)), 200.0, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 

@@ -17,6 +17,7 @@ from app.main import create_app
 from app.settings import Settings
 from app.telemetry.logs import JsonFormatter
 from tests.asgi import Answer, Caller
+from tests.page_service import SHIPPED
 
 SCREEN = bytes(100_800)
 RAW = {"Content-Type": "application/octet-stream"}
@@ -24,7 +25,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def running(**changes: Any) -> Caller:
-    return Caller(create_app(Settings.model_validate({"store": "models_store", "runtime": "onnx", **changes})))
+    return Caller(create_app(Settings.model_validate({"store": str(SHIPPED), "runtime": "onnx", **changes})))
 
 
 def ready(call: Caller) -> Caller:

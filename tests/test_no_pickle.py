@@ -61,7 +61,11 @@ def test_it_would_be_found(source: str) -> None:
     assert pickling(source)
 
 
-@pytest.mark.parametrize("file", sorted([*ROOT.glob("app/**/*.py"), *ROOT.glob("exporters/**/*.py")]), ids=str)
+@pytest.mark.parametrize(
+    "file",
+    sorted([*ROOT.glob("app/**/*.py"), *ROOT.glob("exporters/**/*.py")]),
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
 def test_no_code_pickles(file: Path) -> None:
     assert pickling(file.read_text()) == []
 

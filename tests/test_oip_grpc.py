@@ -22,6 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from app import errors
+from app.client.local import free_port
 from app.errors import UsageError
 from app.grpc import check
 from app.grpc.errors import STATUS, status
@@ -292,12 +293,6 @@ def test_requests_of_no_sequence_act_at_once() -> None:
         assert await converse([1, 2, 3, 4], act, lambda _: None) == [1, 2, 3, 4]
 
     asyncio.run(main())
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @asynccontextmanager

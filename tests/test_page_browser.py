@@ -129,7 +129,7 @@ def test_a_pause_and_a_stop(tab: Tab, service: Service) -> None:
     until(lambda: service.seats.taken == 0)
 
 
-def test_a_png_is_dropped_and_another_chosen(tab: Tab, screen: Path, tmp_path: Path) -> None:
+def test_a_png_is_dropped_and_another_chosen(tab: Tab, screen: Path) -> None:
     tab.drop_file(screen, 300, 300)
     tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take ')")
     chosen = tab.text("#opinion .chosen .name")

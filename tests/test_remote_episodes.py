@@ -63,10 +63,8 @@ def test_every_way_is_one_and_the_same_episode(policy: RemotePolicy, way: str, e
 def test_nothing_is_held_once_the_episode_is_over(policy: RemotePolicy) -> None:
     with policy.session(owner="me") as session:
         session.act(np.array(1))
-        connection = Connection(policy.url, None)
         held = urllib3.request("GET", f"{policy.url}/policies/{NAME}/sessions", headers={"X-Owner": "me"}).json()
         assert [one["session"] for one in held["sessions"]] == [session.id]
-        connection.close()
     with pytest.raises(ServiceError, match="410 session_expired"):
         session.act(np.array(1))
     with OipSequence(policy) as sequence:

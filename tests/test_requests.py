@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from app.errors import InvalidRequest, InvalidTensor
-from app.requests import MAX_SEED, complete, draw
+from app.requests import MAX_SEED, complete, draw, step_seed
 from app.signature import Distribution, Noise, Parameter, Signature, State, TensorSpec
 
 X = TensorSpec("x", "float32", (2,))
@@ -97,3 +97,10 @@ def test_an_exploration_that_the_policy_has_not_is_refused() -> None:
     sure = Signature((X,), SIGNATURE.outputs, 8)
     with pytest.raises(InvalidRequest, match="expected an exploration of deterministic; got 'random'"):
         complete(sure, {"x": X.zeros(1)}, 1, "random")
+
+
+def test_each_step_has_a_seed_of_its_own() -> None:
+    seeds = {step_seed(seed, step) for seed in (0, 1, MAX_SEED) for step in range(1, 200)}
+    assert len(seeds) == 3 * 199
+    assert all(0 <= seed <= MAX_SEED for seed in seeds)
+    assert step_seed(7, 1) == 8875243823434874480, "clients in other languages count on it"

@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from app.errors import InvalidRequest, SessionExpired, StepConflict, UnknownSession
 from app.sessions import Limits, Session, Sessions, Stepped
 from app.signature import Exploration
+from tests.clock import Clock
 from tests.fake_policy import NAME, RECORD_BYTES, Alone, Versions, same, seen
-from tests.test_sessions import Clock
 
 WORKERS = 2
 LIMITS = Limits(sessions=24, bytes=16 * RECORD_BYTES, idle_s=60)

@@ -5,78 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
-import struct
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 import urllib3
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
 
 from app.client.stream import Stream
 from app.errors import NotServing, Overloaded, ServiceError
-from app.lane.protocol import GUESS_BYTES
-from app.requests import MAX_SEED, step_seed
+from app.requests import MAX_SEED
 from app.settings import Settings
 from app.signature import Exploration
 from app.telemetry.counts import STREAM
 from tests.fake_policy import NAME, Alone, Versions, same, seen
 from tests.stream_service import Service, application, running
+from tests.streams import UPGRADE, alone, answer, ask, closing, opened, raw
 from tests.waiting import until
-
-REPLY = struct.Struct("<QIIq")  # step, queue_us, run_us, action
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     with running() as up:
         yield up
-
-
-def opened(service: Service, query: str = "") -> Any:
-    """A context manager: a stream as any WebSocket client has it. The hello is the first message."""
-    return connect(service.url.replace("http", "ws") + "/stream" + query, compression=None, proxy=None)
-
-
-def ask(ws: ClientConnection, message: bytes | str) -> Any:
-    ws.send(message)
-    return answer(ws)
-
-
-def answer(ws: ClientConnection) -> Any:
-    """(step, action) of a binary reply; the document of another."""
-    message = ws.recv(60)
-    if isinstance(message, str):
-        return json.loads(message)
-    step, _, _, action = REPLY.unpack(message)
-    return step, action
-
-
-def raw(x: int) -> bytes:
-    return x.to_bytes(8, "little")
-
-
-def closing(ws: ClientConnection) -> tuple[int, str]:
-    with pytest.raises(ConnectionClosed) as closed:
-        ws.recv(60)
-    assert closed.value.rcvd is not None
-    return closed.value.rcvd.code, closed.value.rcvd.reason
-
-
-def alone(exploration: Exploration | None = None, seed: int = 0, version: int = 1) -> Alone:
-    return Alone(version, seed, exploration)
-
-
-def test_the_noise_of_a_step_comes_from_the_seed_and_the_step() -> None:
-    seeds = {step_seed(seed, step) for seed in (0, 1, MAX_SEED) for step in range(1, 200)}
-    assert len(seeds) == 3 * 199
-    assert all(0 <= seed <= MAX_SEED for seed in seeds)
-    assert step_seed(7, 1) == 8875243823434874480, "clients in other languages count on it"
 
 
 def test_the_hello_says_what_a_client_needs(service: Service) -> None:
@@ -285,12 +236,6 @@ def test_a_fault_of_the_service_ends_the_stream_and_says_nothing(
         assert closing(ws) == (1011, "the service failed on this message; its log says why")
 
 
-UPGRADE = {
-    "Upgrade": "websocket",
-    "Connection": "Upgrade",
-    "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
-    "Sec-WebSocket-Version": "13",
-}
 REFUSED = {
     "policy": ("/policies/chess/stream", 404, "unknown_policy"),
     "version": (f"/policies/{NAME}/versions/9/stream", 404, "unknown_version"),
@@ -344,127 +289,6 @@ def test_a_server_that_cannot_answer_over_http_closes_with_the_reason(query: str
     assert 0 < len(closed["reason"].encode()) <= 123
 
 
-def test_a_message_that_is_too_large_is_refused_by_its_head(service: Service) -> None:
-    with opened(service) as ws:
-        ws.recv()
-        ws.send(raw(1))
-        answer(ws)
-        ws.socket.sendall(struct.pack(">BBQ4x", 0x82, 0x80 | 127, 1 << 40))  # a binary frame of a terabyte
-        code, reason = closing(ws)
-    assert code == 1009
-    assert "exceeds limit of 65600 bytes" in reason
-
-
-def test_text_that_is_not_utf8_closes(service: Service) -> None:
-    with opened(service) as ws:
-        ws.recv()
-        ws.send(b"\xff\xfe", text=True)
-        assert closing(ws)[0] == 1007
-
-
-def test_what_a_client_sends_too_far_ahead_waits_in_the_sockets() -> None:
-    message = '{"x": 1' + 60_000 * " " + "}"
-    with running(slow=True) as service:
-        gate = service.hold()
-        with opened(service) as ws:
-            ws.recv()
-            sent = flood(ws.socket, struct.pack(">BBH4x", 0x81, 0x80 | 126, len(message)) + message.encode())
-            (connection,) = service.connections
-            assert connection.queue.qsize() <= 5 < sent, "it holds what one read of the socket gave"
-            gate.set()
-            model = alone()
-            for _ in range(sent):
-                assert answer(ws)["action"] == model.take(seen(1))["action"][0]
-
-
-def flood(bare: socket.socket, frame: bytes) -> int:
-    """Send it over and over until nothing goes any more; how many whole ones went."""
-    bare.settimeout(2.0)
-    taken = 0
-    try:
-        while True:
-            taken += bare.send(frame[taken % len(frame) :])
-    except TimeoutError:
-        return taken // len(frame)
-    finally:
-        bare.settimeout(None)
-
-
-def test_a_drain_answers_what_was_taken_in_and_says_restart() -> None:
-    model = alone()
-    with running(slow=True) as service:
-        gate = service.hold()
-        with opened(service) as busy, opened(service) as idle:
-            busy.recv()
-            idle.recv()
-            busy.send(raw(1))
-            until(lambda: service.registry.policies[1].statistics().waiting == 1)
-            service.drain()
-            assert closing(idle) == (1012, "service restart")
-            gate.set()
-            assert answer(busy) == (1, model.take(seen(1))["action"][0])
-            assert closing(busy) == (1012, "service restart")
-
-
-def test_a_killed_client_leaves_nothing_behind() -> None:
-    with running(slow=True) as service:
-        gate = service.hold()
-        for _ in range(3):
-            socket_ = upgraded(service)
-            socket_.sendall(struct.pack(">BB4x", 0x82, 0x88) + raw(1))
-            until(lambda: service.registry.policies[1].statistics().waiting > 0)
-            kill(socket_)
-        kill(upgraded(service))
-        gate.set()
-        until(lambda: not service.connections and not service.tasks)
-        assert service.registry.policies[1].statistics().waiting == 0
-
-
-def test_a_client_that_reads_nothing_and_answers_no_ping_is_dropped() -> None:
-    with running(ws_ping_interval=2.0, ws_ping_timeout=0.5) as service, upgraded(service) as stuck:
-        (connection,) = service.connections
-        stuck.settimeout(1.0)
-        with suppress(TimeoutError):
-            while connection.writable.is_set():
-                stuck.sendall(100 * struct.pack(">BB4x", 0x82, 0x80))  # the errors that these get fill every buffer
-        assert service.connections
-        until(lambda: not service.connections and not service.tasks)
-
-
-def test_a_stream_outlives_the_time_that_an_idle_connection_has() -> None:
-    with running(timeout_keep_alive=1) as service, Stream(service.url) as stream:
-        for step in (1, 2):
-            time.sleep(2.5 * (step - 1))
-            stream.act(np.array(5))
-            assert stream.steps == step
-
-
-def test_an_idle_stream_is_closed() -> None:
-    with running(Settings(session_idle_s=0.2)) as service, opened(service) as ws:
-        ws.recv()
-        assert ask(ws, raw(1))[0] == 1
-        assert closing(ws) == (1001, "idle for 0.2 s")
-
-
-def upgraded(service: Service) -> socket.socket:
-    """A stream's bare socket after the hello, with little room for what comes."""
-    bare = socket.socket()
-    bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    bare.connect(("127.0.0.1", int(service.url.rsplit(":", 1)[1])))
-    head = ["GET /stream HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in UPGRADE.items())]
-    bare.sendall("\r\n".join([*head, "", ""]).encode())
-    heard = b""
-    while b'"idle_s"' not in heard:
-        heard += bare.recv(65536)
-    return bare
-
-
-def kill(bare: socket.socket) -> None:
-    """Close it as a process does that is killed with unread data: by a reset."""
-    bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    bare.close()
-
-
 @pytest.mark.parametrize("query", ["", "?exploration=random&seed=1"])
 def test_a_stream_counts_its_messages(query: str) -> None:
     """Whether the lane steps it or the route."""
@@ -482,38 +306,3 @@ def test_a_stream_counts_its_messages(query: str) -> None:
         until(lambda: counts.streams == 0)
         assert (tally.answered, dict(tally.codes), dict(tally.reasons)) == (4, {"422": 2}, {"invalid_tensor": 2})
         assert counts.meters(service.registry.policies[1].program).sizes.total == 4
-
-
-def test_a_stream_outlives_the_time_that_http_connections_may_be_idle() -> None:
-    with running(timeout_keep_alive=1) as service, opened(service) as ws:
-        ws.recv(60)
-        time.sleep(3)
-        assert ask(ws, raw(1))[0] == 1
-
-
-@pytest.mark.parametrize("ahead", [b"\xff" * 20, b"\x82\x05hello", b"GET / HTTP/1.1\r\n\r\n"])
-@pytest.mark.parametrize("key", ["AAAAAAAAAAAAAAAAAAAAAA==", "short"])
-def test_nonsense_behind_a_handshake_is_no_error_of_ours(
-    service: Service, ahead: bytes, key: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    head = (
-        "GET /stream HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nX-Pad: "
-    )
-    head += "x" * (GUESS_BYTES - len(head) - 4) + "\r\n\r\n"  # what is behind it comes in a read of its own
-    port = int(service.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(head.encode() + ahead)
-        with suppress(OSError):  # it has closed
-            connection.shutdown(socket.SHUT_WR)
-            while connection.recv(1 << 16):
-                pass
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
-
-
-def test_a_stream_outlives_the_time_that_connections_are_kept() -> None:
-    with running(timeout_keep_alive=1) as up, Stream(up.url) as stream:
-        for _ in range(7):
-            stream.act(np.array(3, np.int64))
-            time.sleep(0.5)
-        assert stream.steps == 7

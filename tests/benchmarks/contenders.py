@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from app.client.local import free_port
 from tests.benchmarks.load import Address
 from tests.benchmarks.questions import SAFETENSORS, ZSTD, Way, constant, open_inference, posts, several, stream
-from tests.benchmarks.server import Server, free_port, running
+from tests.benchmarks.server import Server, running
 
 Kind = Literal["floor", "hand", "peer", "ours"]
 OWN = Path(sys.prefix)  # where peers that want other versions of what everything else needs have environments

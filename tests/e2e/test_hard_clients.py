@@ -17,9 +17,9 @@ from app.client import local
 from app.client.local import LocalService
 from app.client.remote import RemotePolicy
 from app.signature import Array
+from tests.page_service import SHIPPED
 from tests.waiting import until
 
-SHIPPED = Path(__file__).parent.parent.parent / "models_store"
 SCREEN_BYTES = 210 * 160 * 3
 HEAD = (
     "POST {path} HTTP/1.1\r\nHost: h\r\nContent-Type: application/octet-stream\r\nContent-Length: {length}\r\n\r\n"

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,6 +17,7 @@ from app.client import local
 from app.store import ModelStore
 from tests.benchmarks.swaps import Row, swap
 from tests.variants import Variants
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -23,6 +25,10 @@ def variants(cart_store: ModelStore, tmp_path: Path) -> Variants:
     made = Variants(cart_store.resolve("cart"), ModelStore(tmp_path / "store"))
     made.publish()
     return made
+
+
+def described(http: urllib3.PoolManager, service: local.LocalService) -> Any:
+    return http.request("GET", f"{service.url}/policies/cart").json()
 
 
 def test_ten_swaps_under_load_fail_nobody_and_leave_nothing_behind(variants: Variants) -> None:
@@ -37,10 +43,7 @@ def test_ten_swaps_under_load_fail_nobody_and_leave_nothing_behind(variants: Var
         assert min(seen.answers[kind] for kind in ("request", "session", "stream")) > 40
         assert seen.outlived > 0
         assert [row.swaps for row in rows] == [10]
-        deadline = time.monotonic() + 20
-        while (loaded := http.request("GET", f"{service.url}/policies/cart").json()["loaded"]) != [11]:
-            assert time.monotonic() < deadline, loaded
-            time.sleep(0.05)
+        until(lambda: described(http, service)["loaded"] == [11])
 
 
 def test_a_body_that_is_on_its_way_while_the_version_changes_is_answered_by_the_old_one(variants: Variants) -> None:
@@ -59,10 +62,7 @@ def test_a_body_that_is_on_its_way_while_the_version_changes_is_answered_by_the_
             connection.sendall(head.encode() + extra.encode() + b"\r\n" + body[:5])
         time.sleep(0.2)
         assert variants.publish() == 2
-        deadline = time.monotonic() + 20
-        while http.request("GET", f"{service.url}/policies/cart").json()["version"] != 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: described(http, service)["version"] == 2)
         time.sleep(1.2)  # the lane lets go of what is not live any more
         for connection, _ in waiting:
             for version in (1, 2):
@@ -73,6 +73,4 @@ def test_a_body_that_is_on_its_way_while_the_version_changes_is_answered_by_the_
                 assert answer.startswith(b"HTTP/1.1 200 ")
                 assert answer.endswith(b'{"action":%d}' % variants.action(original, version))
             connection.close()
-        while (loaded := http.request("GET", f"{service.url}/policies/cart").json()["loaded"]) != [2]:
-            assert time.monotonic() < deadline, loaded
-            time.sleep(0.05)
+        until(lambda: described(http, service)["loaded"] == [2])

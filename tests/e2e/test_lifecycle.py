@@ -25,10 +25,10 @@ from app.client.remote import RemotePolicy
 from app.errors import ServiceError, ServiceUnreachable
 from app.signature import Array
 from app.store import ModelStore
+from tests.page_service import SHIPPED
 from tests.policies import Fragile
 from tests.waiting import until
 
-SHIPPED = Path(__file__).parent.parent.parent / "models_store"
 RAW = {"Content-Type": "application/octet-stream"}
 CLIENTS = 8
 

@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.client import local
 from app.client.local import LocalService
+from tests.page_service import SHIPPED
+from tests.waiting import until
 
 SCREEN = bytes(100_800)
 RAW = {"Content-Type": "application/octet-stream"}
@@ -22,7 +24,7 @@ RAW = {"Content-Type": "application/octet-stream"}
 
 @pytest.fixture
 def service() -> Iterator[LocalService]:
-    with local.serve("models_store", "--workers", "2", "--runtime", "onnx", "--policy", "pong") as running:
+    with local.serve(SHIPPED, "--workers", "2", "--runtime", "onnx", "--policy", "pong") as running:
         yield running
 
 
@@ -59,11 +61,8 @@ def act(service: LocalService, times: int) -> int:
 
 
 def until_there_are_two(service: LocalService) -> dict[str, float]:
-    deadline = time.monotonic() + 30
-    while (found := scrape(service))["workers"] != 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return found
+    until(lambda: scrape(service)["workers"] == 2)
+    return scrape(service)
 
 
 def test_any_worker_answers_for_all_and_nothing_is_counted_back(service: LocalService) -> None:

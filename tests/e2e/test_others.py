@@ -26,10 +26,10 @@ from app.store import ModelStore
 from exporters.load import find_source
 from exporters.publish import export
 from exporters.sb3 import from_sb3
+from tests.page_service import SHIPPED
 from tests.sb3_models import MODELS
 from tests.test_modules import QNetwork
 
-ROOT = Path(__file__).parent.parent.parent
 OBSERVATIONS = 200
 
 
@@ -100,7 +100,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
         export(source, name, store, origin=f"{name}.zip", runtimes=["onnx"])
     _, module = find_source("tests.test_modules:q_network", action="argmax")
     export(module, "values", store, origin="tests.test_modules:q_network", runtimes=["onnx"])
-    pong = ModelStore(ROOT / "models_store").resolve("pong")
+    pong = ModelStore(SHIPPED).resolve("pong")
     (folder / "pong.onnx").write_bytes(pong.read_program("onnx"))
     _, file = find_source(str(folder / "pong.onnx"))
     export(file, "file", store, origin="pong.onnx")
@@ -126,9 +126,7 @@ def ask(url: str, name: str, observations: Array) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "name"), [("dqn, images", "images"), ("sac", "forces")])
-def test_what_stable_baselines3_does_around_the_network_is_in_the_program(
-    url: str, store: ModelStore, tmp_path: Path, kind: str, name: str
-) -> None:
+def test_what_stable_baselines3_does_around_the_network_is_in_the_program(url: str, kind: str, name: str) -> None:
     model = MODELS[kind]()
     rng = np.random.default_rng(3)
     if name == "images":
@@ -146,5 +144,5 @@ def test_cleanrls_network_is_served(url: str) -> None:
 
 
 def test_a_file_is_served(url: str) -> None:
-    inputs, outputs = golden.read(ModelStore(ROOT / "models_store").resolve("pong"))
+    inputs, outputs = golden.read(ModelStore(SHIPPED).resolve("pong"))
     np.testing.assert_array_equal(ask(url, "file", inputs["pixels"]), outputs["action"])

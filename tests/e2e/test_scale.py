@@ -29,9 +29,9 @@ from app.sessions.names import home_of
 from app.signature import Array, Arrays
 from app.store import ModelStore
 from tests import waiting
-from tests.scale_service import PYTHON, ROOT, Scaled, environment, running
+from tests.page_service import SHIPPED
+from tests.scale_service import PYTHON, Scaled, environment, running
 
-STORE = ROOT / "models_store"
 NAME = "pong-lstm"
 NODES = (2, 1)  # CPUs; of three replicas, two on one node and one on the other
 SEED = 3
@@ -46,20 +46,20 @@ pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="Ray is not installe
 
 @pytest.fixture(scope="module")
 def scaled() -> Iterator[Scaled]:
-    with running(NODES, store=str(STORE), replicas=3, runtime="onnx", policy=NAME, max_body_bytes=1 << 20) as found:
+    with running(NODES, store=str(SHIPPED), replicas=3, runtime="onnx", policy=NAME, max_body_bytes=1 << 20) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def game() -> Environment:
-    found = ModelStore(STORE).resolve(NAME).manifest.environment
+    found = ModelStore(SHIPPED).resolve(NAME).manifest.environment
     assert found is not None
     return found
 
 
 def alone() -> Act:
     """The program in this process, and the state beside it."""
-    runtime = base.load("onnx", ModelStore(STORE).resolve(NAME))
+    runtime = base.load("onnx", ModelStore(SHIPPED).resolve(NAME))
     signature = runtime.signature
     state: Arrays = {}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from app.client.stream import Stream
 from app.errors import ServiceError, ServiceUnreachable
 from app.signature import Array
 from app.store import ModelStore
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +129,7 @@ def test_killed_clients_leave_nothing_behind(service: LocalService, screens: Arr
             stream.__enter__()
             stream.send(screens[0])
             stream._socket.socket.close()
-        deadline = time.monotonic() + 30
-        while open_files(service) > before:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: open_files(service) <= before)
         assert type(steady.act(screens[0])) is int
 
 

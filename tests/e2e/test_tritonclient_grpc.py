@@ -6,7 +6,6 @@ import asyncio
 import os
 import queue
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from app.signature import Arrays
 from app.store import ModelStore
 from tests.e2e.test_tritonclient import DATATYPES, STEPS, observations, same
 from tests.e2e.test_tritonclient import carried as carried_over_http
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module", params=["onnx", "pt2"])
@@ -305,7 +305,7 @@ def test_workers_share_the_port_and_what_was_accepted_is_answered_when_they_end(
         local.serve(gru_store.root, *options) as running,
         triton.InferenceServerClient(f"127.0.0.1:{port}") as client,
     ):
-        until_ready(client)
+        until(lambda: client.is_model_ready("gru"))  # also the worker that has the connection
         client.start_stream(lambda result, error: answered.put((result, error)))
         client.async_stream_infer("gru", one(0))
         assert answered.get(timeout=60)[1] is None
@@ -313,11 +313,3 @@ def test_workers_share_the_port_and_what_was_accepted_is_answered_when_they_end(
         _, error = answered.get(timeout=60)  # at once, though the client has not ended the stream
         assert (error.status(), "the service is closing" in error.message()) == ("StatusCode.UNAVAILABLE", True)
         client.stop_stream()
-
-
-def until_ready(client: triton.InferenceServerClient) -> None:
-    """The worker that has the connection may not be the one that said it was ready."""
-    for _ in range(600):
-        if client.is_model_ready("gru"):
-            return
-        time.sleep(0.1)

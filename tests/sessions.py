@@ -1,0 +1,26 @@
+"""What the tests of sessions share: a registry in an event loop, and what a session must answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from app.sessions import Session
+from app.tuning import Tuning
+from tests.fake_policy import QUICK, Alone, Versions
+
+
+def alone(session: Session) -> Alone:
+    return Alone(session.version, session.seed, session.exploration)
+
+
+def run(scenario: Callable[[Versions], Awaitable[None]], tuning: Tuning = QUICK) -> None:
+    async def main() -> None:
+        registry = Versions(tuning)
+        registry.publish()
+        try:
+            await scenario(registry)
+        finally:
+            await registry.close()
+
+    asyncio.run(main())
