@@ -186,5 +186,9 @@ def test_the_asynchronous_client_does_the_same(service: Service) -> None:
         with pytest.raises(ServiceUnreachable):
             async with AsyncRemotePolicy("http://127.0.0.1:9"):
                 pass
+        for url in ("localhost", "ftp://127.0.0.1", "http://["):
+            with pytest.raises(UsageError, match="expected a URL such as"):
+                async with AsyncRemotePolicy(url):
+                    pass
 
     asyncio.run(run())

@@ -11,7 +11,7 @@ from app.client import operations
 from app.client.operations import Description, Operation, Request, Response, Result
 from app.client.remote import ATTEMPTS, LOST, Carried
 from app.client.tensordicts import read_tensordict, write_tensordict
-from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer
+from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse
 from app.errors import ServiceUnreachable
 from app.lazy import resolve_extra
 from app.signature import Array, Arrays, Exploration
@@ -29,6 +29,7 @@ class AsyncRemotePolicy:
         self._description: Description | None = None
 
     async def __aenter__(self) -> Self:
+        parse(self.url)
         aiohttp = resolve_extra("async", "aiohttp")
         connector = aiohttp.UnixConnector(self.uds, limit=0) if self.uds else aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
