@@ -40,6 +40,7 @@ class FakeService:
     connections: int = 0
     acts: int = 0
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)  # of `/act`
     url: str = ""
     uds: str | None = None
 
@@ -73,6 +74,7 @@ class FakeService:
             return 200, {"name": "fake", "version": 3, "runtime": "onnx", "reason": "so told", "manifest": manifest}
         if path == "/policies/fake/act":
             self.acts += 1
+            self.bodies.append(body)
             await asyncio.sleep(self.stall_s(self.acts))
             return self.act(body)
         message = f"no policy for {path}"

@@ -29,7 +29,7 @@ from app.settings import Settings
 from app.signature import Array, Signature, TensorSpec
 from app.store import ModelStore
 from tests.fake_policy import QUICK, SLOW
-from tests.waiting import until
+from tests.serving import port_of, serving
 
 LANE = "app.lane.protocol:LaneProtocol"
 PLAIN = "httptools"
@@ -137,19 +137,11 @@ def running(http: str, settings: Settings | None = None, slow: bool = False, **o
     gate.install(app, access, registry.settings)
     for routes in (act, policies, health):
         app.include_router(routes.router)
-    defaults: dict[str, Any] = {"loop": "uvloop", "log_config": None, "server_header": False, "date_header": False}
-    defaults |= {"ws": "app.api.websocket:WebSocketProtocol", "ws_per_message_deflate": False}
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, **defaults, **options))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Service(http, port, server, registry, requests)
-    finally:
-        registry.runtime.gate.set()
-        server.should_exit = True
-        thread.join()
+    with serving(app, http=http, server_header=False, date_header=False, **options) as server:
+        try:
+            yield Service(http, port_of(server), server, registry, requests)
+        finally:
+            registry.runtime.gate.set()
 
 
 def request(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fastapi import FastAPI
 from app.game import Seats
 from app.main import create_app
 from app.settings import Settings
-from tests.stream_service import UVICORN
+from tests.serving import port_of, serving
 from tests.waiting import until
 
 SHIPPED = Path(__file__).parent.parent / "models_store"
@@ -42,13 +41,6 @@ def running(
 ) -> Iterator[Service]:
     settings = Settings(store=store, runtime="onnx", max_games=max_games, session_idle_s=session_idle_s, tokens=tokens)
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, **UVICORN))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started and app.state.registry.not_ready() is None)
-        host, port = server.servers[0].sockets[0].getsockname()
-        yield Service(f"{host}:{port}", app, server)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with serving(app) as server:
+        until(lambda: app.state.registry.not_ready() is None)
+        yield Service(f"127.0.0.1:{port_of(server)}", app, server)

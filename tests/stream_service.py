@@ -21,15 +21,7 @@ from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.signature import Array
 from tests.fake_policy import QUICK, SLOW, Versions
-from tests.waiting import until
-
-UVICORN: dict[str, Any] = {
-    "loop": "uvloop",
-    "http": "app.lane.protocol:LaneProtocol",
-    "ws": "app.api.websocket:WebSocketProtocol",
-    "ws_per_message_deflate": False,
-    "log_config": None,
-}
+from tests.serving import port_of, serving
 
 
 def application(settings: Settings, registry: Versions) -> FastAPI:
@@ -91,14 +83,6 @@ def running(settings: Settings | None = None, slow: bool = False, **options: Any
     registry = Versions(SLOW if slow else QUICK)
     registry.not_ready = lambda: None  # type: ignore[method-assign]
     app = application(settings or Settings(), registry)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, **UVICORN, **options))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        (address, *_) = [sock.getsockname() for listening in server.servers for sock in listening.sockets]
-        url = "http://localhost" if "uds" in options else f"http://127.0.0.1:{address[1]}"
+    with serving(app, **options) as server:
+        url = "http://localhost" if "uds" in options else f"http://127.0.0.1:{port_of(server)}"
         yield Service(url, server, registry)
-    finally:
-        server.should_exit = True
-        thread.join()

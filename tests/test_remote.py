@@ -12,7 +12,7 @@ from app import wire
 from app.client.remote import RemotePolicy
 from app.environment import Environment, GameAction
 from app.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
-from tests.fake_service import SIGNATURE, FakeService, act, running
+from tests.fake_service import SIGNATURE, FakeService, running
 
 ITEM = np.arange(12, dtype=np.uint8).reshape(4, 3)
 
@@ -46,19 +46,12 @@ def test_a_named_policy_is_described_once_and_called_by_its_name(service: FakeSe
 
 
 def test_an_observation_is_posted_raw_and_gives_a_plain_number(service: FakeService) -> None:
-    sent: list[bytes] = []
-
-    def remember(body: bytes) -> tuple[int, Any]:
-        sent.append(body)
-        return act(body)
-
-    service.act = remember
     with RemotePolicy(service.url) as policy:
         action = policy.act(ITEM)
         assert policy.act(np.asfortranarray(ITEM)) == action  # the wire is row-major whatever the array was
     assert action == 66 % 6
     assert type(action) is int
-    assert sent == [ITEM.tobytes()] * 2
+    assert service.bodies == [ITEM.tobytes()] * 2
     assert service.requests[-1][2]["content-type"] == "application/octet-stream"
 
 
@@ -82,13 +75,12 @@ def test_a_continuous_action_is_an_array_of_its_dtype(service: FakeService) -> N
 def test_several_observations_go_by_name(service: FakeService) -> None:
     speed = {"name": "speed", "dtype": "float32", "shape": []}
     service.signature = {**SIGNATURE, "observations": [*SIGNATURE["observations"], speed]}
-    sent: list[bytes] = []
-    service.act = lambda body: (sent.append(body), (200, {"action": 1}))[1]  # type: ignore[func-returns-value]
+    service.act = lambda _body: (200, {"action": 1})
     with RemotePolicy(service.url) as policy:
         assert policy.act({"pixels": ITEM, "speed": np.float32(0.5) * np.ones((), np.float32)}) == 1
         with pytest.raises(UsageError, match="pixels, speed: give them by name"):
             policy.act(ITEM)
-    (body,) = sent
+    (body,) = service.bodies
     items = wire.decode(wire.SAFETENSORS, body, policy.signature)
     assert items.tensors["pixels"].tolist() == [ITEM.tolist()]
     assert items.tensors["speed"].tolist() == [0.5]
