@@ -21,7 +21,7 @@ from app.sessions import Limits, Sessions
 from app.settings import Settings
 from tests import certificates
 from tests.fake_policy import NAME, Versions
-from tests.test_oip_grpc import infer, with_parameters
+from tests.oip_grpc import infer, with_parameters
 
 X = {"x": np.array([3], np.int64)}
 
