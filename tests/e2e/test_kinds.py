@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,54 +102,16 @@ def agree(one: dict[str, Any], other: dict[str, Any]) -> None:
         np.testing.assert_allclose(np.array(value, float), np.array(other[name], float), rtol=1e-4, atol=1e-4)
 
 
-USERS_FILE = """
-import torch
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.envs import BatchSizeTransform
-from torchrl.modules import LSTMModule, MLP
-
-
-def recurrent():
-    torch.manual_seed(3)
-    lstm = LSTMModule(
-        input_size=32,
-        num_layers=2,
-        hidden_size=256,
-        in_keys=["observation", "hidden0", "hidden1"],
-        out_keys=["intermediate", "hidden0", "hidden1"],
-    )
-    lstm = lstm.make_python_based()
-    recurrent_policy = TensorDictSequential(
-        BatchSizeTransform(reshape_fn=lambda x: x.unsqueeze(0)),
-        lstm,
-        TensorDictModule(
-            MLP(in_features=256, out_features=5, num_cells=[64, 64]),
-            in_keys=["intermediate"],
-            out_keys=["action"],
-        ),
-        BatchSizeTransform(reshape_fn=lambda x: x.squeeze(0)),
-    )
-    recurrent_policy.select_out_keys("action", "hidden0", "hidden1")
-    return recurrent_policy, TensorDict({
-        "observation": torch.randn(32),
-        "hidden0": torch.randn(2, 256),
-        "hidden1": torch.randn(2, 256),
-        "is_init": torch.zeros((), dtype=torch.bool),
-    })
-"""
-
-
 def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager(
     tmp_path: Path, http: urllib3.PoolManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     from tensordict import TensorDict
 
-    (tmp_path / "robot_policies.py").write_text(USERS_FILE)
+    shutil.copy(policies.__file__, tmp_path / "robot_policies.py")
     monkeypatch.chdir(tmp_path)
-    name, source = load("robot_policies:recurrent")
-    export(source, name, ModelStore(tmp_path / "store"), origin="robot_policies:recurrent")
+    name, source = load("robot_policies:tutorial_lstm")
+    export(source, name, ModelStore(tmp_path / "store"), origin="robot_policies:tutorial_lstm")
     rng = np.random.default_rng(0)
     for runtime in ("onnx", "pt2"):
         with local.serve(tmp_path / "store", "--runtime", runtime) as service:
@@ -158,7 +121,7 @@ def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager
                 observation = rng.standard_normal(32).astype(np.float32)
                 is_init = step == 0 or bool(rng.random() < 0.05)
                 document = {"observation": observation.tolist(), "is_init": is_init, **ours}
-                answer = ask(http, service.url, "recurrent", document, "action")
+                answer = ask(http, service.url, name, document, "action")
                 assert answer.keys() == {"action", "hidden0", "hidden1"}
                 inputs = {"observation": torch.from_numpy(observation), "is_init": torch.tensor(is_init), **theirs}
                 with torch.no_grad():
