@@ -9,41 +9,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
 import numpy as np
-import pydantic_core
 
-from app.client.operations import Operation, Request, little_endian, plain, read_json, unintelligible
+from app.client.inference import binary_data, infer, inference
+from app.client.operations import Operation, plain, read_json, unintelligible
 from app.client.remote import RemotePolicy
 from app.signature import Array, Arrays, Exploration
-from app.wire import RAW
-from app.wire.oip import DATATYPES, HEADER
-
-
-def inference(tensors: Arrays, outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> bytes:
-    """The JSON part of a request, for `tensors` {name: (k, *shape)} of which the data follows."""
-    inputs = [
-        {
-            "name": name,
-            "datatype": DATATYPES[array.dtype.name],
-            "shape": array.shape,
-            "parameters": {"binary_data_size": array.nbytes},
-        }
-        for name, array in tensors.items()
-    ]
-    return pydantic_core.to_json({"inputs": inputs, "outputs": outputs, "parameters": parameters})
-
-
-def binary_data(tensors: Arrays) -> bytes:
-    """What follows the JSON part."""
-    return b"".join(little_endian(array).tobytes() for array in tensors.values())
-
-
-def infer(policy: str, document: bytes, data: bytes) -> Request:
-    """The request of both parts."""
-    headers = {"Content-Type": RAW, HEADER: str(len(document))}
-    return Request("POST", f"/v2/models/{quote(policy, safe='')}/infer", document + data, headers, repeatable=False)
 
 
 class OipSequence:

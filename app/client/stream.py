@@ -7,16 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlencode
 
 import numpy as np
 import pydantic_core
-from urllib3.util import Url
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect, unix_connect
 
-from app.client.operations import by_name, little_endian, plain, policy_path, service_error
-from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse, prefix
+from app.client.operations import by_name, little_endian, plain, service_error
+from app.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse, stream_url
 from app.environment import Environment
 from app.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
 from app.signature import Array, Arrays, Exploration, Signature
@@ -178,16 +176,3 @@ class Stream:
 
 def _b64(array: Array) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": array.shape, "b64": base64.b64encode(array.tobytes())}
-
-
-def stream_url(service: Url, policy: str | None, version: int | None, query: Mapping[str, Any]) -> str:
-    """The address of a stream of `service`; what is None is not asked for. Raises `UsageError`."""
-    if version is not None and policy is None:
-        raise UsageError(f"version {version} of which policy?")
-    path = prefix(service)
-    path += policy_path(policy) if policy is not None else ""
-    path += f"/versions/{version}" if version is not None else ""
-    scheme = "wss" if service.scheme == "https" else "ws"
-    address = f"{scheme}://{service.netloc}{path}/stream"
-    asked = {name: value for name, value in query.items() if value is not None}
-    return f"{address}?{urlencode(asked)}" if asked else address

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlencode
 
 import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.util import Url
 
-from app.client.operations import Request, Response
+from app.client.operations import Request, Response, policy_path
 from app.errors import ServiceUnreachable, UsageError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -70,6 +72,19 @@ def parse(url: str) -> Url:
 def prefix(url: Url) -> str:
     """What comes before every path, where the service is below the root of its address."""
     return (url.path or "").rstrip("/")
+
+
+def stream_url(service: Url, policy: str | None, version: int | None, query: Mapping[str, Any]) -> str:
+    """The address of a stream of `service`; what is None is not asked for. Raises `UsageError`."""
+    if version is not None and policy is None:
+        raise UsageError(f"version {version} of which policy?")
+    path = prefix(service)
+    path += policy_path(policy) if policy is not None else ""
+    path += f"/versions/{version}" if version is not None else ""
+    scheme = "wss" if service.scheme == "https" else "ws"
+    address = f"{scheme}://{service.netloc}{path}/stream"
+    asked = {name: value for name, value in query.items() if value is not None}
+    return f"{address}?{urlencode(asked)}" if asked else address
 
 
 def _pool(url: str, uds: str | None) -> urllib3.HTTPConnectionPool:

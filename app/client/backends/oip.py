@@ -12,8 +12,8 @@ import pydantic_core
 
 from app.client.backends.base import Ask, Backend, Requests, Steps
 from app.client.connection import Connection
+from app.client.inference import binary_data, infer, inference
 from app.client.operations import Description
-from app.client.sequence import binary_data, infer, inference
 
 
 class Oip(Backend):

@@ -16,7 +16,7 @@ from websockets.uri import WebSocketURI, parse_uri
 from app.client.backends.base import Backend, Steps
 from app.client.connection import Connection, Owner, Parts
 from app.client.operations import service_error
-from app.client.stream import stream_url
+from app.client.transport import stream_url
 from app.wire.stream import Replies
 
 
