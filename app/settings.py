@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from app.errors import UsageError
 
 PREFIX = "ACTSERVE_"
 
@@ -94,7 +96,6 @@ class Settings(BaseModel):
         description="Port for the Open Inference Protocol over gRPC, which needs the extra `grpc`. Unset: off.",
     )
     grpc_host: str = Field("127.0.0.1", description="Address for gRPC. `actserve serve` sets it to that of HTTP.")
-
     admin_port: int | None = Field(
         None,
         ge=1,
@@ -112,9 +113,14 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read ACTSERVE_* variables. Raises pydantic's ValidationError, which names the field."""
+        """Read ACTSERVE_* variables. Raises `UsageError`, which names the variable and not its value: it may be a
+        token."""
         found = {name.removeprefix(PREFIX).lower(): v for name, v in environment.items() if name.startswith(PREFIX)}
-        return cls.model_validate({name: value for name, value in found.items() if name in cls.model_fields})
+        try:
+            return cls.model_validate({name: value for name, value in found.items() if name in cls.model_fields})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(f"{PREFIX}{str(first['loc'][0]).upper()}: {first['msg']}") from None
 
     def absolute(self) -> Settings:
         """With paths that mean the same in another folder."""

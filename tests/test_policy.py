@@ -8,7 +8,7 @@ import pytest
 
 from app import golden
 from app.artifact import GOLDEN, Artifact
-from app.errors import RuntimeFailure
+from app.errors import RuntimeFailure, UsageError
 from app.policy import Policy
 from app.settings import Settings
 from app.store import ModelStore
@@ -61,6 +61,14 @@ def test_auto_falls_back_when_a_program_cannot_be_opened(cart: Artifact, tmp_pat
 def test_settings_are_read_from_the_environment() -> None:
     environment = {"ACTSERVE_THREADS": "2", "ACTSERVE_POLICY": "cart", "ACTSERVE_TRUST": "keys", "HOME": "x"}
     assert Settings.from_environment(environment) == Settings(threads=2, policy="cart", trust=Path("keys"))
+
+
+def test_a_wrong_setting_names_its_variable_and_does_not_tell_its_value() -> None:
+    with pytest.raises(UsageError, match=r"^ACTSERVE_THREADS: .* greater than or equal to 1$"):
+        Settings.from_environment({"ACTSERVE_THREADS": "0"})
+    with pytest.raises(UsageError, match=r"^ACTSERVE_ADMIN_TOKEN: ") as caught:
+        Settings.from_environment({"ACTSERVE_ADMIN_TOKEN": "too short"})
+    assert "too short" not in caught.value.message
 
 
 def test_settings_mean_the_same_in_another_folder() -> None:

@@ -202,6 +202,6 @@ for arguments in json.loads(sys.argv[1]):
     )
     good, *refused = done.stdout.splitlines()
     assert good == f"2 {tmp_path} cart 7.0", done.stderr
-    reasons = ["got ['replica']", "for Scale", "for Settings", "expected no grpc_port", "no model store"]
+    reasons = ["got ['replica']", "for Scale", "ACTSERVE_RUNTIME: ", "expected no grpc_port", "no model store"]
     for line, why in zip(refused, reasons, strict=True):
         assert why in line
