@@ -21,6 +21,7 @@ import pytest
 
 from app.client.local import free_port
 from app.errors import UsageError
+from app.supervisor import MOST_S, pause_s
 from app.supervisor.address import Address
 from tests import waiting
 
@@ -111,6 +112,10 @@ def test_a_lone_one_that_dies_again_and_again_rests_and_says_why() -> None:
             assert resting is not None
             assert resting["rest_s"] == pytest.approx(rest_s, abs=0.5)
             assert resting["reason"].endswith(f"signal 11 (SIGSEGV), death {number} in a row")
+
+
+def test_it_rests_for_twice_as_long_each_time_and_never_gives_up() -> None:
+    assert [pause_s(failures) for failures in (1, 2, 3, 4, 8, 5000)] == [0, 1, 2, 4, MOST_S, MOST_S]
 
 
 def test_others_take_the_share_of_one_that_dies_again_and_again() -> None:

@@ -171,7 +171,7 @@ class Supervisor:
             return
         seat.failures = 1 if monotonic() - worker.begun_s > STEADY_S else seat.failures + 1
         seat.came_up = worker.ran
-        wait_s = min(2.0 ** (seat.failures - 2), MOST_S) if seat.failures > 1 else 0.0
+        wait_s = pause_s(seat.failures)
         seat.due_s = monotonic() + wait_s
         self._reason = f"worker {worker.pid} ended by {_cause(code)}, death {seat.failures} in a row"
         log.error("%s; the next one begins %s", self._reason, f"in {wait_s:g} s" if wait_s else "at once")
@@ -240,6 +240,11 @@ class Supervisor:
             with suppress(OSError):
                 sys.stdout.flush()
             os._exit(code)
+
+
+def pause_s(failures: int) -> float:
+    """How long the next worker waits after so many failures in a row."""
+    return min(2.0 ** min(failures - 2, 10), MOST_S) if failures > 1 else 0.0
 
 
 def _cause(code: int) -> str:
