@@ -7,12 +7,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.access import add
 from app.main import create_app
 from app.settings import Settings
 from app.telemetry.logs import JsonFormatter
@@ -91,6 +93,13 @@ def test_requests_and_refusals_are_counted_by_policy_route_and_status(service: C
     assert 0 < grown(before, after, "actserve_inference_seconds_sum")["pong,onnx,1"] < 10
 
 
+def test_what_the_gate_refuses_is_counted_with_its_reason(tmp_path: Path) -> None:
+    add(tmp_path / "tokens", "me")
+    with running(tokens=tmp_path / "tokens", public_metrics=True) as service:
+        assert act(service).status == 401
+        assert grown({}, scrape(service), "actserve_refused_total") == {",unauthorized,,http": 1}
+
+
 def test_what_is_now(service: Caller) -> None:
     before = scrape(service)
     begun = service("POST", "/policies/pong-lstm/sessions").document["session"]
@@ -101,6 +110,16 @@ def test_what_is_now(service: Caller) -> None:
     assert now["actserve_policy_info", "pong"] == now["actserve_policy_info", "pong-lstm"] == 1
     assert now["actserve_waiting", "pong"] == now["actserve_sessions", None] == now["actserve_streams", None] == 0
     assert now["process_resident_memory_bytes", None] > 10e6
+
+
+def test_what_is_counted_is_told_while_the_sessions_file_cannot_be_used(tmp_path: Path) -> None:
+    with running(counts=tmp_path / "counts") as service:
+        service.app.state.sessions._file.close()
+        seen = service.app.state.metrics._seen
+        service.wait(lambda: len(seen) > 2)  # it goes on publishing
+        names = {name for name, _ in scrape(service)}
+    assert "actserve_streams" in names
+    assert "actserve_sessions" not in names
 
 
 def test_openmetrics_for_who_asks_for_it(service: Caller) -> None:

@@ -77,6 +77,7 @@ def install(app: FastAPI) -> None:
 
 def response(error: errors.ActserveError) -> Response:
     """The answer to a request that ended in `error`; what only the operator can mend goes to the log, too."""
+    call.refused(error.code)
     status = status_of(error)
     if status >= 500 and not isinstance(error, errors.Unavailable):
         log.error("%s", error.message, exc_info=error.__cause__)
@@ -85,7 +86,6 @@ def response(error: errors.ActserveError) -> Response:
 
 async def _ours(_request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ActserveError)
-    call.refused(error.code)
     return response(error)
 
 

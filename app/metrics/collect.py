@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 from prometheus_client import ProcessCollector
 
+from app.errors import SessionsUnavailable
 from app.registry import Registry
 from app.sessions import Sessions
 from app.telemetry.counts import OK
@@ -71,11 +73,12 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
     rate = _gauge("actserve_actions_per_second", "Actions a second, of the last ten seconds.")
     for name, value in rates.items():
         rate.add({"policy": name}, value)
-    held = sessions.statistics()
     counted = _gauge("actserve_sessions", "Sessions that are held, of all workers.", Merge.MAX)
-    counted.add({}, held.sessions)
     size = _gauge("actserve_session_bytes", "State and last answers of all sessions.", Merge.MAX)
-    size.add({}, held.bytes)
+    with suppress(SessionsUnavailable):  # all else is told
+        held = sessions.statistics()
+        counted.add({}, held.sessions)
+        size.add({}, held.bytes)
     swaps = _counter("actserve_swaps", "Live versions that another has replaced, in each worker.")
     shadows = _counter("actserve_shadow_items", "Items for a shadow, in each worker, by what came of them.")
     for name in registry.names:
