@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_a_file_that_cannot_be_read_is_told_and_left_alone(store: ModelStore, co
     with pytest.raises(InvalidRouting):
         routing.pin(store, "pong", 2)
     assert file.read_bytes() == content
+
+
+def test_a_store_that_cannot_be_written_to_is_told(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(InvalidRouting, match=r"pong: routing\.json cannot be written: Read-only file system"):
+        routing.pin(store, "pong", 2)
 
 
 def test_a_link_is_not_followed(store: ModelStore) -> None:

@@ -122,18 +122,22 @@ def _change(store: ModelStore, name: str, version: int | None, **changes: Any) -
 
 @contextmanager
 def _locked(store: ModelStore, name: str, version: int | None) -> Iterator[Routing]:
-    """What there is, while nobody else changes it. Raises `UnknownVersion` for a `version` that is not in the store."""
+    """What there is, while nobody else changes it. Raises `UnknownVersion` for a `version` that is not in the store,
+    `InvalidRouting` for what the disk refuses."""
     versions = store.versions(name)
     if version is not None and version not in versions:
         raise UnknownVersion(name, version, versions)
     folder = store.root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield read(store.root, name) or Routing()
-    finally:
-        os.close(descriptor)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield read(store.root, name) or Routing()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InvalidRouting(f"{name}: {FILE} cannot be written: {error.strerror}") from error
 
 
 def _write(folder: Path, before: Routing, **changes: Any) -> Routing:
@@ -151,7 +155,7 @@ def _write(folder: Path, before: Routing, **changes: Any) -> Routing:
             os.fsync(descriptor)
             os.fchmod(descriptor, 0o644)
         os.replace(draft, folder / FILE)
-    except OSError as error:
+    except OSError:
         os.unlink(draft)
-        raise InvalidRouting(f"{folder.name}: {FILE} cannot be written: {error.strerror}") from error
+        raise
     return routing
