@@ -187,16 +187,19 @@ class Artifact:
 
     def read(self, name: str) -> bytes:
         """The bytes of one file, verified: what was hashed is what is returned. Raises a `StoreError`."""
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise MissingFile(f"{self.label}: there is no {name} in its manifest", file=name)
         try:
-            data = read_plain(self.folder / name, self.manifest.files[name].bytes + 1)
+            data = read_plain(self.folder / name, record.bytes + 1)
         except OSError as error:
             raise MissingFile(f"{self.label}: {name} cannot be read: {error.strerror}", file=name) from None
         self._check_size(name, len(data))
         digest = hashlib.sha256(data).hexdigest()
-        if digest != self.manifest.files[name].sha256:
+        if digest != record.sha256:
             raise CorruptFile(
                 f"{self.label}: {name} is not what was published: its SHA-256 is {digest[:12]}…, "
-                f"the manifest says {self.manifest.files[name].sha256[:12]}…",
+                f"the manifest says {record.sha256[:12]}…",
                 file=name,
             )
         return data

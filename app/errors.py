@@ -34,7 +34,7 @@ ActserveError
 │   ├── InvalidManifest          the manifest cannot be read
 │   ├── NewerManifest            written by a newer actserve
 │   ├── MisplacedVersion         the manifest names another policy or version than its folder
-│   ├── MissingFile              listed in the manifest, not in the folder
+│   ├── MissingFile              listed in the manifest, not in the folder; or needed, and not listed
 │   ├── UnexpectedFile           in the folder, not in the manifest
 │   ├── InvalidRouting           `routing.json` cannot be read, or wishes for what cannot be
 │   ├── CorruptFile              size or SHA-256 differs from the manifest

@@ -82,6 +82,11 @@ def test_names_are_looked_up_never_joined(store: ModelStore, name: str) -> None:
         store.resolve(name)
 
 
+def test_a_file_that_it_never_had_is_missing(store: ModelStore) -> None:
+    with pytest.raises(MissingFile, match=r"there is no golden\.safetensors in its manifest"):
+        store.resolve("walker").read("golden.safetensors")
+
+
 def test_an_unknown_version_names_the_known(store: ModelStore) -> None:
     with pytest.raises(UnknownVersion, match="there is 1"):
         store.resolve("walker", 2)
