@@ -50,10 +50,11 @@ class ModelStore:
 
     def versions(self, name: str) -> list[int]:
         """All versions of `name`, ascending, whether or not they can be served. Raises `UnknownPolicy`."""
-        known = self.names()
-        if name not in known:  # looked up, never joined from a request
-            raise UnknownPolicy(name, known)
-        return sorted(int(version) for version in self._folders(self.root / name, VERSION))
+        # The name is looked up, never joined from a request.
+        found = self._folders(self.root / name, VERSION) if name in self._folders(self.root, NAME) else []
+        if not found:
+            raise UnknownPolicy(name, self.names())
+        return sorted(map(int, found))
 
     def resolve(self, name: str, version: int | None = None, fetch: bool = True) -> Artifact:
         """The artifact `name`@`version`, by default the highest. Raises `NotFound` or the `StoreError` it has.
