@@ -6,7 +6,7 @@ from time import perf_counter_ns
 import numpy as np
 import pytest
 
-from app.batcher.arena import AT_MOST_BYTES, SLOW_NS, Arena
+from app.batcher.arena import AT_MOST_BYTES, SLOW_NS, SPARE_BYTES, Arena
 from app.signature import Noise, Signature, State, TensorSpec
 from tests import fake_policy
 from tests.lane_service import SIGNATURE
@@ -127,7 +127,18 @@ def test_policies_with_chance_or_several_observations_have_none() -> None:
 
 def test_its_memory_is_bounded() -> None:
     large = Signature((TensorSpec("x", "float32", (1 << 20,)),), (TensorSpec("action", "int64", ()),), 256)
-    assert Arena(large, 32)._items.nbytes <= AT_MOST_BYTES
+    arena = Arena(large, 32)
+    assert arena._items.nbytes <= AT_MOST_BYTES
+    for items in (1, 1, *range(1, 9)):
+        lent = [arena.lend(items) for _ in range(3)]
+        assert {len(block) for block in lent} == {items * arena.item_bytes}
+        for block in lent:
+            arena.take_back(block)
+        assert arena.spare_bytes == sum(len(block) for blocks in arena._spare.values() for block in blocks)
+        assert 0 < arena.spare_bytes <= SPARE_BYTES
+        again = arena.lend(items)
+        assert any(again is block for block in lent)
+        arena.take_back(again)
 
 
 def test_states_are_gathered_and_scattered_by_slot() -> None:

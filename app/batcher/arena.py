@@ -21,8 +21,7 @@ from app.signature import IS_INIT, Array, Arrays, Signature
 BATCHES = 4  # that there are rows for: one in the program, one that waits, and bodies that are still coming
 AT_MOST_BYTES = 16 << 20  # of rows
 SPARE_BLOCKS = 2  # of a size that are kept for the next request
-
-
+SPARE_BYTES = 64 << 20  # of all sizes
 SLOW_NS = 100_000_000  # an observation that takes longer to come need not have a row
 
 
@@ -68,7 +67,8 @@ class Arena:
         self._rest = complete(signature, {spec.name: self._items}, rows).inputs
         del self._rest[spec.name]
         self._free = list(range(rows))  # a heap
-        self._blocks: dict[int, list[bytearray]] = {}  # lent and given back, by the items in them
+        self._spare: dict[int, list[bytearray]] = {}  # lent and given back, by the items in them
+        self.spare_bytes = 0
         self._states = signature.state
         self._kept: Arrays = {state.spec.name: state.spec.zeros(0) for state in self._states}
         self._slots: list[int] = []  # free ones
@@ -111,13 +111,21 @@ class Arena:
 
     def lend(self, items: int) -> bytearray:
         """Memory for the observations of one request, whatever was in it; to be given back."""
-        blocks = self._blocks.get(items)
-        return blocks.pop() if blocks else bytearray(items * self.item_bytes)
+        size_bytes = items * self.item_bytes
+        blocks = self._spare.get(items)
+        if not blocks:
+            return bytearray(size_bytes)
+        self.spare_bytes -= size_bytes
+        return blocks.pop()
 
     def take_back(self, block: bytearray) -> None:
-        blocks = self._blocks.setdefault(len(block) // self.item_bytes, [])
+        if self.spare_bytes + len(block) > SPARE_BYTES:  # of sizes that may not come again
+            self._spare.clear()
+            self.spare_bytes = 0
+        blocks = self._spare.setdefault(len(block) // self.item_bytes, [])
         if len(blocks) < SPARE_BLOCKS:
             blocks.append(block)
+            self.spare_bytes += len(block)
 
     # slots
 
