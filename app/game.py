@@ -23,7 +23,7 @@ from app.atari import AtariGame
 from app.environment import Environment
 from app.errors import InvalidRequest, TooManyGames
 from app.policy import Policy
-from app.requests import complete, step_seed
+from app.requests import decide, step_seed
 from app.signature import Arrays, Exploration, Signature
 
 Find = Callable[[], Awaitable[Policy]]  # the policy of a game, asked again for every step: it may be swapped
@@ -93,13 +93,11 @@ class Game:
         """Set the game up. Raises `InvalidRequest` for a policy that cannot play here, or so."""
         self.policy = policy = await self._find()
         self.environment = _environment(policy)
-        self.exploration = self._asked_exploration or policy.signature.exploration[0]
+        self.exploration, _ = decide(policy.signature, self._asked_exploration, self.seed)
         self.values = values_output(policy.signature, len(self.environment.actions))
         self._game = await self._beside(AtariGame, self.environment, self.seed)
         self._screen = self._game.screen().copy()
-        seen = {self.environment.screen: self._screen[None]}
-        policy.signature.validate_request(seen)
-        complete(policy.signature, seen, 1, self.exploration)
+        policy.signature.validate_request({self.environment.screen: self._screen[None]})
 
     async def step(self, override: int | None = None) -> Step:
         """Ask the policy, then take its action; or `override`, an index. Raises what the policy raises."""

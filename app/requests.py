@@ -37,16 +37,9 @@ def complete(
 ) -> Completed:
     """`tensors`, a valid request of `size` items -> everything that the program takes, each (size, *shape).
 
-    Without `exploration` the policy acts deterministically if it can. Raises `InvalidRequest`.
+    Raises `InvalidRequest`.
     """
-    exploration = exploration or signature.exploration[0]
-    if exploration not in signature.exploration:
-        raise InvalidRequest(
-            f"expected an exploration of {' or '.join(signature.exploration)}; got {exploration!r}"[:200],
-            expected=list(signature.exploration),
-        )
-    if seed is not None and not 0 <= seed <= MAX_SEED:
-        raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
+    exploration, seed = decide(signature, exploration, seed)
     inputs = dict(tensors)
     begins = any(state.spec.name not in tensors for state in signature.state)
     for state in signature.state:
@@ -56,15 +49,29 @@ def complete(
         inputs[IS_INIT.name] = np.full(size, begins)
     for parameter in signature.parameters:
         inputs.setdefault(parameter.name, np.full(size, parameter.default, np.float32))
-    random = exploration == "random"
     if len(signature.exploration) > 1:
-        inputs[EXPLORE.name] = np.full(size, random)
-    if not signature.noise:
-        return Completed(inputs, None)
-    if not random:
-        return Completed(inputs | {noise.spec.name: noise.spec.zeros(size) for noise in signature.noise}, None)
-    seed = secrets.randbelow(MAX_SEED) if seed is None else seed
-    return Completed(inputs | draw(signature.noise, seed, size), seed)
+        inputs[EXPLORE.name] = np.full(size, exploration == "random")
+    if seed is not None:
+        inputs |= draw(signature.noise, seed, size)
+    else:
+        inputs |= {noise.spec.name: noise.spec.zeros(size) for noise in signature.noise}
+    return Completed(inputs, seed)
+
+
+def decide(signature: Signature, exploration: Exploration | None, seed: int | None) -> tuple[Exploration, int | None]:
+    """How to act, by default deterministically if the policy can, and the seed of what is random in that: a fresh one
+    if none was given, None if nothing is. Raises `InvalidRequest`."""
+    exploration = exploration or signature.exploration[0]
+    if exploration not in signature.exploration:
+        raise InvalidRequest(
+            f"expected an exploration of {' or '.join(signature.exploration)}; got {exploration!r}"[:200],
+            expected=list(signature.exploration),
+        )
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
+    if not signature.noise or exploration != "random":
+        return exploration, None
+    return exploration, secrets.randbelow(MAX_SEED) if seed is None else seed
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -214,6 +214,5 @@ def _answer(
 
 def _randomness(request: Request, items: wire.Items) -> tuple[Exploration | None, int | None]:
     """What the query says, which any encoding can have, before what the body says."""
-    query = request.query_params
-    exploration = wire.read_exploration(query["exploration"]) if "exploration" in query else items.exploration
-    return exploration, wire.read_seed(query["seed"]) if "seed" in query else items.seed
+    exploration, seed = wire.read_randomness(request.query_params)
+    return exploration or items.exploration, items.seed if seed is None else seed

@@ -63,13 +63,12 @@ async def _play(websocket: WebSocket) -> int:
     seats: Seats = websocket.app.state.seats
     query = websocket.query_params
     try:
-        exploration = wire.read_exploration(query["exploration"]) if "exploration" in query else None
-        seed = wire.read_seed(query["seed"]) if "seed" in query else secrets.randbelow(1 << 31)
+        exploration, seed = wire.read_randomness(query)
         if reason := seats.closed():
             raise InvalidRequest(reason)
         with seats.take():
             async with _finding(websocket, settings) as find:
-                game = Game(find, exploration, seed)
+                game = Game(find, exploration, secrets.randbelow(1 << 31) if seed is None else seed)
                 try:
                     await game.begin()
                     return await Show(websocket, game, settings.session_idle_s).run()

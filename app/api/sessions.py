@@ -14,6 +14,7 @@ from app import access, wire
 from app.api import common
 from app.errors import InvalidRequest, MalformedBody
 from app.policy import Policy
+from app.requests import decide
 from app.sessions import Session, Sessions, Stepped, policy_of
 from app.signature import Exploration
 
@@ -125,11 +126,7 @@ def headers(stepped: Stepped) -> dict[str, str]:
 
 async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
     exploration, seed = _read_beginning(bytes(await common.read(request, _BEGIN_LIMIT_BYTES)))
-    known = policy.signature.exploration
-    if exploration is not None and exploration not in known:
-        raise InvalidRequest(
-            f"expected an exploration of {' or '.join(known)}; got {exploration!r}", expected=list(known)
-        )
+    decide(policy.signature, exploration, seed)  # or it would be told with the first step
     manifest = policy.artifact.manifest
     session = _sessions(request).begin(
         manifest.name,
@@ -149,11 +146,7 @@ def _read_beginning(body: bytes) -> tuple[Exploration | None, int | None]:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
     if not isinstance(document, dict) or document.keys() - {"seed", "exploration"}:
         raise MalformedBody(f'expected a JSON object with "seed", "exploration", both or none; got {document}'[:200])
-    exploration, seed = document.get("exploration"), document.get("seed")
-    return (
-        None if exploration is None else wire.read_exploration(exploration),
-        None if seed is None else wire.read_seed(seed),
-    )
+    return wire.read_randomness(document)
 
 
 def _read_step(request: Request) -> int | None:

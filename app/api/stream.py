@@ -19,7 +19,7 @@ from app.api.websocket import LIMIT, RESTART
 from app.batcher import Outcome
 from app.errors import ActserveError, InvalidRequest, NotServing, Unauthorized, Unavailable, UnsupportedContentType
 from app.policy import Policy
-from app.requests import complete, step_seed
+from app.requests import decide, step_seed
 from app.settings import Settings
 from app.signature import Arrays
 from app.telemetry.counts import STREAM, Tally
@@ -169,8 +169,7 @@ class Episode:
         self.tally = tally
         asked = signature.select([name for name in query.get("outputs", "").split(",") if name])
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
-        exploration = wire.read_exploration(query["exploration"]) if "exploration" in query else None
-        seed = wire.read_seed(query["seed"]) if "seed" in query else None
+        exploration, seed = decide(signature, *wire.read_randomness(query))
         self._binary = query.get("binary", BINARY[0])
         if self._binary not in BINARY:
             raise UnsupportedContentType(self._binary[:80], BINARY)
@@ -182,7 +181,6 @@ class Episode:
         self.steps = 0
         self.token = current.get()
         manifest = policy.artifact.manifest
-        blank = {spec.name: spec.zeros(1) for spec in signature.observations}
         self.hello = Hello(
             policy=manifest.name,
             version=manifest.version,
@@ -190,15 +188,14 @@ class Episode:
             signature=self._signature,
             offsets=self._replies.offsets,
             environment=manifest.environment,
-            exploration=exploration or signature.exploration[0],
-            seed=complete(signature, blank, 1, exploration, seed).seed,  # a fresh one where one is needed
+            exploration=exploration,
+            seed=seed,
             window=WINDOW,
             max_message_bytes=min(settings.max_body_bytes, self._max_message_bytes()),
             idle_s=settings.session_idle_s,
         )
-
         self.batcher = policy.batcher
-        by_default = self.hello.seed is None and self.hello.exploration == signature.exploration[0]
+        by_default = seed is None and exploration == signature.exploration[0]
         # What the lane steps it with.
         self.arena = policy.batcher.arena if by_default and self._binary == wire.RAW else None
         self.slot = self.arena.keep() if self.arena is not None else None

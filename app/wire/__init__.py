@@ -22,9 +22,7 @@ from app.wire.items import (
     Body,
     Items,
     check_complete,
-    read_exploration,
-    read_seed,
-    read_session,
+    read_randomness,
 )
 
 __all__ = [
@@ -39,9 +37,7 @@ __all__ = [
     "encode_request",
     "expand",
     "negotiate",
-    "read_exploration",
-    "read_seed",
-    "read_session",
+    "read_randomness",
 ]
 
 _READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Items]] = {

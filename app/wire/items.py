@@ -71,6 +71,15 @@ def read_session(value: Any) -> str:
     return value
 
 
+def read_randomness(values: Mapping[str, Any]) -> tuple[Exploration | None, int | None]:
+    """What `values` have as "exploration" and as "seed"; None for what they have not. Raises `MalformedBody`."""
+    exploration, seed = values.get("exploration"), values.get("seed")
+    return (
+        None if exploration is None else read_exploration(exploration),
+        None if seed is None else read_seed(seed),
+    )
+
+
 METADATA: dict[str, Callable[[Any], Any]] = {
     "exploration": read_exploration,
     "seed": read_seed,

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from app import access
+from app import access, wire
 from app.api.oip import codec, metadata, sequences, statistics
 from app.api.oip.schema import Asked
 from app.errors import TooLate
@@ -73,7 +73,7 @@ async def _act(
     tensors = asked.tensors(policy.signature)
     size = len(next(iter(tensors.values())))
     access.owe(size - 1)
-    exploration, seed = sequences.randomness(parameters)
+    exploration, seed = wire.read_randomness(vars(parameters))
     acted = await policy.act(tensors, size, exploration, seed)
     if not pinned:
         registry.mirror(policy, tensors, size, exploration, acted)

@@ -14,22 +14,12 @@ from app.errors import InvalidRequest
 from app.policy import Acted, Policy
 from app.registry import Registry
 from app.sessions import Session, Sessions, policy_of
-from app.signature import Exploration
 
 
 @dataclass(frozen=True)
 class Sequence:
     policy: Policy  # that acts: the version that the sequence began with
     session: Session | None  # None: it starts with this request
-
-
-def randomness(parameters: Parameters) -> tuple[Exploration | None, int | None]:
-    """The exploration and the seed that a request asks for. Raises `MalformedBody`."""
-    exploration, seed = parameters.exploration, parameters.seed
-    return (
-        None if exploration is None else wire.read_exploration(exploration),
-        None if seed is None else wire.read_seed(seed),
-    )
 
 
 async def find(
@@ -57,7 +47,7 @@ async def find(
 async def step(sessions: Sessions, registry: Registry, sequence: Sequence, asked: Asked) -> Acted:
     """One step. When it fails the sequence is where it was, or is none if this was its start."""
     parameters = asked.request.parameters
-    exploration, seed = randomness(parameters)
+    exploration, seed = wire.read_randomness(vars(parameters))
     tensors = asked.tensors(sequence.policy.signature)
     session = sequence.session
     if session is None:
