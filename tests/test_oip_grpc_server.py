@@ -167,7 +167,7 @@ def test_libraries_that_are_absent_are_asked_for_by_name(monkeypatch: pytest.Mon
     for module in ("app.grpc.server", "app.grpc.service"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "grpc", None)
-    with pytest.raises(UsageError, match=r'gRPC needs grpc; install it with: pip install "actserve\[grpc\]"'):
+    with pytest.raises(UsageError, match=r'this needs grpc; install it with: pip install "actserve\[grpc\]"'):
         check(Settings(grpc_port=1))
 
 

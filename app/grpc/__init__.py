@@ -12,11 +12,12 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 
 from app.access import Access
 from app.errors import UsageError
-from app.lazy import resolve
+from app.lazy import resolve_extra
 from app.registry import Registry
 from app.sessions import Sessions
 from app.settings import Settings
 
+SERVING = "app.grpc.server:serving"
 Serving = Callable[[Registry, Sessions, Settings, Access | None], AbstractAsyncContextManager[None]]
 
 
@@ -24,7 +25,10 @@ def serving(
     registry: Registry, sessions: Sessions, settings: Settings, access: Access | None = None
 ) -> AbstractAsyncContextManager[None]:
     """The server, for as long as the app runs; nothing where no port is set. Raises `UsageError`."""
-    return nullcontext() if settings.grpc_port is None else _load()(registry, sessions, settings, access)
+    if settings.grpc_port is None:
+        return nullcontext()
+    serve: Serving = resolve_extra("grpc", SERVING)
+    return serve(registry, sessions, settings, access)
 
 
 def check(settings: Settings) -> None:
@@ -32,7 +36,7 @@ def check(settings: Settings) -> None:
     it. Raises `UsageError` when the port is taken or the libraries are not installed."""
     if settings.grpc_port is None:
         return
-    _load()
+    resolve_extra("grpc", SERVING)
     family = socket.AF_INET6 if ":" in settings.grpc_host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
@@ -41,11 +45,3 @@ def check(settings: Settings) -> None:
     except OSError as error:
         where = f"{settings.grpc_host}, port {settings.grpc_port}"
         raise UsageError(f"cannot listen on {where} for gRPC: {error.strerror}") from error
-
-
-def _load() -> Serving:
-    try:
-        found: Serving = resolve("app.grpc.server:serving")
-    except ModuleNotFoundError as error:
-        raise UsageError(f'gRPC needs {error.name}; install it with: pip install "actserve[grpc]"') from error
-    return found
