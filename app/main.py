@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app import __version__, admin, grpc
-from app.access import Access, read, tls
+from app.access import Access, tls
+from app.access import read as read_tokens
 from app.api import act, errors, games, gate, health, metrics, oip, page, policies, sessions, stream
 from app.api.observed import Observed
 from app.errors import UsageError
@@ -28,6 +29,8 @@ from app.supervisor import Start
 from app.telemetry.traces import Traces
 from app.trust import Trust
 
+LOAD_S = 2.0  # that a worker may take before it lets clients in who could have asked its predecessor
+
 
 def check(settings: Settings) -> None:
     """What can be known to be wrong before the first process serves. Raises `UsageError`."""
@@ -35,7 +38,7 @@ def check(settings: Settings) -> None:
         raise UsageError(f"there is no model store at {settings.store}; export a policy first, or name it with --store")
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     if settings.tokens is not None:
-        read(settings.tokens)
+        read_tokens(settings.tokens)
     grpc.check(settings)
     admin.check(settings)
     tls.check(settings)
@@ -44,9 +47,6 @@ def check(settings: Settings) -> None:
 class Service(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         return Observed(super().build_middleware_stack())  # outside of what answers errors, too
-
-
-LOAD_S = 2.0  # that a worker may take before it lets clients in who could have asked its predecessor
 
 
 def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:

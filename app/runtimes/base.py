@@ -31,10 +31,8 @@ class Runtime(ABC):
     def run(self, batch: Mapping[str, Array]) -> Arrays:
         """One inference call. `batch`: every input of the signature, each (B, *shape), 1 <= B <= max_batch.
 
-        Returns every result of the signature, outputs and new state, each (B, *shape).
-
-        Raises `InvalidTensor` before the program sees an
-        array that is not what it was built for, and `RuntimeFailure` when the engine fails.
+        Returns every result of the signature, outputs and new state, each (B, *shape). Raises `InvalidTensor` before
+        the program sees an array that is not what it was built for, and `RuntimeFailure` when the engine fails.
         """
         size = self.signature.validate(batch)
         if size > self.signature.max_batch:

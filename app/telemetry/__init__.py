@@ -8,5 +8,5 @@
     logs.py      log lines, for people or as JSON
     traces.py    OpenTelemetry spans, where that is installed and wanted
 
-`app.api.metrics` shows them.
+`app.metrics` collects and shows it.
 """
