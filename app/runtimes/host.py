@@ -31,7 +31,7 @@ class Host:
     cxxabi: Version = ()  # the same for CXXABI_
     libraries: frozenset[str] | None = None  # file names the dynamic loader can find; None: not known
     devices: tuple[str, ...] = ("cpu",)
-    compute_capability: Version | None = None  # of the first CUDA device
+    compute_capability: Version = ()  # of the first CUDA device
 
     def facts(self) -> dict[str, Any]:
         """JSON-able, for people; without the list of libraries."""
@@ -41,7 +41,7 @@ class Host:
             "glibcxx": dotted(self.glibcxx),
             "cxxabi": dotted(self.cxxabi),
             "devices": list(self.devices),
-            "compute_capability": dotted(self.compute_capability or ()),
+            "compute_capability": dotted(self.compute_capability),
             "packages": dict(self.packages),
             "cpu_flags": sorted(self.cpu_flags),
         }
@@ -50,7 +50,7 @@ class Host:
 @cache
 def this_host() -> Host:
     packages = {name: version for name in ("torch", "onnxruntime") if (version := _installed(name))}
-    capability = _cuda_capability() if "torch" in packages and not _full_version("torch").endswith("+cpu") else None
+    capability = _cuda_capability() if "torch" in packages and not _full_version("torch").endswith("+cpu") else ()
     libstdcxx = _libstdcxx()
     return Host(
         system=platform.system(),
@@ -130,19 +130,19 @@ def _listed() -> Iterator[str]:
             continue
 
 
-def _cuda_capability() -> Version | None:
-    """(major, minor) of the first CUDA device, asked of the driver; None without driver or device."""
+def _cuda_capability() -> Version:
+    """(major, minor) of the first CUDA device, asked of the driver; () without driver or device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
+        return ()
     count, device, major, minor = (ctypes.c_int() for _ in range(4))
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
-        return None
+        return ()
     driver.cuDeviceGet(ctypes.byref(device), 0)
     for number, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
         if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
-            return None
+            return ()
     return (major.value, minor.value)
 
 

@@ -11,9 +11,8 @@ from app.artifact import Manifest
 from app.errors import RuntimeRefused
 from app.runtimes.base import RUNTIMES
 from app.runtimes.host import Host, Version, dotted, this_host
-from app.runtimes.package import inspect_package
 
-__all__ = ["Choice", "Host", "choose", "inspect_package", "refusal", "this_host"]
+__all__ = ["Choice", "Host", "choose", "refusal", "this_host"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _check_compute_capability(needed: str, host: Host) -> str | None:
     """Equality: the kernels inside are machine code for one of them."""
     if host.compute_capability == _version(needed):
         return None
-    here = dotted(host.compute_capability or ()) or "no CUDA device"
+    here = dotted(host.compute_capability) or "no CUDA device"
     return f"built for compute capability {needed}, this host has {here}"
 
 
