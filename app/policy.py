@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from app import golden, tuning
+from app import golden
 from app.artifact import Artifact
 from app.batcher import Answer, Batcher, Statistics
 from app.batcher.arena import BATCHES, Arena
@@ -24,6 +24,7 @@ from app.settings import Settings
 from app.signature import Arrays, Exploration
 from app.telemetry import call
 from app.telemetry.counts import Program
+from app.tuning import Tuning, measure
 from app.tuning.tuned import Tuned
 
 log = logging.getLogger("actserve")
@@ -43,22 +44,22 @@ class Policy:
     """A served policy. Made by `Policy.load`; `start` and `close` belong to the event loop."""
 
     def __init__(
-        self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, tuned: tuning.Tuning, settings: Settings
+        self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, tuning: Tuning, settings: Settings
     ) -> None:
         self.artifact = artifact
         self.signature = artifact.manifest.signature
         self.choice = choice
         self._runtime = runtime
-        self.tuning = tuned
+        self.tuning = tuning
         self._max_items = settings.max_items
-        arena = Arena(self.signature, tuned.batch) if Arena.suits(self.signature) else None
+        arena = Arena(self.signature, tuning.batch) if Arena.suits(self.signature) else None
         max_wait_ns = int(settings.max_wait_ms * 1e6)
         self.batcher = Batcher(
             runtime.run,
-            tuned.batch,
-            min(settings.max_waiting, max(BATCHES * tuned.batch, max_wait_ns // tuned.best_ns)),
+            tuning.batch,
+            min(settings.max_waiting, max(BATCHES * tuning.batch, max_wait_ns // tuning.best_ns)),
             max_wait_ns=max_wait_ns,
-            quick=tuned.quick,
+            quick=tuning.quick,
             arena=arena,
         )
 
@@ -82,8 +83,8 @@ class Policy:
                 failed[choice.runtime] = error.message
                 continue
             log.info("%s is served by .%s (%s)", artifact.label, choice.runtime, choice.reason)
-            known = tuned.programs.get(choice.runtime) if tuned else None
-            return cls(artifact, runtime, choice, known or tuning.measure(runtime.run, runtime.signature), settings)
+            tuning = tuned.programs.get(choice.runtime) if tuned else None
+            return cls(artifact, runtime, choice, tuning or measure(runtime.run, runtime.signature), settings)
 
     def start(self) -> None:
         self.batcher.start()

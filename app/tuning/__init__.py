@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter_ns
 
 from app.requests import complete
@@ -25,7 +26,7 @@ class Tuning:
 
     item_ns: dict[int, int]
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """The size from which on larger ones are not worth it."""
         best, *larger = self.item_ns

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
-from app import golden, tuning
+from app import golden
 from app.artifact import Artifact
 from app.errors import ActserveError, RuntimeRefused
 from app.runtimes import preflight
 from app.runtimes.host import cpu_model, this_host
-from app.tuning import Tuning
+from app.tuning import Tuning, measure
 
 LIMIT_BYTES = 1 << 16
 
@@ -48,7 +48,7 @@ class Tuned:
                 failed[name] = error.message
                 continue
             try:
-                programs[name] = tuning.measure(runtime.run, runtime.signature, at_least_ns)
+                programs[name] = measure(runtime.run, runtime.signature, at_least_ns)
             finally:
                 runtime.close()
         if not programs:
