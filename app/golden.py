@@ -60,17 +60,24 @@ def compare(
                 exceeding.append(spec.name)
         elif spec is not signature.action and not np.array_equal(ours, theirs):
             exceeding.append(spec.name)
-    return Agreement(
-        len(reference[signature.action.name]), _differing(signature, outputs, reference), largest, tuple(exceeding)
-    )
+    action = signature.action
+    differing: tuple[int, ...] = ()
+    if action.numpy_dtype.kind != "f":  # a continuous action is held to the tolerance, as other outputs are
+        same = agreeing(outputs[action.name], reference[action.name], tolerance)
+        differing = tuple(map(int, np.flatnonzero(~same)))
+    return Agreement(len(reference[action.name]), differing, largest, tuple(exceeding))
 
 
-def _differing(signature: Signature, outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> tuple[int, ...]:
-    if signature.action.numpy_dtype.kind == "f":
-        return ()  # a continuous action is held to the tolerance
-    name = signature.action.name
-    rows = (outputs[name] != reference[name]).reshape(len(reference[name]), -1).any(axis=1)
-    return tuple(map(int, np.flatnonzero(rows)))
+def agreeing(ours: Array, theirs: Array, tolerance: Tolerance) -> Array:
+    """Which items' actions are the same, (B,) bool: discrete ones equal, continuous ones within the tolerance.
+
+    `ours` and `theirs`: each (B, *shape).
+    """
+    if ours.dtype.kind == "f":
+        same = np.isclose(ours, theirs, rtol=tolerance.relative, atol=tolerance.absolute)
+    else:
+        same = ours == theirs
+    return np.asarray(same.reshape(len(ours), -1).all(axis=1))
 
 
 def in_batches(run: Callable[[Arrays], Arrays], inputs: Mapping[str, Array], size: int) -> Arrays:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import numpy as np
-
 from app.errors import ActserveError
-from app.golden import Tolerance
+from app.golden import Tolerance, agreeing
 from app.policy import Acted, Policy
 from app.signature import Array, Arrays, Exploration
 
 log = logging.getLogger("actserve")
 
 PENDING = 8  # requests that may wait for the shadow; further ones are not copied
-
-
 # What can come of asking it about an item; it is not asked ("dropped") while it is behind.
 OUTCOMES = ("agreements", "disagreements", "failures", "dropped")
 
@@ -48,15 +44,7 @@ class Shadow:
             log.warning("%s, a shadow: %s", self.policy.artifact.label, error.message)
             self.outcomes["failures"] += size
             return
-        same = int(agreeing(action, acted.outputs[self.policy.signature.action.name]).sum())
+        own = acted.outputs[self.policy.signature.action.name]
+        same = int(agreeing(action, own, Tolerance()).sum())  # as its golden samples must
         self.outcomes["agreements"] += same
         self.outcomes["disagreements"] += size - same
-
-
-def agreeing(one: Array, other: Array) -> Array:
-    """Which items' actions are the same, (B,) bool: discrete ones equal, continuous ones within the golden samples'
-    tolerance. Each (B, *shape)."""
-    size = len(one)
-    within = Tolerance() if one.dtype.kind == "f" else Tolerance(0, 0)
-    same = np.asarray(np.isclose(one, other, rtol=within.relative, atol=within.absolute))
-    return np.asarray(same.reshape(size, -1).all(axis=1))
