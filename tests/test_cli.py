@@ -86,6 +86,7 @@ def test_export_of_a_users_module(tmp_path: Path) -> None:
         (("export", "pong", "--runtime", "tflite"), "--runtime takes"),
         (("train", "chess"), "expected pong, pong-lstm, a game of ale-py"),
         (("inspect", "pong@x"), "NAME@VERSION"),
+        (("diff", "pong@x", "pong"), "NAME@VERSION"),
         (("serve", "--store", "nowhere"), "no model store at nowhere"),
         (("load", "--rate", "5", "--concurrency", "2"), "exclude each other"),
         (("nonsense",), "No such command"),
@@ -104,6 +105,7 @@ def test_usage_errors_exit_with_2_and_one_line(arguments: tuple[str, ...], messa
         (("play", "--url", "http://127.0.0.1:1"), "127.0.0.1:1"),
         (("load", "--url", "http://127.0.0.1:1", "--duration", "1"), "127.0.0.1:1"),
         (("inspect", "chess"), "no policy named 'chess'"),
+        (("diff", "pong", "pong@7"), "pong has no version '7'"),
         (("export", "tests.policies:cart_pair", "--device", "cuda"), "AOTInductor could not compile the program"),
     ],
 )

@@ -7,21 +7,26 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from app.errors import RuntimeFailure, UnknownPolicy, UnknownVersion
+from app.commands.stores import find
+from app.errors import RuntimeFailure
 from app.runtimes import base
 from app.store import ModelStore
-from app.tools.diff import diff, show
+from app.tools.diff import Diff, diff, show
 from tests.publishing import republish
+
+
+def compare(store: ModelStore, before: str, after: str) -> Diff:
+    return diff(find(store, before), find(store, after))
 
 
 def text(store: ModelStore, before: str, after: str) -> str:
     output = StringIO()
-    show(diff(store, before, after), Console(file=output, width=120))
+    show(compare(store, before, after), Console(file=output, width=120))
     return output.getvalue()
 
 
 def test_an_artifact_does_not_differ_from_itself(cart_store: ModelStore) -> None:
-    found = diff(cart_store, "cart@1", "cart")
+    found = compare(cart_store, "cart@1", "cart")
     assert found.signature == ()
     assert found.agreement is not None
     assert found.agreement.same == found.agreement.samples == 32  # the samples of both are the same 32
@@ -33,7 +38,7 @@ def test_an_artifact_does_not_differ_from_itself(cart_store: ModelStore) -> None
 
 
 def test_it_is_json(cart_store: ModelStore) -> None:
-    document = json.loads(json.dumps(diff(cart_store, "cart", "cart").as_json()))
+    document = json.loads(json.dumps(compare(cart_store, "cart", "cart").as_json()))
     assert set(document) == {"before", "after", "signature", "agreement"}
     assert set(document["before"]["median_us"]) == {"1", "8"}
 
@@ -43,7 +48,7 @@ def test_two_runtimes_of_the_same_policy(own_store: ModelStore) -> None:
     onnx_only = {"onnx": first.manifest.programs["onnx"]}
     files = {name: first.folder / name for name in first.manifest.files if name != "policy.pt2"}
     own_store.publish(replace(first.manifest, programs=onnx_only), files)
-    found = diff(own_store, "cart@1", "cart@2")
+    found = compare(own_store, "cart@1", "cart@2")
     assert (found.before.runtime, found.after.runtime) == ("pt2", "onnx")
     assert found.agreement is not None
     assert found.agreement.same == found.agreement.samples
@@ -62,7 +67,7 @@ def test_a_changed_signature(own_store: ModelStore) -> None:
         signature, observations=(replace(observation, shape=(5,)),), outputs=signature.outputs[:1], max_batch=4
     )
     republish(first, own_store, signature=changed, programs={})
-    found = diff(own_store, "cart@1", "cart@2")
+    found = compare(own_store, "cart@1", "cart@2")
     assert [(change.way, change.name, change.before, change.after) for change in found.signature] == [
         ("takes", "observation", "float32[4]", "float32[5]"),
         ("gives", "action_value", "float32[3]", None),
@@ -76,7 +81,7 @@ def test_a_changed_signature(own_store: ModelStore) -> None:
 
 def test_a_program_that_does_not_open_gives_way(cart_store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(base.RUNTIMES, "pt2", "tests.test_diff:Broken")
-    found = diff(cart_store, "cart", "cart")
+    found = compare(cart_store, "cart", "cart")
     assert found.before.runtime == "onnx"
     assert "not .pt2: broken" in found.before.reason
 
@@ -85,12 +90,3 @@ class Broken:
     @staticmethod
     def load(artifact: object, threads: int) -> base.Runtime:
         raise RuntimeFailure("broken")
-
-
-def test_unknown_labels(cart_store: ModelStore) -> None:
-    with pytest.raises(UnknownPolicy):
-        diff(cart_store, "pole", "cart")
-    with pytest.raises(UnknownVersion):
-        diff(cart_store, "cart@7", "cart")
-    with pytest.raises(UnknownVersion):
-        diff(cart_store, "cart@first", "cart")

@@ -63,14 +63,13 @@ def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None
             except UntrustedProgram as error:
                 reason = error.message
         results[runtime] = {"ran": False, "reason": reason}
-    signer = artifact.signer
     if json:
         manifest = artifact.manifest
-        print_json({"name": manifest.name, "version": manifest.version, "signer": signer, "programs": results})
+        print_json({"name": manifest.name, "version": manifest.version, "signer": artifact.signer, "programs": results})
     else:
         print(f"{artifact.label}: {len(artifact.manifest.files)} files are what was published")
-        if signer or trust:
-            print(f"  signed by {signer or 'none of the trusted keys'}")
+        if artifact.signer or trust:
+            print(f"  signed by {artifact.signer or 'none of the trusted keys'}")
         for runtime, found in results.items():
             print(f"  .{runtime}: {_verdict(found)}")
     if not all(found.get("holds", True) for found in results.values()):
@@ -78,8 +77,8 @@ def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None
 
 
 def diff(
-    before: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")],
-    after: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")],
+    before: Label,
+    after: Label,
     store: Store = DEFAULT_STORE,
     trust: TrustOption = None,
     json: Json = False,
@@ -87,7 +86,8 @@ def diff(
     """Say what changed between two artifacts: signature, actions on golden samples, speed, size."""
     from app.tools import diff as differ
 
-    found = differ.diff(reading(store, trust), before, after)
+    source = reading(store, trust)
+    found = differ.diff(find(source, before), find(source, after))
     if json:
         print_json(found.as_json())
     else:

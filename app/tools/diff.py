@@ -14,12 +14,10 @@ from rich.table import Table
 
 from app import golden
 from app.artifact import Artifact
-from app.errors import RuntimeFailure, RuntimeRefused, UnknownVersion
-from app.golden import Tolerance
+from app.errors import RuntimeFailure, RuntimeRefused
 from app.runtimes import preflight
 from app.runtimes.base import Runtime, load
 from app.signature import Array, Arrays, Signature
-from app.store import ModelStore
 
 BATCHES = (1, 8)
 ROUNDS = 15
@@ -76,17 +74,18 @@ class Diff:
         }
 
 
-def diff(store: ModelStore, before: str, after: str) -> Diff:
-    """Compare two artifacts, each given as `NAME@VERSION` or `NAME`. Raises `NotFound` or a `StoreError`.
+def diff(before: Artifact, after: Artifact) -> Diff:
+    """Compare two artifacts. Raises a `StoreError`.
 
     Takes about a second for small policies: each program is timed, in turns, so that a busy moment hits both.
     """
-    artifacts = [_resolve(store, label) for label in (before, after)]
+    artifacts = [before, after]
+    samples = [golden.read(artifact)[0] for artifact in artifacts]
     opened = [_open(artifact) for artifact in artifacts]
     runtimes = [runtime for runtime, _ in opened]
     try:
-        medians = _race(runtimes, [golden.read(artifact)[0] for artifact in artifacts])
-        agreement = _agreement(artifacts, runtimes)
+        medians = _race(runtimes, samples)
+        agreement = _agreement(runtimes, samples)
     finally:
         for runtime in runtimes:
             if runtime is not None:
@@ -95,7 +94,7 @@ def diff(store: ModelStore, before: str, after: str) -> Diff:
         Side(artifact.label, choice.runtime if choice else None, reason, _sizes(artifact), median)
         for artifact, (_, (choice, reason)), median in zip(artifacts, opened, medians, strict=True)
     ]
-    changes = _changes(artifacts[0].manifest.signature, artifacts[1].manifest.signature)
+    changes = _changes(before.manifest.signature, after.manifest.signature)
     return Diff(sides[0], sides[1], tuple(changes), agreement)
 
 
@@ -134,13 +133,6 @@ def _compared(before: float | None, after: float | None) -> tuple[str, str, str]
     return shown[0], shown[1], f"{after / before:.2f}x" if before and after else ""
 
 
-def _resolve(store: ModelStore, label: str) -> Artifact:
-    name, at, version = label.partition("@")
-    if at and not version.isdecimal():
-        raise UnknownVersion(name, version, store.versions(name))
-    return store.resolve(name, int(version) if at else None)
-
-
 def _open(artifact: Artifact) -> tuple[Runtime | None, tuple[preflight.Choice | None, str]]:
     """The best runtime that opens here, and why it, or why none."""
     failed: dict[str, str] = {}
@@ -171,26 +163,24 @@ def _sizes(artifact: Artifact) -> dict[str, int]:
     return {name: record.bytes for name, record in artifact.manifest.files.items()}
 
 
-def _agreement(artifacts: list[Artifact], runtimes: list[Runtime | None]) -> ActionAgreement | None:
+def _agreement(runtimes: list[Runtime | None], samples: list[Arrays]) -> ActionAgreement | None:
     first, second = runtimes
     if first is None or second is None:
         return None
     takes = [[(spec.name, str(spec)) for spec in runtime.signature.inputs] for runtime in (first, second)]
     if sorted(takes[0]) != sorted(takes[1]) or str(first.signature.action) != str(second.signature.action):
         return None
-    samples = [golden.read(artifact)[0] for artifact in artifacts]
     union = _union(samples)
     size = min(8, first.signature.max_batch, second.signature.max_batch)
     ours, theirs = (golden.in_batches(runtime.run, union, size) for runtime in (first, second))
     a, b = ours[first.signature.action.name], theirs[second.signature.action.name]
-    tolerance = Tolerance()
-    same = np.isclose(a, b, tolerance.relative, tolerance.absolute) if a.dtype.kind == "f" else a == b
+    same = int(golden.agreeing(a, b, golden.Tolerance()).sum())
     largest = {
         name: float(np.max(np.abs(ours[name] - theirs[name]), initial=0.0))
         for name in ours.keys() & theirs.keys()
         if ours[name].dtype.kind == "f" and ours[name].shape == theirs[name].shape
     }
-    return ActionAgreement(len(a), int(same.reshape(len(a), -1).all(axis=1).sum()), dict(sorted(largest.items())))
+    return ActionAgreement(len(a), same, dict(sorted(largest.items())))
 
 
 def _union(samples: list[Arrays]) -> Arrays:
