@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from app.commands.terminal import console
 from app.errors import StoreUnreachable, UsageError
 from app.lazy import resolve_extra
 
@@ -37,7 +37,7 @@ def reading(location: str, trust: Path | None = None) -> ModelStore:
     try:
         store.refresh()
     except StoreUnreachable as error:
-        Console(stderr=True).print(f"{error.message}; this is about what was fetched before", soft_wrap=True)
+        console.print(f"{error.message}; this is about what was fetched before", soft_wrap=True)
     return store
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.commands.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
-from app.commands.terminal import Json, print_json
+from app.commands.terminal import Json, console, print_json
 
 if TYPE_CHECKING:
     from app.artifact import Artifact
@@ -29,13 +29,12 @@ def tune(
     """Measure an artifact's programs on this host, at several batch sizes, for `serve` to choose by."""
     from app.tuning.tuned import Tuned
 
-    progress = Console(stderr=True)
     artifact = find(reading(store, trust), label)
-    with progress.status(f"measuring {artifact.label}"):
+    with console.status(f"measuring {artifact.label}"):
         tuned, failed = Tuned.measure(artifact, AT_LEAST_NS)
     file = tuned.save(artifact)
     for runtime, reason in failed.items():
-        progress.print(f".{runtime} does not run here: {reason}", soft_wrap=True, markup=False)
+        console.print(f".{runtime} does not run here: {reason}", soft_wrap=True, markup=False)
     if json:
         item_us = {
             runtime: {str(size): ns / 1e3 for size, ns in tuning.item_ns.items()}
@@ -44,9 +43,9 @@ def tune(
         batch = {runtime: tuning.batch for runtime, tuning in tuned.programs.items()}
         print_json({"fastest": tuned.fastest, "batch": batch, "item_us": item_us})
         return
-    console = Console()
-    console.print(curve(tuned))
-    console.print(f"{artifact.label}: .{tuned.fastest} is the fastest; written to {file.name} beside it", markup=False)
+    out = Console()
+    out.print(curve(tuned))
+    out.print(f"{artifact.label}: .{tuned.fastest} is the fastest; written to {file.name} beside it", markup=False)
 
 
 def tune_quietly(artifact: Artifact, progress: Callable[[str], None]) -> None:
