@@ -80,7 +80,7 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
     @app.post("/policies/{name}/rollback")
     async def roll_back(name: str) -> dict[str, Any]:
         """Pin the version before the live one."""
-        return await change(name, routing.roll_back, (await registry.get(name)).artifact.manifest.version)
+        return await change(name, routing.roll_back, (await registry.get(name)).version)
 
     @app.put("/policies/{name}/aliases/{alias}")
     async def alias(name: str, alias: str, which: Which) -> dict[str, Any]:

@@ -149,10 +149,10 @@ def encode_png(screen: Screen) -> bytes:
 
 
 def _environment(policy: Policy) -> Environment:
-    manifest = policy.artifact.manifest
-    if manifest.environment is None:
-        raise InvalidRequest(f"{manifest.name} was not trained on an Atari game, and only these can be played here")
+    environment = policy.artifact.manifest.environment
+    if environment is None:
+        raise InvalidRequest(f"{policy.name} was not trained on an Atari game, and only these can be played here")
     action = policy.signature.action
     if action.shape or action.numpy_dtype.kind not in "iu":
-        raise InvalidRequest(f"expected a policy whose action is the index of one; {manifest.name} gives {action}")
-    return manifest.environment
+        raise InvalidRequest(f"expected a policy whose action is the index of one; {policy.name} gives {action}")
+    return environment

@@ -47,6 +47,7 @@ class Policy:
         self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, tuning: Tuning, settings: Settings
     ) -> None:
         self.artifact = artifact
+        self.name, self.version = artifact.manifest.name, artifact.manifest.version
         self.signature = artifact.manifest.signature
         self.choice = choice
         self._runtime = runtime
@@ -133,8 +134,7 @@ class Policy:
 
     @property
     def program(self) -> Program:
-        manifest = self.artifact.manifest
-        return Program(manifest.name, manifest.version, self.choice.runtime)
+        return Program(self.name, self.version, self.choice.runtime)
 
     def statistics(self) -> Statistics:
         return self.batcher.statistics()
@@ -149,10 +149,9 @@ class Policy:
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: what is served, by which runtime, and why that one."""
-        manifest = self.artifact.manifest
         return {
-            "name": manifest.name,
-            "version": manifest.version,
+            "name": self.name,
+            "version": self.version,
             "runtime": self.choice.runtime,
             "reason": self.choice.reason,
         }

@@ -155,7 +155,7 @@ async def act_by_name(request: Request, name: str) -> Response:
 @_route("/policies/{name}/versions/{version}/act")
 async def act_by_version(request: Request, name: str, version: str) -> Response:
     policy = await common.registry(request).find(name, version)
-    return await _act(request, policy, policy.artifact.manifest.version)
+    return await _act(request, policy, policy.version)
 
 
 async def _act(request: Request, policy: Policy, version: int | None = None) -> Response:

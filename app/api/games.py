@@ -84,9 +84,9 @@ async def _finding(websocket: WebSocket, settings: Settings) -> AsyncIterator[Fi
     """Where to find the policy for every step: the one that is served, or for another runtime one of the game's own."""
     registry, query = common.registry(websocket), websocket.query_params
     served = await registry.find(query["policy"], query.get("version")) if "policy" in query else await registry.get()
-    manifest, runtime = served.artifact.manifest, query.get("runtime")
+    runtime = query.get("runtime")
     if runtime in (None, served.choice.runtime):
-        yield lambda: registry.get(manifest.name, manifest.version)  # a game stays with the version that began it
+        yield lambda: registry.get(served.name, served.version)  # a game stays with the version that began it
         return
     if runtime not in RUNTIMES:
         raise InvalidRequest(f"expected a runtime of {' or '.join(RUNTIMES)}; got {runtime[:80]!r}")

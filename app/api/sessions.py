@@ -90,7 +90,7 @@ class Stepping:
 
 async def stepping(request: Request, policy: Policy, version: int | None, id_: str) -> Stepping:
     """What to step, of `policy`. `version` is the one that the URL asks for, if it does."""
-    session = _sessions(request).get(policy.artifact.manifest.name, id_, access.current.get())
+    session = _sessions(request).get(policy.name, id_, access.current.get())
     if version is not None and session.version != version:
         raise InvalidRequest(
             f"a session stays on its version: expected {session.version}; got {version}",
@@ -127,10 +127,9 @@ def headers(stepped: Stepped) -> dict[str, str]:
 async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
     exploration, seed = _read_beginning(bytes(await common.read(request, _BEGIN_LIMIT_BYTES)))
     decide(policy.signature, exploration, seed)  # or it would be told with the first step
-    manifest = policy.artifact.manifest
     session = _sessions(request).begin(
-        manifest.name,
-        manifest.version,
+        policy.name,
+        policy.version,
         owner=request.headers.get(OWNER) or None,
         seed=seed,
         exploration=exploration,

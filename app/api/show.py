@@ -118,8 +118,8 @@ class Show:
     def _hello(self) -> str:
         game, policy = self._game, self._game.policy
         hello = {
-            "policy": policy.artifact.manifest.name,
-            "version": policy.artifact.manifest.version,
+            "policy": policy.name,
+            "version": policy.version,
             "runtime": policy.choice.runtime,
             "exploration": game.exploration,
             "seed": game.seed,

@@ -96,7 +96,7 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
     counts = common.registry(websocket).counts
     try:
         policy = await found
-        tally = counts.tally(policy.program.policy, "websocket", STREAM)
+        tally = counts.tally(policy.name, "websocket", STREAM)
         episode = Episode(policy, websocket.query_params, settings, tally)
     except ActserveError as error:
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
@@ -180,14 +180,13 @@ class Episode:
         self._state: Arrays = {}  # each (1, *shape); none before the first step, or where the arena has it
         self.steps = 0
         self.token = current.get()
-        manifest = policy.artifact.manifest
         self.hello = Hello(
-            policy=manifest.name,
-            version=manifest.version,
+            policy=policy.name,
+            version=policy.version,
             runtime=policy.choice.runtime,
             signature=self._signature,
             offsets=self._replies.offsets,
-            environment=manifest.environment,
+            environment=policy.artifact.manifest.environment,
             exploration=exploration,
             seed=seed,
             window=WINDOW,

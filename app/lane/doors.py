@@ -146,7 +146,7 @@ class Lane:
     def _rebuild(self) -> None:
         doors: dict[bytes, Door] = {}
         for policy in self._registry.live:
-            batcher, name = policy.batcher, policy.artifact.manifest.name
+            batcher, name = policy.batcher, policy.name
             if self._registry.splits(name):
                 continue  # with a canary or a shadow, the route says who acts
             if batcher.arena is not None and not policy.signature.state:  # whose answers have more in them

@@ -108,15 +108,15 @@ class Registry:
     async def get(self, name: str | None = None, version: int | None = None) -> Policy:
         """The live policy, by default the default one. Raises `NotFound`, `Unavailable`, or why it is not served."""
         policy = self._get_live(name or self.default)
-        if version is not None and version != policy.artifact.manifest.version:
-            policy = await self._loaded.get(policy.artifact.manifest.name, version, fetch=False)  # a request's wish
+        if version is not None and version != policy.version:
+            policy = await self._loaded.get(policy.name, version, fetch=False)  # a request's wish
             self._loaded.keep(policy)
         return policy
 
     async def resume(self, name: str, version: int) -> Policy:
         """The version that a session is on. Raises as `get`."""
         policy = self._get_live(name)
-        if version != policy.artifact.manifest.version:
+        if version != policy.version:
             policy = await self._loaded.get(name, version, fetch=False)
             self._loaded.keep_for_sessions(policy)
         return policy
@@ -174,8 +174,7 @@ class Registry:
         return dict.fromkeys(OUTCOMES, 0) if shadow is None else shadow.outcomes
 
     def _beside_live(self, policy: Policy) -> Beside | None:
-        name = policy.artifact.manifest.name
-        return self._beside.get(name) if self._live.get(name) is policy else None
+        return self._beside.get(policy.name) if self._live.get(policy.name) is policy else None
 
     # what is told
 
@@ -199,7 +198,7 @@ class Registry:
         """What there is of `name`, what is served of it included, wherever the store has gone meanwhile."""
         with contextlib.suppress(UnknownPolicy):
             return self._store.versions(name)
-        return [self._live[name].artifact.manifest.version] if name in self._live else []
+        return [self._live[name].version] if name in self._live else []
 
     # following the store
 
@@ -272,7 +271,7 @@ class Registry:
             beside.problems[ROUTING] = wishes
 
     def _serving(self, name: str) -> int | None:
-        return self._live[name].artifact.manifest.version if name in self._live else None
+        return self._live[name].version if name in self._live else None
 
     def _go_live(self, name: str, policy: Policy) -> None:
         old = self._live.get(name)

@@ -7,7 +7,6 @@ from typing import Any
 
 from app.errors import ActserveError, InvalidRouting
 from app.policy import Policy
-from app.registry.loaded import key_of
 from app.registry.shadow import Shadow
 from app.store.routing import Routing
 
@@ -72,7 +71,7 @@ class Beside:
 
     async def _candidate(self, role: str, version: int | None, live: Policy, load: Load) -> Policy | None:
         """A version that can stand in for `live`; None, too, when it is the live one."""
-        if version is None or version == live.artifact.manifest.version:
+        if version is None or version == live.version:
             return None
         policy = await self._find(role, version, load)
         if policy is None:
@@ -97,9 +96,9 @@ class Beside:
         shadow = self.shadow
         return {
             "pin": self.routing.pin,
-            "aliases": {alias: key_of(policy)[1] for alias, policy in self.aliases.items()},
-            "canary": self.canary and {"version": key_of(self.canary.policy)[1], "share": self.canary.share},
-            "shadow": shadow and {"version": key_of(shadow.policy)[1], **shadow.outcomes},
+            "aliases": {alias: policy.version for alias, policy in self.aliases.items()},
+            "canary": self.canary and {"version": self.canary.policy.version, "share": self.canary.share},
+            "shadow": shadow and {"version": shadow.policy.version, **shadow.outcomes},
             "problems": {what: {"code": e.code, "message": e.message} for what, e in self.problems.items()},
         }
 

@@ -123,4 +123,4 @@ async def _end(label: str, closing: Callable[[], Awaitable[None]]) -> None:
 
 
 def key_of(policy: Policy) -> Key:
-    return policy.artifact.manifest.name, policy.artifact.manifest.version
+    return policy.name, policy.version

@@ -81,9 +81,8 @@ async def _act(
 
 
 def _answer(asked: Asked, policy: Policy, acted: Acted, selected: dict[str, bool]) -> Answer:
-    manifest = policy.artifact.manifest
     outputs = {name: acted.outputs[name] for name in selected}
-    return Answer(manifest.name, str(manifest.version), asked.request.id, acted.seed, outputs, selected)
+    return Answer(policy.name, str(policy.version), asked.request.id, acted.seed, outputs, selected)
 
 
 @asynccontextmanager

@@ -29,10 +29,9 @@ def server() -> dict[str, Any]:
 
 def model(policy: Policy, registry: Registry) -> dict[str, Any]:
     """Names are the signature's; the batch axis is -1. New state goes out under the name of the input it replaces."""
-    name = policy.artifact.manifest.name
-    described = registry.describe(name)
+    described = registry.describe(policy.name)
     return {
-        "name": name,
+        "name": policy.name,
         "versions": [str(version) for version in described["versions"] if version not in described["refused"]],
         "platform": PLATFORMS[policy.choice.runtime],
         "inputs": [_tensor(spec) for spec in policy.signature.asked],
@@ -45,7 +44,7 @@ def config(policy: Policy) -> dict[str, Any]:
     signature = policy.signature
     needed = {spec.name for spec in signature.observations}
     return {
-        "name": policy.artifact.manifest.name,
+        "name": policy.name,
         "platform": PLATFORMS[policy.choice.runtime],
         "max_batch_size": signature.max_batch,
         "input": [_configured(spec) | {"optional": spec.name not in needed} for spec in signature.asked],

@@ -103,7 +103,7 @@ async def get_config(request: Request) -> dict[str, Any]:
 @_on_model("GET", "/ready")
 async def model_ready(request: Request) -> dict[str, Any]:
     """200 if it can act; else the reason."""
-    return {"name": (await _policy(request)).artifact.manifest.name, "ready": True}
+    return {"name": (await _policy(request)).name, "ready": True}
 
 
 @_on_model("POST", "/infer")

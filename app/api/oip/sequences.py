@@ -37,10 +37,9 @@ async def find(
         return None
     if parameters.sequence_start:
         return Sequence(policy if pinned else registry.split(policy, begins=True), None)
-    manifest = policy.artifact.manifest
-    session = sessions.sequence(manifest.name, parameters.sequence_id, holder=access.current.get())
-    if pinned and session.version != manifest.version:
-        raise InvalidRequest(f"a sequence stays on its version: expected {session.version}; got {manifest.version}")
+    session = sessions.sequence(policy.name, parameters.sequence_id, holder=access.current.get())
+    if pinned and session.version != policy.version:
+        raise InvalidRequest(f"a sequence stays on its version: expected {session.version}; got {policy.version}")
     return Sequence(await policy_of(registry, session), session)
 
 
@@ -51,10 +50,9 @@ async def step(sessions: Sessions, registry: Registry, sequence: Sequence, asked
     tensors = asked.tensors(sequence.policy.signature)
     session = sequence.session
     if session is None:
-        manifest = sequence.policy.artifact.manifest
         session = sessions.begin(
-            manifest.name,
-            manifest.version,
+            sequence.policy.name,
+            sequence.policy.version,
             seed=seed,
             exploration=exploration,
             sequence=parameters.sequence_id,

@@ -53,10 +53,10 @@ def describe(policy: Policy) -> dict[str, Any]:
     """One of `model_stats`. `inference_count` (items) and `execution_count` (runtime calls) are of every route."""
     inference_stats = asdict(of(policy))
     last_ms = inference_stats.pop("last_ms")
-    manifest, batches = policy.artifact.manifest, policy.statistics()
+    batches = policy.statistics()
     return {
-        "name": manifest.name,
-        "version": str(manifest.version),
+        "name": policy.name,
+        "version": str(policy.version),
         "last_inference": last_ms,
         "inference_count": batches.items,
         "execution_count": batches.batches,
