@@ -49,19 +49,14 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
     async def change(name: str, wish: Callable[..., Routing], *arguments: Any) -> dict[str, Any]:
         await asyncio.to_thread(wish, store, name, *arguments)
         await registry.poll(anew=True)
-        return describe(name)
-
-    def describe(name: str) -> dict[str, Any]:
-        described = registry.describe(name)
-        del described["manifest"]
-        return described
+        return registry.describe(name)
 
     app = FastAPI(openapi_url=None, dependencies=[Depends(authorise)])
     errors.install(app)
 
     @app.get("/policies")
     async def list_policies() -> dict[str, Any]:
-        return {"policies": [describe(name) for name in registry.names]}
+        return {"policies": [registry.describe(name) for name in registry.names]}
 
     @app.post("/load")
     async def load() -> dict[str, Any]:

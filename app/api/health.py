@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from app.api import common
 from app.errors import NotServing
-from app.registry import Registry
 
 router = APIRouter(tags=["health"])
 
@@ -20,7 +20,6 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", responses={503: {"description": "Not yet, and why."}})
 async def readyz(request: Request) -> Response:
     """Policies are loaded, verified against their golden samples and thereby warm."""
-    registry: Registry = request.app.state.registry
-    if reason := registry.not_ready():
+    if reason := common.registry(request).not_ready():
         raise NotServing(reason)
     return Response(b'{"status":"ready"}', media_type="application/json")

@@ -102,7 +102,7 @@ class Service:
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
         """Of the live version of every policy where none is named."""
         if not request.name:
-            return pb.ModelStatisticsResponse(model_stats=await statistics.describe_live(self._registry))
+            return pb.ModelStatisticsResponse(model_stats=statistics.describe_live(self._registry))
         policy = await self._find(request.name, request.version)
         return pb.ModelStatisticsResponse(model_stats=[statistics.describe(policy)])
 

@@ -14,13 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Set
 from typing import Any
 
-from app.errors import (
-    NotServing,
-    SessionsUnavailable,
-    StoreError,
-    UnknownPolicy,
-    UnknownVersion,
-)
+from app.errors import NotServing, SessionsUnavailable, StoreError, UnknownPolicy, UnknownVersion
 from app.policy import Acted, Policy
 from app.registry.beside import ROUTING, Beside
 from app.registry.loaded import Key, Loaded, key_of
@@ -139,7 +133,7 @@ class Registry:
         await self.get(name)
         if name in self._beside and version in self._beside[name].aliases:
             return self._beside[name].aliases[version]
-        raise UnknownVersion(name[:80], version, self.describe(name)["versions"])
+        raise UnknownVersion(name[:80], version, self._versions(name))
 
     # canary and shadow
 
@@ -179,7 +173,7 @@ class Registry:
     # what is told
 
     def describe(self, name: str) -> dict[str, Any]:
-        """JSON-able: the live version of `name`, its manifest, what acts beside it, and what was refused and why."""
+        """JSON-able: the live version of `name`, what acts beside it, and what was refused and why."""
         if name not in self.names:
             raise UnknownPolicy(name, self.names)
         policy = self._live.get(name)
@@ -191,8 +185,11 @@ class Registry:
             "loaded": [version for loaded, version in self._loaded.versions if loaded == name],
             "refused": refused,
             "routing": self._beside.get(name, Beside()).describe(),
-            "manifest": policy.artifact.manifest.to_dict() if policy else None,
         }
+
+    def manifest(self, name: str) -> dict[str, Any] | None:
+        """JSON-able: that of the live version of `name`, if there is one."""
+        return self._live[name].artifact.manifest.to_dict() if name in self._live else None
 
     def _versions(self, name: str) -> list[int]:
         """What there is of `name`, what is served of it included, wherever the store has gone meanwhile."""

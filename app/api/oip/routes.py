@@ -79,7 +79,7 @@ async def index(request: Request) -> list[dict[str, str]]:
 @router.get("/v2/models/stats")
 async def get_all_statistics(request: Request) -> dict[str, Any]:
     """The statistics of the live version of every policy, as this worker process counted them."""
-    return {"model_stats": await statistics.describe_live(common.registry(request))}
+    return {"model_stats": statistics.describe_live(common.registry(request))}
 
 
 @_on_model("GET", "/stats")

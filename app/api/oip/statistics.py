@@ -65,7 +65,6 @@ def describe(policy: Policy) -> dict[str, Any]:
     }
 
 
-async def describe_live(registry: Registry) -> list[dict[str, Any]]:
+def describe_live(registry: Registry) -> list[dict[str, Any]]:
     """`model_stats` of the live version of every policy."""
-    live = [name for name in registry.names if registry.describe(name)["version"] is not None]
-    return [describe(await registry.get(name)) for name in live]
+    return [describe(policy) for policy in sorted(registry.live, key=lambda policy: policy.name)]
