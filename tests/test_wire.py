@@ -149,13 +149,13 @@ def test_answers_keep_the_form_of_the_question() -> None:
     ],
 )
 def test_accept(accept: str, expected: str) -> None:
-    assert wire.negotiate(accept) == expected
+    assert wire.negotiate(accept, 1) == expected
 
 
 @pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "nonsense"])
 def test_what_cannot_be_answered_is_refused(accept: str) -> None:
     with pytest.raises(NotAcceptable, match="answers can be had as"):
-        wire.negotiate(accept)
+        wire.negotiate(accept, 1)
 
 
 @given(body=st.binary(max_size=200), content_type=st.sampled_from([wire.RAW, wire.JSON, "x"]))

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from app import access, wire
 from app.api import common, sessions
-from app.errors import InvalidRequest, NotAcceptable
+from app.errors import InvalidRequest
 from app.policy import Acted, Policy
 from app.signature import Exploration, State
 from app.wire.items import Body
@@ -194,13 +194,8 @@ def _decode(request: Request, body: Body, policy: Policy) -> wire.Items:
 
 def _wanted(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
     """The outputs to answer, and `state`. Raises `UnknownOutput`, or `NotAcceptable` for what cannot be encoded."""
-    asked = [name for name in request.query_params.get("outputs", "").split(",") if name]
-    names = [*policy.signature.select(asked), *(part.spec.name for part in state)]
-    accept = request.headers.get("accept", "")
-    if wire.negotiate(accept) == wire.RAW and len(names) > 1:
-        raise NotAcceptable(
-            f"{wire.RAW}, which can carry one output, and {len(names)} were asked for", [wire.JSON, wire.SAFETENSORS]
-        )
+    names = [*common.outputs(request.query_params, policy.signature), *(part.spec.name for part in state)]
+    wire.negotiate(request.headers.get("accept", ""), len(names))
     return names
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import Request
+from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
 from app import wire
 from app.errors import BodyTooLarge, InvalidRequest
 from app.registry import Registry
+from app.signature import Signature
 from app.wire.items import Body
 
 DEADLINE = "X-Deadline-Ms"
@@ -18,6 +20,11 @@ DEADLINE = "X-Deadline-Ms"
 def registry(request: HTTPConnection) -> Registry:
     found: Registry = request.app.state.registry
     return found
+
+
+def outputs(query: QueryParams, signature: Signature) -> tuple[str, ...]:
+    """The names of those that a query asks for; the action's alone where it does not. Raises `UnknownOutput`."""
+    return signature.select([name for name in query.get("outputs", "").split(",") if name])
 
 
 def patience_ns(request: Request) -> int:

@@ -167,7 +167,7 @@ class Episode:
     def __init__(self, policy: Policy, query: QueryParams, settings: Settings, tally: Tally) -> None:
         signature = policy.signature
         self.tally = tally
-        asked = signature.select([name for name in query.get("outputs", "").split(",") if name])
+        asked = common.outputs(query, signature)
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
         exploration, seed = decide(signature, *wire.read_randomness(query))
         self._binary = query.get("binary", BINARY[0])

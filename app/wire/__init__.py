@@ -68,9 +68,9 @@ def decode(content_type: str, body: Body, signature: Signature) -> Items:
 def encode(accept: str, outputs: Mapping[str, Array], batched: bool, seed: int | None = None) -> tuple[str, bytes]:
     """A policy's outputs, each (k, *shape) -> (content type, body), in the encoding that `accept` prefers.
 
-    `seed` is what anything random came from; JSON and safetensors carry it beside the outputs.
+    `seed` is what anything random came from; JSON and safetensors carry it beside the outputs. Raises `NotAcceptable`.
     """
-    content_type = negotiate(accept)
+    content_type = negotiate(accept, len(outputs))
     return content_type, _WRITERS[content_type](Items(dict(outputs), batched, seed=seed))
 
 
@@ -96,11 +96,14 @@ def decode_answer(content_type: str, body: Body, specs: Sequence[TensorSpec]) ->
 
 
 @lru_cache(64)  # a client's header is always the same
-def negotiate(accept: str) -> str:
-    """The encoding for an Accept header: the best quality, JSON first among equals."""
+def negotiate(accept: str, outputs: int) -> str:
+    """The encoding for an Accept header and so many outputs: the best quality, JSON first among equals. Raises
+    `NotAcceptable`."""
     best, content_type = max(((quality(accept, known), known) for known in _WRITERS), key=lambda pair: pair[0])
     if best <= 0:
         raise NotAcceptable(accept[:200], list(_WRITERS))
+    if content_type == RAW and outputs != 1:
+        raise NotAcceptable(f"{RAW}, which can carry one output, and {outputs} were asked for", [JSON, SAFETENSORS])
     return content_type
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.errors import InvalidTensor, NotAcceptable, UnsupportedContentType
+from app.errors import InvalidTensor, UnsupportedContentType
 from app.signature import TensorSpec
 from app.wire.items import JSON, RAW, SAFETENSORS, Body, Items, view
 
@@ -26,9 +26,5 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
 
 
 def write(items: Items) -> bytes:
-    if len(items.tensors) != 1:
-        raise NotAcceptable(
-            f"{RAW}, which can carry one output, and {len(items.tensors)} were asked for", [JSON, SAFETENSORS]
-        )
     (array,) = items.tensors.values()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
