@@ -25,7 +25,7 @@ from backports import zstd
 
 from app import wire
 from app.access import Access
-from app.api.oip import codec
+from app.api.oip import http
 from app.errors import ActserveError
 from app.lane import frames
 from app.lane.heads import Heads, Size, may_become_a_head
@@ -114,7 +114,7 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
 
     def oip(data: bytes) -> None:
         size, _, content = data.partition(b"|")
-        codec.split(content, size.decode("latin-1") or None).tensors(SIGNATURE)
+        http.split(content, size.decode("latin-1") or None).tensors(SIGNATURE)
 
     tensors: Arrays = {"pixels": PIXELS, "speed": np.array([[0.5, 1]], np.float32)}
     document = {"pixels": PIXELS.tolist(), "speed": [[0.5, 1]], "is_init": [True], "seed": 3}

@@ -12,10 +12,10 @@ import numpy as np
 from fastapi import FastAPI
 
 from app.api import oip
-from app.api.oip.codec import DATATYPES, HEADER
 from app.sessions import Limits, Sessions
 from app.settings import Settings
 from app.signature import Array, Arrays
+from app.wire.oip import DATATYPES, HEADER
 from tests.asgi import Answer, Caller
 from tests.fake_policy import NAME, Versions
 
