@@ -21,7 +21,7 @@ PAGE = "/page/"  # nor do its files
 METRICS = "/metrics"
 SUBPROTOCOL, TOKEN = "actserve", "bearer."
 
-_SELF = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+OWN = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _DOCS = (  # FastAPI's pages, which come from elsewhere
     "default-src 'self'; script-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; "
     "style-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; img-src 'self' data: https://fastapi.tiangolo.com; "
@@ -100,5 +100,5 @@ def _refusal(path: str, error: ActserveError) -> Response:
 def _protect(path: str, headers: MutableHeaders) -> None:
     """What a browser is to keep to when it shows one of our pages."""
     if headers.get("content-type", "").startswith("text/html"):
-        headers.setdefault("Content-Security-Policy", _DOCS if path.startswith(("/docs", "/redoc")) else _SELF)
+        headers.setdefault("Content-Security-Policy", _DOCS if path.startswith(("/docs", "/redoc")) else OWN)
         headers.setdefault("Referrer-Policy", "no-referrer")

@@ -9,6 +9,8 @@ from importlib.resources import files
 from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response
 
+from app.api import gate
+
 router = APIRouter(include_in_schema=False)
 
 INDEX = "index.html"
@@ -20,8 +22,7 @@ TYPES = {
     "png": "image/png",
 }
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    "Content-Security-Policy": gate.OWN,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # asked for again, and mostly not sent again
