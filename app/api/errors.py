@@ -76,12 +76,16 @@ def install(app: FastAPI) -> None:
 
 
 def response(error: errors.ActserveError) -> Response:
-    """The answer to a request that ended in `error`; what only the operator can mend goes to the log, too."""
+    """The answer to a request that ended in `error`."""
     call.refused(error.code)
-    status = status_of(error)
-    if status >= 500 and not isinstance(error, errors.Unavailable):
+    report(error)
+    return answer(status_of(error), error.code, error.message, error.detail, headers_of(error))
+
+
+def report(error: errors.ActserveError) -> None:
+    """To the log, if only the operator can mend it."""
+    if status_of(error) >= 500 and not isinstance(error, errors.Unavailable):
         log.error("%s", error.message, exc_info=error.__cause__)
-    return answer(status, error.code, error.message, error.detail, headers_of(error))
 
 
 async def _ours(_request: Request, error: Exception) -> Response:

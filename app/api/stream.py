@@ -14,7 +14,7 @@ from starlette.datastructures import QueryParams
 from app import wire
 from app.access import current
 from app.api import common
-from app.api.errors import document, status_of
+from app.api.errors import document, report, status_of
 from app.api.websocket import LIMIT, RESTART
 from app.batcher import Outcome
 from app.errors import ActserveError, InvalidRequest, NotServing, Unauthorized, Unavailable, UnsupportedContentType
@@ -247,8 +247,10 @@ class Episode:
 
     def error(self, error: ActserveError) -> str:
         """The same as text."""
-        self.tally.add(str(status_of(error)), error.code)
-        return _error(error, self.steps + 1)
+        report(error)
+        status = status_of(error)
+        self.tally.add(str(status), error.code)
+        return document(error.code, error.message, error.detail, status=status, step=self.steps + 1).decode()
 
     def _reply(self, results: Arrays, start: int, queue_ns: int, run_ns: int) -> Reply:
         outputs = {spec.name: results[spec.name][start] for spec in self._signature.outputs}
@@ -258,13 +260,6 @@ class Episode:
         """Enough for one item in any encoding."""
         elements = sum(spec.item_bytes // spec.numpy_dtype.itemsize for spec in self._signature.asked)
         return _BYTES_BESIDE + _BYTES_PER_ELEMENT * elements
-
-
-def _error(error: ActserveError, step: int) -> str:
-    status = status_of(error)
-    if status == 500:
-        log.error("%s", error.message, exc_info=error.__cause__)
-    return document(error.code, error.message, error.detail, status=status, step=step).decode()
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:

@@ -13,8 +13,8 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from app.api.errors import headers_of, status_of
-from app.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict, TooManyItems, Unavailable
+from app.api.errors import headers_of, report, status_of
+from app.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict, TooManyItems
 from app.telemetry import call
 
 log = logging.getLogger("actserve")
@@ -32,12 +32,12 @@ def status(error: ActserveError) -> int:
 
 def told(error: Exception) -> str:
     """What the client is told. What is not the client's fault goes into the log, too."""
-    call.refused(error.code if isinstance(error, ActserveError) else "internal")
     if not isinstance(error, ActserveError):
+        call.refused("internal")
         log.error("a request failed", exc_info=error)
         return FAILED
-    if status(error) >= 500 and not isinstance(error, Unavailable):
-        log.error("%s", error.message, exc_info=error.__cause__)
+    call.refused(error.code)
+    report(error)
     return error.message
 
 
