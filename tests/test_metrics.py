@@ -122,6 +122,12 @@ def test_what_is_counted_is_told_while_the_sessions_file_cannot_be_used(tmp_path
     assert "actserve_sessions" not in names
 
 
+def test_a_service_whose_counts_are_gone_ends_as_it_should(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with running(counts=tmp_path / "counts"):
+        (tmp_path / "counts").unlink()
+    assert "this worker's counts could not be written" in caplog.text
+
+
 def test_openmetrics_for_who_asks_for_it(service: Caller) -> None:
     plain = service("GET", "/metrics")
     open_ = service("GET", "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})

@@ -41,8 +41,7 @@ class Publisher:
 
     async def __aexit__(self, *_: object) -> None:
         self._publishing.cancel()
-        if self._shared is not None:
-            await self._write(self._shared)
+        await self._write_if_it_can()
 
     async def families(self) -> Families:
         """Of all workers."""
@@ -55,11 +54,14 @@ class Publisher:
         while True:
             await asyncio.sleep(EVERY_S)
             self._seen.append((time.monotonic(), self._actions()))
-            if self._shared is not None:
-                try:
-                    await self._write(self._shared)
-                except sqlite3.Error as error:
-                    log.warning("this worker's counts could not be written: %s", error)
+            await self._write_if_it_can()
+
+    async def _write_if_it_can(self) -> None:
+        if self._shared is not None:
+            try:
+                await self._write(self._shared)
+            except sqlite3.Error as error:
+                log.warning("this worker's counts could not be written: %s", error)
 
     async def _write(self, shared: Shared) -> None:
         async with self._writing:
