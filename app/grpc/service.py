@@ -138,22 +138,19 @@ class Service:
         name = request.model_name if request.model_name in self._registry.names else ""
         tally = self._registry.counts.tally(name, "grpc", "ModelInfer")
         try:
-            response = await self._answer(request)
+            response = await infer.answer(
+                self._sessions,
+                self._registry,
+                await self._find(request.model_name, request.model_version),
+                bool(request.model_version),
+                lambda: messages.Received(request),
+                messages.written,
+            )
         except Exception as error:
             tally.add(errors.code(error).name, error.code if isinstance(error, ActserveError) else "internal")
             raise
         tally.add("OK")
         return response
-
-    async def _answer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
-        return await infer.answer(
-            self._sessions,
-            self._registry,
-            await self._find(request.model_name, request.model_version),
-            bool(request.model_version),
-            lambda: messages.Received(request),
-            messages.written,
-        )
 
     async def _respond(self, request: pb.ModelInferRequest | MalformedBody) -> pb.ModelStreamInferResponse:
         try:
