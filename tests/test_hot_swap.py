@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from app.artifact import MANIFEST
-from app.errors import RuntimeFailure, SessionsUnavailable, UnknownVersion
+from app.artifact import MANIFEST, Artifact
+from app.errors import NotFetched, RuntimeFailure, SessionsUnavailable, UnknownVersion
 from app.main import create_app
 from app.policy import Policy
 from app.registry import Registry, loaded
+from app.registry.loaded import Loaded
 from app.settings import Settings
 from app.store import ModelStore, routing
 from app.store.routing import FILE
+from app.telemetry.counts import Counts
 from tests.asgi import Caller
 from tests.test_faults import deleted, emptied, flipped, gone, linked, overwritten, truncated, without_manifest
 from tests.variants import Variants
@@ -59,6 +62,29 @@ async def version_by_action(policy: Policy, variants: Variants) -> int:
 def loaded_of(registry: Registry) -> list[int]:
     found: list[int] = registry.describe("cart")["loaded"]
     return found
+
+
+class Far(ModelStore):
+    """A store that is far away, as `Loaded` sees it."""
+
+    def _open(self, name: str, version: int, fetch: bool) -> Artifact:
+        if not fetch:
+            time.sleep(0.1)
+            raise NotFetched("it is far away")
+        return super()._open(name, version, fetch)
+
+
+def test_a_request_that_has_nothing_fetched_does_not_keep_the_registry_from_it(variants: Variants) -> None:
+    async def main() -> None:
+        loaded = Loaded(Far(variants.store.root), Settings(runtime="onnx"), Counts())
+        asked = asyncio.create_task(loaded.get("cart", 1, fetch=False))
+        await asyncio.sleep(0)
+        assert (await loaded.get("cart", 1)).version == 1
+        with pytest.raises(NotFetched):
+            await asked
+        await loaded.close()
+
+    asyncio.run(main())
 
 
 def test_a_new_version_takes_over_and_the_old_one_is_unloaded(variants: Variants) -> None:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Container
 from functools import partial
 
+from app.errors import NotFetched
 from app.memory import give_back
 from app.policy import Policy
 from app.settings import Settings
@@ -60,7 +61,12 @@ class Loaded:
         if key not in self._loading:
             self._loading[key] = asyncio.create_task(self._load(key, fetch))
             self._loading[key].add_done_callback(partial(self._arrived, key))
-        return await asyncio.shield(self._loading[key])  # one caller's cancellation is not another's
+        try:
+            return await asyncio.shield(self._loading[key])  # one caller's cancellation is not another's
+        except NotFetched:
+            if not fetch:
+                raise
+        return await self.get(name, version)  # it was being loaded for somebody who has nothing fetched
 
     def keep(self, policy: Policy) -> None:
         """Have `policy`, which was asked for by its number, stay loaded for a while though nobody is using it."""
