@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,16 +16,7 @@ from app.errors import UsageError
 from app.lazy import resolve_extra
 
 PROGRAMS = ("onnx", "pt2")
-
-
-class Action(StrEnum):
-    ARGMAX = "argmax"
-    IDENTITY = "identity"
-
-
-class Device(StrEnum):
-    CPU = "cpu"
-    CUDA = "cuda"
+Action = Literal["argmax", "identity"]
 
 
 def train(
@@ -69,7 +59,7 @@ def export(
     name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's or file's.")] = None,
     action: Annotated[Action | None, typer.Option(help="What the output of a plain module or .onnx file is.")] = None,
     native: Annotated[bool, typer.Option("--native", help="Build the .pt2 for this CPU alone.")] = False,
-    device: Annotated[Device, typer.Option(help="What the .pt2 is built for.")] = Device.CPU,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
     int8: Annotated[bool, typer.Option("--int8", help="Publish NAME-int8 too, with a certificate of its own.")] = False,
     evaluate: Annotated[int, typer.Option(min=0, help="Games to play with each program, for the certificate.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first of these games.")] = 0,
@@ -87,9 +77,7 @@ def export(
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
     own = publishing(store, sign)
     with steps("importing torch") as progress:
-        default_name, source = resolve_extra("export", "exporters.load:find_source")(
-            target, checkpoint, action and action.value
-        )
+        default_name, source = resolve_extra("export", "exporters.load:find_source")(target, checkpoint, action)
         done = resolve_extra("export", "exporters.publish:export")(
             source,
             name or default_name,
@@ -97,7 +85,7 @@ def export(
             origin=Path(target).name,
             runtimes=runtimes,
             native=native,
-            device=device.value,
+            device=device,
             portable=portable,
             evaluate=_evaluation(evaluate, seed) if evaluate else None,
             progress=progress,

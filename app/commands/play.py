@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,23 +13,9 @@ from app.errors import UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-
-class Protocol(StrEnum):
-    MACHADO = "machado"
-
-
-class Way(StrEnum):
-    HTTP = "http"
-    SESSION = "session"
-    STREAM = "stream"
-    OIP = "oip"
-
-
-class ExplorationName(StrEnum):
-    DETERMINISTIC = "deterministic"
-    RANDOM = "random"
-
-
+Protocol = Literal["machado"]
+Way = Literal["http", "session", "stream", "oip"]
+Exploring = Literal["deterministic", "random"]
 Url = Annotated[str, typer.Option(help="The service.", envvar="ACTSERVE_URL")]
 PolicyOption = Annotated[str | None, typer.Option(help="The policy's name; by default the service's default.")]
 TokenOption = Annotated[
@@ -49,12 +34,13 @@ def play(
     speed: Annotated[int, typer.Option(min=1, help="Film every n-th step only.")] = 1,
     via: Annotated[
         Way, typer.Option(help="Where the state is: carried here, in a session, a stream, an OIP sequence.")
-    ] = Way.HTTP,
+    ] = "http",
     exploration: Annotated[
-        ExplorationName | None, typer.Option(help="Act as trained or as while training; by default as it can.")
+        Exploring | None, typer.Option(help="Act as trained or as while training; by default as it can.")
     ] = None,
     protocol: Annotated[
-        Protocol | None, typer.Option(help="Evaluate by this protocol: Machado et al. 2018, Agarwal et al. 2021.")
+        Protocol | None,
+        typer.Option(help="Evaluate by this protocol: Machado et al. 2018, Agarwal et al. 2021."),
     ] = None,
     compare: Annotated[
         str | None, typer.Option(metavar="NAME|URL", help="Play the same seeds with this policy, or this service.")
@@ -68,8 +54,7 @@ def play(
     def games(url: str, policy: str | None, video: Path | None) -> Any:
         return commands.play(
             url, policy, console=console, game=game, episodes=episodes, seed=seed, video=video, speed=speed,
-            protocol=protocol.value if protocol else None, via=via.value,
-            exploration=exploration.value if exploration else None, token=token,
+            protocol=protocol, via=via, exploration=exploration, token=token,
         )  # fmt: skip
 
     report = games(url, policy, video)
@@ -90,7 +75,7 @@ def load(
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10.0,
     via: Annotated[
         Way, typer.Option(help="How to ask: single requests, or each connection a session, a stream, an OIP sequence.")
-    ] = Way.HTTP,
+    ] = "http",
     processes: Annotated[
         int | None, typer.Option(min=1, help="Load processes; by default as many as it takes.")
     ] = None,
@@ -102,7 +87,7 @@ def load(
 
     if concurrency is not None and rate is not None:
         raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")
-    report = commands.load(url, policy, concurrency, rate, duration, processes, console, via.value, token)
+    report = commands.load(url, policy, concurrency, rate, duration, processes, console, via, token)
     if json:
         print_json(report.as_json())
     else:

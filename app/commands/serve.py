@@ -8,9 +8,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,18 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("actserve")
 
+LogFormat = Literal["human", "json"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-class RuntimeName(StrEnum):
-    AUTO = "auto"
-    ONNX = "onnx"
-    PT2 = "pt2"
-
-
-class LogFormat(StrEnum):
-    HUMAN = "human"
-    JSON = "json"
 
 
 def serve(
@@ -42,8 +31,8 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the port.", envvar="ACTSERVE_WORKERS")] = 1,
     runtime: Annotated[
-        RuntimeName, typer.Option(help="Which program to run.", envvar="ACTSERVE_RUNTIME")
-    ] = RuntimeName.AUTO,
+        Literal["auto", "onnx", "pt2"], typer.Option(help="Which program to run.", envvar="ACTSERVE_RUNTIME")
+    ] = "auto",
     policy: Annotated[str | None, typer.Option(help="The policy behind /act; by default the first by name.")] = None,
     uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
     grpc_port: Annotated[
@@ -81,7 +70,7 @@ def serve(
     gc.enable()
     given = {
         "store": store,
-        "runtime": runtime.value,
+        "runtime": runtime,
         "policy": policy,
         "workers": workers,
         "grpc_host": host,
@@ -89,7 +78,7 @@ def serve(
         "admin_port": admin_port,
         "trust": trust,
         "require_signature": require_signature,
-        "log_format": log_format and log_format.value,
+        "log_format": log_format,
         "access_log": access_log,
         "tokens": tokens,
         "tls_cert": tls_cert,
