@@ -4,7 +4,8 @@
 
 A token is 32 random bytes, so its hash need not be slow: a slow hash makes it expensive to try what people think up,
 and nobody tries 2**256. A token is looked up by its SHA-256: how long that takes could tell how much of a *digest* was
-right, which helps nobody to the token, as tokens cannot be chosen by their digests.
+right, which helps nobody to the token, as tokens cannot be chosen by their digests; the digest that is found is
+compared in constant time all the same.
 
 Nothing is known of a client but the name of its token, which owns the sessions that are begun with it. Two lines may
 have one name: to replace a token, list both for a while.
@@ -13,6 +14,7 @@ have one name: to replace a token, list both for a while.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
 import math
 import os
@@ -100,7 +102,11 @@ class Access:
         """Whose an Authorization header is."""
         self.look()
         match = None if authorization is None else _BEARER.fullmatch(authorization)
-        return None if match is None else self._tokens.get(hashlib.sha256(match[1]).digest())
+        if match is None:
+            return None
+        digest = hashlib.sha256(match[1]).digest()
+        token = self._tokens.get(digest)
+        return token if token is not None and hmac.compare_digest(token.digest, digest) else None
 
     def admit(self, authorization: bytes | None) -> Token:
         """The same, charged for one request. Raises `Unauthorized` or `RateLimited`."""
