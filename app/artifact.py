@@ -43,6 +43,8 @@ FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 @dataclass(frozen=True)
 class FileRecord:
+    """What one file of an artifact is: its SHA-256 in hexadecimal, and its size."""
+
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -82,6 +84,7 @@ class Manifest:
     certificate: dict[str, Any]  # the evidence that the programs do what the policy does
 
     def to_json(self) -> bytes:
+        """The bytes of `manifest.json`, which a signature is of."""
         return json.dumps(self.to_dict(), indent=1).encode() + b"\n"
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,15 +14,15 @@ ActserveError
 ├── Unauthorized                 a token is needed, and none that is valid came
 ├── RateLimited                  the token's requests for now are used up
 ├── ForbiddenOrigin              a page of another site would open a WebSocket
-├── NotFound
-│   ├── UnknownPolicy
-│   ├── UnknownVersion
+├── NotFound                     what the request names is not here
+│   ├── UnknownPolicy            the store has no policy of this name
+│   ├── UnknownVersion           the policy has neither this version nor this alias
 │   ├── UnknownSession           no session of this policy was ever given this id
 │   └── SessionExpired           it was begun here and is gone: ended, idle for too long, or it made room
 ├── Unavailable                  the request was good; try again
 │   ├── Overloaded               the queue is full
 │   │   └── Behind               what comes would wait for too long
-│   ├── TooManyConnections
+│   ├── TooManyConnections       as many connections are open as may be
 │   ├── NotServing               still loading, or closing
 │   ├── TooLate                  the answer would come after the time that the request gave
 │   ├── TooManyGames             as many games are being played on the page as may be
@@ -45,7 +45,7 @@ ActserveError
 ├── RuntimeRefused               this host cannot run this program, and why
 ├── RuntimeFailure               the program was refused or broken by its engine
 │   └── UntrustedProgram         native code that is neither this user's own nor signed by a trusted key
-├── ExportError
+├── ExportError                  nothing was published
 │   ├── CaptureFailed            the module cannot be turned into a program
 │   └── Disagreement             the programs do not do what the policy does
 └── ClientError                  raised on the client's side

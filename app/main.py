@@ -45,8 +45,11 @@ def check(settings: Settings) -> None:
 
 
 class Service(FastAPI):
+    """The application: FastAPI, with what is observed around all of it."""
+
     def build_middleware_stack(self) -> ASGIApp:
-        return Observed(super().build_middleware_stack())  # outside of what answers errors, too
+        """FastAPI's, observed from outside of what answers errors."""
+        return Observed(super().build_middleware_stack())
 
 
 def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:

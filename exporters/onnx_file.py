@@ -71,9 +71,11 @@ class OnnxSource:
         return "random and boundary values" if self.observe is None else "environment"
 
     def observations(self, count: int) -> Arrays | None:
+        """`count` real observations by name, each (count, *shape); None without `observe`."""
         return None if self.observe is None else self.observe(count)
 
     def highest(self, name: str) -> int:
+        """The largest number that an integer observation is known to have: it may be an index."""
         return 1
 
 

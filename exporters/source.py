@@ -54,9 +54,11 @@ class PolicySource:
         return "random and boundary values" if self.observe is None else self.observed_in
 
     def observations(self, count: int) -> Arrays | None:
+        """`count` real observations by name, each (count, *shape); None without `observe`."""
         return None if self.observe is None else _named(self.observe(count))
 
     def highest(self, name: str) -> int:
+        """The largest number that an integer observation is known to have: it may be an index."""
         return int(_named(self.example)[name].max())
 
 

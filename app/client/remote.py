@@ -218,6 +218,7 @@ class Session:
         return plain(self.outputs[description.signature.action.name])
 
     def end(self) -> None:
+        """Tell the service that the session is over. Raises as `act` does."""
         self._policy.run(operations.end_session(self._policy.description, self.id))
 
     def __enter__(self) -> Self:

@@ -51,6 +51,7 @@ class OipSequence:
         return plain(self.outputs[self._policy.signature.action.name])
 
     def end(self) -> None:
+        """Tell the service that the sequence is over, if it has begun: by its last step, once more."""
         if self.steps:
             self._policy.run(self._infer(self._last, {"sequence_end": True}))
 

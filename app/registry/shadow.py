@@ -24,6 +24,7 @@ class Shadow:
         self.policy = policy
         self.outcomes = dict.fromkeys(OUTCOMES, 0)  # items
         self._asked: set[asyncio.Task[None]] = set()
+        self._fails = False  # the log has it
 
     def offer(self, tensors: Arrays, size: int, exploration: Exploration | None, acted: Acted) -> None:
         """`acted`: what the live version made of these. The shadow acts when the caller has let go of the loop."""
@@ -41,9 +42,12 @@ class Shadow:
         try:
             acted = await self.policy.act(tensors, size, exploration, seed)
         except ActserveError as error:
-            log.warning("%s, a shadow: %s", self.policy.artifact.label, error.message)
+            if not self._fails:
+                log.warning("%s, a shadow, fails: %s", self.policy.artifact.label, error.message)
+            self._fails = True
             self.outcomes["failures"] += size
             return
+        self._fails = False
         own = acted.outputs[self.policy.signature.action.name]
         same = int(agreeing(action, own, Tolerance()).sum())  # as its golden samples must
         self.outcomes["agreements"] += same
