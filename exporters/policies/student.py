@@ -33,7 +33,7 @@ GREYS = greys()
 class StudentRecipe:
     """DAgger's hyperparameters. Steps are environment steps, each of 4 emulator frames."""
 
-    total_steps: int = 1_800_000
+    total_steps: int = 1_200_000
     games: int = 16
     steps_per_round: int = 8  # in each game
     updates_per_round: int = 4

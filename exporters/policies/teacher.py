@@ -135,7 +135,7 @@ class _Leading(nn.Module):
 class TeacherRecipe:
     """PPO's hyperparameters. Steps are environment steps, each of 4 emulator frames."""
 
-    total_steps: int = 14_000_000
+    total_steps: int = 24_000_000
     movement: bool = False
     games: int = 32
     steps_per_round: int = 128  # in each game
