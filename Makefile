@@ -37,7 +37,7 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 	$(BIN)/python -m tests.benchmarks.scale
 
 .venv/all: pyproject.toml .ci/constraints.txt
-	@echo "installing into .venv (PyTorch is the large part)"
+	@echo "installing into .venv: a few minutes, 2 GB (PyTorch is the large part)"
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable '.[all]'
 	@touch $@

@@ -29,7 +29,7 @@ from app.supervisor import Start
 from app.telemetry.traces import Traces
 from app.trust import Trust
 
-LOAD_S = 2.0  # that a worker may take before it lets clients in who could have asked its predecessor
+LOAD_S = 2.0  # that a worker may take before it lets clients in whom another one could have answered
 
 
 def check(settings: Settings) -> None:
@@ -74,7 +74,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
             stack.callback(traces.close)
             async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
                 registry.start(start.rest_s if start else 0.0, start.reason if start else "")
-                if start and start.replaces:
+                if start and (start.replaces or settings.workers > 1):
                     await registry.looked(LOAD_S)
                 try:
                     async with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from app.errors import CaptureFailed, UsageError
 from app.lazy import resolve
 from app.signature import Array
 from exporters.exportable import Source
+from exporters.keys import join
 from exporters.modules import from_module
 from exporters.onnx_file import OnnxSource
-from exporters.policies import expected, find
+from exporters.policies import atari, expected, find
 from exporters.source import PolicySource
 
 _FILES = {".zip": "exporters.sb3:from_sb3", ".onnx": "exporters.onnx_file:OnnxSource"}
@@ -35,6 +37,19 @@ def load(target: str, checkpoint: Path | None = None) -> tuple[str, PolicySource
     if not isinstance(source, PolicySource):
         raise CaptureFailed(f"{target}: expected a policy; got a {type(source).__name__}")
     return name, source
+
+
+def playing(source: Source, game: str) -> Source:
+    """`source` as a policy for a game of the Arcade Learning Environment, a ROM's name, whose screen is its only
+    observation that is an image. Raises `UsageError`."""
+    world = atari.environment(game)
+    if not isinstance(source, PolicySource):
+        raise UsageError("--game is for policies of TorchRL and PyTorch")
+    entries = source.example.items(include_nested=True, leaves_only=True)
+    screens = [join(key) for key, value in entries if value.dtype == torch.uint8 and value.ndim == 3]
+    if len(screens) != 1:
+        raise UsageError(f"expected one observation of a screen, uint8 (height, width, 3); got {len(screens)}")
+    return replace(source, environment=replace(world, screen=screens[0]))
 
 
 def find_source(target: str, checkpoint: Path | None = None, action: str | None = None) -> tuple[str, Source]:
@@ -66,7 +81,7 @@ def _make_from_file(path: Path) -> tuple[str, object]:
 def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
     known = find(target)
     path = known.factory if known else target
-    if ":" not in path:
+    if not path.partition(":")[2]:
         raise UsageError(f"expected {expected()}, module:factory, or a file ({', '.join(_FILES)}); got {target!r}")
     if known and not known.weights_ship and checkpoint is None:
         raise UsageError(
@@ -76,7 +91,15 @@ def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
         made = resolve(path)(*(known.arguments if known else ()))
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{target!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the user's own code raises
+        raise UsageError(f"{target} raised {type(error).__name__}: {error}{_place(error)}") from error
     return target if known else path.partition(":")[2], made
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
 
 
 def _as_source(target: str, made: Any, action: str | None) -> PolicySource | OnnxSource:

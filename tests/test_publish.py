@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from app import golden
 from app.artifact import GOLDEN, Artifact
 from app.errors import Disagreement, UsageError
 from app.store import ModelStore
 from exporters import certify, publish
-from exporters.load import load
+from exporters.load import load, playing
 from exporters.publish import export
+from exporters.source import PolicySource
 from tests.policies import cart
 
 
@@ -111,11 +113,28 @@ def test_values_beyond_the_tolerance_are_a_disagreement(cart: Artifact) -> None:
         ("chess", "a game of ale-py .*, module:factory, or a file"),
         ("no.such.module:factory", "cannot be imported"),
         ("tests.policies:nothing", "cannot be imported"),
+        ("tests.policies:", "module:factory"),
+        ("json:loads", r"json:loads raised TypeError: loads\(\) missing"),
+        ("tests.test_publish:wrong", r"raised ZeroDivisionError: division by zero \(test_publish\.py, line \d+\)"),
     ],
 )
 def test_what_cannot_be_found_is_a_usage_error(target: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load(target)
+
+
+def wrong() -> float:
+    return 1 / 0
+
+
+def test_a_policy_of_screens_can_be_said_to_play_a_game() -> None:
+    pixels = {"frame": torch.zeros(210, 160, 3, dtype=torch.uint8), "speed": torch.zeros(1)}
+    source = PolicySource(cart().policy, TensorDict(pixels))
+    environment = playing(source, "breakout").environment
+    assert environment is not None
+    assert (environment.id, environment.screen, len(environment.actions)) == ("ALE/Breakout-v5", "frame", 4)
+    with pytest.raises(UsageError, match="expected one observation of a screen"):
+        playing(cart(), "pong")
 
 
 def test_factories_name_their_artifact() -> None:

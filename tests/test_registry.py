@@ -76,6 +76,25 @@ def test_unknown_and_broken_policies(own_store: ModelStore) -> None:
     with_registry(own_store, scenario)
 
 
+def test_what_is_published_later_does_not_become_the_default(own_store: ModelStore) -> None:
+    async def scenario(registry: Registry) -> None:
+        await until_in_loop(lambda: registry.default == "cart")
+        republish(own_store.resolve("cart"), own_store, name="another")
+        await registry.poll()
+        assert [policy.name for policy in registry.live] == ["cart", "another"]
+        assert registry.default == "cart"
+
+    with_registry(own_store, scenario)
+
+
+def test_a_default_that_there_is_not_is_not_ready(own_store: ModelStore) -> None:
+    async def scenario(registry: Registry) -> None:
+        assert registry.not_ready() == "there is no policy 'nobody' to serve by default"
+        assert (await registry.get("cart")).name == "cart"
+
+    with_registry(own_store, scenario, policy="nobody")
+
+
 def test_an_empty_store_is_not_ready(tmp_path_factory: pytest.TempPathFactory) -> None:
     async def scenario(registry: Registry) -> None:
         assert registry.not_ready() == "no policy in the store can be served"
@@ -89,6 +108,8 @@ def test_while_loading_requests_are_told_to_come_back(cart_store: ModelStore) ->
         assert registry.not_ready() == "policies are being loaded"
         with pytest.raises(NotServing, match="are being loaded"):
             await registry.get("cart")
+        with pytest.raises(NotServing, match="are being loaded"):
+            registry.describe("cart")
         await registry.close()
 
     asyncio.run(main())

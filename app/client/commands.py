@@ -50,7 +50,10 @@ def play(
         remote = stack.enter_context(RemotePolicy(url, policy, token=token))
         environment = remote.environment
         if environment is None:
-            raise UsageError(f"{remote.name} plays no game; it can be called, not watched")
+            raise UsageError(
+                f"{remote.name} plays no game; it can be called, not watched. "
+                "A policy that was made for a game is exported with --game"
+            )
         if game is not None and game != environment.game:
             raise UsageError(f"{remote.name} was trained for {environment.game}, not for {game}")
         if protocol is not None:

@@ -9,7 +9,8 @@ from rich.table import Table
 
 
 def print_certificate(certificate: dict[str, Any]) -> None:
-    table = Table(title=f"certificate: {certificate['samples']} samples from the {certificate['samples_from']}")
+    samples, origin = certificate["samples"], certificate["samples_from"]
+    table = Table(title=f"certificate: {samples} samples ({origin}), in batches of several sizes")
     for heading in ("program", "compared", "actions that differ", "largest difference"):
         table.add_column(heading)
     for runtime, found in certificate["programs"].items():
@@ -17,6 +18,9 @@ def print_certificate(certificate: dict[str, Any]) -> None:
         table.add_row(f".{runtime}", f"{found['compared']:,}", str(found["action_disagreements"]), differences)
     Console().print(table)
     print(f"compared with {certificate['reference']}")
+    rollouts = {found["rollout"]["steps"] for found in certificate["programs"].values() if "rollout" in found}
+    if rollouts:
+        print(f"and over {max(rollouts)} steps in a row, the state fed back, with resets: no action differs")
     if "original" in certificate:
         original = certificate["original"]
         print(f"which was compared with {original['name']}: {original['compared']} actions, none differs")

@@ -11,7 +11,6 @@ import typer
 from app.commands.certificate import print_certificate
 from app.commands.stores import DEFAULT_STORE, Label, SignOption, Store, find, publishing
 from app.commands.terminal import Json, console, print_json, steps
-from app.commands.tune import tune_quietly
 from app.errors import UsageError
 from app.lazy import resolve_extra
 
@@ -66,6 +65,9 @@ def export(
     portable: Annotated[
         bool, typer.Option("--portable", help="Certify everything, publish what runs anywhere: no .pt2.")
     ] = False,
+    game: Annotated[
+        str | None, typer.Option(help="The Atari game that a policy of your own plays, such as pong.")
+    ] = None,
     sign: SignOption = None,
     json: Json = False,
 ) -> None:
@@ -76,8 +78,12 @@ def export(
     if not runtimes or set(runtimes) - set(PROGRAMS):
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
     own = publishing(store, sign)
+    from app.tuning.tuned import tune_briefly
+
     with steps("importing torch") as progress:
         default_name, source = resolve_extra("export", "exporters.load:find_source")(target, checkpoint, action)
+        if game is not None:
+            source = resolve_extra("export", "exporters.load:playing")(source, game)
         done = resolve_extra("export", "exporters.publish:export")(
             source,
             name or default_name,
@@ -93,7 +99,7 @@ def export(
         if int8:
             quantise = resolve_extra("export", "exporters.int8:export_int8")
             done = quantise(done.artifact, source, own, _play_in_process, progress)
-        tune_quietly(done.artifact, progress)
+        tune_briefly(done.artifact, progress)
     manifest = done.artifact.manifest
     if json:
         print_json(
@@ -118,10 +124,12 @@ def compile_(
     json: Json = False,
 ) -> None:
     """Build the .pt2 of an artifact for this host, from what the store holds, and publish it as the next version."""
+    from app.tuning.tuned import tune_briefly
+
     own = publishing(store, sign)
     with steps("importing torch") as progress:
         built = resolve_extra("export", "exporters.compile:compile")(find(own, label), own, progress, native)
-        tune_quietly(built, progress)
+        tune_briefly(built, progress)
     manifest = built.manifest
     if json:
         print_json({"name": manifest.name, "version": manifest.version, "certificate": manifest.certificate})

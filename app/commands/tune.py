@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,11 +11,9 @@ from app.commands.stores import DEFAULT_STORE, Label, Store, TrustOption, find, 
 from app.commands.terminal import Json, console, print_json
 
 if TYPE_CHECKING:
-    from app.artifact import Artifact
     from app.tuning.tuned import Tuned
 
 AT_LEAST_NS = 200_000_000  # for each batch size
-BRIEFLY_NS = 50_000_000
 BAR = 24  # characters
 
 
@@ -46,16 +43,7 @@ def tune(
     out = Console()
     out.print(curve(tuned))
     out.print(f"{artifact.label}: .{tuned.fastest} is the fastest; written to {file.name} beside it", markup=False)
-
-
-def tune_quietly(artifact: Artifact, progress: Callable[[str], None]) -> None:
-    """What an export ends with where there is a choice, so that `--runtime auto` is the fastest from the beginning."""
-    from app.tuning.tuned import Tuned
-
-    if len(artifact.manifest.programs) > 1:
-        progress("measuring which program is the fastest here")
-        tuned, _ = Tuned.measure(artifact, BRIEFLY_NS)
-        tuned.save(artifact)
+    out.print("A service follows it when it loads the policy next: restart it.")
 
 
 def curve(tuned: Tuned) -> Table:

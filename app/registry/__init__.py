@@ -46,6 +46,7 @@ class Registry:
         self.swaps: Counter[str] = Counter()
         self.in_sessions: Callable[[], Set[Key]] = frozenset  # the versions that sessions are on
         self._live: dict[str, Policy] = {}
+        self._default: str | None = None
         self._beside: dict[str, Beside] = {}
         self._loaded = Loaded(store, settings, self.counts)
         self._refused = Refusals(self._loaded, settings.poll_s)
@@ -84,12 +85,15 @@ class Registry:
             return self._loading
         if not self._live:
             return "no policy in the store can be served"
+        if self._settings.policy not in (None, *self._live):
+            return f"there is no policy {self._settings.policy!r} to serve by default"
         return None
 
     @property
     def default(self) -> str | None:
-        """The policy behind `/act`: the one that the settings name, else the first by name."""
-        return self._settings.policy or min(self._live, default=None)
+        """The policy behind `/act`: the one that the settings name, else the first by name when this began. What is
+        published later changes nothing for clients that name no policy."""
+        return self._settings.policy or self._default or min(self._live, default=None)
 
     @property
     def live(self) -> list[Policy]:
@@ -119,10 +123,13 @@ class Registry:
         if name in self._live:
             return self._live[name]
         if self.loading:
-            raise NotServing(f"{self._loading}; try again shortly")
+            raise self._loading_still()
         if name is not None and (refused := self._refused.of(name)):
             raise refused[max(refused)]
         raise UnknownPolicy(name or "", sorted(self._live))
+
+    def _loading_still(self) -> NotServing:
+        return NotServing(f"{self._loading}; try again shortly")
 
     async def find(self, name: str, version: str | None) -> Policy:
         """The same for a version or an alias as clients write it. Raises `UnknownVersion` for what is neither, too."""
@@ -175,7 +182,7 @@ class Registry:
     def describe(self, name: str) -> dict[str, Any]:
         """JSON-able: the live version of `name`, what acts beside it, and what was refused and why."""
         if name not in self.names:
-            raise UnknownPolicy(name, self.names)
+            raise self._loading_still() if self.loading else UnknownPolicy(name, self.names)
         policy = self._live.get(name)
         current = policy.describe() if policy else {"name": name, "version": None, "runtime": None, "reason": None}
         refused = {v: {"code": e.code, "message": e.message} for v, e in self._refused.of(name).items()}
@@ -208,6 +215,7 @@ class Registry:
             except Exception:  # whatever a store does, what is live is served
                 log.exception("the store could not be looked at")
             self._looked.set()
+            self._default = self._default or min(self._live, default=None)
             await asyncio.sleep(self._settings.poll_s)
 
     async def poll(self, anew: bool = False) -> None:

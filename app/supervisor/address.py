@@ -46,7 +46,8 @@ class Address:
             self.shared = True
             return [self.listen_once_more() for _ in range(count)]
         except OSError as error:
-            raise UsageError(f"cannot listen on {self}: {error.strerror or error}") from error
+            hint = "" if self.path else "; choose another port with --port"
+            raise UsageError(f"cannot listen on {self}: {error.strerror or error}{hint}") from error
 
     def listen_once_more(self) -> socket.socket:
         """One socket more on the port."""

@@ -13,6 +13,7 @@ from app.client.play import Report
 from app.errors import ActserveError
 from app.lazy import resolve
 from app.store import ModelStore
+from app.tuning.tuned import tune_briefly
 
 STORE = Path("models_store")
 POLICY = "pong"
@@ -25,6 +26,7 @@ def main() -> None:
     _, source = resolve("exporters.load:load")(POLICY)
     export = resolve("exporters.publish:export")
     done = export(source, POLICY, ModelStore(STORE), origin=POLICY, progress=lambda step: console.print(f"   {step}"))
+    tune_briefly(done.artifact, lambda step: console.print(f"   {step}"))
     certificate = done.artifact.manifest.certificate
     for runtime, found in certificate["programs"].items():
         difference = max(found["largest_difference"].values())
@@ -36,7 +38,7 @@ def main() -> None:
     reports = [_play(runtime, console) for runtime in certificate["programs"]]
     _print(reports, console)
     console.rule("3. your turn")
-    console.print("   .venv/bin/actserve serve            then open http://127.0.0.1:8000/docs")
+    console.print("   .venv/bin/actserve serve            then open http://127.0.0.1:8000 and watch it play")
     console.print("   .venv/bin/actserve play --video pong.mp4")
 
 

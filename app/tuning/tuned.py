@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from app.runtimes.host import cpu_model, this_host
 from app.tuning import Tuning, measure
 
 LIMIT_BYTES = 1 << 16
+BRIEFLY_NS = 50_000_000  # for each batch size
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ class Tuned:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return Tuned(found) if usable else None
+
+
+def tune_briefly(artifact: Artifact, progress: Callable[[str], None]) -> None:
+    """What an export ends with where there is a choice, so that `auto` is the fastest from the beginning."""
+    if len(artifact.manifest.programs) > 1:
+        progress("measuring which program is the fastest here")
+        tuned, _ = Tuned.measure(artifact, BRIEFLY_NS)
+        tuned.save(artifact)
 
 
 def _programs(artifact: Artifact) -> dict[str, str]:
