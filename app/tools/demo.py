@@ -38,7 +38,7 @@ def main() -> None:
     reports = [_play(runtime, console) for runtime in certificate["programs"]]
     _print(reports, console)
     console.rule("3. your turn")
-    console.print("   .venv/bin/actserve serve            then open http://127.0.0.1:8000 and watch it play")
+    console.print("   .venv/bin/actserve serve      then watch it: http://127.0.0.1:8000")
     console.print("   .venv/bin/actserve play --video pong.mp4")
 
 
