@@ -115,7 +115,7 @@ def find(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
         if spec.name == name:
             return spec
     known = ", ".join(spec.name for spec in specs)
-    raise InvalidTensor(name[:80], f"tensors named {known}", f"one named {name[:80]!r}")
+    raise InvalidTensor(name[:80], f"one of {known}", "a name that is none of them")
 
 
 def view(data: Body, spec: TensorSpec, shape: Sequence[int]) -> Array:
