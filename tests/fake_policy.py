@@ -110,6 +110,7 @@ class Versions(Registry):
         policy.start()
         self.policies[version] = self._live[NAME] = policy
         self.generation += 1
+        self._looked.set()
         return version
 
     def withdraw(self, version: int) -> Policy:
