@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,6 @@ class Versions(Registry):
         policy.start()
         self.policies[version] = self._live[NAME] = policy
         self.generation += 1
-        self._looked.set()
         return version
 
     def withdraw(self, version: int) -> Policy:
@@ -126,6 +126,11 @@ class Versions(Registry):
 
     async def resume(self, name: str, version: int) -> Policy:
         return await self.get(name, version)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        if name not in self.names:  # nothing is ever loaded here
+            raise UnknownPolicy(name, self.names)
+        return super().describe(name)
 
     async def close(self) -> None:
         for policy in self.policies.values():
