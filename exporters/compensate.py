@@ -7,7 +7,7 @@ the int8 program give on real inputs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,13 @@ def correct(prepared: Path, target: Path, layers: Sequence[str], calibration: Ma
     nodes = {node.name: node for node in model.graph.node}
     made_by = {node.output[0]: node for node in model.graph.node}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name in layers:
+    wanted = _means(original, [outputs[name] for name in layers], calibration)
+    for name, mean in zip(layers, wanted, strict=True):
         node = nodes.get(f"{name}_add", nodes[name])  # what `_use_integer_products` has put in place of a linear layer
         bias = node.input[-1] if node.op_type == "Add" or len(node.input) == 3 else None
         if bias is None:
             continue
-        off = _mean(original, outputs[name], calibration) - _mean(model, node.output[0], calibration)
+        off = mean - _means(model, [node.output[0]], calibration)[0]
         if bias in made_by:  # of a convolution, in whole multiples of its scale
             bias, scale, *_ = made_by[bias].input
             off = np.rint(off / numpy_helper.to_array(constants[scale]))
@@ -110,8 +111,8 @@ def refit(prepared: Path, target: Path, layer: str, calibration: Mapping[str, Ar
     node = next(node for node in model.graph.node if node.name == layer)
     if node.op_type != "Gemm" or len(node.input) != 3:
         return
-    features = _values(model, node.input[0], calibration)
-    missing = _values(original, node.output[0], calibration) - _values(model, node.output[0], calibration)
+    features, outputs = _values(model, [node.input[0], node.output[0]], calibration)
+    missing = _values(original, [node.output[0]], calibration)[0] - outputs
     features = np.hstack([features, np.ones((len(features), 1))])
     ridge = np.mean(np.sum(features**2, axis=1)) * np.eye(features.shape[1])
     more = np.linalg.solve(features.T @ features + ridge, features.T @ missing)
@@ -122,33 +123,39 @@ def refit(prepared: Path, target: Path, layer: str, calibration: Mapping[str, Ar
     onnx.save(model, str(target))
 
 
-def _values(model: Any, name: str, calibration: Mapping[str, Array]) -> Array:
-    """(N, channels) of a tensor without other axes, in float64."""
-    return np.concatenate([value.T for (value,) in _by_channel(model, [name], calibration)]).astype(np.float64)
+def _values(model: Any, names: Sequence[str], calibration: Mapping[str, Array]) -> list[Array]:
+    """(N, channels) of each of the named tensors, which have no other axes, in float64."""
+    return [np.hstack(seen).T.astype(np.float64) for seen in _observe(model, names, calibration, lambda value: value)]
 
 
-def _mean(model: Any, name: str, calibration: Mapping[str, Array]) -> Array:
-    """The mean of each channel of a tensor."""
-    return np.asarray(np.mean([value.mean(axis=1) for (value,) in _by_channel(model, [name], calibration)], axis=0))
+def _means(model: Any, names: Sequence[str], calibration: Mapping[str, Array]) -> list[Array]:
+    """The mean of each channel of the named tensors."""
+    means = _observe(model, names, calibration, lambda value: value.mean(axis=1))
+    return [np.mean(seen, axis=0) for seen in means]
 
 
 def _largest(model: Any, names: Sequence[str], calibration: Mapping[str, Array]) -> list[Array]:
     """The largest value that each channel of the named tensors takes."""
-    batches = _by_channel(model, names, calibration)
-    return [np.max([value.max(axis=1) for value in values], axis=0) for values in zip(*batches, strict=True)]
+    largest = _observe(model, names, calibration, lambda value: value.max(axis=1))
+    return [np.max(seen, axis=0) for seen in largest]
 
 
-def _by_channel(model: Any, names: Sequence[str], calibration: Mapping[str, Array]) -> Iterator[list[Array]]:
-    """What the named tensors are in each batch, each (channels, anything)."""
+def _observe(
+    model: Any, names: Sequence[str], calibration: Mapping[str, Array], see: Callable[[Array], Array]
+) -> Iterator[tuple[Array, ...]]:
+    """What `see` makes of each of the named tensors, given as (channels, anything), batch by batch."""
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
     for name in names:
         if name not in {output.name for output in model.graph.output}:
             observed.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = open_session(observed.SerializeToString())
-    for batch in batches(calibration):
-        values = session.run(list(names), batch)
-        yield [np.moveaxis(value, 1, 0).reshape(value.shape[1], -1) for value in values]
+    runs = (session.run(list(names), batch) for batch in batches(calibration))
+    return zip(*([see(_channels_first(value)) for value in values] for values in runs), strict=True)
+
+
+def _channels_first(value: Array) -> Array:
+    return np.moveaxis(value, 1, 0).reshape(value.shape[1], -1)
 
 
 def _set(tensor: Any, value: Array) -> None:

@@ -8,19 +8,21 @@ own answers: what a host must repeat.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from app import golden
-from app.artifact import GOLDEN, Artifact, Program
+from app.artifact import GOLDEN, Artifact, Manifest, Program
 from app.environment import Environment
 from app.errors import Disagreement
 from app.runtimes import preflight
-from app.runtimes.base import load
+from app.runtimes.base import Runtime, load
+from app.signature import Arrays
 from app.store import ModelStore
 from exporters import certify, samples
 from exporters.exportable import Source
@@ -44,56 +46,78 @@ def export_int8(
     progress(f"collecting {SAMPLES} samples to calibrate on and to hold out")
     inputs = samples.collect(source, manifest.signature, SAMPLES)
     calibration, held_out = ({k: v[start::2].copy() for k, v in inputs.items()} for start in (0, 1))
+    environment = source.environment
+    games = (lambda run: play(run, environment)) if environment is not None else None
     with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
         folder = Path(name_of_folder)
-        float32 = folder / "float32.onnx"
-        float32.write_bytes(original.read_program("onnx"))
-        progress("quantising")
-        full_range = not is_x86() or "avx512_vnni" in preflight.this_host().cpu_flags
-        environment = source.environment
-        games = (lambda run: play(run, environment)) if environment is not None else None
-        theirs = load("onnx", original)
-        refused: Disagreement | None = None
-        for program, made in quantize(float32, calibration, full_range=full_range):
-            (folder / ONNX).write_bytes(program)
-            requires = {**manifest.programs["onnx"].requires, **made.pop("requires")}
-            rewrites = (*manifest.programs["onnx"].rewrites, f"int8: {made['method']}")
-            draft = replace(
-                manifest,
-                name=f"{manifest.name}-int8",
-                parent=manifest.version,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                programs={"onnx": Program(ONNX, requires, rewrites)},
-                provenance={**manifest.provenance, "fingerprint": fingerprint, "quantised_from": original.label},
-            )
-            ours = load("onnx", ModelStore(folder / "drafts").publish(draft, {ONNX: folder / ONNX}))
-            progress(f"certifying int8 on {SAMPLES // 2} held-out samples, and playing a game with each")
-            try:
-                evidence = certify_int8(manifest.signature, ours.run, theirs.run, held_out, games)
-                break
-            except Disagreement as error:
-                refused = error  # the next one has more in floats
-        else:
-            assert refused is not None  # `quantize` says so itself when it finds none
-            raise refused
+        draft, ours = _first_certified(original, calibration, held_out, games, folder, progress)
         chosen = np.linspace(0, SAMPLES // 2 - 1, certify.GOLDEN_SAMPLES).astype(int)
         picked = {k: v[chosen] for k, v in held_out.items()}
         (folder / GOLDEN).write_bytes(golden.save(picked, golden.in_batches(ours.run, picked, 1)))
-        differing = round((1 - evidence["agreement"]) * evidence["samples"])
-        certificate = {
-            "samples": evidence["samples"],
-            "samples_from": manifest.certificate["samples_from"],
-            "reference": evidence["reference"],
-            "tolerance": asdict(certify.TOLERANCE),
-            "smallest_margin": None,
-            "programs": {
-                "onnx": {
-                    "compared": evidence["samples"],
-                    "action_disagreements": differing,
-                    "largest_difference": evidence["largest_difference"],
-                }
-            },
-            "int8": made | evidence,
-        }
+        ours.close()
+        draft = replace(draft, provenance={**draft.provenance, "fingerprint": fingerprint})
         files = {ONNX: folder / ONNX, GOLDEN: folder / GOLDEN}
-        return Export(store.publish(replace(draft, certificate=certificate), files), published=True)
+        return Export(store.publish(draft, files), published=True)
+
+
+def _first_certified(
+    original: Artifact,
+    calibration: Arrays,
+    held_out: Arrays,
+    games: Callable[[Run], Sequence[float]] | None,
+    folder: Path,
+    progress: Callable[[str], None],
+) -> tuple[Manifest, Runtime]:
+    """The fastest int8 program that is certified: its manifest, itself, loaded, and its file in `folder`."""
+    theirs = load("onnx", original)
+    float32 = folder / "float32.onnx"
+    float32.write_bytes(original.read_program("onnx"))
+    full_range = not is_x86() or "avx512_vnni" in preflight.this_host().cpu_flags
+    refused: Disagreement | None = None
+    progress("quantising")
+    for program, made in quantize(float32, calibration, full_range=full_range):
+        (folder / ONNX).write_bytes(program)
+        draft = _draft(original, made)
+        ours = load("onnx", ModelStore(folder / "drafts").publish(draft, {ONNX: folder / ONNX}))
+        progress(f"certifying int8 on {SAMPLES // 2} held-out samples, and playing a game with each")
+        try:
+            evidence = certify_int8(draft.signature, ours.run, theirs.run, held_out, games)
+        except Disagreement as error:
+            ours.close()
+            refused = error  # the next one has more in floats
+        else:
+            theirs.close()
+            return replace(draft, certificate=_certificate(draft, made, evidence)), ours
+    assert refused is not None  # `quantize` says so itself when it finds none
+    raise refused
+
+
+def _draft(original: Artifact, made: Mapping[str, Any]) -> Manifest:
+    manifest, program = original.manifest, original.manifest.programs["onnx"]
+    rewrites = (*program.rewrites, f"int8: {made['method']}")
+    return replace(
+        manifest,
+        name=f"{manifest.name}-int8",
+        parent=manifest.version,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        programs={"onnx": Program(ONNX, {**program.requires, **made["requires"]}, rewrites)},
+        provenance={**manifest.provenance, "quantised_from": original.label},
+    )
+
+
+def _certificate(draft: Manifest, made: Mapping[str, Any], evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """In the form of every certificate, with what int8 has to say beside it."""
+    compared = {
+        "compared": evidence["samples"],
+        "action_disagreements": round((1 - evidence["agreement"]) * evidence["samples"]),
+        "largest_difference": evidence["largest_difference"],
+    }
+    return {
+        "samples": evidence["samples"],
+        "samples_from": draft.certificate["samples_from"],
+        "reference": evidence["reference"],
+        "tolerance": asdict(certify.TOLERANCE),
+        "smallest_margin": None,
+        "programs": {"onnx": compared},
+        "int8": {**{key: value for key, value in made.items() if key != "requires"}, **evidence},
+    }

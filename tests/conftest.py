@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from app.artifact import Artifact
 from app.store import ModelStore
+from tests.clock import Clock
 from tests.exported import exported
 
 # One thread: the networks are small, and threads that wait for a core that is busy elsewhere take forever.
@@ -37,3 +38,13 @@ def own_store(cart_store: ModelStore, tmp_path: Path) -> ModelStore:
 @pytest.fixture
 def cart(cart_store: ModelStore) -> Artifact:
     return cart_store.resolve("cart")
+
+
+@pytest.fixture
+def sessions_file(tmp_path: Path) -> Path:
+    return tmp_path / "sessions.sqlite"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

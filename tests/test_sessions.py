@@ -9,13 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.errors import (
-    InvalidRequest,
-    InvalidTensor,
-    RuntimeFailure,
-    SessionExpired,
-    StepConflict,
-)
+from app.errors import InvalidRequest, InvalidTensor, RuntimeFailure, SessionExpired, StepConflict
 from app.requests import step_seed
 from app.sessions import Limits, Sessions
 from app.signature import Array
@@ -24,14 +18,9 @@ from tests.sessions import alone, run
 from tests.waiting import until_in_loop
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "sessions.sqlite"
-
-
-def test_a_session_acts_as_the_policy_alone(path: Path) -> None:
+def test_a_session_acts_as_the_policy_alone(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1, seed=5, exploration="random")
             expected = alone(session)
             for number, x in enumerate([3, 1, 4, 1, 5], 1):
@@ -45,9 +34,9 @@ def test_a_session_acts_as_the_policy_alone(path: Path) -> None:
     run(scenario)
 
 
-def test_a_step_sent_again_gets_the_stored_answer_whatever_it_carries(path: Path) -> None:
+def test_a_step_sent_again_gets_the_stored_answer_whatever_it_carries(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1, exploration="random")
             policy = await registry.get(NAME, 1)
             assert sessions.stored(policy, session, 1) is None
@@ -69,9 +58,9 @@ def test_a_step_sent_again_gets_the_stored_answer_whatever_it_carries(path: Path
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 10**18])
-def test_any_other_step_is_told_what_was_expected(path: Path, step: int) -> None:
+def test_any_other_step_is_told_what_was_expected(sessions_file: Path, step: int) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1)
             for _ in range(2):
                 await sessions.step(registry, session, seen(1))
@@ -83,9 +72,9 @@ def test_any_other_step_is_told_what_was_expected(path: Path, step: int) -> None
     run(scenario)
 
 
-def test_the_first_step_has_no_answer_before_it(path: Path) -> None:
+def test_the_first_step_has_no_answer_before_it(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1)
             with pytest.raises(StepConflict, match="expected step 1; got 0"):
                 await sessions.step(registry, session, seen(1), 0)
@@ -93,9 +82,9 @@ def test_the_first_step_has_no_answer_before_it(path: Path) -> None:
     run(scenario)
 
 
-def test_duplicates_in_flight_run_on_and_get_one_answer(path: Path) -> None:
+def test_duplicates_in_flight_run_on_and_get_one_answer(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as one, Sessions(path, Limits()) as other:
+        with Sessions(sessions_file, Limits()) as one, Sessions(sessions_file, Limits()) as other:
             session = one.begin(NAME, 1, exploration="random")
             workers = [one, other] * 3
             answers = await asyncio.gather(*(w.step(registry, session, seen(8), 1) for w in workers))
@@ -107,9 +96,9 @@ def test_duplicates_in_flight_run_on_and_get_one_answer(path: Path) -> None:
     run(scenario)
 
 
-def test_steps_without_a_number_all_count(path: Path) -> None:
+def test_steps_without_a_number_all_count(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1)
             answers = await asyncio.gather(*(sessions.step(registry, session, seen(5)) for _ in range(6)))
             assert sorted(answer.step for answer in answers) == [1, 2, 3, 4, 5, 6]
@@ -120,9 +109,9 @@ def test_steps_without_a_number_all_count(path: Path) -> None:
     run(scenario)
 
 
-def test_steps_of_many_sessions_share_runtime_calls(path: Path) -> None:
+def test_steps_of_many_sessions_share_runtime_calls(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             begun = [sessions.begin(NAME, 1) for _ in range(40)]
             runtime, free = registry.runtimes[1], threading.Event()
             act = runtime._run
@@ -142,9 +131,9 @@ def test_steps_of_many_sessions_share_runtime_calls(path: Path) -> None:
     run(scenario, SLOW)
 
 
-def test_what_is_refused_moves_nothing(path: Path) -> None:
+def test_what_is_refused_moves_nothing(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1)
             await sessions.step(registry, session, seen(1))
             state = {"digest": np.zeros((1, 2), np.int64), "odd": np.array([True])}
@@ -164,9 +153,9 @@ def test_what_is_refused_moves_nothing(path: Path) -> None:
     run(scenario)
 
 
-def test_a_cancelled_step_can_be_sent_again(path: Path) -> None:
+def test_a_cancelled_step_can_be_sent_again(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1)
             step = asyncio.create_task(sessions.step(registry, session, seen(1), 1))
             await asyncio.sleep(0)
@@ -179,9 +168,9 @@ def test_a_cancelled_step_can_be_sent_again(path: Path) -> None:
     run(scenario)
 
 
-def test_a_session_stays_on_its_version_and_ends_with_it(path: Path) -> None:
+def test_a_session_stays_on_its_version_and_ends_with_it(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1)
             expected = alone(session)
             await sessions.step(registry, session, seen(1))
@@ -196,9 +185,9 @@ def test_a_session_stays_on_its_version_and_ends_with_it(path: Path) -> None:
     run(scenario)
 
 
-def test_a_session_that_goes_while_its_step_runs_is_told(path: Path) -> None:
+def test_a_session_that_goes_while_its_step_runs_is_told(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(path, Limits()) as sessions:
+        with Sessions(sessions_file, Limits()) as sessions:
             session = sessions.begin(NAME, 1)
             step = asyncio.create_task(sessions.step(registry, session, seen(1)))
             await asyncio.sleep(0)

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import (
-    InvalidRequest,
-    SessionElsewhere,
-    SessionExpired,
-    UnknownSession,
-)
+from app.errors import InvalidRequest, SessionElsewhere, SessionExpired, UnknownSession
 from app.requests import MAX_SEED
 from app.sessions import Limits, Sessions
 from app.sessions.names import home_of
@@ -19,13 +14,8 @@ from tests.clock import Clock
 from tests.fake_policy import NAME
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "sessions.sqlite"
-
-
-def test_an_id_is_genuine_or_unknown(path: Path) -> None:
-    with Sessions(path, Limits(), Clock()) as sessions:
+def test_an_id_is_genuine_or_unknown(sessions_file: Path) -> None:
+    with Sessions(sessions_file, Limits(), Clock()) as sessions:
         session = sessions.begin(NAME, 1)
         assert sessions.get(NAME, session.id) == session
         forged = [session.id[:-1] + ("A" if session.id[-1] != "A" else "B"), session.id[1:], session.id + "A"]
@@ -55,8 +45,8 @@ def test_an_id_names_the_home_that_alone_has_the_session(tmp_path: Path) -> None
     assert home_of("nonsense!") is None
 
 
-def test_an_owner_sees_its_own(path: Path) -> None:
-    with Sessions(path, Limits()) as sessions:
+def test_an_owner_sees_its_own(sessions_file: Path) -> None:
+    with Sessions(sessions_file, Limits()) as sessions:
         mine = [sessions.begin(NAME, 1, owner="me") for _ in range(3)]
         sessions.begin(NAME, 1, owner="you")
         sessions.begin("other", 1, owner="me")
@@ -67,8 +57,8 @@ def test_an_owner_sees_its_own(path: Path) -> None:
         assert len(sessions.owned(NAME, "me")) == 2
 
 
-def test_sequences_are_the_clients_own_names(path: Path) -> None:
-    with Sessions(path, Limits()) as sessions:
+def test_sequences_are_the_clients_own_names(sessions_file: Path) -> None:
+    with Sessions(sessions_file, Limits()) as sessions:
         number = sessions.begin(NAME, 1, sequence=1)
         text = sessions.begin(NAME, 1, sequence="1")
         owned = sessions.begin(NAME, 1, sequence=1, owner="me")
@@ -87,8 +77,8 @@ def test_sequences_are_the_clients_own_names(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
-def test_a_seed_out_of_range_is_refused(path: Path, seed: int) -> None:
-    with Sessions(path, Limits()) as sessions:
+def test_a_seed_out_of_range_is_refused(sessions_file: Path, seed: int) -> None:
+    with Sessions(sessions_file, Limits()) as sessions:
         with pytest.raises(InvalidRequest, match="expected a seed"):
             sessions.begin(NAME, 1, seed=seed)
         assert sessions.begin(NAME, 1, seed=MAX_SEED).seed == MAX_SEED

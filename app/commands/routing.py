@@ -11,6 +11,7 @@ import typer
 
 from app.commands.stores import DEFAULT_STORE, Store, reading
 from app.commands.terminal import Json, print_json
+from app.lazy import resolve
 
 if TYPE_CHECKING:
     from app.store.routing import Routing
@@ -21,16 +22,12 @@ Version = Annotated[int | None, typer.Argument(min=1, help="Left out: no longer.
 
 def pin(name: Name, version: Version = None, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Serve this version, whatever is published; without a version: the highest again."""
-    from app.store import routing
-
-    _print(name, routing.pin(reading(store), name, version), json)
+    _print(name, resolve("app.store.routing:pin")(reading(store), name, version), json)
 
 
 def rollback(name: Name, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Pin the version before the pinned one, or before the highest."""
-    from app.store import routing
-
-    _print(name, routing.roll_back(reading(store), name), json)
+    _print(name, resolve("app.store.routing:roll_back")(reading(store), name), json)
 
 
 def alias(
@@ -41,9 +38,7 @@ def alias(
     json: Json = False,
 ) -> None:
     """Let URLs have a name for a version; without a version: no longer."""
-    from app.store import routing
-
-    _print(name, routing.alias(reading(store), name, alias, version), json)
+    _print(name, resolve("app.store.routing:alias")(reading(store), name, alias, version), json)
 
 
 def canary(
@@ -54,16 +49,12 @@ def canary(
     json: Json = False,
 ) -> None:
     """Have a candidate act on a share of the requests; without a version: on none."""
-    from app.store import routing
-
-    _print(name, routing.canary(reading(store), name, version, share), json)
+    _print(name, resolve("app.store.routing:canary")(reading(store), name, version, share), json)
 
 
 def shadow(name: Name, version: Version = None, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Ask a candidate too and compare its actions, which nobody gets; without a version: no longer."""
-    from app.store import routing
-
-    _print(name, routing.shadow(reading(store), name, version), json)
+    _print(name, resolve("app.store.routing:shadow")(reading(store), name, version), json)
 
 
 ROUTING = (pin, rollback, alias, canary, shadow)

@@ -22,24 +22,28 @@ POLICY = "pong"
 def main() -> None:
     """Prints the scores and latencies, and what to try next."""
     console = Console()
+
+    def say(line: str) -> None:
+        console.print(f"   {line}")
+
     console.rule(f"1. export {POLICY} to .onnx and .pt2, and prove that they act as it does")
     _, source = resolve("exporters.load:load")(POLICY)
     export = resolve("exporters.publish:export")
-    done = export(source, POLICY, ModelStore(STORE), origin=POLICY, progress=lambda step: console.print(f"   {step}"))
-    tune_briefly(done.artifact, lambda step: console.print(f"   {step}"))
+    done = export(source, POLICY, ModelStore(STORE), origin=POLICY, progress=say)
+    tune_briefly(done.artifact, say)
     certificate = done.artifact.manifest.certificate
     for runtime, found in certificate["programs"].items():
         difference = max(found["largest_difference"].values())
-        console.print(
-            f"   .{runtime}: {found['compared']:,} real screens, {found['action_disagreements']} actions differ, "
+        say(
+            f".{runtime}: {found['compared']:,} real screens, {found['action_disagreements']} actions differ, "
             f"action values by at most {difference:.1g}"
         )
     console.rule("2. serve it, and play a game of Pong over HTTP")
     reports = [_play(runtime, console) for runtime in certificate["programs"]]
     _print(reports, console)
     console.rule("3. your turn")
-    console.print("   .venv/bin/actserve serve      then watch it: http://127.0.0.1:8000")
-    console.print("   .venv/bin/actserve play --video pong.mp4")
+    say(".venv/bin/actserve serve      then watch it: http://127.0.0.1:8000")
+    say(".venv/bin/actserve play --video pong.mp4")
 
 
 def _play(runtime: str, console: Console) -> Report:

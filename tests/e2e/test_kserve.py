@@ -1,6 +1,6 @@
 """kserve's inference client, as it comes from the registry, against the service as it is started.
 
-It has an environment of its own, `make .venv/kserve`: it wants older versions of what the others need.
+It has an environment of its own, `make .venv/kserve/installed`: it wants older versions of what the others need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 PYTHON = ROOT / ".venv" / "kserve" / "bin" / "python"
 STEPS = 30
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="kserve is not installed: make .venv/kserve")
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="kserve is not installed: make .venv/kserve/installed")
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "pt2"])
