@@ -26,16 +26,23 @@ RUN pip install --no-compile --constraint constraints.txt . \
  && find . -regex '.*\.\(a\|h\|pxd\|pyi\|pyx\)' -delete \
  && find . -name '*.cpython-*.so' -exec strip --strip-unneeded {} +
 
-# Both policies repeat their golden samples, and the service becomes ready, with what is left.
+# Both policies repeat their golden samples, and the service becomes ready, with what is left. What a .pt2 could be built
+# from is left out: nothing here builds one.
 FROM build AS build-serve
 WORKDIR /srv
 COPY models_store models_store
 RUN actserve verify pong && actserve verify pong-lstm \
+ && rm models_store/*/*/program.safetensors \
  && { actserve serve & } && until python -m app.ready; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
 
-# The emulator and PNG, without what makes films.
+# The emulator and PNG, without what makes films; of Pillow neither fonts nor colour profiles, and of formats what cannot be
+# told apart from its core.
 FROM build AS build-client
-RUN pip install --no-compile --constraint constraints.txt ale-py pillow
+RUN pip install --no-compile --constraint constraints.txt ale-py pillow \
+ && cd /opt/actserve/lib/python3*/site-packages \
+ && rm -f PIL/_avif.* PIL/_webp.* PIL/_imagingft.* PIL/_imagingcms.* PIL/_imagingtk.* \
+ && cd pillow.libs \
+ && rm -f libavif-* libwebp* libsharpyuv-* libfreetype-* libharfbuzz-* libbrotli* libpng16-* liblcms2-*
 RUN python -c "import app.cli, app.main, app.client.commands, app.client.load, PIL.PngImagePlugin, ale_py.roms"
 
 # AOTInductor's programs are native code: built here, they belong to root, which makes them trusted.
@@ -73,7 +80,7 @@ CMD ["actserve", "play"]
 
 FROM service AS demo
 COPY --from=build-client /opt/actserve /opt/actserve
-COPY models_store models_store
+COPY --from=build-serve /srv/models_store models_store
 
 FROM service AS serve-pt2
 COPY --from=build-pt2 /opt/actserve /opt/actserve
@@ -82,4 +89,4 @@ COPY --from=build-pt2 /srv/models_store models_store
 # Last, and so what `docker build .` makes.
 FROM service AS serve
 COPY --from=build-serve /opt/actserve /opt/actserve
-COPY models_store models_store
+COPY --from=build-serve /srv/models_store models_store

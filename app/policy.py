@@ -70,6 +70,7 @@ class Policy:
 
         Blocking; to be called off the event loop. Raises `StoreError`, `RuntimeRefused` or `RuntimeFailure`.
         """
+        log.info("loading %s", artifact.label)
         failed: dict[str, str] = {}
         tuned = Tuned.load(artifact) if settings.threads == 1 else None
         while True:

@@ -52,6 +52,7 @@ def certify(captured: Exportable, source: Source, draft: Artifact, progress: Cal
         "batch_sizes": sizes,
         "tolerance": asdict(TOLERANCE),
         "smallest_margin": smallest_margin(signature, references[sizes[0]]),
+        "actions": count_actions(signature, references[sizes[0]]),
         "programs": {},
     }
     if source.original is not None:
@@ -169,6 +170,15 @@ def _disagreement(
         difference = agreement.largest_difference.get(output, 1.0)
         lines.append(f"  {output}: largest difference {difference:.3g}, allowed {asdict(TOLERANCE)}")
     return Disagreement("\n".join(lines), where=what, **agreement.summary())
+
+
+def count_actions(signature: Signature, outputs: Mapping[str, Array]) -> dict[str, int] | None:
+    """How often the policy chose each action, by its number: one that always does the same proves little. None: its
+    actions are no single numbers."""
+    actions = outputs[signature.action.name]
+    if actions.dtype.kind not in "iu" or actions.ndim != 1:
+        return None
+    return {str(action): int(count) for action, count in zip(*np.unique(actions, return_counts=True), strict=True)}
 
 
 def smallest_margin(signature: Signature, outputs: Mapping[str, Array]) -> float | None:

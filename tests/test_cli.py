@@ -42,7 +42,10 @@ def test_inspect_and_verify(cart_store: ModelStore) -> None:
     store = ("--store", str(cart_store.root))
     inspected = json.loads(actserve("inspect", "cart", "--json", *store).stdout)
     assert inspected["signature"]["observations"][0]["name"] == "observation"
-    assert "float32[4]" in actserve("inspect", "cart@1", *store).stdout
+    shown = actserve("inspect", "cart@1", *store).stdout
+    assert "float32[4]" in shown
+    assert "requires opset 20" in shown
+    assert "what the policy chose: 0 in " in shown
     assert "torch.ops.aten.argmax" in actserve("inspect", "cart", "--graph", *store).stdout
     verified = json.loads(actserve("verify", "cart", "--json", *store).stdout)
     assert verified["programs"]["onnx"]["holds"]

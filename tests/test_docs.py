@@ -143,13 +143,14 @@ def commands(document: Path) -> Iterator[list[str]]:
 def test_what_the_cli_has_not_is_noticed() -> None:
     assert unknown(["play", "--video", "--nonsense"]) == "--nonsense"
     assert unknown(["keys", "old"]) == "old"
+    assert unknown(["--install"]) == "--install"
     assert unknown(["keys", "new", "--json"]) is None
 
 
 def unknown(words: list[str]) -> str | None:
     """The word of a command line that the CLI does not have, if there is one: a command, or an option of it."""
     command = typer.main.get_command(cli)
-    while words and isinstance(command, typer.core.TyperGroup):
+    while words and isinstance(command, typer.core.TyperGroup) and not words[0].startswith("-"):
         name, *words = words
         if name not in command.commands:
             return name

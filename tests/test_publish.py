@@ -31,6 +31,8 @@ def test_an_artifact_is_whole(cart_store: ModelStore, cart: Artifact) -> None:
         assert program["compared"] == 4 * certify.SAMPLES
         assert program["largest_difference"]["action_value"] < 1e-5
     assert manifest.certificate["smallest_margin"] > 0
+    assert set(manifest.certificate["actions"]) <= {"0", "1", "2"}
+    assert sum(manifest.certificate["actions"].values()) == certify.SAMPLES
     assert manifest.provenance["origin"] == "tests.policies:cart"
     assert manifest.provenance["versions"]["torch"] == torch.__version__.partition("+")[0]
 

@@ -183,6 +183,15 @@ def test_every_breakage_has_its_own_clear_error(
     assert str(store.root) not in caught.value.message
 
 
+def test_what_only_building_needs_can_be_left_out(store: ModelStore, source: Path) -> None:
+    store.publish(MANIFEST_DRAFT, {"policy.onnx": source, "program.safetensors": source})
+    (store.root / "walker" / "2" / "program.safetensors").unlink()
+    artifact = store.resolve("walker")
+    assert artifact.read_program("onnx") == b"program"
+    with pytest.raises(MissingFile, match=r"walker@2: program\.safetensors cannot be read: No such file"):
+        store.verify(artifact)
+
+
 def test_a_copied_version_folder_is_refused(store: ModelStore) -> None:
     os.rename(store.root / "walker" / "1", store.root / "walker" / "5")
     with pytest.raises(MisplacedVersion, match=r"walker@5: its manifest says walker@1"):

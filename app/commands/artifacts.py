@@ -34,7 +34,7 @@ def inspect(
             print(f"  {title}  {spec.name}: {spec}")
     print(f"  batch  1 to {manifest.signature.max_batch}")
     for runtime, program in manifest.programs.items():
-        print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {program.requires}")
+        print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {_needs(program.requires)}")
         for rewrite in program.rewrites:
             print(f"      rewritten: {rewrite}")
     if manifest.environment:
@@ -109,6 +109,11 @@ def doctor(
         print_json(diagnosis.as_json())
     else:
         print_diagnosis(diagnosis)
+
+
+def _needs(requires: dict[str, Any]) -> str:
+    listed = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in requires.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in listed.items()) or "nothing"
 
 
 def _verdict(found: dict[str, Any]) -> str:

@@ -35,5 +35,8 @@ def print_certificate(certificate: dict[str, Any]) -> None:
             f"int8: {certificate['int8']['agreement']:.2%} of the actions are the original's; "
             f"scores {certificate['int8'].get('scores')}"
         )
+    if counts := certificate.get("actions"):
+        shares = ", ".join(f"{action} in {count / samples:.0%}" for action, count in counts.items())
+        print(f"what the policy chose: {shares}" + ("; always the same, which proves little" * (len(counts) == 1)))
     if certificate["smallest_margin"] is not None:
         print(f"smallest lead of a chosen action: {certificate['smallest_margin']:.3g}")

@@ -58,6 +58,8 @@ def play(
         )  # fmt: skip
 
     report = games(url, policy, video)
+    if video is not None:
+        console.print(f"wrote {video}", highlight=False)
     other = None
     if compare is not None:
         other = games(compare, policy, None) if "://" in compare else games(url, compare, None)
