@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from tests.benchmarks.peers.program import load
 from tests.benchmarks.questions import Screens
 
-CACHE = Path(".cache/benchmarks")  # what takes a minute to build, by the artifact that it was built for
+CACHE = Path(".cache/benchmarks")  # what takes a minute to build, by the artifact and the exporter
+EXPORTERS = Path("exporters")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Ground:
 def prepare(models: Path) -> Ground:
     """For `pong` of the store `models`: T's program and an int8 artifact are built unless they were before."""
     pong = max((models / "pong").iterdir(), key=lambda version: int(version.name))
-    folder = CACHE / hashlib.sha256((pong / "manifest.json").read_bytes()).hexdigest()[:12]
+    made_from = [pong / "manifest.json", *sorted(EXPORTERS.rglob("*.py"))]
+    folder = CACHE / hashlib.sha256(b"".join(file.read_bytes() for file in made_from)).hexdigest()[:12]
     stores = {name: folder / name for name in ("pong", "pong-int8")}
     if not folder.exists():
         build(pong, folder.with_suffix(f".{os.getpid()}"), folder)
