@@ -9,10 +9,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
+from app.lane.accepting import Accepting
 from app.main import create_app
 from app.settings import Settings
 from app.supervisor import SIGNALS, Start, Work
@@ -29,7 +30,7 @@ def _serve(settings: Settings, listener: socket.socket, start: Start) -> None:
     config = uvicorn.Config(
         create_app(settings, start),
         loop="uvloop",
-        http="app.lane.protocol:LaneProtocol",
+        http=cast(Any, Accepting(listener)),
         ws="app.api.websocket:WebSocketProtocol",
         ws_per_message_deflate=False,
         access_log=False,

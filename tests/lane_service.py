@@ -31,7 +31,7 @@ from app.store import ModelStore
 from tests.fake_policy import QUICK, SLOW
 from tests.serving import port_of, serving
 
-LANE = "app.lane.protocol:LaneProtocol"
+LANE = "lane"
 PLAIN = "httptools"
 NAME = "tiny"
 SIGNATURE = Signature(
@@ -137,7 +137,8 @@ def running(http: str, settings: Settings | None = None, slow: bool = False, **o
     gate.install(app, access, registry.settings)
     for routes in (act, policies, health):
         app.include_router(routes.router)
-    with serving(app, http=http, server_header=False, date_header=False, **options) as server:
+    protocol = {} if http == LANE else {"http": http}
+    with serving(app, server_header=False, date_header=False, **protocol, **options) as server:
         try:
             yield Service(http, port_of(server), server, registry, requests)
         finally:

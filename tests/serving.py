@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from app.lane.accepting import Accepting
 from tests.waiting import until
 
+BACKLOG = 512
 UVICORN: dict[str, Any] = {
     "loop": "uvloop",
-    "http": "app.lane.protocol:LaneProtocol",
     "ws": "app.api.websocket:WebSocketProtocol",
     "ws_per_message_deflate": False,
     "log_config": None,
@@ -22,10 +24,13 @@ UVICORN: dict[str, Any] = {
 
 
 @contextmanager
-def serving(app: FastAPI, **options: Any) -> Iterator[uvicorn.Server]:
-    """On a free port; `options` beside or in place of `UVICORN`. Entered once it listens."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, **{**UVICORN, **options}))
-    thread = threading.Thread(target=server.run)
+def serving(app: FastAPI, uds: str | None = None, **options: Any) -> Iterator[uvicorn.Server]:
+    """On a free port, or at `uds`; `options` beside or in place of `UVICORN`. Entered once it listens."""
+    listener = socket.socket(socket.AF_INET if uds is None else socket.AF_UNIX)
+    listener.bind(("127.0.0.1", 0) if uds is None else uds)
+    listener.listen(BACKLOG)
+    server = uvicorn.Server(uvicorn.Config(app, **{**UVICORN, "http": Accepting(listener), **options}))
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         until(lambda: server.started)

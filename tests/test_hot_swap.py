@@ -286,7 +286,7 @@ def test_an_alias_stands_for_a_version_and_moves_only_to_one_that_can_be_served(
         assert (await registry.find("cart", "champion")).artifact.label == "cart@2"
         told = registry.describe("cart")["routing"]
         assert told["aliases"] == {"champion": 2}
-        assert told["problems"]["champion"]["code"] == "runtime_failure"
+        assert told["problems"]["alias champion"]["code"] == "runtime_failure"
         routing.alias(variants.store, "cart", "champion", None)
         await registry.poll()
         with pytest.raises(UnknownVersion, match="champion"):

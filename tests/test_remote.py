@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from app import wire
+from app.client.aio import AsyncRemotePolicy
 from app.client.remote import RemotePolicy
 from app.environment import Environment, GameAction
 from app.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
@@ -133,6 +135,17 @@ def test_a_connection_that_was_closed_while_idle_is_opened_again(service: FakeSe
         assert [policy.act(ITEM) for _ in range(8)] == [0] * 8
     assert service.acts == 8
     assert 3 <= service.connections <= 5
+
+
+def test_the_asynchronous_client_opens_it_again_too(service: FakeService) -> None:
+    service.closes_after = 3
+
+    async def act() -> list[int]:
+        async with AsyncRemotePolicy(service.url) as policy:
+            return [await policy.act(ITEM) for _ in range(8)]
+
+    assert asyncio.run(act()) == [0] * 8
+    assert service.acts == 8
 
 
 def test_a_service_that_never_answers_is_asked_twice_at_most(service: FakeService) -> None:

@@ -98,15 +98,23 @@ class AsyncRemotePolicy:
 
     async def _exchange(self, request: Request) -> Response:
         aiohttp = resolve_extra("async", "aiohttp")
-        url = self.url.rstrip("/") + request.path
         try:
-            async with self._http.request(
-                request.method, url, data=request.body, headers=request.headers, allow_redirects=False
-            ) as response:
-                body = await response.read()
-                return Response(response.status, response.headers.get("Content-Type", ""), body)
+            try:
+                return await self._send(request)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                # The service closed a kept connection just as it was used again: once more, on another one.
+                if not request.repeatable:
+                    raise
+                return await self._send(request)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServiceUnreachable(f"no answer from {self.url}: {error}", url=self.url) from error
+
+    async def _send(self, request: Request) -> Response:
+        url = self.url.rstrip("/") + request.path
+        async with self._http.request(
+            request.method, url, data=request.body, headers=request.headers, allow_redirects=False
+        ) as response:
+            return Response(response.status, response.headers.get("Content-Type", ""), await response.read())
 
 
 class AsyncEpisode:

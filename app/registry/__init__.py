@@ -45,6 +45,7 @@ class Registry:
         self.counts = Counts()
         self.swaps: Counter[str] = Counter()
         self.in_sessions: Callable[[], Set[Key]] = frozenset  # the versions that sessions are on
+        self._stored: dict[str, list[int]] = {}  # the versions that there were at the last look
         self._live: dict[str, Policy] = {}
         self._default: str | None = None
         self._beside: dict[str, Beside] = {}
@@ -200,9 +201,7 @@ class Registry:
 
     def _versions(self, name: str) -> list[int]:
         """What there is of `name`, what is served of it included, wherever the store has gone meanwhile."""
-        with contextlib.suppress(UnknownPolicy):
-            return self._store.versions(name)
-        return [self._live[name].version] if name in self._live else []
+        return self._stored.get(name) or ([self._live[name].version] if name in self._live else [])
 
     # following the store
 
@@ -224,6 +223,7 @@ class Registry:
             if anew:
                 self._refused.retry()
             found = await asyncio.to_thread(self._look)
+            self._stored = {name: versions for name, (versions, _) in found.items()}
             for name, (versions, wishes) in found.items():
                 await self._update(name, versions, wishes)
             for name in self._refused.names:

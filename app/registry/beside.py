@@ -34,7 +34,7 @@ class Canary:
 class Beside:
     """`routing` is what is wished for, the rest what came of it: a version that cannot be had changes nothing.
 
-    `problems`: why something is not as wished, by what it is about.
+    `problems`: why something is not as wished, by what it is about: "routing", "canary", "shadow" or "alias …".
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Beside:
         self.problems = {what: error for what, error in self.problems.items() if what == ROUTING}
         aliases = {}
         for alias, version in self.routing.aliases.items():
-            policy = await self._find(alias, version, load) or self.aliases.get(alias)
+            policy = await self._find(f"alias {alias}", version, load) or self.aliases.get(alias)
             if policy is not None:
                 aliases[alias] = policy
         self.aliases = aliases

@@ -12,6 +12,10 @@ from pathlib import Path
 from app.errors import UsageError
 
 BACKLOG = 2048
+# A screen and its head fit into what the kernel takes in before the loop looks (with its default of 128 KB they do not:
+# the rest of each comes later, and of a crowd's some come seconds later). More than that is the kernel's choice again.
+RECEIVE_BUFFER_BYTES = 256 << 10
+SO_BUF_LOCK = 72  # Linux 5.11; not in Python's socket
 UDS_MODE = 0o666
 
 
@@ -67,6 +71,9 @@ class Address:
         made = socket.socket(family, kind, protocol)
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+            with suppress(OSError):
+                made.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
             if shared:
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             made.bind(where)
