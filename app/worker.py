@@ -64,7 +64,8 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.sleep(0)  # who has connected is accepted before the socket is closed
+        for _ in range(2):  # who has connected is accepted before the socket is closed
+            await asyncio.sleep(0)
         telling = asyncio.create_task(self._tell_the_late(set(self.server_state.connections)))
         await super().shutdown(sockets)
         telling.cancel()

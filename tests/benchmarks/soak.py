@@ -142,7 +142,7 @@ def draw(stretches: Sequence[Stretch], target: Path) -> None:
     panels = {"PSS (MB)": "pss_mb", "p99 (ms)": "p99_ms", "open files": "files"}
     for axes, (label, name) in zip(figure.subplots(len(panels), 1, sharex=True), panels.items(), strict=True):
         axes.plot([stretch.minutes for stretch in stretches], [getattr(stretch, name) for stretch in stretches])
-        axes.set(ylabel=label, ylim=(0, None))
+        axes.set(ylabel=label, ylim=(0, 1.1 * max(getattr(stretch, name) for stretch in stretches)))
         axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="minutes")
     figure.savefig(target, dpi=110)

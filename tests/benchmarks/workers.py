@@ -5,6 +5,10 @@ runs as well. So throughput alone would say how much the generator takes; what c
 CPU time that the service was given, of all its processes, and two workers can be given twice as much:
 
     scaling = 2 × (actions per CPU second with two workers) / (actions per CPU second with one)
+
+Two cores of a virtual machine can be one, to the host, that does two things at a time: then a second of CPU time is
+worth less once both are busy. How much less, bare programs say, one alone and then one on each core: their scaling is
+the most that workers can have here.
 """
 
 from __future__ import annotations
@@ -14,21 +18,23 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import machine
+from tests.benchmarks import bare, machine
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.ground import prepare
 from tests.benchmarks.load import Load
 from tests.benchmarks.server import cores, cpu_s
 
 WARM_S = 0.5
+BATCH = "8"  # of the bare programs
 
 
 def measure(workers: int, wanted: argparse.Namespace, ground: Any) -> dict[str, Any]:
@@ -58,6 +64,19 @@ def measure(workers: int, wanted: argparse.Namespace, ground: Any) -> dict[str, 
     }
 
 
+def most(ground: Any, seconds: float) -> float:
+    """The scaling of bare programs."""
+    program = {"pong": ground.programs["pong"]}
+
+    def cost(core: int) -> float:
+        return bare.measure(program, ground.pixels, core, seconds)["pong"][BATCH]["cpu_us"]
+
+    first, second = cores()
+    alone = cost(first)
+    with ThreadPoolExecutor(2) as both:
+        return 2 * alone / mean(both.map(cost, (first, second)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--connections", type=int, default=64)
@@ -70,15 +89,18 @@ def main() -> int:
     progress.print("screens and programs")
     ground = prepare(wanted.store)
     described = machine.describe(*cores())
-    found = []
+    found, bounds = [], []
     for number in range(wanted.rounds):
+        bounds.append(most(ground, wanted.seconds / 3))
+        progress.print(f"round {number + 1}: bare programs: {bounds[-1]:.2f}", highlight=False)
         for workers in (1, 2):
             found.append(measure(workers, wanted, ground))
             cost, given = found[-1]["cpu_us"], found[-1]["given"]
             progress.print(f"round {number + 1}: {workers}: {cost:.0f} µs an action, {given:.2f} CPUs", highlight=False)
     scaling = [2 * one["cpu_us"] / two["cpu_us"] for one, two in zip(found[::2], found[1::2], strict=True)]
     if wanted.json:
-        wanted.json.write_text(json.dumps({"machine": described, "found": found, "scaling": scaling}, indent=1) + "\n")
+        results = {"machine": described, "found": found, "scaling": scaling, "bare": bounds}
+        wanted.json.write_text(json.dumps(results, indent=1) + "\n")
     table = Table("workers", "actions/s", "CPUs given", "µs/action", "shares of the workers")
     for workers in (1, 2):
         rows = [row for row in found if row["workers"] == workers]
@@ -91,7 +113,8 @@ def main() -> int:
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print(f"scaling: {median(scaling):.2f}; by round {', '.join(f'{ratio:.2f}' for ratio in scaling)}")
+    for what, ratios in (("scaling", scaling), ("of bare programs", bounds)):
+        console.print(f"{what}: {median(ratios):.2f}; by round {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     errors = [row["errors"] for row in found if row["errors"]]
     if errors:
         console.print(f"errors: {errors}", markup=False)
