@@ -73,6 +73,11 @@ def test_the_base_image_can_be_another() -> None:
     assert all((ROOT / name).exists() for name in sent)
 
 
+def test_what_is_published_is_sent_whole() -> None:
+    left_out = {line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("!")}
+    assert left_out == {"*", "**/__pycache__"}  # of an artifact that lacks a program nothing is served
+
+
 def test_only_the_override_asks_for_a_gpu_and_only_it_for_torch_with_cuda() -> None:
     assert "deploy" not in json.dumps(services(MAIN))
     (gpu,) = services("docker-compose.gpu.yml").values()
