@@ -14,7 +14,7 @@ from rich.markup import escape
 from app import __version__
 from app.commands import artifacts, keys, offline, play, routing, tokens
 from app.commands.serve import serve
-from app.commands.terminal import console
+from app.commands.terminal import console, flag
 from app.commands.tune import tune
 from app.errors import ActserveError, UsageError
 
@@ -39,7 +39,7 @@ cli.add_typer(tokens.tokens, name="tokens", rich_help_panel="Operate")
 
 
 @cli.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(version: Annotated[bool, flag("--version", says="Print the version.")] = False) -> None:
     if version:
         print(__version__)
         raise typer.Exit

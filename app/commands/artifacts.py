@@ -9,14 +9,14 @@ from rich.console import Console
 
 from app.commands.certificate import print_certificate
 from app.commands.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
-from app.commands.terminal import Json, console, print_json
+from app.commands.terminal import Json, console, flag, print_json
 from app.errors import UntrustedProgram
 
 
 def inspect(
     label: Label,
     store: Store = DEFAULT_STORE,
-    graph: Annotated[bool, typer.Option("--graph", help="Print the exported graph.")] = False,
+    graph: Annotated[bool, flag("--graph", says="Print the exported graph.")] = False,
     json: Json = False,
 ) -> None:
     """Show an artifact: its signature, programs, environment and certificate."""

@@ -10,7 +10,7 @@ import typer
 
 from app.commands.certificate import print_certificate
 from app.commands.stores import DEFAULT_STORE, Label, SignOption, Store, find, publishing
-from app.commands.terminal import Json, console, print_json, steps
+from app.commands.terminal import Json, console, flag, print_json, steps
 from app.errors import UsageError
 from app.lazy import resolve_extra
 
@@ -27,7 +27,7 @@ def train(
         int | None, typer.Option(min=1, help="Environment steps in all; default as in the recipe.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from the run folder's checkpoint.")] = True,
+    resume: Annotated[bool, flag(says="Go on from the run folder's checkpoint.")] = True,
     method: Annotated[
         str | None, typer.Option(help="pong: distill, which made the weights that ship, or dqn, the tutorial's.")
     ] = None,
@@ -57,13 +57,13 @@ def export(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
     name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's or file's.")] = None,
     action: Annotated[Action | None, typer.Option(help="What the output of a plain module or .onnx file is.")] = None,
-    native: Annotated[bool, typer.Option("--native", help="Build the .pt2 for this CPU alone.")] = False,
+    native: Annotated[bool, flag("--native", says="Build the .pt2 for this CPU alone.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
-    int8: Annotated[bool, typer.Option("--int8", help="Publish NAME-int8 too, with a certificate of its own.")] = False,
+    int8: Annotated[bool, flag("--int8", says="Publish NAME-int8 too, with a certificate of its own.")] = False,
     evaluate: Annotated[int, typer.Option(min=0, help="Games to play with each program, for the certificate.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first of these games.")] = 0,
     portable: Annotated[
-        bool, typer.Option("--portable", help="Certify everything, publish what runs anywhere: no .pt2.")
+        bool, flag("--portable", says="Certify everything, publish what runs anywhere: no .pt2.")
     ] = False,
     game: Annotated[
         str | None, typer.Option(help="The Atari game that a policy of your own plays, such as pong.")
@@ -119,7 +119,7 @@ def export(
 def compile_(
     label: Label,
     store: Store = DEFAULT_STORE,
-    native: Annotated[bool, typer.Option("--native", help="For this CPU alone.")] = False,
+    native: Annotated[bool, flag("--native", says="For this CPU alone.")] = False,
     sign: SignOption = None,
     json: Json = False,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from app.commands.stores import DEFAULT_STORE, Store, TrustOption
-from app.commands.terminal import console
+from app.commands.terminal import console, flag
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -44,10 +44,10 @@ def serve(
     ] = None,
     trust: TrustOption = None,
     require_signature: Annotated[
-        bool, typer.Option("--require-signature", help="Serve nothing that no trusted key signed.")
+        bool, flag("--require-signature", says="Serve nothing that no trusted key signed.")
     ] = False,
     log_format: Annotated[LogFormat | None, typer.Option(help="Lines for people, or one JSON object each.")] = None,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request on the routes.")] = False,
+    access_log: Annotated[bool, flag("--access-log", says="Log each request on the routes.")] = False,
     tokens: Annotated[
         Path | None, typer.Option(help="Let nobody in without a token of this file.", envvar="ACTSERVE_TOKENS")
     ] = None,

@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+def flag(*names: str, says: str) -> Any:
+    """An option that takes no value; typer's help would say <bool>."""
+    return typer.Option(*names, metavar="", help=says)
+
+
+Json = Annotated[bool, flag("--json", says="Print one JSON object on stdout and nothing else.")]
 
 console = Console(stderr=True)
 
