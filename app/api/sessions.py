@@ -103,8 +103,8 @@ async def stepping(request: Request, policy: Policy, version: int | None, id_: s
 async def step(request: Request, to_step: Stepping, decode: Callable[[], wire.Items]) -> Stepped:
     """Do the step, or find its answer if it was done: then the body, which `decode` reads, does not matter."""
     sessions = _sessions(request)
-    if to_step.step is not None and to_step.step <= to_step.session.step:
-        stored = sessions.stored(to_step.policy, to_step.session, to_step.step)
+    if to_step.step == to_step.session.step:  # which can be the last one done
+        stored = sessions.stored(to_step.policy, to_step.session, to_step.session.step)
         if stored is not None:
             return stored
     items = decode()
