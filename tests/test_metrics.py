@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.access import add
 from app.main import create_app
 from app.settings import Settings
+from app.telemetry.counts import KEPT, Counts, Program
 from app.telemetry.logs import JsonFormatter
 from tests.asgi import Answer, Caller
 from tests.page_service import SHIPPED
@@ -110,6 +111,21 @@ def test_what_is_now(service: Caller) -> None:
     assert now["actserve_policy_info", "pong"] == now["actserve_policy_info", "pong-lstm"] == 1
     assert now["actserve_waiting", "pong"] == now["actserve_sessions", None] == now["actserve_streams", None] == 0
     assert now["process_resident_memory_bytes", None] > 10e6
+
+
+def test_what_is_told_of_versions_stays_small_however_many_there_have_been() -> None:
+    counts = Counts()
+    held = counts.meters(Program("pong", 1, "onnx"))  # a batcher's, that runs on
+    counts.meters(Program("breakout", 1, "onnx"))
+    for version in range(2, 201):
+        counts.meters(Program("pong", version, "onnx")).sizes.add(version)
+    assert counts.meters(Program("pong", 1, "onnx")) is held
+    assert sorted(counts.programs) == [
+        Program("breakout", 1, "onnx"),
+        Program("pong", 1, "onnx"),
+        *(Program("pong", version, "onnx") for version in range(202 - KEPT, 201)),
+    ]
+    assert counts.meters(Program("pong", 200, "onnx")).sizes.total == 200
 
 
 def test_what_is_counted_is_told_while_the_sessions_file_cannot_be_used(tmp_path: Path) -> None:

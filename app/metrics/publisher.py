@@ -13,6 +13,7 @@ from pathlib import Path
 from app.metrics.collect import collect
 from app.registry import Registry
 from app.sessions import Sessions
+from app.telemetry.counts import Program
 from app.telemetry.families import Families
 from app.telemetry.shared import Shared
 
@@ -30,7 +31,7 @@ class Publisher:
         self._registry, self._sessions = registry, sessions
         self._shared = None if path is None else Shared(path)
         self._writing = asyncio.Lock()  # so that what is written later was collected later
-        self._seen: deque[tuple[float, Mapping[str, int]]] = deque(maxlen=RATE_OVER_S + 1)  # once a second
+        self._seen: deque[tuple[float, Mapping[Program, int]]] = deque(maxlen=RATE_OVER_S + 1)  # once a second
 
     async def __aenter__(self) -> Publisher:
         if self._shared is not None:
@@ -70,12 +71,11 @@ class Publisher:
     def _collect(self) -> Families:
         then_s, before = self._seen[0]
         passed_s = time.monotonic() - then_s
-        rates = {name: (n - before.get(name, 0)) / passed_s for name, n in self._actions().items()}
-        return collect(self._registry, self._sessions, rates)
+        done: Counter[str] = Counter()
+        for program, n in self._actions().items():
+            done[program.policy] += n - before.get(program, 0)
+        return collect(self._registry, self._sessions, {policy: n / passed_s for policy, n in done.items()})
 
-    def _actions(self) -> Counter[str]:
-        """So far, by policy."""
-        found: Counter[str] = Counter()
-        for program, meters in self._registry.counts.programs.items():
-            found[program.policy] += meters.sizes.total
-        return found
+    def _actions(self) -> dict[Program, int]:
+        """So far."""
+        return {program: meters.sizes.total for program, meters in self._registry.counts.programs.items()}

@@ -1,10 +1,13 @@
-"""Counts: what one process has answered and refused since it began. They only ever grow."""
+"""Counts: what one process has answered and refused since it began. They only ever grow, and in the end they go with
+the version that they are of: a policy may have any number of versions, and what is counted has to stay small.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 from app.telemetry.meters import Meters
 
@@ -13,6 +16,7 @@ ACT = "/policies/{name}/act"
 STREAM = "/policies/{name}/stream"
 DEFAULT = {"/act": ACT, "/stream": STREAM}  # what the routes of the default policy are counted as
 OK = "200"
+KEPT = 16  # the versions of a policy that are remembered when they are not in memory
 
 
 class Program(NamedTuple):
@@ -46,8 +50,9 @@ class Counts:
 
     def __init__(self) -> None:
         self.tallies: dict[tuple[str, Transport, str], Tally] = {}  # by policy, "" for none; transport; route
-        self.programs: dict[Program, Meters] = {}
+        self.programs: WeakValueDictionary[Program, Meters] = WeakValueDictionary()
         self.streams = 0  # open now
+        self._last: dict[str, deque[Meters]] = {}  # by policy
 
     def tally(self, policy: str, transport: Transport, route: str) -> Tally:
         """`policy` is one that there is, and `route` a template: what a client sent would grow without bound."""
@@ -57,5 +62,8 @@ class Counts:
         return self.tallies[key]
 
     def meters(self, program: Program) -> Meters:
-        """The same ones each time that the program is loaded."""
-        return self.programs.setdefault(program, Meters())
+        """The same ones each time that the program is loaded, unless `KEPT` others have been meanwhile. Whoever adds to
+        them holds them."""
+        found = self.programs.setdefault(program, Meters())
+        self._last.setdefault(program.policy, deque(maxlen=KEPT)).append(found)
+        return found

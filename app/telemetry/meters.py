@@ -37,7 +37,7 @@ class Queued(Protocol):
 class Meters:
     """Of one program of one policy's version, however often it is loaded."""
 
-    __slots__ = ("queue_ns", "run_ns", "sizes")
+    __slots__ = ("__weakref__", "queue_ns", "run_ns", "sizes")
 
     def __init__(self) -> None:
         self.sizes = Histogram(SIZES)  # items of a runtime call that succeeded; their sum: the actions
