@@ -9,7 +9,6 @@ import sys
 from typing import Annotated, NoReturn
 
 import typer
-from rich.markup import escape
 
 from app import __version__
 from app.commands import artifacts, keys, offline, play, routing, tokens
@@ -51,5 +50,7 @@ def main() -> NoReturn:
         cli()
         sys.exit(0)
     except ActserveError as error:
-        console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)
+        from rich.markup import escape
+
+        console().print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)
         sys.exit(2 if isinstance(error, UsageError) else 1)

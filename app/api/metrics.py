@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from app.api import common
 from app.errors import UnknownPolicy
-from app.metrics.exposition import expose
 from app.metrics.publisher import Publisher
 from app.metrics.summary import summary
 
@@ -19,13 +18,15 @@ router = APIRouter(tags=["metrics"])
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """What all workers counted, in Prometheus's text format, or in OpenMetrics'."""
+    from app.metrics.exposition import expose
+
     content, content_type = expose(await _publisher(request).families(), request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": content_type})
 
 
 @router.get("/policies/{name}/stats")
 async def stats(request: Request, name: str) -> dict[str, Any]:
-    """What all workers counted of one policy, of all its versions, since the service began.
+    """What all workers counted of one policy, of all its versions that are remembered.
 
     `rate`: actions a second, of the last ten seconds. `buckets`: inference calls by their number of items, each bound
     with those above the bound before. Percentiles are taken from the histograms of `/metrics`, and no finer than their

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from app.commands.certificate import print_certificate
 from app.commands.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
@@ -91,6 +90,8 @@ def diff(
     if json:
         print_json(found.as_json())
     else:
+        from rich.console import Console
+
         differ.show(found, Console())
 
 
@@ -103,7 +104,7 @@ def doctor(
     """Say what this host can run, and what it cannot and why."""
     from app.tools.doctor import diagnose, print_diagnosis
 
-    with console.status("looking"):
+    with console().status("looking"):
         diagnosis = diagnose(reading(store, trust), name)
     if json:
         print_json(diagnosis.as_json())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 
 def print_certificate(certificate: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     samples, origin = certificate["samples"], certificate["samples_from"]
     table = Table(title=f"certificate: {samples} samples ({origin}), in batches of several sizes")
     for heading in ("program", "compared", "actions that differ", "largest difference"):

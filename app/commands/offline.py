@@ -112,7 +112,7 @@ def export(
         )
         return
     what = "published" if done.published else "already in the store, nothing to do:"
-    console.print(f"[bold green]{what} {done.artifact.label}[/]")
+    console().print(f"[bold green]{what} {done.artifact.label}[/]")
     print_certificate(manifest.certificate)
 
 
@@ -134,7 +134,7 @@ def compile_(
     if json:
         print_json({"name": manifest.name, "version": manifest.version, "certificate": manifest.certificate})
     else:
-        console.print(f"[bold green]{built.label} has a .pt2 for this host[/]")
+        console().print(f"[bold green]{built.label} has a .pt2 for this host[/]")
 
 
 def _play_in_process(run: Callable[[Any], Any], environment: Any) -> list[float]:

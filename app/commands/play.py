@@ -53,13 +53,13 @@ def play(
 
     def games(url: str, policy: str | None, video: Path | None) -> Any:
         return commands.play(
-            url, policy, console=console, game=game, episodes=episodes, seed=seed, video=video, speed=speed,
+            url, policy, console=console(), game=game, episodes=episodes, seed=seed, video=video, speed=speed,
             protocol=protocol, via=via, exploration=exploration, token=token,
         )  # fmt: skip
 
     report = games(url, policy, video)
     if video is not None:
-        console.print(f"wrote {video}", highlight=False)
+        console().print(f"wrote {video}", highlight=False)
     other = None
     if compare is not None:
         other = games(compare, policy, None) if "://" in compare else games(url, compare, None)
@@ -89,7 +89,7 @@ def load(
 
     if concurrency is not None and rate is not None:
         raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")
-    report = commands.load(url, policy, concurrency, rate, duration, processes, console, via, token)
+    report = commands.load(url, policy, concurrency, rate, duration, processes, console(), via, token)
     if json:
         print_json(report.as_json())
     else:
@@ -105,7 +105,7 @@ def bench(
     """The tutorial's comparison: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
     from app.tools import bench as benchmark
 
-    rows = benchmark.run(find(reading(store), label), store, steps, console)
+    rows = benchmark.run(find(reading(store), label), store, steps, console())
     if json:
         print_json({"label": label, "steps": steps, "rows": [row.as_json() for row in rows]})
         return

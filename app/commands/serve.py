@@ -89,7 +89,7 @@ def serve(
     settings = Settings.from_environment({**os.environ, **named})  # a wrong value ends here, not in a worker
     check(settings)
     if settings.tokens is None and not (uds or host in LOOPBACK):
-        console.print("[yellow]whoever can connect may ask:[/] see --tokens")
+        console().print("[yellow]whoever can connect may ask:[/] see --tokens")
     logging.config.dictConfig(logs.configuration(settings.log_format))
     address = Address(host, port, uds)
     with _files(settings) as complete:

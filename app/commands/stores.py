@@ -37,7 +37,7 @@ def reading(location: str, trust: Path | None = None) -> ModelStore:
     try:
         store.refresh()
     except StoreUnreachable as error:
-        console.print(f"{error.message}; this is about what was fetched before", soft_wrap=True)
+        console().print(f"{error.message}; this is about what was fetched before", soft_wrap=True)
     return store
 
 

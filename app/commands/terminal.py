@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def flag(*names: str, says: str) -> Any:
@@ -18,7 +21,13 @@ def flag(*names: str, says: str) -> Any:
 
 Json = Annotated[bool, flag("--json", says="Print one JSON object on stdout and nothing else.")]
 
-console = Console(stderr=True)
+
+@cache
+def console() -> Console:
+    """Of stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -28,10 +37,10 @@ def print_json(document: dict[str, Any]) -> None:
 @contextmanager
 def steps(first: str) -> Iterator[Callable[[str], None]]:
     """A live line with the step under way; the steps done stay above it."""
-    with console.status(first) as status:
+    with console().status(first) as status:
 
         def progress(step: str) -> None:
-            console.print(f"  {step}")
+            console().print(f"  {step}")
             status.update(step)
 
         yield progress

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
 from app.commands.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
 from app.commands.terminal import Json, console, print_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from app.tuning.tuned import Tuned
 
 AT_LEAST_NS = 200_000_000  # for each batch size
@@ -24,14 +23,16 @@ def tune(
     json: Json = False,
 ) -> None:
     """Measure an artifact's programs on this host, at several batch sizes, for `serve` to choose by."""
+    from rich.console import Console
+
     from app.tuning.tuned import Tuned
 
     artifact = find(reading(store, trust), label)
-    with console.status(f"measuring {artifact.label}"):
+    with console().status(f"measuring {artifact.label}"):
         tuned, failed = Tuned.measure(artifact, AT_LEAST_NS)
     file = tuned.save(artifact)
     for runtime, reason in failed.items():
-        console.print(f".{runtime} does not run here: {reason}", soft_wrap=True, markup=False)
+        console().print(f".{runtime} does not run here: {reason}", soft_wrap=True, markup=False)
     if json:
         item_us = {
             runtime: {str(size): ns / 1e3 for size, ns in tuning.item_ns.items()}
@@ -48,6 +49,8 @@ def tune(
 
 def curve(tuned: Tuned) -> Table:
     """µs an item by batch size; a star at the batches that `serve` forms."""
+    from rich.table import Table
+
     table = Table("items a call")
     slowest = max(ns for tuning in tuned.programs.values() for ns in tuning.item_ns.values())
     for name in tuned.programs:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
-from prometheus_client import ProcessCollector
-
 from app.errors import SessionsUnavailable
 from app.registry import Registry
 from app.sessions import Sessions
@@ -15,7 +13,6 @@ from app.telemetry.counts import OK
 from app.telemetry.families import Families, Family, Merge
 
 SECOND = 1e-9  # in nanoseconds, which meters count
-_PROCESS = ProcessCollector(registry=None)  # it opens /proc when it is asked
 
 
 def collect(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -> Families:
@@ -92,8 +89,10 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
 
 def _process() -> list[Family]:
     """prometheus_client's, of this worker."""
+    from prometheus_client import ProcessCollector  # it is not needed to start
+
     found = []
-    for metric in _PROCESS.collect():
+    for metric in ProcessCollector(registry=None).collect():
         family = Family(metric.name, metric.documentation, metric.type, Merge.SUM)
         for sample in metric.samples:
             family.add({"worker": os.getpid()}, sample.value, sample.name.removeprefix(metric.name))
