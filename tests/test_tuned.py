@@ -28,8 +28,10 @@ def own(cart: Artifact, tmp_path: Path) -> Artifact:
 
 
 def test_the_batch_is_the_size_from_which_on_more_does_not_pay() -> None:
-    assert Tuning({1: 100, 2: 70, 4: 69, 8: 60, 16: 61}).batch == 8
-    assert Tuning({1: 100, 2: 98}).batch == 1
+    us = 1000
+    assert Tuning({1: 150 * us, 2: 108 * us, 4: 88 * us, 8: 88 * us, 16: 94 * us, 32: 96 * us}).batch == 8
+    assert Tuning({1: 900 * us, 2: 900 * us, 4: 910 * us}).batch == 1
+    assert Tuning({1: 900 * us, 2: 900 * us, 4: 700 * us}).batch == 4
     assert Tuning({1: QUICK_NS - 1}).quick
     assert not Tuning({1: QUICK_NS, 2: QUICK_NS // 2}).quick
 
