@@ -6,7 +6,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from app.signature import Array, Signature, TensorSpec
 from app.store import ModelStore
 from tests.fake_policy import QUICK, SLOW
 from tests.serving import port_of, serving
+from tests.waiting import until
 
 LANE = "lane"
 PLAIN = "httptools"
@@ -143,6 +144,22 @@ def running(http: str, settings: Settings | None = None, slow: bool = False, **o
             yield Service(http, port_of(server), server, registry, requests)
         finally:
             registry.runtime.gate.set()
+
+
+@contextmanager
+def overloaded(service: Service, connect: Callable[[], socket.socket] | None = None) -> Iterator[None]:
+    """A service with `max_waiting=1` refuses all that comes meanwhile: no row is free, and one request waits for one.
+    That is answered in the end."""
+    arena = service.policy.batcher.arena
+    assert arena is not None
+    taken = [row for row in (arena.acquire() for _ in range(arena.free)) if row is not None]
+    with (connect or service.connect)() as waiting:
+        waiting.sendall(request())
+        until(lambda: len(arena.waiting) == 1)
+        yield
+        for row in taken:
+            arena.release(row)
+        assert b"200 OK" in waiting.recv(1000)
 
 
 def request(

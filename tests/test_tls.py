@@ -92,6 +92,22 @@ def test_lane_and_routes_take_turns(secure: Service, pair: Pair) -> None:
         assert b'"default":"tiny"' in answers(connection, 1)
 
 
+def test_a_refused_body_is_forgotten_and_the_connection_goes_on(pair: Pair) -> None:
+    with (
+        lane_service.running(LANE, Settings(max_waiting=1), **pair.options) as service,
+        connected(service, pair) as refused,
+    ):
+        with lane_service.overloaded(service, lambda: connected(service, pair)):
+            refused.sendall(request(BODY)[:-3])
+            assert refused.recv(1000).startswith(b"HTTP/1.1 503 ")
+            refused.sendall(BODY[-3:] + request(BODY) * 8000)  # more than is decrypted at a time
+            answer = b""
+            while answer.count(b'"limit":1}}}') < 8000:
+                answer += refused.recv(1 << 16)
+        refused.sendall(request(BODY))
+        assert answers(refused, 1).endswith(b'{"action":1}')
+
+
 def test_whoever_speaks_no_tls_is_let_go(secure: Service) -> None:
     with secure.connect() as connection:
         connection.sendall(request(BODY))

@@ -5,9 +5,11 @@ received straight into the batch's own memory and answered with one ready-made w
 likewise. The lane only takes what it understands to the last byte; everything else goes, untouched, to uvicorn's own
 protocols, and so to the routes in `app.api`.
 
+    accepting.py  connections, as they come
     heads.py      which requests those are
     doors.py      the policies behind the paths, and their ready-made answers
     receiver.py   from the socket to where the batch is read from
+    discard.py    what is refused, from the socket to nowhere
     protocol.py   one HTTP connection
     inner.py      uvicorn's protocol, which has the rest
     stream.py     one WebSocket connection

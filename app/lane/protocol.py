@@ -7,7 +7,7 @@ that has answered and its parser is between two messages again.
 Where bytes go next (`get_buffer`):
 
     the rest of a body    into its row, to its end and no further
-    a refused body        into the common buffer, to its end and no further, and is forgotten
+    a refused body        nowhere, or into the common buffer, to its end and no further
     uvicorn's             into the common buffer, and on
     sent ahead            into the common buffer, and kept until the answer has left
     else, a head          into the common buffer, as many bytes as the last head had: if the next one is as long, which
@@ -28,6 +28,7 @@ from app import wire
 from app.api import errors
 from app.batcher import Outcome
 from app.errors import ActserveError, TooManyConnections
+from app.lane.discard import discard
 from app.lane.doors import UNAVAILABLE, Door, Lane, serialised
 from app.lane.heads import MAX_BYTES, Taken, may_become_a_head
 from app.lane.inner import Inner
@@ -91,6 +92,8 @@ class LaneProtocol(Receiver):
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._missing is not None:
             return self._missing
+        if self._unwanted:
+            self._unwanted -= discard(self.transport, self._unwanted)
         if self._unwanted:
             return self._buffer[: self._unwanted]
         if self._passing or self._door is not None:

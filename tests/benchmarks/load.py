@@ -171,7 +171,8 @@ class Load:
         except OSError:
             data = b""
         if not data or not connection.busy:
-            self._tally.errors["connection lost"] += connection.busy
+            if connection.busy:
+                self._tally.errors["connection lost"] += 1
             self._lose(connection)
             return
         data = connection.data + data
