@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,12 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from app.client.local import free_port
+from tests.shipped import ship
 
 ROOT = Path(__file__).parent.parent
 RUN = ("bash", "python")
 OUTPUT = ("json", "text")  # of the block before, if that was run: see `agrees`
 SHOWN = ("yaml",)
-SHIPPED = ("pong/1", "pong-lstm/1")
 PORTS = ("8000", "8001", "8900")  # as the documents have them: HTTP, gRPC, administration
 READY_WITHIN_S = 60.0
 BLOCK_WITHIN_S = 300.0  # a bound for what hangs: compiling takes long where others compile, too
@@ -104,8 +103,7 @@ class Reader:
         }
 
     def __enter__(self) -> Self:
-        for version in SHIPPED:
-            shutil.copytree(ROOT / "models_store" / version, self._folder / "models_store" / version)
+        ship(self._folder / "models_store")
         (self._folder / ".curlrc").write_text("silent\nshow-error\n")  # as at a terminal
         self._variables.touch()
         return self

@@ -14,9 +14,8 @@ from app.game import Seats
 from app.main import create_app
 from app.settings import Settings
 from tests.serving import port_of, serving
+from tests.shipped import SHIPPED
 from tests.waiting import until
-
-SHIPPED = Path(__file__).parent.parent / "models_store"
 
 
 @dataclass(frozen=True)

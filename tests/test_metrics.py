@@ -20,7 +20,7 @@ from app.settings import Settings
 from app.telemetry.counts import KEPT, Counts, Program
 from app.telemetry.logs import JsonFormatter
 from tests.asgi import Answer, Caller
-from tests.page_service import SHIPPED
+from tests.shipped import SHIPPED
 
 SCREEN = bytes(100_800)
 RAW = {"Content-Type": "application/octet-stream"}

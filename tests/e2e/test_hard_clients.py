@@ -17,7 +17,7 @@ from app.client import local
 from app.client.local import LocalService
 from app.client.remote import RemotePolicy
 from app.signature import Array
-from tests.page_service import SHIPPED
+from tests.shipped import SHIPPED
 from tests.waiting import until
 
 SCREEN_BYTES = 210 * 160 * 3

@@ -25,8 +25,8 @@ from app.client.remote import RemotePolicy
 from app.errors import ServiceError, ServiceUnreachable
 from app.signature import Array
 from app.store import ModelStore
-from tests.page_service import SHIPPED
 from tests.policies import Fragile
+from tests.shipped import SHIPPED
 from tests.waiting import until
 
 RAW = {"Content-Type": "application/octet-stream"}

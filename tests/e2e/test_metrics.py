@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.client import local
 from app.client.local import LocalService
-from tests.page_service import SHIPPED
+from tests.shipped import SHIPPED
 from tests.waiting import until
 
 SCREEN = bytes(100_800)

@@ -26,8 +26,8 @@ from app.store import ModelStore
 from exporters.load import find_source
 from exporters.publish import export
 from exporters.sb3 import from_sb3
-from tests.page_service import SHIPPED
 from tests.sb3_models import MODELS
+from tests.shipped import SHIPPED
 from tests.test_modules import QNetwork
 
 OBSERVATIONS = 200

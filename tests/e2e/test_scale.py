@@ -29,8 +29,8 @@ from app.sessions.names import home_of
 from app.signature import Array, Arrays
 from app.store import ModelStore
 from tests import waiting
-from tests.page_service import SHIPPED
 from tests.scale_service import PYTHON, Scaled, environment, running
+from tests.shipped import SHIPPED
 
 NAME = "pong-lstm"
 NODES = (2, 1)  # CPUs; of three replicas, two on one node and one on the other
