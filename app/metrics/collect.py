@@ -89,10 +89,10 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
 
 def _process() -> list[Family]:
     """prometheus_client's, of this worker."""
-    from prometheus_client import ProcessCollector  # it is not needed to start
+    from prometheus_client import PROCESS_COLLECTOR  # it is not needed to start
 
     found = []
-    for metric in ProcessCollector(registry=None).collect():
+    for metric in PROCESS_COLLECTOR.collect():
         family = Family(metric.name, metric.documentation, metric.type, Merge.SUM)
         for sample in metric.samples:
             family.add({"worker": os.getpid()}, sample.value, sample.name.removeprefix(metric.name))
