@@ -1,7 +1,7 @@
 """Discard: the rest of a refused body goes from the socket to nowhere.
 
-Copying 100 KB out of the kernel is most of what a refusal costs. Linux lets go of what came by TCP without a copy, if
-asked to with MSG_TRUNC (tcp(7)).
+Copying 100 KB out of the kernel is a third of what a refusal costs. Linux lets go of what came by TCP without a copy,
+if asked to with MSG_TRUNC (tcp(7)).
 """
 
 from __future__ import annotations

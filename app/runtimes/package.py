@@ -19,7 +19,7 @@ def inspect_package(package: bytes | Path) -> str | None:
     try:
         with zipfile.ZipFile(io.BytesIO(package) if isinstance(package, bytes) else package) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # the last for versions that zipfile does not know
         return "it is not a zip archive"
     return _bad_member(members) or _bad_contents(members)
 
