@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from app.access import Access
 from app.api import act, errors, gate, health, policies
 from app.artifact import Artifact, Manifest
+from app.batcher.arena import Arena
 from app.lane.doors import Lane
 from app.policy import Policy
 from app.registry import Registry
@@ -146,13 +147,18 @@ def running(http: str, settings: Settings | None = None, slow: bool = False, **o
             registry.runtime.gate.set()
 
 
+def take_rows(arena: Arena) -> list[int]:
+    """All that are free, until they are released."""
+    return [row for row in (arena.acquire() for _ in range(arena.free)) if row is not None]
+
+
 @contextmanager
 def overloaded(service: Service, connect: Callable[[], socket.socket] | None = None) -> Iterator[None]:
     """A service with `max_waiting=1` refuses all that comes meanwhile: no row is free, and one request waits for one.
     That is answered in the end."""
     arena = service.policy.batcher.arena
     assert arena is not None
-    taken = [row for row in (arena.acquire() for _ in range(arena.free)) if row is not None]
+    taken = take_rows(arena)
     with (connect or service.connect)() as waiting:
         waiting.sendall(request())
         until(lambda: len(arena.waiting) == 1)

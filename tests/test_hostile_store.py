@@ -64,7 +64,7 @@ def test_a_manifest_names_plain_files_of_its_own_folder(store: ModelStore, folde
 
 @pytest.mark.parametrize("name", [MANIFEST, SIGNATURE])
 def test_the_manifest_does_not_list_itself(store: ModelStore, folder: Path, name: str) -> None:
-    edit(folder, lambda document: document["files"].update({name: record()}))  # type: ignore[attr-defined]
+    edit(folder, lambda document: document["files"].update({name: record()}))
     with pytest.raises(InvalidManifest, match="cannot be one of files"):
         store.resolve("walker")
 

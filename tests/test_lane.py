@@ -15,7 +15,7 @@ from backports import zstd
 
 from app.settings import Settings
 from app.telemetry.counts import ACT
-from tests.lane_service import ITEM_BYTES, LANE, NAME, PLAIN, Service, exchange, overloaded, request, running
+from tests.lane_service import ITEM_BYTES, LANE, NAME, PLAIN, Service, exchange, overloaded, request, running, take_rows
 from tests.waiting import until
 
 BODY = bytes(range(ITEM_BYTES))
@@ -215,7 +215,7 @@ def test_clients_that_go_while_they_are_answered_are_no_errors(lane: Service, ca
 def test_where_no_row_is_free_the_next_one_is_waited_for(lane: Service) -> None:
     arena = lane.policy.batcher.arena
     assert arena is not None
-    taken = [row for row in (arena.acquire() for _ in range(arena.free)) if row is not None]
+    taken = take_rows(arena)
     connections = [lane.connect() for _ in range(4)]
     for connection in connections:
         connection.sendall(request(BODY) * 2)
