@@ -33,7 +33,7 @@ WORKDIR /srv
 COPY models_store models_store
 RUN actserve verify pong && actserve verify pong-lstm \
  && rm models_store/*/*/program.safetensors \
- && { actserve serve & } && until python -m app.ready; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
+ && { actserve serve & } && until python -m actserve.server.healthcheck; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
 
 # The emulator and PNG, without what makes films; of Pillow neither fonts nor colour profiles, and of formats what cannot be
 # told apart from its core.
@@ -43,7 +43,7 @@ RUN pip install --no-compile --constraint constraints.txt ale-py pillow \
  && rm -f PIL/_avif.* PIL/_webp.* PIL/_imagingft.* PIL/_imagingcms.* PIL/_imagingtk.* \
  && cd pillow.libs \
  && rm -f libavif-* libwebp* libsharpyuv-* libfreetype-* libharfbuzz-* libbrotli* libpng16-* liblcms2-*
-RUN python -c "import app.cli, app.main, app.client.commands, app.client.load, PIL.PngImagePlugin, ale_py.roms"
+RUN python -c "import actserve.cli.main, actserve.server.app, actserve.cli.tools.play, actserve.loadtest.load, PIL.PngImagePlugin, ale_py.roms"
 
 # AOTInductor's programs are native code: built here, they belong to root, which makes them trusted.
 FROM build AS build-pt2
@@ -61,7 +61,7 @@ WORKDIR /srv
 RUN rm -rf /opt/actserve/lib/python3*/site-packages/torch/include models_store/*/*.tuning.json \
  && find /opt/actserve -name __pycache__ -prune -exec rm -rf {} + \
  && actserve verify pong && actserve verify pong-lstm \
- && { actserve serve --runtime pt2 & } && until python -m app.ready; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
+ && { actserve serve --runtime pt2 & } && until python -m actserve.server.healthcheck; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
 
 FROM ${BASE_IMAGE} AS base
 RUN useradd --system --uid 10001 --no-create-home actserve && install -d -o actserve /var/lib/actserve
@@ -71,7 +71,7 @@ USER 10001
 
 FROM base AS service
 EXPOSE 8000
-HEALTHCHECK --interval=3s --timeout=3s --retries=40 CMD ["python", "-m", "app.ready"]
+HEALTHCHECK --interval=3s --timeout=3s --retries=40 CMD ["python", "-m", "actserve.server.healthcheck"]
 CMD ["actserve", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM base AS client

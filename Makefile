@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 .PHONY: demo test check format docs bench
 
 demo: .venv/all
-	$(BIN)/python -m app.tools.demo
+	$(BIN)/python -m actserve_export.demo
 
 test: .venv/dev .venv/kserve/installed .venv/ray/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile

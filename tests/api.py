@@ -13,20 +13,20 @@ from pathlib import Path
 import pdoc
 from pdoc.doc import Class, Doc, Function, Module
 
-import exporters
+import actserve_export
 
 MODULES = (
-    "app.client.remote",
-    "app.client.aio",
-    "app.client.stream",
-    "app.client.sequence",
-    "exporters",
-    "app.signature",
-    "app.artifact",
-    "app.store",
-    "app.settings",
-    "app.errors",
-    "app.main",
+    "actserve.client.remote",
+    "actserve.client.aio",
+    "actserve.client.stream",
+    "actserve.client.sequence",
+    "actserve_export",
+    "actserve.core.signature",
+    "actserve.store.artifact",
+    "actserve.store.local",
+    "actserve.core.settings",
+    "actserve.core.errors",
+    "actserve.server.app",
 )
 
 
@@ -43,9 +43,9 @@ def documented(module: str) -> Iterator[tuple[str, str]]:
 
 
 def _bring_in() -> None:
-    """What `exporters` imports when it is asked for, pdoc takes for nothing."""
-    for name in exporters.__all__:
-        setattr(exporters, name, getattr(exporters, name))
+    """What `actserve_export` imports when it is asked for, pdoc takes for nothing."""
+    for name in actserve_export.__all__:
+        setattr(actserve_export, name, getattr(actserve_export, name))
 
 
 def _members(of: Module | Class) -> Iterator[tuple[str, str]]:

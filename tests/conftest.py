@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from app.artifact import Artifact
-from app.store import ModelStore
+from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
 from tests.clock import Clock
 from tests.exported import exported
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app import golden
-from app.artifact import Artifact
-from app.errors import InvalidTensor, RuntimeFailure
-from app.runtimes.base import Runtime
+from actserve.core.errors import InvalidTensor, RuntimeFailure
+from actserve.engine import golden
+from actserve.engine.runtimes.base import Runtime
+from actserve.store.artifact import Artifact
 
 
 class RuntimeContract:

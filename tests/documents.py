@@ -18,7 +18,7 @@ import urllib3
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from app.client.local import free_port
+from actserve.cli.tools.local_service import free_port
 from tests.shipped import ship
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.store import ModelStore
+from actserve.store.local import ModelStore
 
 
 def exported(factory: pytest.TempPathFactory, target: str) -> ModelStore:
@@ -25,8 +25,8 @@ def exported(factory: pytest.TempPathFactory, target: str) -> ModelStore:
 
 
 def _export(target: str, root: Path) -> None:
-    from exporters.load import load
-    from exporters.publish import export
+    from actserve_export.publish import export
+    from actserve_export.targets import load
 
     name, source = load(target)
     making = root.with_name(f"{root.name}.part")

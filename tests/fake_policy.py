@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from app.artifact import Artifact, Manifest
-from app.errors import UnknownPolicy, UnknownVersion
-from app.policy import Policy
-from app.registry import Registry
-from app.requests import complete, step_seed
-from app.runtimes.base import Runtime
-from app.runtimes.preflight import Choice
-from app.settings import Settings
-from app.signature import Array, Arrays, Exploration, Noise, Signature, State, TensorSpec
-from app.store import ModelStore
-from app.tuning import Tuning
+from actserve.core.completion import complete, step_seed
+from actserve.core.errors import UnknownPolicy, UnknownVersion
+from actserve.core.settings import Settings
+from actserve.core.signature import Array, Arrays, Exploration, Noise, Signature, State, TensorSpec
+from actserve.engine.policy import Policy
+from actserve.engine.registry import Registry
+from actserve.engine.runtimes.base import Runtime
+from actserve.engine.runtimes.preflight import Choice
+from actserve.engine.tuning import Tuning
+from actserve.store.artifact import Artifact, Manifest
+from actserve.store.local import ModelStore
 
 NAME = "digest"
 X = TensorSpec("x", "int64", (), 0, 999)

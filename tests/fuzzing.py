@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 from backports import zstd
 
-from app import wire
-from app.access import Access
-from app.api.oip import http
-from app.errors import ActserveError
-from app.lane import frames
-from app.lane.heads import Heads, Size, may_become_a_head
-from app.signature import Arrays, Signature, TensorSpec
-from app.wire.accept import quality
-from app.wire.stream import Hello, Replies
+from actserve import wire
+from actserve.core.errors import ActserveError
+from actserve.core.signature import Arrays, Signature, TensorSpec
+from actserve.server.access.tokens import Access
+from actserve.server.fastpath import websocket_frames as frames
+from actserve.server.fastpath.heads import Heads, Size, may_become_a_head
+from actserve.server.protocols.oip import http
+from actserve.wire.accept import quality
+from actserve.wire.stream_messages import Hello, Replies
 from tests.fake_policy import SIGNATURE
 from tests.lane_service import ITEM_BYTES, request
 

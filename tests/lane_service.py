@@ -16,19 +16,20 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
-from app.access import Access
-from app.api import act, errors, gate, health, policies
-from app.artifact import Artifact, Manifest
-from app.batcher.arena import Arena
-from app.lane.doors import Lane
-from app.policy import Policy
-from app.registry import Registry
-from app.runtimes.base import Runtime
-from app.runtimes.preflight import Choice
-from app.sessions import Limits, Sessions
-from app.settings import Settings
-from app.signature import Array, Signature, TensorSpec
-from app.store import ModelStore
+from actserve.core.settings import Settings
+from actserve.core.signature import Array, Signature, TensorSpec
+from actserve.engine.arena import Arena
+from actserve.engine.policy import Policy
+from actserve.engine.registry import Registry
+from actserve.engine.runtimes.base import Runtime
+from actserve.engine.runtimes.preflight import Choice
+from actserve.server.access.tokens import Access
+from actserve.server.fastpath.endpoints import Lane
+from actserve.server.http import act, gate, health, policies
+from actserve.server.http import error_responses as errors
+from actserve.server.sessions import Limits, Sessions
+from actserve.store.artifact import Artifact, Manifest
+from actserve.store.local import ModelStore
 from tests.fake_policy import QUICK, SLOW
 from tests.serving import port_of, serving
 from tests.waiting import until

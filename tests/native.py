@@ -7,7 +7,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-from app.artifact import Artifact
+from actserve.store.artifact import Artifact
 
 _HEADERS = "#include <fcntl.h>\n#include <signal.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
 

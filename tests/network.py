@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from app.store import ModelStore
+from actserve.store.local import ModelStore
 
 URL = "network://bucket/store"
 

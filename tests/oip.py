@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI
 
-from app.api import oip
-from app.sessions import Limits, Sessions
-from app.settings import Settings
-from app.signature import Array, Arrays
-from app.wire.oip import DATATYPES, HEADER
+from actserve.core.settings import Settings
+from actserve.core.signature import Array, Arrays
+from actserve.server.protocols import oip
+from actserve.server.sessions import Limits, Sessions
+from actserve.wire.oip import DATATYPES, HEADER
 from tests.asgi import Answer, Caller
 from tests.fake_policy import NAME, Versions
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
-from app.grpc.messages import CONTENTS
-from app.signature import Array, Arrays
-from app.wire.oip import DATATYPES
+from actserve.core.signature import Array, Arrays
+from actserve.server.protocols.grpc.messages import CONTENTS
+from actserve.wire.oip import DATATYPES
 from tests.fake_policy import NAME
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from app.game import Seats
-from app.main import create_app
-from app.settings import Settings
+from actserve.core.settings import Settings
+from actserve.server.app import create_app
+from actserve.server.arcade.game import Seats
 from tests.serving import port_of, serving
 from tests.shipped import SHIPPED
 from tests.waiting import until

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.artifact import Artifact
-from app.store import ModelStore
+from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
 
 
 def republish(

@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from app.scale import build, home_of_node
+from actserve.server.ray import build, home_of_node
 
 OBJECT_STORE_BYTES = 80 << 20
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that others reach

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.client.local import free_port
+from actserve.cli.tools.local_service import free_port
 from tests.benchmarks.server import stop, tree
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +68,8 @@ def environment(folder: str) -> dict[str, str]:
 
 @contextmanager
 def running(nodes: Sequence[int], **arguments: Any) -> Iterator[Scaled]:
-    """On as many nodes, each with so many CPUs. `arguments`: of `app.scale.build`. Entered once it is ready; nothing
-    is left of it in the end. Raises ValueError with the end of the log when it does not come up."""
+    """On as many nodes, each with so many CPUs. `arguments`: of `actserve.server.ray.build`. Entered once it is ready;
+    nothing is left of it in the end. Raises ValueError with the end of the log when it does not come up."""
     port = free_port()
     command = [str(PYTHON), "-m", "tests.ray_cluster", str(port), ",".join(map(str, nodes)), json.dumps(arguments)]
     with (

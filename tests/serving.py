@@ -11,13 +11,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app.lane.accepting import Accepting
+from actserve.server.fastpath.accept import Accepting
 from tests.waiting import until
 
 BACKLOG = 512
 UVICORN: dict[str, Any] = {
     "loop": "uvloop",
-    "ws": "app.api.websocket:WebSocketProtocol",
+    "ws": "actserve.server.http.websocket:WebSocketProtocol",
     "ws_per_message_deflate": False,
     "log_config": None,
 }

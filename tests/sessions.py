@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from app.sessions import Session
-from app.tuning import Tuning
+from actserve.engine.tuning import Tuning
+from actserve.server.sessions import Session
 from tests.fake_policy import QUICK, Alone, Versions
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app.access import Access
-from app.api import act, errors, gate, oip, policies, sessions, stream
-from app.lane.doors import Lane
-from app.sessions import Limits, Sessions
-from app.settings import Settings
-from app.signature import Array
+from actserve.core.settings import Settings
+from actserve.core.signature import Array
+from actserve.server.access.tokens import Access
+from actserve.server.fastpath.endpoints import Lane
+from actserve.server.http import act, gate, policies, sessions, stream
+from actserve.server.http import error_responses as errors
+from actserve.server.protocols import oip
+from actserve.server.sessions import Limits, Sessions
 from tests.fake_policy import QUICK, SLOW, Versions
 from tests.serving import port_of, serving
 

@@ -10,7 +10,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from app.signature import Exploration
+from actserve.core.signature import Exploration
 from tests.fake_policy import Alone
 from tests.stream_service import Service
 

@@ -16,9 +16,9 @@ import time
 from types import FrameType
 from typing import Any
 
-from app import supervisor
-from app.supervisor import Start, Supervisor
-from app.supervisor.address import Address
+from actserve.server.processes import supervisor
+from actserve.server.processes.address import Address
+from actserve.server.processes.supervisor import Start, Supervisor
 
 
 def work(listener: socket.socket, start: Start) -> None:

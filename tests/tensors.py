@@ -7,8 +7,8 @@ from typing import get_args
 import numpy as np
 from hypothesis import strategies as st
 
-from app.signature import IS_INIT, Arrays, DType, Parameter, Signature, State, TensorSpec
-from app.wire import Items
+from actserve.core.signature import IS_INIT, Arrays, DType, Parameter, Signature, State, TensorSpec
+from actserve.wire import Items
 
 ACTION = TensorSpec("action", "int64", ())
 NAMES = ["pixels", "x", "größe", "a.b", "__meta__"]

@@ -14,7 +14,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from app.lane.accepting import Accepting
+from actserve.server.fastpath.accept import Accepting
 from tests import certificates, lane_service
 from tests.lane_service import LANE, request
 from tests.serving import BACKLOG

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.access import LOOK_EVERY_S, PREFIX, Access, Token, add, read
-from app.errors import RateLimited, Unauthorized, UsageError
+from actserve.core.errors import RateLimited, Unauthorized, UsageError
+from actserve.server.access.tokens import LOOK_EVERY_S, PREFIX, Access, Token, add, read
 from tests.clock import Clock
 from tests.test_cli import actserve
 

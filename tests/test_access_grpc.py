@@ -14,11 +14,11 @@ from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from app.access import Access, add
-from app.client.local import free_port
-from app.grpc.server import serving
-from app.sessions import Limits, Sessions
-from app.settings import Settings
+from actserve.cli.tools.local_service import free_port
+from actserve.core.settings import Settings
+from actserve.server.access.tokens import Access, add
+from actserve.server.protocols.grpc.server import serving
+from actserve.server.sessions import Limits, Sessions
 from tests import certificates
 from tests.fake_policy import NAME, Versions
 from tests.oip_grpc import infer, with_parameters

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import urllib3
 
-from app import admin
-from app.client import local
-from app.errors import UsageError
-from app.settings import Settings
-from app.store import ModelStore, routing
-from app.store.routing import Routing
+from actserve.cli.tools import local_service as local
+from actserve.core.errors import UsageError
+from actserve.core.settings import Settings
+from actserve.server import admin
+from actserve.store import routing
+from actserve.store.local import ModelStore
+from actserve.store.routing import Routing
 from tests import waiting
 from tests.test_cli import actserve
 from tests.variants import Variants

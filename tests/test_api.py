@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app import errors
+from actserve.core import errors
 from tests import api
 from tests.documents import ROOT
 
@@ -35,4 +35,4 @@ def test_every_public_name_says_what_it_is(module: str) -> None:
 
 def _in_the_tree(name: str) -> bool:
     """Errors have their lines in the module's own docstring."""
-    return name.startswith("app.errors.") and name.rpartition(".")[2] in (errors.__doc__ or "").split()
+    return name.startswith("actserve.core.errors.") and name.rpartition(".")[2] in (errors.__doc__ or "").split()

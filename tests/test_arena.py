@@ -6,8 +6,8 @@ from time import perf_counter_ns
 import numpy as np
 import pytest
 
-from app.batcher.arena import AT_MOST_BYTES, SLOW_NS, SPARE_BYTES, Arena
-from app.signature import Noise, Signature, State, TensorSpec
+from actserve.core.signature import Noise, Signature, State, TensorSpec
+from actserve.engine.arena import AT_MOST_BYTES, SLOW_NS, SPARE_BYTES, Arena
 from tests import fake_policy
 from tests.lane_service import SIGNATURE
 

@@ -9,11 +9,11 @@ import pytest
 from ale_py import Action as ALEAction
 from ale_py import AtariEnv, roms
 
-from app.atari import AtariGame
-from app.environment import Environment, GameAction
-from app.errors import EnvironmentMismatch, UsageError
-from app.signature import Array
-from exporters.policies.atari import environment, screen
+from actserve.atari.emulator import AtariGame
+from actserve.core.environment import Environment, GameAction
+from actserve.core.errors import EnvironmentMismatch, UsageError
+from actserve.core.signature import Array
+from actserve_export.training.atari import environment, screen
 
 ACTIONS = ("NOOP", 0), ("FIRE", 1), ("RIGHT", 3), ("LEFT", 4), ("RIGHTFIRE", 11), ("LEFTFIRE", 12)
 PONG = Environment("ALE/Pong-v5", "pong", "pixels", tuple(GameAction(*action) for action in ACTIONS))

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from app.batcher import Batcher, Request, Waiting, form
-from app.errors import Behind, NotServing, Overloaded, RuntimeFailure, TooLate
-from app.signature import Array, Arrays
+from actserve.core.errors import Behind, NotServing, Overloaded, RuntimeFailure, TooLate
+from actserve.core.signature import Array, Arrays
+from actserve.engine.batcher import Batcher, Request, Waiting, form
 from tests.waiting import until_in_loop
 
 

@@ -7,10 +7,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from app.errors import CaptureFailed
-from exporters.capture import capture
-from exporters.source import PolicySource
-from exporters.trace import MAX_BATCH
+from actserve.core.errors import CaptureFailed
+from actserve_export.capture import capture
+from actserve_export.capture.trace import MAX_BATCH
+from actserve_export.sources.source import PolicySource
 from tests.policies import cart
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.client.local import serve
-from app.store import ModelStore
+from actserve.cli.tools.local_service import serve
+from actserve.store.local import ModelStore
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from app.client.local import serve
-from app.client.remote import RemotePolicy
-from app.store import ModelStore
-from app.trust.signing import PrivateKey
-from exporters.compile import _existing
-from exporters.publish import export
+from actserve.cli.tools.local_service import serve
+from actserve.client.remote import RemotePolicy
+from actserve.store.local import ModelStore
+from actserve.store.trust.signing import PrivateKey
+from actserve_export.compile import _existing
+from actserve_export.publish import export
 from tests.policies import cart
 from tests.test_cli import actserve
 

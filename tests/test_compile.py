@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save as save_tensors
 
-from app import golden
-from app.artifact import Artifact, Program
-from app.errors import CaptureFailed, Disagreement
-from app.runtimes.base import load
-from app.runtimes.preflight import refusal, this_host
-from app.store import ModelStore
-from exporters import compile as compiling
-from exporters.capture import Captured, capture
-from exporters.programs import aoti
-from exporters.programs.elf import read_needs
-from exporters.programs.exported import PROGRAM, load_program, save_program
+from actserve.core.errors import CaptureFailed, Disagreement
+from actserve.engine import golden
+from actserve.engine.runtimes.load import load
+from actserve.engine.runtimes.preflight import refusal, this_host
+from actserve.store.artifact import Artifact, Program
+from actserve.store.local import ModelStore
+from actserve_export import compile as compiling
+from actserve_export.capture import Captured, capture
+from actserve_export.programs import aoti
+from actserve_export.programs.elf import read_needs
+from actserve_export.programs.exported import PROGRAM, load_program, save_program
 from tests.policies import cart as cart_source
 from tests.publishing import republish
 
@@ -242,8 +242,9 @@ def test_an_artifact_without_its_program_says_so(own_store: ModelStore) -> None:
 
 def test_neither_torchrl_nor_the_users_code_is_loaded() -> None:
     code = (
-        "import sys, exporters.compile;"
-        "print(sorted({'torchrl', 'tensordict', 'onnx', 'gymnasium', 'tests', 'exporters.capture'} & set(sys.modules)))"
+        "import sys, actserve_export.compile;"
+        "unwanted = {'torchrl', 'tensordict', 'onnx', 'gymnasium', 'tests', 'actserve_export.capture'};"
+        "print(sorted(unwanted & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"

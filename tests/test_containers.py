@@ -14,10 +14,10 @@ import pytest
 import typer
 import yaml
 
-from app.cli import cli
-from app.ready import PORT, ready
-from app.settings import PREFIX, Settings
-from app.supervisor import DRAIN_S
+from actserve.cli.main import cli
+from actserve.core.settings import PREFIX, Settings
+from actserve.server.healthcheck import PORT, ready
+from actserve.server.processes.supervisor import DRAIN_S
 from tests.page_service import running
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,10 @@ def test_the_service_may_end_what_it_has_begun_and_answers_where_it_is_asked() -
     assert port.endswith(f":{PORT}")
     assert f"EXPOSE {PORT}\n" in DOCKERFILE
     assert f'"--port", "{PORT}"]' in DOCKERFILE
-    assert '\nHEALTHCHECK --interval=3s --timeout=3s --retries=40 CMD ["python", "-m", "app.ready"]\n' in DOCKERFILE
+    assert (
+        '\nHEALTHCHECK --interval=3s --timeout=3s --retries=40 CMD ["python", "-m", "actserve.server.healthcheck"]\n'
+        in DOCKERFILE
+    )
     for name, client in services(MAIN).items():
         if name != "service":
             assert client["depends_on"] == {"service": {"condition": "service_healthy"}}

@@ -7,11 +7,12 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from app.commands.stores import find
-from app.errors import RuntimeFailure
-from app.runtimes import base
-from app.store import ModelStore
-from app.tools.diff import Diff, diff, show
+from actserve.cli.stores import find
+from actserve.cli.tools.diff import Diff, diff, show
+from actserve.core.errors import RuntimeFailure
+from actserve.engine.runtimes.base import Runtime
+from actserve.engine.runtimes.load import RUNTIMES
+from actserve.store.local import ModelStore
 from tests.publishing import republish
 
 
@@ -80,7 +81,7 @@ def test_a_changed_signature(own_store: ModelStore) -> None:
 
 
 def test_a_program_that_does_not_open_gives_way(cart_store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.RUNTIMES, "pt2", "tests.test_diff:Broken")
+    monkeypatch.setitem(RUNTIMES, "pt2", "tests.test_diff:Broken")
     found = compare(cart_store, "cart", "cart")
     assert found.before.runtime == "onnx"
     assert "not .pt2: broken" in found.before.reason
@@ -88,5 +89,5 @@ def test_a_program_that_does_not_open_gives_way(cart_store: ModelStore, monkeypa
 
 class Broken:
     @staticmethod
-    def load(artifact: object, threads: int) -> base.Runtime:
+    def load(artifact: object, threads: int) -> Runtime:
         raise RuntimeFailure("broken")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from app.api.errors import STATUS
-from app.cli import cli
-from app.errors import ActserveError, ClientError, ExportError, StoreError
+from actserve.cli.main import cli
+from actserve.core.errors import ActserveError, ClientError, ExportError, StoreError
+from actserve.server.http.error_responses import STATUS
 from tests.documents import OUTPUT, ROOT, RUN, SHOWN, Block, Reader, agrees, blocks, tokens
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])

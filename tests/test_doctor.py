@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from app.artifact import Program
-from app.errors import UnknownPolicy
-from app.runtimes.preflight import this_host
-from app.store import ModelStore
-from app.tools.doctor import RUNS, Row, diagnose, print_diagnosis
+from actserve.cli.tools.doctor import RUNS, Row, diagnose, print_diagnosis
+from actserve.core.errors import UnknownPolicy
+from actserve.engine.runtimes.preflight import this_host
+from actserve.store.artifact import Program
+from actserve.store.local import ModelStore
 from tests.publishing import republish
 
 

@@ -10,10 +10,10 @@ import pytest
 from ale_py import roms
 from rich.console import Console
 
-from app.client.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
-from app.client.human import SCORES, normalised
-from app.client.play import Episode, Report
-from app.errors import UsageError
+from actserve.atari.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
+from actserve.atari.human_scores import SCORES, normalised
+from actserve.atari.play import Episode, Report
+from actserve.core.errors import UsageError
 from tests.test_atari import PONG
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from app.artifact import MANIFEST
-from app.main import create_app
-from app.settings import Settings
-from app.store import ModelStore
+from actserve.core.settings import Settings
+from actserve.server.app import create_app
+from actserve.store.artifact import MANIFEST
+from actserve.store.local import ModelStore
 from tests.asgi import Caller
 from tests.publishing import republish
 
@@ -141,8 +141,8 @@ def _mend(root: Path, good: Path) -> None:
 PUBLISH = """
 import sys
 from pathlib import Path
-from app.errors import StoreError
-from app.store import ModelStore
+from actserve.core.errors import StoreError
+from actserve.store.local import ModelStore
 from tests.test_store import MANIFEST_DRAFT
 folder = Path(sys.argv[1])
 large, small = Path(sys.argv[2], "large"), Path(sys.argv[2], "small")
@@ -158,9 +158,9 @@ print(store.publish(MANIFEST_DRAFT, {"policy.onnx": small}).label)
 FETCH = """
 import os, sys
 from pathlib import Path
-from app.errors import StoreError
-from app.store.remote import RemoteStore
-from app.store import ModelStore
+from actserve.core.errors import StoreError
+from actserve.store.remote import RemoteStore
+from actserve.store.local import ModelStore
 from tests.test_store import MANIFEST_DRAFT
 folder = Path(sys.argv[1])
 large, small = Path(sys.argv[2], "large"), Path(sys.argv[2], "small")

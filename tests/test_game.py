@@ -1,4 +1,4 @@
-"""`app.game`, in one event loop, with the emulator and a recurrent policy of a few lines of numpy."""
+"""`server.arcade.game`, in one event loop, with the emulator and a recurrent policy of a few lines of numpy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.artifact import Artifact, Manifest
-from app.atari import AtariGame
-from app.environment import Environment
-from app.errors import InvalidRequest, InvalidTensor, TooManyGames
-from app.game import Game, Seats, Step, encode_png, values_output
-from app.policy import Policy
-from app.requests import step_seed
-from app.runtimes.base import Runtime
-from app.runtimes.preflight import Choice
-from app.settings import Settings
-from app.signature import Array, Exploration, Noise, Signature, State, TensorSpec
+from actserve.atari.emulator import AtariGame
+from actserve.core.completion import step_seed
+from actserve.core.environment import Environment
+from actserve.core.errors import InvalidRequest, InvalidTensor, TooManyGames
+from actserve.core.settings import Settings
+from actserve.core.signature import Array, Exploration, Noise, Signature, State, TensorSpec
+from actserve.engine.policy import Policy
+from actserve.engine.runtimes.base import Runtime
+from actserve.engine.runtimes.preflight import Choice
+from actserve.server.arcade.game import Game, Seats, Step, encode_png, values_output
+from actserve.store.artifact import Artifact, Manifest
 from tests.fake_policy import QUICK
 from tests.test_atari import PONG
 from tests.waiting import until

@@ -19,8 +19,8 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from app.atari import AtariGame
-from app.signature import Array
+from actserve.atari.emulator import AtariGame
+from actserve.core.signature import Array
 from tests.page_service import Service, running
 from tests.test_atari import LEFT, PONG
 from tests.waiting import until

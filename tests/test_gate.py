@@ -17,11 +17,11 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
-from app.access import add
-from app.client.remote import RemotePolicy
-from app.client.stream import Stream
-from app.errors import ServiceError
-from app.settings import Settings
+from actserve.client.remote import RemotePolicy
+from actserve.client.stream import Stream
+from actserve.core.errors import ServiceError
+from actserve.core.settings import Settings
+from actserve.server.access.tokens import add
 from tests import lane_service, stream_service, waiting
 from tests.fake_policy import NAME
 from tests.lane_service import LANE, PLAIN, Service, request

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from app.artifact import FILE_LIMIT_BYTES, FILES_LIMIT, MANIFEST, MANIFEST_LIMIT_BYTES, SIGNATURE
-from app.errors import InvalidManifest, StoreError
-from app.store import ModelStore
+from actserve.core.errors import InvalidManifest, StoreError
+from actserve.store.artifact import FILE_LIMIT_BYTES, FILES_LIMIT, MANIFEST, MANIFEST_LIMIT_BYTES, SIGNATURE
+from actserve.store.local import ModelStore
 from tests.test_store import MANIFEST_DRAFT, edit
 
 SECRET = b"what nobody else may read"

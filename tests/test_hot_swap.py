@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 
-from app.artifact import MANIFEST, Artifact
-from app.errors import NotFetched, RuntimeFailure, SessionsUnavailable, UnknownVersion
-from app.main import create_app
-from app.policy import Policy
-from app.registry import Registry, loaded
-from app.registry.loaded import Loaded
-from app.settings import Settings
-from app.store import ModelStore, routing
-from app.store.routing import FILE
-from app.telemetry.counts import Counts
+from actserve.core.errors import NotFetched, RuntimeFailure, SessionsUnavailable, UnknownVersion
+from actserve.core.settings import Settings
+from actserve.engine.policy import Policy
+from actserve.engine.registry import Registry, loaded
+from actserve.engine.registry.loaded import Loaded
+from actserve.server.app import create_app
+from actserve.store import routing
+from actserve.store.artifact import MANIFEST, Artifact
+from actserve.store.local import ModelStore
+from actserve.store.routing import FILE
+from actserve.telemetry.counts import Counts
 from tests.asgi import Caller
 from tests.test_faults import deleted, emptied, flipped, gone, linked, overwritten, truncated, without_manifest
 from tests.variants import Variants

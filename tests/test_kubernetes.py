@@ -12,10 +12,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import __version__
-from app.ready import PORT
-from app.settings import PREFIX, Settings
-from app.supervisor import DRAIN_S
+from actserve import __version__
+from actserve.core.settings import PREFIX, Settings
+from actserve.server.healthcheck import PORT
+from actserve.server.processes.supervisor import DRAIN_S
 from tests.asgi import Caller
 from tests.test_containers import BY_OPTION, DOCKERFILE
 from tests.test_metrics import act, ready, running

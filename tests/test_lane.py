@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from backports import zstd
 
-from app.settings import Settings
-from app.telemetry.counts import ACT
+from actserve.core.settings import Settings
+from actserve.telemetry.counts import ACT
 from tests.lane_service import ITEM_BYTES, LANE, NAME, PLAIN, Service, exchange, overloaded, request, running, take_rows
 from tests.waiting import until
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.lane.heads import MAX_BYTES, REMEMBERED, Heads, Size, Taken, may_become_a_head
+from actserve.server.fastpath.heads import MAX_BYTES, REMEMBERED, Heads, Size, Taken, may_become_a_head
 from tests.lane_service import ITEM_BYTES, request
 
 DOORS = {b"/act": "default", b"/policies/tiny/act": "tiny"}

@@ -13,8 +13,8 @@ import pytest
 import urllib3
 from backports import zstd
 
-from app.settings import Settings
-from app.wire.items import MAX_VALUES
+from actserve.core.settings import Settings
+from actserve.wire.items import MAX_VALUES
 from tests import stream_service
 from tests.fake_policy import NAME
 from tests.lane_service import ITEM_BYTES, LANE, Service, request, running

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load as load_tensors
 
-from app.client import worker
-from app.client.load import load
-from app.client.tally import Tally
-from app.errors import ServiceUnreachable, UsageError
+from actserve.core.errors import ServiceUnreachable, UsageError
+from actserve.loadtest import process as worker
+from actserve.loadtest.load import load
+from actserve.loadtest.tally import Tally
 from tests.fake_service import SIGNATURE, FakeService, act, running
 
 
@@ -113,7 +113,7 @@ def test_a_stall_shows_in_the_open_loop_and_hides_in_the_closed_one(service: Fak
 
 
 def test_waiting_for_a_free_connection_counts(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.client.load.MOST_CONNECTIONS", 2)
+    monkeypatch.setattr("actserve.loadtest.load.MOST_CONNECTIONS", 2)
     service.stall_s = lambda number: 0.3 if number in (50, 51) else 0.0  # both connections
     report = load(service.url, rate=200, duration_s=0.6, processes=1)
     assert (report.requests, report.connections) == (120, 2)
@@ -141,7 +141,7 @@ def test_what_is_not_answered_in_time_is_given_up_and_the_end_is_the_end(service
 def test_a_request_that_waits_when_the_time_ends_still_gets_its_connection(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.client.load.MOST_CONNECTIONS", 1)
+    monkeypatch.setattr("actserve.loadtest.load.MOST_CONNECTIONS", 1)
     service.says_close = True
     service.stall_s = lambda _number: 0.1
     report = load(service.url, rate=50, duration_s=0.08, timeout_s=2, processes=1)
@@ -197,9 +197,11 @@ def test_several_processes_add_up(service: FakeService) -> None:
 
 
 def test_a_busy_pilot_asks_for_more_processes(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.client.load.SATURATED", 0.0)
-    monkeypatch.setattr("app.client.load._cores", lambda: 2)
-    monkeypatch.setattr("app.client.crew.work", lambda jobs, progress: [worker.work(job, progress) for job in jobs])
+    monkeypatch.setattr("actserve.loadtest.load.SATURATED", 0.0)
+    monkeypatch.setattr("actserve.loadtest.load._cores", lambda: 2)
+    monkeypatch.setattr(
+        "actserve.loadtest.processes.work", lambda jobs, progress: [worker.work(job, progress) for job in jobs]
+    )
     assert load(service.url, concurrency=2, duration_s=0.1).processes == 2
     assert load(service.url, concurrency=1, duration_s=0.1).processes == 1  # a process without a connection is none
 

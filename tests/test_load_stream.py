@@ -11,8 +11,8 @@ from websockets.http11 import Request
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
-from app.client.backends.stream import StreamConnection
-from app.client.connection import Connection
+from actserve.loadtest.backends.stream import StreamConnection
+from actserve.loadtest.connection import Connection
 
 
 class Transport:

@@ -12,13 +12,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from app.artifact import Artifact
-from app.client.backends import BACKENDS
-from app.client.load import load
-from app.errors import ServiceError, UsageError
-from app.runtimes.base import Runtime
-from app.sessions import Sessions
-from app.signature import Array, Noise, Signature, State, TensorSpec
+from actserve.core.errors import ServiceError, UsageError
+from actserve.core.signature import Array, Noise, Signature, State, TensorSpec
+from actserve.engine.runtimes.base import Runtime
+from actserve.loadtest.backends import BACKENDS
+from actserve.loadtest.load import load
+from actserve.server.sessions import Sessions
+from actserve.store.artifact import Artifact
 from tests import fake_policy
 from tests.fake_service import FakeService
 from tests.fake_service import running as faking
@@ -108,7 +108,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     monkeypatch.setattr(Sessions, "begin", count_begin)
     monkeypatch.setattr(Sessions, "__exit__", count_left)
-    monkeypatch.setattr("app.client.backends.base.OBSERVATIONS", 4)  # the same is asked again soon, on a busy machine
+    monkeypatch.setattr(
+        "actserve.loadtest.backends.base.OBSERVATIONS", 4
+    )  # the same is asked again soon, on a busy machine
     yield counts
     assert not counts.left
 
@@ -233,7 +235,7 @@ def test_a_session_that_has_gone_is_counted_and_another_begun(held: Held) -> Non
 
 
 def test_a_session_that_cannot_be_begun_later_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from app.errors import SessionsUnavailable
+    from actserve.core.errors import SessionsUnavailable
 
     begin = Sessions.begin
     left = iter(range(8))

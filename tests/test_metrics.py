@@ -14,11 +14,11 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.access import add
-from app.main import create_app
-from app.settings import Settings
-from app.telemetry.counts import KEPT, Counts, Program
-from app.telemetry.logs import JsonFormatter
+from actserve.core.settings import Settings
+from actserve.server.access.tokens import add
+from actserve.server.app import create_app
+from actserve.telemetry.counts import KEPT, Counts, Program
+from actserve.telemetry.logs import JsonFormatter
 from tests.asgi import Answer, Caller
 from tests.shipped import SHIPPED
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-import exporters
-from app.errors import CaptureFailed, UsageError
-from exporters.capture import capture
-from exporters.load import find_source
+import actserve_export
+from actserve.core.errors import CaptureFailed, UsageError
+from actserve_export.capture import capture
+from actserve_export.targets import find_source
 
 BATCH = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
@@ -62,7 +62,7 @@ def answers(source: Any, **inputs: Any) -> Any:
 
 def test_the_largest_value_is_the_action() -> None:
     network = QNetwork()
-    given = answers(exporters.from_module(network, torch.zeros(4), "argmax"), observation=BATCH)
+    given = answers(actserve_export.from_module(network, torch.zeros(4), "argmax"), observation=BATCH)
     values = network(BATCH).detach().numpy()
     np.testing.assert_array_equal(given["action"], values.argmax(1))
     np.testing.assert_array_equal(given["action_value"], values)
@@ -70,14 +70,14 @@ def test_the_largest_value_is_the_action() -> None:
 
 def test_inputs_by_name_go_in_in_their_order_and_a_function_takes_the_action_out() -> None:
     items = {"there": torch.zeros(4), "here": torch.zeros(4)}
-    source = exporters.from_module(Two(), items, lambda output: output[0].clamp(-1, 1))
+    source = actserve_export.from_module(Two(), items, lambda output: output[0].clamp(-1, 1))
     given = answers(source, there=BATCH, here=BATCH / 3)
     np.testing.assert_allclose(given["action"], (BATCH - BATCH / 3).clamp(-1, 1).numpy())
 
 
 def test_an_agent_acts_both_ways() -> None:
     agent = Agent()
-    source = exporters.from_module(
+    source = actserve_export.from_module(
         agent,
         torch.zeros(4),
         "identity",
@@ -95,9 +95,9 @@ def test_an_agent_acts_both_ways() -> None:
 
 def test_an_action_that_is_none_is_refused() -> None:
     with pytest.raises(CaptureFailed, match="expected an action of argmax, identity or a function; got 'mean'"):
-        exporters.from_module(QNetwork(), torch.zeros(4), "mean")
+        actserve_export.from_module(QNetwork(), torch.zeros(4), "mean")
     with pytest.raises(CaptureFailed, match="expected a module that gives a tensor; got tuple"):
-        capture(exporters.from_module(Two(), {"a": torch.zeros(4), "b": torch.zeros(4)}, "identity"))
+        capture(actserve_export.from_module(Two(), {"a": torch.zeros(4), "b": torch.zeros(4)}, "identity"))
 
 
 def test_a_factory_of_a_plain_module_needs_an_action() -> None:
@@ -120,8 +120,8 @@ def test_a_checkpoint_is_the_modules_own(tmp_path: Path) -> None:
 
 
 def test_the_names_that_factories_use() -> None:
-    assert {name: getattr(exporters, name).__name__ for name in exporters.__all__} == {
+    assert {name: getattr(actserve_export, name).__name__ for name in actserve_export.__all__} == {
         name: name for name in ("OnnxSource", "PolicySource", "from_module", "from_sb3")
     }
     with pytest.raises(AttributeError, match="nothing"):
-        _ = exporters.nothing
+        _ = actserve_export.nothing

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from app.artifact import Artifact
+from actserve.store.artifact import Artifact
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
@@ -30,7 +30,7 @@ CALLS = {
 
 
 def pickling(source: str) -> list[str]:
-    """Whatever pickles in Python code. A module may be named by an import or, as `app.lazy` does, by a string."""
+    """The places in Python code that pickle. An import or a string, as for `pkgutil.resolve_name`, names a module."""
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -52,7 +52,7 @@ def pickling(source: str) -> list[str]:
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle as p", "from pickle import loads", "import dill, os", "resolve('pickle:loads')",
+        "import pickle as p", "from pickle import loads", "import dill, os", "resolve_name('pickle:loads')",
         "import_module('cloudpickle')", "torch.load(f)", "from torch import load", "x = torch.jit.load",
         "np.load(f)", "g(allow_pickle=True)", "def f():\n    import joblib.numpy_pickle",
     ],
@@ -110,8 +110,8 @@ pickle.loads(b"cbuiltins\\nlist\\n.")
 assert found.pop() == ("builtins", "list")
 from pathlib import Path
 from app import golden
-from app.runtimes.base import load
-from app.store import ModelStore
+from actserve.engine.runtimes.load import load
+from actserve.store.local import ModelStore
 artifact = ModelStore(Path({str(cart.folder.parents[1])!r})).resolve("cart")
 for runtime in ("onnx", "pt2"):
     assert golden.check(artifact, load(runtime, artifact).run).holds

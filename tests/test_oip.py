@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.signature import Arrays, Exploration
+from actserve.core.signature import Arrays, Exploration
 from tests.asgi import Answer, Caller
 from tests.fake_policy import NAME, SLOW, Alone, Versions, seen
 from tests.oip import BATCH, INFER, MAX_BODY_BYTES, arrays, error, in_binary, in_json, same, serving

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from app.wire.oip import HEADER
+from actserve.wire.oip import HEADER
 from tests.asgi import Caller
 from tests.fake_policy import NAME, Versions
 from tests.oip import BATCH, INFER, arrays, error, in_binary, in_json, same, serving, tensor

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
-from app import errors
-from app.grpc.errors import STATUS, status
-from app.grpc.service import Service
-from app.sessions import Limits, Sessions
+from actserve.core import errors
+from actserve.server.protocols.grpc.service import Service
+from actserve.server.protocols.grpc.status import STATUS, status
+from actserve.server.sessions import Limits, Sessions
 from tests.fake_policy import NAME, Alone, Versions, seen
 from tests.oip import BATCH, same
 from tests.oip_grpc import arrays, infer, with_parameters

@@ -17,13 +17,13 @@ from grpc import StatusCode
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from app.client.local import free_port
-from app.errors import UsageError
-from app.grpc import check
-from app.grpc.server import serving
-from app.grpc.service import Service
-from app.sessions import Limits, Sessions
-from app.settings import Settings
+from actserve.cli.tools.local_service import free_port
+from actserve.core.errors import UsageError
+from actserve.core.settings import Settings
+from actserve.server.protocols.grpc import check
+from actserve.server.protocols.grpc.server import serving
+from actserve.server.protocols.grpc.service import Service
+from actserve.server.sessions import Limits, Sessions
 from tests.fake_policy import SLOW, Alone, Versions, seen
 from tests.oip import BATCH, MAX_BODY_BYTES, same
 from tests.oip_grpc import arrays, infer, with_parameters
@@ -164,7 +164,7 @@ def test_what_is_not_offered_says_so(tmp_path: Path) -> None:
 
 
 def test_libraries_that_are_absent_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("app.grpc.server", "app.grpc.service"):
+    for module in ("actserve.server.protocols.grpc.server", "actserve.server.protocols.grpc.service"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(UsageError, match=r'this needs grpc; install it with: pip install "actserve\[grpc\]"'):

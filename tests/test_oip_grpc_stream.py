@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.grpc.stream import WINDOW, Conversation
+from actserve.server.protocols.grpc.infer_stream import WINDOW, Conversation
 
 Act = Callable[[int], Awaitable[int]]
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from app import __version__
-from app.artifact import MANIFEST
-from app.main import create_app
-from app.settings import Settings
-from app.store import ModelStore
+from actserve import __version__
+from actserve.core.settings import Settings
+from actserve.server.app import create_app
+from actserve.store.artifact import MANIFEST
+from actserve.store.local import ModelStore
 from tests.asgi import Caller
 from tests.publishing import republish
 

@@ -10,13 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from app import golden
-from app.errors import CaptureFailed, UsageError
-from app.runtimes.base import load
-from app.store import ModelStore
-from exporters.load import find_source
-from exporters.onnx_file import OnnxSource, capture
-from exporters.publish import export
+from actserve.core.errors import CaptureFailed, UsageError
+from actserve.engine import golden
+from actserve.engine.runtimes.load import load
+from actserve.store.local import ModelStore
+from actserve_export.capture import capture
+from actserve_export.publish import export
+from actserve_export.sources.onnx_source import OnnxSource
+from actserve_export.targets import find_source
 
 WEIGHTS = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
 LINEAR = [helper.make_node("MatMul", ["obs", "weights"], ["q"], doc_string="File /home/me/mine.py, line 3")]

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from app.artifact import Artifact
-from app.errors import RuntimeFailure
-from app.runtimes.base import load
-from app.runtimes.onnx_model import CHILDREN, inspect_model
-from app.store import ModelStore
+from actserve.core.errors import RuntimeFailure
+from actserve.engine.runtimes.load import load
+from actserve.engine.runtimes.onnx_check import CHILDREN, inspect_model
+from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
 from tests.publishing import republish
 
 SIZE = 64  # ONNX Runtime copies smaller tensors out of the model, and never looks for their files
@@ -207,7 +207,9 @@ def test_another_format_under_the_same_name_is_refused(
     artifact = replaced(cart, tmp_path, data)
     with pytest.raises(RuntimeFailure, match=r"actserve refused the \.onnx program: it is not an ONNX model"):
         load("onnx", artifact)
-    monkeypatch.setattr("app.runtimes.onnx.inspect_model", lambda data: None)  # as if it were a good model as well
+    monkeypatch.setattr(
+        "actserve.engine.runtimes.onnx.inspect_model", lambda data: None
+    )  # as if it were a good model as well
     with pytest.raises(RuntimeFailure, match=r"ONNX Runtime refused the program"):
         load("onnx", artifact)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporters.capture import Captured, capture
-from exporters.onnx_session import open_session
-from exporters.optimize import optimize
-from exporters.policies.pong import pong
-from exporters.programs import onnx
+from actserve_export.capture import Captured, capture
+from actserve_export.programs import onnx
+from actserve_export.programs.onnx_session import open_session
+from actserve_export.programs.rewrites.optimize import optimize
+from actserve_export.training.pong import pong
 from tests.policies import cart
 
 aten = torch.ops.aten
@@ -239,7 +239,7 @@ def test_random_numbers_are_not_shared() -> None:
 
 def test_the_program_agrees_with_the_policy(captured: Captured, optimized: Captured, tmp_path: Path) -> None:
     """The `.onnx`, which is rewritten the most; `.pt2` and all the certificate says: `tests/e2e`."""
-    onnx.build(optimized, tmp_path / "policy.onnx")
+    onnx.convert_program(optimized.program, optimized.signature, tmp_path / "policy.onnx")
     session = open_session((tmp_path / "policy.onnx").read_bytes())
     pixels = screens(256).numpy()
     expected = captured.run_reference({"pixels": pixels})

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.atari import AtariGame
-from app.client.overlay import ACCENT, BAR, CHOSEN_GROUND, Overlay, shares
-from app.environment import Environment, GameAction
-from app.errors import UsageError
-from app.signature import Array
+from actserve.atari.emulator import AtariGame
+from actserve.atari.overlay import ACCENT, BAR, CHOSEN_GROUND, Overlay, shares
+from actserve.core.environment import Environment, GameAction
+from actserve.core.errors import UsageError
+from actserve.core.signature import Array
 from tests.test_atari import PONG
 
 NAMES = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.trust.ownership import meddler
+from actserve.store.trust.ownership import meddler
 
 SOMEBODY = 4242  # no user and no group of this host
 

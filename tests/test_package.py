@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from app.artifact import Artifact
-from app.runtimes import package
-from app.runtimes.package import inspect_package
+from actserve.engine.runtimes import package
+from actserve.engine.runtimes.package import inspect_package
+from actserve.store.artifact import Artifact
 
 MODEL = "p/data/aotinductor/model/"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from app.api.page import INDEX, TYPES, assets
-from app.main import create_app
-from app.settings import Settings
+from actserve.core.settings import Settings
+from actserve.server.app import create_app
+from actserve.server.arcade.page import INDEX, TYPES, assets
 from tests.asgi import Caller
 
-WEB = Path(__file__).parent.parent / "app" / "web"
+WEB = Path(__file__).parent.parent / "app" / "actserve" / "web"
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from app.access import add
-from app.atari import AtariGame
-from app.game import encode_png
+from actserve.atari.emulator import AtariGame
+from actserve.server.access.tokens import add
+from actserve.server.arcade.game import encode_png
 from tests import browser
 from tests.browser import Tab
 from tests.page_service import Service, running
@@ -163,7 +163,7 @@ def test_it_fits_a_phone(tab: Tab, service: Service, width: int) -> None:
 def test_without_ale_it_says_so_and_still_answers_about_a_screen(
     one_tab: Tab, service: Service, screen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.game.find_spec", lambda _name: None)
+    monkeypatch.setattr("actserve.server.arcade.game.find_spec", lambda _name: None)
     one_tab.open(f"{service.url}/")
     one_tab.wait("document.querySelector('#note').innerText.startsWith('Games need ale-py on the service')")
     assert one_tab.evaluate("document.querySelector('#start').disabled")

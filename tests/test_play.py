@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.atari import AtariGame
-from app.client.play import Report, play
-from app.errors import EnvironmentMismatch
-from app.signature import Array
+from actserve.atari.emulator import AtariGame
+from actserve.atari.play import Report, play
+from actserve.core.errors import EnvironmentMismatch
+from actserve.core.signature import Array
 from tests.test_atari import PONG, RIGHT
 
 SHORT = replace(PONG, max_frames=240)

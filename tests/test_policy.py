@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app import golden
-from app.artifact import GOLDEN, Artifact
-from app.errors import RuntimeFailure, UsageError
-from app.policy import Policy
-from app.settings import Settings
-from app.store import ModelStore
+from actserve.core.errors import RuntimeFailure, UsageError
+from actserve.core.settings import Settings
+from actserve.engine import golden
+from actserve.engine.policy import Policy
+from actserve.store.artifact import GOLDEN, Artifact
+from actserve.store.local import ModelStore
 from tests.publishing import republish
 
 

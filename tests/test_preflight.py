@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import urllib3
 
-from app.artifact import Artifact, Manifest, Program
-from app.client import local
-from app.errors import RuntimeFailure, RuntimeRefused
-from app.runtimes import probe
-from app.runtimes.base import load
-from app.runtimes.host import newest
-from app.runtimes.preflight import Host, choose, refusal, this_host
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.core.errors import RuntimeFailure, RuntimeRefused
+from actserve.engine.runtimes import probe
+from actserve.engine.runtimes.host import newest
+from actserve.engine.runtimes.load import load
+from actserve.engine.runtimes.preflight import Host, choose, refusal, this_host
+from actserve.store.artifact import Artifact, Manifest, Program
+from actserve.store.local import ModelStore
 from tests.native import package_that
 from tests.publishing import republish
 from tests.test_package import MODEL, zipped

@@ -10,14 +10,15 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from app import golden
-from app.artifact import GOLDEN, Artifact
-from app.errors import Disagreement, UsageError
-from app.store import ModelStore
-from exporters import certify, publish
-from exporters.load import load, playing
-from exporters.publish import export
-from exporters.source import PolicySource
+from actserve.core.errors import Disagreement, UsageError
+from actserve.engine import golden
+from actserve.store.artifact import GOLDEN, Artifact
+from actserve.store.local import ModelStore
+from actserve_export import publish
+from actserve_export.certify import certify
+from actserve_export.publish import export
+from actserve_export.sources.source import PolicySource
+from actserve_export.targets import load, playing
 from tests.policies import cart
 
 

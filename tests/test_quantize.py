@@ -8,15 +8,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from app.errors import CaptureFailed, Disagreement
-from app.signature import Array, Arrays
-from exporters import compensate
-from exporters import quantize as quantization
-from exporters.capture import Captured, capture
-from exporters.optimize import optimize
-from exporters.policies.pong import pong
-from exporters.programs.onnx import build
-from exporters.quantize import Run, certify_int8, quantize
+from actserve.core.errors import CaptureFailed, Disagreement
+from actserve.core.signature import Array, Arrays
+from actserve_export.capture import Captured, capture
+from actserve_export.programs.onnx import convert_program
+from actserve_export.programs.quantize import compensate
+from actserve_export.programs.quantize import quantize as quantization
+from actserve_export.programs.quantize.quantize import Run, certify_int8, quantize
+from actserve_export.programs.rewrites.optimize import optimize
+from actserve_export.training.pong import pong
 from tests.policies import cart
 
 SCREENS = 384
@@ -48,7 +48,7 @@ def captured() -> Captured:
 @pytest.fixture(scope="module")
 def folder(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    build(captured, folder / "policy.onnx")
+    convert_program(captured.program, captured.signature, folder / "policy.onnx")
     return folder
 
 
@@ -118,6 +118,7 @@ def test_what_is_off_on_average_is_made_good(folder: Path, screens: Array, tmp_p
 
 
 def test_too_small_to_quantise(tmp_path: Path) -> None:
-    build(capture(cart()), tmp_path / "policy.onnx")
+    captured = capture(cart())
+    convert_program(captured.program, captured.signature, tmp_path / "policy.onnx")
     with pytest.raises(CaptureFailed, match="has 2 in all"):
         next(quantize(tmp_path / "policy.onnx", {"observation": np.zeros((8, 4), np.float32)}))

@@ -5,11 +5,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from app.artifact import MANIFEST
-from app.errors import NotServing, StoreError, UnknownPolicy, UnknownVersion
-from app.registry import Registry
-from app.settings import Settings
-from app.store import ModelStore
+from actserve.core.errors import NotServing, StoreError, UnknownPolicy, UnknownVersion
+from actserve.core.settings import Settings
+from actserve.engine.registry import Registry
+from actserve.store.artifact import MANIFEST
+from actserve.store.local import ModelStore
 from tests.publishing import republish
 from tests.waiting import until_in_loop
 

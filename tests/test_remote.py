@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app import wire
-from app.client.aio import AsyncRemotePolicy
-from app.client.remote import RemotePolicy
-from app.environment import Environment, GameAction
-from app.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
+from actserve import wire
+from actserve.client.aio import AsyncRemotePolicy
+from actserve.client.remote import RemotePolicy
+from actserve.core.environment import Environment, GameAction
+from actserve.core.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
 from tests.fake_service import SIGNATURE, FakeService, running
 
 ITEM = np.arange(12, dtype=np.uint8).reshape(4, 3)

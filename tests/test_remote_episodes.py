@@ -13,15 +13,22 @@ import torch
 import urllib3
 from tensordict import TensorDict
 
-from app.client import remote as remotes
-from app.client.aio import AsyncRemotePolicy
-from app.client.operations import Response
-from app.client.remote import RemotePolicy
-from app.client.sequence import OipSequence
-from app.client.transport import Connection
-from app.client.ways import WAYS
-from app.errors import InvalidTensor, ProxyFailed, ServiceError, ServiceUnreachable, UnknownOutput, UsageError
-from app.signature import Exploration
+from actserve.client import remote as remotes
+from actserve.client.aio import AsyncRemotePolicy
+from actserve.client.episodes import WAYS
+from actserve.client.operations import Response
+from actserve.client.remote import RemotePolicy
+from actserve.client.sequence import OipSequence
+from actserve.client.transport import Connection
+from actserve.core.errors import (
+    InvalidTensor,
+    ProxyFailed,
+    ServiceError,
+    ServiceUnreachable,
+    UnknownOutput,
+    UsageError,
+)
+from actserve.core.signature import Exploration
 from tests.fake_policy import NAME, Alone, seen
 from tests.stream_service import Service, running
 

@@ -13,8 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from app.artifact import MANIFEST, SIGNATURE, Artifact
-from app.errors import (
+from actserve.core.errors import (
     CorruptFile,
     InvalidManifest,
     MisplacedVersion,
@@ -29,13 +28,14 @@ from app.errors import (
     UntrustedProgram,
     UsageError,
 )
-from app.main import create_app
-from app.policy import Policy
-from app.settings import Settings
-from app.store import ModelStore
-from app.store.remote import RemoteStore, open_store
-from app.trust import Trust
-from app.trust.signing import PrivateKey
+from actserve.core.settings import Settings
+from actserve.engine.policy import Policy
+from actserve.server.app import create_app
+from actserve.store.artifact import MANIFEST, SIGNATURE, Artifact
+from actserve.store.local import ModelStore
+from actserve.store.remote import RemoteStore, open_store
+from actserve.store.trust import Trust
+from actserve.store.trust.signing import PrivateKey
 from tests.asgi import Caller
 from tests.network import URL, Network, network, upload
 from tests.publishing import republish
@@ -144,7 +144,7 @@ def test_when_the_network_is_gone_what_was_fetched_stays(remote: RemoteStore) ->
 def test_a_network_that_goes_while_fetching_leaves_nothing(
     remote: RemoteStore, monkeypatch: pytest.MonkeyPatch, answers: int
 ) -> None:
-    monkeypatch.setattr("app.store.remote.CHUNK_BYTES", 1 << 11)
+    monkeypatch.setattr("actserve.store.remote.CHUNK_BYTES", 1 << 11)
     Network.answers_left = answers
     with pytest.raises(StoreUnreachable):
         remote.resolve("walker")
@@ -207,7 +207,7 @@ def test_what_the_store_lies_about_is_not_kept(
 
 
 def test_no_more_is_read_than_the_manifest_says(remote: RemoteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.store.remote.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("actserve.store.remote.CHUNK_BYTES", 1000)
     change("policy.onnx", PROGRAM * 1000)()
     Network.answers_left = 100
     with pytest.raises(CorruptFile):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from app.errors import InvalidRequest, InvalidTensor
-from app.requests import MAX_SEED, complete, draw, step_seed
-from app.signature import Distribution, Noise, Parameter, Signature, State, TensorSpec
+from actserve.core.completion import MAX_SEED, complete, draw, step_seed
+from actserve.core.errors import InvalidRequest, InvalidTensor
+from actserve.core.signature import Distribution, Noise, Parameter, Signature, State, TensorSpec
 
 X = TensorSpec("x", "float32", (2,))
 NOISES: tuple[Noise, ...] = tuple(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import InvalidRequest, InvalidRouting, UnknownPolicy, UnknownVersion
-from app.store import ModelStore, routing
-from app.store.routing import FILE, Routing
+from actserve.core.errors import InvalidRequest, InvalidRouting, UnknownPolicy, UnknownVersion
+from actserve.store import routing
+from actserve.store.local import ModelStore
+from actserve.store.routing import FILE, Routing
 
 
 @pytest.fixture

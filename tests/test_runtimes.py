@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from app.artifact import Artifact, Program
-from app.errors import CorruptFile, RuntimeFailure
-from app.runtimes.base import RUNTIMES, Runtime, load
-from app.signature import TensorSpec
-from app.store import ModelStore
+from actserve.core.errors import CorruptFile, RuntimeFailure
+from actserve.core.signature import TensorSpec
+from actserve.engine.runtimes.base import Runtime
+from actserve.engine.runtimes.load import RUNTIMES, load
+from actserve.store.artifact import Artifact, Program
+from actserve.store.local import ModelStore
 from tests.contracts import RuntimeContract
 
 

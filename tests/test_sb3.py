@@ -14,14 +14,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from app.errors import CaptureFailed, Disagreement, UsageError
-from app.signature import Arrays
-from app.store import ModelStore
-from exporters.capture import capture
-from exporters.load import load
-from exporters.publish import export
-from exporters.sb3 import from_sb3
-from exporters.source import PolicySource
+from actserve.core.errors import CaptureFailed, Disagreement, UsageError
+from actserve.core.signature import Arrays
+from actserve.store.local import ModelStore
+from actserve_export.capture import capture
+from actserve_export.publish import export
+from actserve_export.sources.sb3 import from_sb3
+from actserve_export.sources.source import PolicySource
+from actserve_export.targets import load
 from tests.sb3_models import CHOICE, FORCES, MODELS, NUMBERS, SEVERAL, Dice
 
 ITEMS = 32

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.errors import InvalidRequest, InvalidTensor, RuntimeFailure, SessionExpired, StepConflict
-from app.requests import step_seed
-from app.sessions import Limits, Sessions
-from app.signature import Array
+from actserve.core.completion import step_seed
+from actserve.core.errors import InvalidRequest, InvalidTensor, RuntimeFailure, SessionExpired, StepConflict
+from actserve.core.signature import Array
+from actserve.server.sessions import Limits, Sessions
 from tests.fake_policy import NAME, SLOW, Versions, same, seen
 from tests.sessions import alone, run
 from tests.waiting import until_in_loop

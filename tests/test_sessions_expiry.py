@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import SessionExpired, SessionTooLarge
-from app.sessions import Limits, Sessions
-from app.settings import Settings
+from actserve.core.errors import SessionExpired, SessionTooLarge
+from actserve.core.settings import Settings
+from actserve.server.sessions import Limits, Sessions
 from tests.clock import Clock
 from tests.fake_policy import NAME, RECORD_BYTES, Versions, seen
 from tests.sessions import run

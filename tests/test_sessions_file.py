@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import SessionExpired, SessionsUnavailable
-from app.sessions import Limits, Sessions
+from actserve.core.errors import SessionExpired, SessionsUnavailable
+from actserve.server.sessions import Limits, Sessions
 from tests.clock import Clock
 from tests.fake_policy import NAME, Versions, same, seen
 from tests.sessions import alone, run

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import InvalidRequest, SessionElsewhere, SessionExpired, UnknownSession
-from app.requests import MAX_SEED
-from app.sessions import Limits, Sessions
-from app.sessions.names import home_of
+from actserve.core.completion import MAX_SEED
+from actserve.core.errors import InvalidRequest, SessionElsewhere, SessionExpired, UnknownSession
+from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions.names import home_of
 from tests.clock import Clock
 from tests.fake_policy import NAME
 

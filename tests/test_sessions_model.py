@@ -15,9 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.errors import InvalidRequest, SessionExpired, StepConflict, UnknownSession
-from app.sessions import Limits, Session, Sessions, Stepped
-from app.signature import Exploration
+from actserve.core.errors import InvalidRequest, SessionExpired, StepConflict, UnknownSession
+from actserve.core.signature import Exploration
+from actserve.server.sessions import Limits, Session, Sessions, Stepped
 from tests.clock import Clock
 from tests.fake_policy import NAME, RECORD_BYTES, Alone, Versions, same, seen
 

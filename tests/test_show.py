@@ -1,4 +1,4 @@
-"""`app.api.show` with a browser that takes its time."""
+"""`actserve.server.arcade.broadcast` with a browser that takes its time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from fastapi import WebSocket
 
-from app.api.show import REMEMBERED, Show
-from app.game import Game
-from app.policy import Policy
+from actserve.engine.policy import Policy
+from actserve.server.arcade.broadcast import REMEMBERED, Show
+from actserve.server.arcade.game import Game
 from tests.test_atari import PONG
 from tests.test_game import counting
 

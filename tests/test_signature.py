@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.errors import InvalidTensor, UnknownOutput
-from app.signature import Array, DType, Signature, TensorSpec
+from actserve.core.errors import InvalidTensor, UnknownOutput
+from actserve.core.signature import Array, DType, Signature, TensorSpec
 
 PIXELS = TensorSpec("pixels", "uint8", (4, 3))
 SPEED = TensorSpec("speed", "float32", (), low=-1.0, high=1.0)

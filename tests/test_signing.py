@@ -8,9 +8,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
-from app.errors import Unsigned, UsageError
-from app.trust import Trust
-from app.trust.signing import PrivateKey, PublicKey, read_keys, read_public_keys
+from actserve.core.errors import Unsigned, UsageError
+from actserve.store.trust import Trust
+from actserve.store.trust.signing import PrivateKey, PublicKey, read_keys, read_public_keys
 
 OPENSSH = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
 

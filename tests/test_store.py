@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.artifact import FORMAT, MANIFEST, Manifest, Program
-from app.errors import (
+from actserve.core.errors import (
     CorruptFile,
     InvalidManifest,
     InvalidName,
@@ -24,8 +23,9 @@ from app.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
-from app.signature import Signature, TensorSpec
-from app.store import ModelStore
+from actserve.core.signature import Signature, TensorSpec
+from actserve.store.artifact import FORMAT, MANIFEST, Manifest, Program
+from actserve.store.local import ModelStore
 
 MANIFEST_DRAFT = Manifest(
     format=FORMAT,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import urllib3
 
-from app.client.stream import Stream
-from app.errors import NotServing, Overloaded, ServiceError
-from app.requests import MAX_SEED
-from app.settings import Settings
-from app.signature import Exploration
-from app.telemetry.counts import STREAM
+from actserve.client.stream import Stream
+from actserve.core.completion import MAX_SEED
+from actserve.core.errors import NotServing, Overloaded, ServiceError
+from actserve.core.settings import Settings
+from actserve.core.signature import Exploration
+from actserve.telemetry.counts import STREAM
 from tests.fake_policy import NAME, Alone, Versions, same, seen
 from tests.stream_service import Service, application, running
 from tests.streams import UPGRADE, alone, answer, ask, closing, opened, raw

@@ -1,4 +1,4 @@
-"""`app.client.stream`, against the service and against servers that are none."""
+"""`actserve.client.stream`, against the service and against servers that are none."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from websockets.sync.server import ServerConnection, serve
 
-from app.client import stream as client
-from app.client.stream import Stream
-from app.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
+from actserve.client import stream as client
+from actserve.client.stream import Stream
+from actserve.core.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
 from tests.fake_policy import Alone, seen
 from tests.stream_service import Service, running
 

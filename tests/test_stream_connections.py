@@ -11,9 +11,9 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from app.client.stream import Stream
-from app.lane.protocol import GUESS_BYTES
-from app.settings import Settings
+from actserve.client.stream import Stream
+from actserve.core.settings import Settings
+from actserve.server.fastpath.http_protocol import GUESS_BYTES
 from tests.fake_policy import seen
 from tests.stream_service import Service, running
 from tests.streams import UPGRADE, alone, answer, ask, closing, opened, raw

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from app.client.local import free_port
-from app.errors import UsageError
-from app.supervisor import MOST_S, pause_s
-from app.supervisor.address import Address
+from actserve.cli.tools.local_service import free_port
+from actserve.core.errors import UsageError
+from actserve.server.processes.address import Address
+from actserve.server.processes.supervisor import MOST_S, pause_s
 from tests import waiting
 
 WITHIN_S = 20

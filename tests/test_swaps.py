@@ -15,11 +15,11 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import GRUModule, LSTMModule, OrnsteinUhlenbeckProcessModule
 from torchrl.modules.tensordict_module.exploration import AdditiveGaussianModule
 
-from app.errors import CaptureFailed
-from app.signature import Arrays
-from exporters.capture import Captured, capture
-from exporters.keys import join, named
-from exporters.source import PolicySource
+from actserve.core.errors import CaptureFailed
+from actserve.core.signature import Arrays
+from actserve_export.capture import Captured, capture
+from actserve_export.sources.keys import join, named
+from actserve_export.sources.source import PolicySource
 from tests import policies
 
 STEPS, ROWS = 200, 6

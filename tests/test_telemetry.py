@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.metrics.summary import quantile
-from app.telemetry.call import Call, current
-from app.telemetry.counts import ACT, Counts, Program
-from app.telemetry.families import Families, Family, Merge, from_jsonable, merged, to_jsonable
-from app.telemetry.logs import HumanFormatter, JsonFormatter
-from app.telemetry.meters import SIZES, TIMES_NS, Histogram, Meters
-from app.telemetry.shared import Shared
+from actserve.server.metrics.summary import quantile
+from actserve.telemetry.call import Call, current
+from actserve.telemetry.counts import ACT, Counts, Program
+from actserve.telemetry.families import Families, Family, Merge, from_jsonable, merged, to_jsonable
+from actserve.telemetry.logs import HumanFormatter, JsonFormatter
+from actserve.telemetry.meters import SIZES, TIMES_NS, Histogram, Meters
+from actserve.telemetry.shared import Shared
 
 
 @dataclass

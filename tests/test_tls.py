@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.access.tls import check
-from app.client.load import load
-from app.client.remote import RemotePolicy
-from app.client.stream import Stream
-from app.errors import ServiceUnreachable, UsageError
-from app.settings import Settings
+from actserve.client.remote import RemotePolicy
+from actserve.client.stream import Stream
+from actserve.core.errors import ServiceUnreachable, UsageError
+from actserve.core.settings import Settings
+from actserve.loadtest.load import load
+from actserve.server.access.tls import check
 from tests import certificates, lane_service, stream_service
 from tests.lane_service import LANE, NAME, Service, request
 from tests.test_cli import actserve

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 from tensordict import TensorDict
 
-from app.errors import UsageError
-from exporters.policies import distill
-from exporters.policies.dqn import Recipe, train
-from exporters.policies.games import CODES, Games
-from exporters.policies.pong import WEIGHTS, Head, begin_as, pong, recurrent_network, value_network
-from exporters.policies.recurrent import RecurrentRecipe, RecurrentStudent
-from exporters.policies.student import ACTIONS, Student, StudentRecipe, centre, centred, uncentre
-from exporters.policies.teacher import SIZES, Points, TeacherRecipe, features
-from exporters.train import Run, draw, optimizer_tensors, restore_optimizer, run
+from actserve.core.errors import UsageError
+from actserve_export.training import distill
+from actserve_export.training.dqn import Recipe, train
+from actserve_export.training.games import CODES, Games
+from actserve_export.training.pong import WEIGHTS, Head, begin_as, pong, recurrent_network, value_network
+from actserve_export.training.recurrent import RecurrentRecipe, RecurrentStudent
+from actserve_export.training.run import Run, draw, optimizer_tensors, restore_optimizer
+from actserve_export.training.student import ACTIONS, Student, StudentRecipe, centre, centred, uncentre
+from actserve_export.training.teacher import SIZES, Points, TeacherRecipe, features
+from actserve_export.training.train import train as train_by_name
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TINY = Recipe(
@@ -103,7 +104,7 @@ def test_a_run_can_start_anew(tmp_path: Path) -> None:
 
 
 def test_run_trains_by_name_and_draws_the_curve(tmp_path: Path) -> None:
-    checkpoint = run("pong", out=tmp_path / "new" / "pong", total_frames=64, seed=0, method="dqn")
+    checkpoint = train_by_name("pong", out=tmp_path / "new" / "pong", total_frames=64, seed=0, method="dqn")
     assert checkpoint == tmp_path / "new" / "pong" / "checkpoint.safetensors"
     assert load_file(checkpoint)
     assert (checkpoint.parent / "curve.png").read_bytes().startswith(PNG)
@@ -112,7 +113,7 @@ def test_run_trains_by_name_and_draws_the_curve(tmp_path: Path) -> None:
 
 def test_an_unknown_name_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected pong, pong-lstm, a game of ale-py .*; got 'checkers'"):
-        run("checkers", out=tmp_path, total_frames=1, seed=0)
+        train_by_name("checkers", out=tmp_path, total_frames=1, seed=0)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -165,9 +166,9 @@ def test_steps_after_the_checkpoint_are_not_in_the_history_twice(tmp_path: Path)
 
 
 def test_a_finished_run_without_a_history_is_no_error(tmp_path: Path) -> None:
-    run("pong", out=tmp_path, total_frames=64, seed=0, method="dqn")
+    train_by_name("pong", out=tmp_path, total_frames=64, seed=0, method="dqn")
     (tmp_path / "history.csv").unlink()
-    assert run("pong", out=tmp_path, total_frames=64, seed=0, method="dqn").exists()
+    assert train_by_name("pong", out=tmp_path, total_frames=64, seed=0, method="dqn").exists()
 
 
 def test_checkpoints_can_be_read_by_others(tmp_path: Path) -> None:
@@ -300,4 +301,4 @@ def test_centring_is_folded_into_the_first_convolution_exactly() -> None:
 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pong can be trained by distill, dqn; got 'magic'"):
-        run("pong", out=tmp_path, total_frames=1, seed=0, method="magic")
+        train_by_name("pong", out=tmp_path, total_frames=1, seed=0, method="magic")

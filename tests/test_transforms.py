@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Composite, Unbounded
 
-from exporters.policies.transforms import NearestResize
+from actserve_export.training.transforms import NearestResize
 
 ROWS = np.arange(84) * 210 // 84
 COLUMNS = np.arange(84) * 160 // 84

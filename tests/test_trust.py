@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from app.artifact import MANIFEST, SIGNATURE, Artifact
-from app.errors import InvalidManifest, RuntimeFailure, Unsigned, UntrustedProgram
-from app.main import create_app
-from app.policy import Policy
-from app.runtimes.base import load
-from app.settings import Settings
-from app.store import ModelStore
-from app.trust import Trust
-from app.trust.signing import PrivateKey
+from actserve.core.errors import InvalidManifest, RuntimeFailure, Unsigned, UntrustedProgram
+from actserve.core.settings import Settings
+from actserve.engine.policy import Policy
+from actserve.engine.runtimes.load import load
+from actserve.server.app import create_app
+from actserve.store.artifact import MANIFEST, SIGNATURE, Artifact
+from actserve.store.local import ModelStore
+from actserve.store.trust import Trust
+from actserve.store.trust.signing import PrivateKey
 from tests.asgi import Caller
 from tests.native import package_that
 from tests.publishing import republish

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from app.artifact import Artifact
-from app.cli import cli
-from app.policy import Policy
-from app.settings import Settings
-from app.store import ModelStore
-from app.tuning import QUICK_NS, Tuning
-from app.tuning.tuned import Tuned
+from actserve.cli.main import cli
+from actserve.core.settings import Settings
+from actserve.engine.policy import Policy
+from actserve.engine.tuning import QUICK_NS, Tuning
+from actserve.engine.tuning.tuned import Tuned
+from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
 
 SLOWER, FASTER = Tuning({1: 2000, 2: 1500}), Tuning({1: 1000, 2: 900})
 

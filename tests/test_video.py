@@ -8,9 +8,9 @@ import av
 import numpy as np
 import pytest
 
-from app.client.video import GIF_PALETTE_FRAMES, VideoWriter
-from app.errors import UsageError
-from app.signature import Array
+from actserve.atari.video import GIF_PALETTE_FRAMES, VideoWriter
+from actserve.core.errors import UsageError
+from actserve.core.signature import Array
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".mp4", ".gif"])
 

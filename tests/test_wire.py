@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import wire
-from app.errors import InvalidRequest, InvalidTensor, MalformedBody, NotAcceptable, UnsupportedContentType
-from app.signature import Array, Signature, TensorSpec
+from actserve import wire
+from actserve.core.errors import (
+    InvalidRequest,
+    InvalidTensor,
+    MalformedBody,
+    NotAcceptable,
+    UnsupportedContentType,
+)
+from actserve.core.signature import Array, Signature, TensorSpec
 
 PIXELS = TensorSpec("pixels", "uint8", (4, 3))
 ACTION = TensorSpec("action", "int64", ())

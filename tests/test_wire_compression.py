@@ -10,8 +10,8 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import wire
-from app.errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedContentEncoding
+from actserve import wire
+from actserve.core.errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedContentEncoding
 
 CODINGS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress, "deflate": zlib.compress}
 LIMIT = 10_000

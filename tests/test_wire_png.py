@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app import wire
-from app.errors import BodyTooLarge, InvalidRequest, InvalidTensor, MalformedBody, UnsupportedContentType
-from app.signature import Array, Signature, TensorSpec
+from actserve import wire
+from actserve.core.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    InvalidTensor,
+    MalformedBody,
+    UnsupportedContentType,
+)
+from actserve.core.signature import Array, Signature, TensorSpec
 from tests.tensors import ACTION
 
 RGB = TensorSpec("pixels", "uint8", (6, 5, 3))

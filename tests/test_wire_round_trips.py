@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import wire
-from app.errors import InvalidRequest, InvalidTensor, MalformedBody, UnsupportedContentType
-from app.signature import Array, TensorSpec
+from actserve import wire
+from actserve.core.errors import InvalidRequest, InvalidTensor, MalformedBody, UnsupportedContentType
+from actserve.core.signature import Array, TensorSpec
 from tests.tensors import ACTION, assert_same, requests, signatures, specs, values
 
 VALUE = TensorSpec("action_value", "float32", (3,))

@@ -11,10 +11,10 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import wire
-from app.errors import InvalidRequest, InvalidTensor, MalformedBody
-from app.signature import Arrays, Signature, State, TensorSpec
-from app.wire.as_safetensors import MAX_HEADER_BYTES
+from actserve import wire
+from actserve.core.errors import InvalidRequest, InvalidTensor, MalformedBody
+from actserve.core.signature import Arrays, Signature, State, TensorSpec
+from actserve.wire.as_safetensors import MAX_HEADER_BYTES
 from tests.tensors import ACTION, assert_same, requests, signatures
 
 PIXELS = TensorSpec("pixels", "uint8", (4, 3))

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.errors import MalformedBody
-from app.signature import TensorSpec
-from app.wire.stream import Hello, Replies, Reply
+from actserve.core.errors import MalformedBody
+from actserve.core.signature import TensorSpec
+from actserve.wire.stream_messages import Hello, Replies, Reply
 from tests import tensors
 
 UINT32 = st.integers(0, 2**32 - 1)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from app import golden
-from app.artifact import GOLDEN, Artifact
-from app.requests import complete
-from app.runtimes.onnx import OnnxRuntime
-from app.signature import Array, Arrays
-from app.store import ModelStore
+from actserve.core.completion import complete
+from actserve.core.signature import Array, Arrays
+from actserve.engine import golden
+from actserve.engine.runtimes.onnx import OnnxRuntime
+from actserve.store.artifact import GOLDEN, Artifact
+from actserve.store.local import ModelStore
 
 
 class Variants:

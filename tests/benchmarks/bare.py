@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from app.signature import Array
+from actserve.core.signature import Array
 from tests.benchmarks.peers.program import open_session
 from tests.benchmarks.server import pinned
 

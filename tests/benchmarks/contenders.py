@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from app.client.local import free_port
+from actserve.cli.tools.local_service import free_port
 from tests.benchmarks.load import Address
 from tests.benchmarks.questions import SAFETENSORS, ZSTD, Way, constant, open_inference, posts, several, stream
 from tests.benchmarks.server import Server, running

@@ -12,9 +12,15 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(
-    include=["app.wire", "app.api.oip.codec", "app.api.oip.schema", "app.lane", "app.access"]
+    include=[
+        "actserve.wire",
+        "actserve.server.protocols.oip.codec",
+        "actserve.server.protocols.oip.schema",
+        "actserve.server.fastpath",
+        "actserve.server.access.tokens",
+    ]
 ):
-    from app.errors import ActserveError
+    from actserve.core.errors import ActserveError
     from tests.fuzzing import GUIDED, targets
 
 

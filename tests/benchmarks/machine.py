@@ -8,7 +8,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
-from app.runtimes.host import cpu_model
+from actserve.engine.runtimes.host import cpu_model
 from tests.benchmarks.contenders import OWN
 
 HERE = ("actserve", "onnxruntime", "numpy", "uvicorn", "uvloop", "httptools", "fastapi", "mosec", "litserve")

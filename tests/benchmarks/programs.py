@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from app import golden
-from app.client.play import play
-from app.environment import Environment
-from app.signature import Array, Arrays
-from exporters.capture import Captured, capture
-from exporters.optimize import optimize
-from exporters.policies.pong import pong
-from exporters.programs import aoti, onnx
-from exporters.quantize import certify_int8, quantize
+from actserve.atari.play import play
+from actserve.core.environment import Environment
+from actserve.core.signature import Array, Arrays
+from actserve.engine import golden
+from actserve_export.capture import Captured, capture
+from actserve_export.programs import aoti, onnx
+from actserve_export.programs.quantize.quantize import certify_int8, quantize
+from actserve_export.programs.rewrites.optimize import optimize
+from actserve_export.training.pong import pong
 
 BATCHES = (1, 8, 32)
 ROUNDS = 30
@@ -81,15 +80,15 @@ def race(programs: dict[str, Run], screens: Array) -> dict[str, dict[int, float]
 def build(captured: Captured, calibration: Array, folder: Path, pt2: bool) -> tuple[dict[str, Run], list[str], Any]:
     """The programs by name, the first one the tutorial's; the rewrites; what the quantiser says."""
     optimized, applied = optimize(captured.program)
-    onnx.build(captured, folder / "tutorial.onnx")
-    onnx.build(replace(captured, program=optimized), folder / "rewritten.onnx")
+    onnx.convert_program(captured.program, captured.signature, folder / "tutorial.onnx")
+    onnx.convert_program(optimized, captured.signature, folder / "rewritten.onnx")
     vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
     program, int8 = next(quantize(folder / "rewritten.onnx", {"pixels": calibration}, full_range=vnni))
     (folder / "int8.onnx").write_bytes(program)
     programs = {f".onnx, {name}": open_onnx(folder / f"{name}.onnx") for name in ("tutorial", "rewritten", "int8")}
     if pt2:
         for name, graph in (("tutorial", captured.program), ("rewritten", optimize(captured.program, "pt2")[0])):
-            aoti.build(replace(captured, program=graph), folder / f"{name}.pt2")
+            aoti.compile_program(graph, folder / f"{name}.pt2")
             programs[f".pt2, {name}"] = open_pt2(folder / f"{name}.pt2")
     return programs, applied, int8
 
@@ -110,7 +109,7 @@ def scores(run: Run, game: Environment, episodes: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path, help="weights of exporters.policies.pong.value_network()")
+    parser.add_argument("--checkpoint", type=Path, help="weights of actserve_export.training.pong.value_network()")
     parser.add_argument("--screens", type=int, default=10_000, help="to compare actions on; int8 is calibrated on half")
     parser.add_argument("--recorded", type=Path, help="screens from an .npy file, rather than from games played now")
     parser.add_argument("--play", type=int, default=0, metavar="GAMES", help="let original and int8 play")

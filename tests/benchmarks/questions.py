@@ -13,7 +13,7 @@ import numpy as np
 from backports import zstd
 from safetensors.numpy import save
 
-from app.signature import Array
+from actserve.core.signature import Array
 
 Answer = tuple[int, bytes]  # status, body
 RAW = {"Content-Type": "application/octet-stream"}

@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from app.client import local
-from app.client.load import LoadReport, load
+from actserve.cli.tools import local_service as local
+from actserve.loadtest.load import LoadReport, load
 from tests.benchmarks.server import core_busy_s, cpu_s, tree
 from tests.scale_service import PYTHON, running
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from app.policy import Acted, Policy
-from app.registry import Registry
-from app.sessions import Limits, Session, Sessions
-from app.settings import Settings
-from app.signature import Arrays, Signature, State, TensorSpec
-from app.store import ModelStore
+from actserve.core.settings import Settings
+from actserve.core.signature import Arrays, Signature, State, TensorSpec
+from actserve.engine.policy import Acted, Policy
+from actserve.engine.registry import Registry
+from actserve.server.sessions import Limits, Session, Sessions
+from actserve.store.local import ModelStore
 
 OBSERVATION = TensorSpec("observation", "float32", (4,))
 SIGNATURE = Signature(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from app.client import local
-from app.client.remote import RemotePolicy
+from actserve.cli.tools import local_service as local
+from actserve.client.remote import RemotePolicy
 
 
 def measure(store: Path, runtime: str) -> float:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from app.client import local
-from app.client.remote import RemotePolicy
-from app.client.stream import Stream
-from app.signature import Array
+from actserve.cli.tools import local_service as local
+from actserve.client.remote import RemotePolicy
+from actserve.client.stream import Stream
+from actserve.core.signature import Array
 
 OBSERVATIONS = 32
 Way = Callable[[int], list[float]]  # so many actions -> the seconds that each took

@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from websockets.asyncio.client import connect
 
-from app.client import local
-from app.store import ModelStore
-from app.wire.stream import Hello, Replies
+from actserve.cli.tools import local_service as local
+from actserve.store.local import ModelStore
+from actserve.wire.stream_messages import Hello, Replies
 from tests.variants import Variants
 
 POLL_S = 0.1

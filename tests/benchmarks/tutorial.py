@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from exporters.capture import capture
-from exporters.policies.pong import pong
-from exporters.programs import onnx
+from actserve_export.capture import capture
+from actserve_export.programs import onnx
+from actserve_export.training.pong import pong
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    onnx.build(capture(pong()), Path(sys.argv[1]))
+    captured = capture(pong())
+    onnx.convert_program(captured.program, captured.signature, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.client import local
-from app.signature import Array
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.core.signature import Array
+from actserve.store.local import ModelStore
 from tests.exported import exported
 
 
@@ -57,8 +57,8 @@ def both(pong_store: Path) -> Iterator[dict[str, local.LocalService]]:
 @pytest.fixture(scope="session")
 def screens() -> Array:
     """512 real Pong screens, (512, 210, 160, 3) uint8, none of which the certificate saw."""
-    from app.atari import AtariGame
-    from exporters.policies.atari import environment
+    from actserve.atari.emulator import AtariGame
+    from actserve_export.training.atari import environment
 
     rng = np.random.default_rng(7)
     taken: list[Array] = []

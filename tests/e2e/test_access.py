@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import urllib3
 
-from app.client.local import serve
-from app.client.remote import RemotePolicy
-from app.client.stream import Stream
-from app.errors import ServiceError
+from actserve.cli.tools.local_service import serve
+from actserve.client.remote import RemotePolicy
+from actserve.client.stream import Stream
+from actserve.core.errors import ServiceError
 from tests.test_cli import actserve
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import urllib3
 
-from app.artifact import Program
-from app.client import local
-from app.client.local import LocalService
-from app.client.remote import RemotePolicy
-from app.signature import Array
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools.local_service import LocalService
+from actserve.client.remote import RemotePolicy
+from actserve.core.signature import Array
+from actserve.store.artifact import Program
+from actserve.store.local import ModelStore
 from tests.publishing import republish
 
 RAW = {"Content-Type": "application/octet-stream"}

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from app.client import commands, local
-from app.errors import UsageError
-from app.store import ModelStore
-from exporters.load import load
-from exporters.publish import export
-from exporters.train import run
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools import play as commands
+from actserve.core.errors import UsageError
+from actserve.store.local import ModelStore
+from actserve_export.publish import export
+from actserve_export.targets import load
+from actserve_export.training.train import train
 
 
 @pytest.mark.parametrize(
     ("game", "height", "actions"), [("breakout", 210, 4), ("carnival", 214, 6), ("pacman", 250, 5)]
 )
 def test_any_game_can_be_trained_exported_and_played(tmp_path: Path, game: str, height: int, actions: int) -> None:
-    checkpoint = run(game, out=tmp_path / "run", total_frames=128, seed=0)
+    checkpoint = train(game, out=tmp_path / "run", total_frames=128, seed=0)
     name, source = load(game, checkpoint)
     assert name == game.replace("_", "-")
     export(source, name, ModelStore(tmp_path / "store"), origin=game, runtimes=["onnx"])

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from app.client import local
-from app.client.local import LocalService
-from app.client.remote import RemotePolicy
-from app.signature import Array
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools.local_service import LocalService
+from actserve.client.remote import RemotePolicy
+from actserve.core.signature import Array
 from tests.shipped import SHIPPED
 from tests.waiting import until
 

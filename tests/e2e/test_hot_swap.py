@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 import urllib3
 
-from app.client import local
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.store.local import ModelStore
 from tests.benchmarks.swaps import Row, swap
 from tests.variants import Variants
 from tests.waiting import until

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from app import golden
-from app.runtimes.base import load
-from app.store import ModelStore
+from actserve.engine import golden
+from actserve.engine.runtimes.load import load
+from actserve.store.local import ModelStore
 
 
 def test_int8_is_published_with_a_certificate_of_its_own(pong_store: Path, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import urllib3
 
-from app.artifact import Artifact
-from app.client import local
-from app.signature import Arrays, Exploration
-from app.store import ModelStore
-from exporters.load import load
-from exporters.publish import export
+from actserve.cli.tools import local_service as local
+from actserve.core.signature import Arrays, Exploration
+from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
+from actserve_export.publish import export
+from actserve_export.targets import load
 from tests import kinds, policies
 
 ITEMS = 9

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.client import local
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.store.local import ModelStore
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = ROOT / ".venv" / "kserve" / "bin" / "python"

@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from app.client import local
-from app.client.local import LocalService
-from app.client.remote import RemotePolicy
-from app.errors import ServiceError, ServiceUnreachable
-from app.signature import Array
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools.local_service import LocalService
+from actserve.client.remote import RemotePolicy
+from actserve.core.errors import ServiceError, ServiceUnreachable
+from actserve.core.signature import Array
+from actserve.store.local import ModelStore
 from tests.policies import Fragile
 from tests.shipped import SHIPPED
 from tests.waiting import until
@@ -193,8 +193,8 @@ def test_native_code_that_ends_its_process_takes_no_other_request_with_it(tmp_pa
     """By reading where it must not, for one observation only."""
     from torch._inductor import config
 
-    from exporters.load import load
-    from exporters.publish import export
+    from actserve_export.publish import export
+    from actserve_export.targets import load
 
     store = ModelStore(tmp_path)
     with config.patch(assert_indirect_indexing=False):

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from app.client import local
-from app.client.backends import BACKENDS
-from app.client.load import load
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.loadtest.backends import BACKENDS
+from actserve.loadtest.load import load
+from actserve.store.local import ModelStore
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "pt2"])

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.client import local
-from app.client.local import LocalService
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools.local_service import LocalService
 from tests.shipped import SHIPPED
 from tests.waiting import until
 

@@ -15,17 +15,17 @@ import urllib3
 from stable_baselines3 import PPO
 from typer.testing import CliRunner
 
-from app import golden
-from app.cli import cli
-from app.client import local
-from app.client.remote import RemotePolicy
-from app.requests import complete
-from app.runtimes.base import load
-from app.signature import Array
-from app.store import ModelStore
-from exporters.load import find_source
-from exporters.publish import export
-from exporters.sb3 import from_sb3
+from actserve.cli.main import cli
+from actserve.cli.tools import local_service as local
+from actserve.client.remote import RemotePolicy
+from actserve.core.completion import complete
+from actserve.core.signature import Array
+from actserve.engine import golden
+from actserve.engine.runtimes.load import load
+from actserve.store.local import ModelStore
+from actserve_export.publish import export
+from actserve_export.sources.sb3 import from_sb3
+from actserve_export.targets import find_source
 from tests.sb3_models import MODELS
 from tests.shipped import SHIPPED
 from tests.test_modules import QNetwork

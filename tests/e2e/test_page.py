@@ -7,7 +7,7 @@ import struct
 
 from websockets.sync.client import connect
 
-from app.client import local
+from actserve.cli.tools import local_service as local
 
 
 def played(service: local.LocalService, runtime: str) -> list[list[float]]:

@@ -15,14 +15,14 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_aio
 
-from app.client import local
-from app.client.local import LocalService
-from app.client.play import Act
-from app.client.play import play as run_play
-from app.client.remote import RemotePolicy
-from app.client.ways import WAYS
-from app.signature import Array
-from app.store import ModelStore
+from actserve.atari.play import Act
+from actserve.atari.play import play as run_play
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools.local_service import LocalService
+from actserve.client.episodes import WAYS
+from actserve.client.remote import RemotePolicy
+from actserve.core.signature import Array
+from actserve.store.local import ModelStore
 
 
 def play(service: LocalService, *options: str) -> dict[str, Any]:

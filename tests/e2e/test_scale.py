@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 import urllib3
 
-from app.client.play import Act, play
-from app.client.remote import Episode, RemotePolicy, Session
-from app.client.stream import Stream
-from app.environment import Environment
-from app.errors import ServiceError, ServiceUnreachable
-from app.requests import complete
-from app.runtimes import base
-from app.sessions.names import home_of
-from app.signature import Array, Arrays
-from app.store import ModelStore
+from actserve.atari.play import Act, play
+from actserve.client.remote import Episode, RemotePolicy, Session
+from actserve.client.stream import Stream
+from actserve.core.completion import complete
+from actserve.core.environment import Environment
+from actserve.core.errors import ServiceError, ServiceUnreachable
+from actserve.core.signature import Array, Arrays
+from actserve.engine.runtimes.load import load
+from actserve.server.sessions.names import home_of
+from actserve.store.local import ModelStore
 from tests import waiting
 from tests.scale_service import PYTHON, Scaled, environment, running
 from tests.shipped import SHIPPED
@@ -59,7 +59,7 @@ def game() -> Environment:
 
 def alone() -> Act:
     """The program in this process, and the state beside it."""
-    runtime = base.load("onnx", ModelStore(SHIPPED).resolve(NAME))
+    runtime = load("onnx", ModelStore(SHIPPED).resolve(NAME))
     signature = runtime.signature
     state: Arrays = {}
 
@@ -173,8 +173,8 @@ def is_over(stream: Stream) -> bool:
 def test_wrong_arguments_are_refused_before_anything_starts(tmp_path: Path) -> None:
     code = """
 import json, sys
-from app.errors import UsageError
-from app.scale import read_arguments
+from actserve.core.errors import UsageError
+from actserve.server.ray import read_arguments
 
 for arguments in json.loads(sys.argv[1]):
     try:

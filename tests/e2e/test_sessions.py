@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from app.client import local
-from app.client.local import LocalService
-from app.errors import ServiceUnreachable
-from app.signature import Array
-from app.store import ModelStore
-from exporters.load import load
-from exporters.publish import export
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools.local_service import LocalService
+from actserve.core.errors import ServiceUnreachable
+from actserve.core.signature import Array
+from actserve.store.local import ModelStore
+from actserve_export.publish import export
+from actserve_export.targets import load
 from tests.publishing import republish
 
 SESSIONS = "/policies/gru/sessions"

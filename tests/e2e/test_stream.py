@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.client import local
-from app.client.local import LocalService
-from app.client.play import play
-from app.client.remote import RemotePolicy
-from app.client.stream import Stream
-from app.errors import ServiceError, ServiceUnreachable
-from app.signature import Array
-from app.store import ModelStore
+from actserve.atari.play import play
+from actserve.cli.tools import local_service as local
+from actserve.cli.tools.local_service import LocalService
+from actserve.client.remote import RemotePolicy
+from actserve.client.stream import Stream
+from actserve.core.errors import ServiceError, ServiceUnreachable
+from actserve.core.signature import Array
+from actserve.store.local import ModelStore
 from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
 def recurrent_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pixel-lstm`: small screens, a CNN, an LSTM; `ornstein-uhlenbeck`: noise that has a state."""
-    from exporters.load import load
-    from exporters.publish import export
+    from actserve_export.publish import export
+    from actserve_export.targets import load
 
     store = ModelStore(tmp_path_factory.mktemp("recurrent"))
     for kind in ("pixel_lstm", "ornstein_uhlenbeck"):

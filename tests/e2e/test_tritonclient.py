@@ -13,9 +13,9 @@ import tritonclient.http.aio as triton_aio
 import urllib3
 from tritonclient.utils import InferenceServerException
 
-from app.client import local
-from app.signature import Array, Arrays
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.core.signature import Array, Arrays
+from actserve.store.local import ModelStore
 
 STEPS = 40
 DATATYPES = {"float32": "FP32", "uint8": "UINT8"}

@@ -19,9 +19,9 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from tritonclient.utils import InferenceServerException
 
-from app.client import local
-from app.signature import Arrays
-from app.store import ModelStore
+from actserve.cli.tools import local_service as local
+from actserve.core.signature import Arrays
+from actserve.store.local import ModelStore
 from tests.e2e.test_tritonclient import DATATYPES, STEPS, observations, same
 from tests.e2e.test_tritonclient import carried as carried_over_http
 from tests.waiting import until

@@ -1,0 +1,63 @@
+"""The video of games played through a service: the screen, and beside it what the policy makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from actserve.atari.emulator import AtariGame
+from actserve.atari.overlay import Overlay
+from actserve.atari.video import VideoWriter
+from actserve.client.remote import RemotePolicy
+from actserve.core.errors import UsageError
+from actserve.core.signature import Arrays
+
+EMULATOR_FPS = 60
+
+
+class Film:
+    """A video of `remote`'s games, of which every `speed`-th step is shown. A context manager, as `VideoWriter`."""
+
+    def __init__(self, path: Path, remote: RemotePolicy, speed: int = 1) -> None:
+        environment = remote.environment
+        if environment is None:
+            raise UsageError(f"{remote.name} plays no game: there is nothing to see")
+        self._speed = speed
+        self._note = f"{remote.name}@{remote.version} on .{remote.runtime}"
+        # One number for every action, if the policy gives any: action values, logits.
+        self._values = next(
+            (
+                spec.name
+                for spec in remote.signature.outputs[1:]
+                if spec.shape == (len(environment.actions),) and spec.dtype.startswith("float")
+            ),
+            None,
+        )
+        self._overlay = Overlay(environment, self._values or "")
+        self._writer = VideoWriter(path, fps=EMULATOR_FPS / environment.frame_skip, scale=1)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What `add` wants of the policy beside the action."""
+        return (self._values,) if self._values else ()
+
+    def add(self, game: AtariGame, action: int, outputs: Arrays) -> None:
+        """One step: the game after it, the action taken, and the policy's `outputs` by name."""
+        if game.steps % self._speed and not game.over:
+            return
+        values = outputs[self._values] if self._values else None
+        self._writer.add(
+            self._overlay.compose(
+                game.screen(), score=game.score, step=game.steps, action=action, values=values, note=self._note
+            )
+        )
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, traceback)

@@ -1,0 +1,129 @@
+"""`actserve inspect`, `verify`, `diff` and `doctor`: what is in a store, and what of it this host can run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from actserve.cli.commands.certificate import print_certificate
+from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
+from actserve.cli.terminal import Json, console, flag, print_json
+from actserve.core.errors import UntrustedProgram
+
+
+def inspect(
+    label: Label,
+    store: Store = DEFAULT_STORE,
+    graph: Annotated[bool, flag("--graph", says="Print the exported graph.")] = False,
+    json: Json = False,
+) -> None:
+    """Show an artifact: its signature, programs, environment and certificate."""
+    artifact = find(reading(store), label)
+    manifest = artifact.manifest
+    if graph:
+        print(artifact.read("graph.txt").decode())
+        return
+    if json:
+        print_json(manifest.to_dict())
+        return
+    print(f"{artifact.label}  created {manifest.created}")
+    for title, specs in (("takes", manifest.signature.inputs), ("gives", manifest.signature.outputs)):
+        for spec in specs:
+            print(f"  {title}  {spec.name}: {spec}")
+    print(f"  batch  1 to {manifest.signature.max_batch}")
+    for runtime, program in manifest.programs.items():
+        print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {_needs(program.requires)}")
+        for rewrite in program.rewrites:
+            print(f"      rewritten: {rewrite}")
+    if manifest.environment:
+        game = manifest.environment
+        actions = ", ".join(f"{i}={action.meaning}({action.code})" for i, action in enumerate(game.actions))
+        print(f"  plays  {game.id}: frame skip {game.frame_skip}, sticky {game.repeat_action_probability}; {actions}")
+    print_certificate(manifest.certificate)
+
+
+def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None, json: Json = False) -> None:
+    """Hash every file of an artifact and run its golden samples through every program that this host can run."""
+    from actserve.engine import golden
+    from actserve.engine.runtimes import preflight
+    from actserve.engine.runtimes.load import load
+
+    source = reading(store, trust)
+    artifact = find(source, label)
+    source.verify(artifact)
+    results: dict[str, Any] = {}
+    for runtime in artifact.manifest.programs:
+        reason = preflight.refusal(runtime, artifact.manifest, preflight.this_host())
+        if reason is None:
+            try:
+                agreement = golden.check(artifact, load(runtime, artifact).run)
+                results[runtime] = {"ran": True, "holds": agreement.holds, **agreement.summary()}
+                continue
+            except UntrustedProgram as error:
+                reason = error.message
+        results[runtime] = {"ran": False, "reason": reason}
+    if json:
+        manifest = artifact.manifest
+        print_json({"name": manifest.name, "version": manifest.version, "signer": artifact.signer, "programs": results})
+    else:
+        print(f"{artifact.label}: {len(artifact.manifest.files)} files are what was published")
+        if artifact.signer or trust:
+            print(f"  signed by {artifact.signer or 'none of the trusted keys'}")
+        for runtime, found in results.items():
+            print(f"  .{runtime}: {_verdict(found)}")
+    if not all(found.get("holds", True) for found in results.values()):
+        raise typer.Exit(1)
+
+
+def diff(
+    before: Label,
+    after: Label,
+    store: Store = DEFAULT_STORE,
+    trust: TrustOption = None,
+    json: Json = False,
+) -> None:
+    """Say what changed between two artifacts: signature, actions on golden samples, speed, size."""
+    from actserve.cli.tools import diff as differ
+
+    source = reading(store, trust)
+    found = differ.diff(find(source, before), find(source, after))
+    if json:
+        print_json(found.as_json())
+    else:
+        from rich.console import Console
+
+        differ.show(found, Console())
+
+
+def doctor(
+    name: Annotated[str | None, typer.Argument(help="A policy; by default all of the store's.")] = None,
+    store: Store = DEFAULT_STORE,
+    trust: TrustOption = None,
+    json: Json = False,
+) -> None:
+    """Say what this host can run, and what it cannot and why."""
+    from actserve.cli.tools.doctor import diagnose, print_diagnosis
+
+    with console().status("looking"):
+        diagnosis = diagnose(reading(store, trust), name)
+    if json:
+        print_json(diagnosis.as_json())
+    else:
+        print_diagnosis(diagnosis)
+
+
+def _needs(requires: dict[str, Any]) -> str:
+    listed = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in requires.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in listed.items()) or "nothing"
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    if not found["ran"]:
+        return f"not run here: {found['reason']}"
+    if found["holds"]:
+        return f"repeats all {found['compared']} golden samples"
+    return (
+        f"DISAGREES on {len(found['differing'])} of {found['compared']} golden samples; "
+        f"beyond tolerance: {', '.join(found['exceeding']) or 'none'}"
+    )

@@ -1,0 +1,62 @@
+"""`actserve keys`, and `actserve sign`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from actserve.cli.stores import DEFAULT_STORE, Label, Store, find, publishing
+from actserve.cli.terminal import Json, print_json
+from actserve.core.imports import import_extra
+
+keys = typer.Typer(help="Make and show the keys that sign artifacts.", no_args_is_help=True)
+
+
+@keys.command()
+def new(
+    path: Annotated[Path, typer.Argument(help="The private key; the public one is PATH.pub.")], json: Json = False
+) -> None:
+    """Make a key: what signs stays at PATH, what others need to trust it is in PATH.pub."""
+    key = import_extra("sign", "actserve.store.trust.signing:PrivateKey").create(path)
+    _print([key.public], json)
+
+
+@keys.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A private key, or a file of public keys.")], json: Json = False
+) -> None:
+    """Print public keys, one a line, each with its fingerprint."""
+    _print(import_extra("sign", "actserve.store.trust.signing:read_keys")(path), json)
+
+
+def _print(keys: Sequence[Any], json: bool) -> None:
+    if json:
+        print_json({"keys": [{"key": key.line, "fingerprint": key.fingerprint} for key in keys]})
+        return
+    for key in keys:
+        print(f"{key.line} {key.fingerprint}")
+
+
+def sign(
+    label: Label,
+    key: Annotated[Path, typer.Option(help="The private key.")],
+    store: Store = DEFAULT_STORE,
+    json: Json = False,
+) -> None:
+    """Vouch for an artifact that is in the store: publish the same files as its next version, signed."""
+    opened = publishing(store, key)
+    artifact = find(opened, label)
+    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
+        files = {name: Path(folder) / name for name in artifact.manifest.files}
+        for name, file in files.items():
+            file.write_bytes(artifact.read(name))
+        signed = opened.publish(dataclasses.replace(artifact.manifest, parent=artifact.manifest.version), files)
+    if json:
+        print_json({"name": signed.manifest.name, "version": signed.manifest.version, "signer": signed.signer})
+    else:
+        print(f"{signed.label} is {artifact.label}, signed by {signed.signer}")

@@ -1,0 +1,90 @@
+"""The `actserve` command. A command's dependencies are imported when it runs, so that serving starts fast.
+
+Other packages add commands: a `typer.Typer` in the entry-point group `actserve.commands`. They are loaded only when
+their command or the help is asked for.
+
+Exit code 0: the job was done; 1: it could not be, and stderr says why; 2: a usage error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from actserve import __version__
+from actserve.cli.commands import artifacts, keys, play, routing, tokens
+from actserve.cli.commands.serve import serve
+from actserve.cli.commands.tune import tune
+from actserve.cli.terminal import console, flag
+from actserve.core.errors import ActserveError, UsageError
+
+PLUGINS = "actserve.commands"
+
+
+class Commands(TyperGroup):
+    """The commands of this package, then those of installed plugins."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_plugin_commands()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or _plugin_commands().get(cmd_name)
+
+
+def _plugin_commands() -> dict[str, Any]:
+    """By name. A plugin that is registered but not importable adds none: a wheel can be installed in part."""
+    found: dict[str, Any] = {}
+    for plugin in entry_points(group=PLUGINS):
+        try:
+            added = plugin.load()
+        except ModuleNotFoundError:
+            continue
+        group = typer.main.get_command(added)
+        assert isinstance(group, TyperGroup)
+        found |= group.commands
+    return found
+
+
+cli = typer.Typer(
+    name="actserve",
+    cls=Commands,
+    help="Turn a TorchRL policy into a service, and play through it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Make": (tune,),
+    "Serve": (serve,),
+    "Play": (play.play, play.load),
+    "Look": (artifacts.inspect, artifacts.verify, artifacts.diff, artifacts.doctor),
+    "Operate": (*routing.ROUTING, keys.sign),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        cli.command(command.__name__.rstrip("_"), rich_help_panel=panel)(command)
+cli.add_typer(keys.keys, name="keys", rich_help_panel="Operate")
+cli.add_typer(tokens.tokens, name="tokens", rich_help_panel="Operate")
+
+
+@cli.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, flag("--version", says="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run the command; turn every error that a user can mend into one line on stderr."""
+    try:
+        cli()
+        sys.exit(0)
+    except ActserveError as error:
+        from rich.markup import escape
+
+        console().print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

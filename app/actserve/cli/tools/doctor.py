@@ -1,0 +1,102 @@
+"""What this host can run, and why not: `actserve doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from actserve.core.errors import ActserveError
+from actserve.engine.runtimes import preflight
+from actserve.engine.runtimes.preflight import Host
+from actserve.engine.runtimes.probe import proven
+from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
+
+RUNS = "this host can run it"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program of one version, or, with `runtime` None, a version that cannot be read at all."""
+
+    policy: str  # name@version
+    runtime: str | None
+    runs: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    host: dict[str, Any]
+    rows: list[Row]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"host": self.host, "programs": [asdict(row) for row in self.rows]}
+
+
+def diagnose(
+    store: ModelStore,
+    name: str | None = None,
+    host: Host | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Diagnosis:
+    """Look at every version of `name`, or of every policy, the newest first. Raises `UnknownPolicy`.
+
+    Files are hashed, and a `.pt2` that nothing speaks against is tried in a process of its own.
+    """
+    host = host or preflight.this_host()
+    rows: list[Row] = []
+    for policy in [name] if name is not None else store.names():
+        for version in reversed(store.versions(policy)):
+            progress(f"{policy}@{version}")
+            rows += _examine(store, policy, version, host)
+    return Diagnosis(host.facts(), rows)
+
+
+def _examine(store: ModelStore, name: str, version: int, host: Host) -> list[Row]:
+    label = f"{name}@{version}"
+    try:
+        artifact = store.resolve(name, version)
+    except ActserveError as error:
+        return [Row(label, None, False, error.message)]
+    found = {runtime: _objection(runtime, artifact, host) for runtime in sorted(artifact.manifest.programs)}
+    return [Row(label, runtime, reason is None, reason or RUNS) for runtime, reason in found.items()]
+
+
+def _objection(runtime: str, artifact: Artifact, host: Host) -> str | None:
+    if (reason := preflight.refusal(runtime, artifact.manifest, host)) is not None:
+        return reason
+    try:
+        if runtime == "pt2":
+            with proven(artifact):
+                return None
+        artifact.read_program(runtime)
+    except ActserveError as error:
+        return error.message.removeprefix(f"{artifact.label}: ")
+    return None
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
+    console = console or Console()
+    host = diagnosis.host
+    packages = ", ".join(f"{name} {version}" for name, version in host["packages"].items()) or "no engine"
+    devices = ", ".join(host["devices"])
+    if host["compute_capability"]:
+        devices += f" (compute capability {host['compute_capability']})"
+    console.print(
+        f"this host: {host['platform']}, glibc {host['glibc'] or 'none'}, GLIBCXX {host['glibcxx'] or 'none'}; "
+        f"{packages}; {devices}",
+        highlight=False,
+    )
+    table = Table()
+    table.add_column("program", no_wrap=True)
+    table.add_column("runs", no_wrap=True)
+    table.add_column("why")
+    for row in diagnosis.rows:
+        verdict = "[green]yes[/]" if row.runs else "[red]no[/]"
+        table.add_row(f"{row.policy} .{row.runtime}" if row.runtime else row.policy, verdict, row.reason)
+    console.print(table)

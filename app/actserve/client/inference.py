@@ -1,0 +1,39 @@
+"""An inference request of the Open Inference Protocol with binary tensor data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+import pydantic_core
+
+from actserve.client.operations import Request, little_endian
+from actserve.core.signature import Arrays
+from actserve.wire import RAW
+from actserve.wire.oip import DATATYPES, HEADER
+
+
+def inference(tensors: Arrays, outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> bytes:
+    """The JSON part of a request, for `tensors` {name: (k, *shape)} of which the data follows."""
+    inputs = [
+        {
+            "name": name,
+            "datatype": DATATYPES[array.dtype.name],
+            "shape": array.shape,
+            "parameters": {"binary_data_size": array.nbytes},
+        }
+        for name, array in tensors.items()
+    ]
+    return pydantic_core.to_json({"inputs": inputs, "outputs": outputs, "parameters": parameters})
+
+
+def binary_data(tensors: Arrays) -> bytes:
+    """What follows the JSON part."""
+    return b"".join(little_endian(array).tobytes() for array in tensors.values())
+
+
+def infer(policy: str, document: bytes, data: bytes) -> Request:
+    """The request of both parts."""
+    headers = {"Content-Type": RAW, HEADER: str(len(document))}
+    return Request("POST", f"/v2/models/{quote(policy, safe='')}/infer", document + data, headers, repeatable=False)

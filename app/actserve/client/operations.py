@@ -1,0 +1,241 @@
+"""What is said to a service and how its answers are read, whatever carries them.
+
+An operation is a generator: it yields a `Request`, is sent the `Response`, and returns its result. The synchronous and
+the asynchronous client run the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import numpy as np
+import pydantic
+import pydantic_core
+
+from actserve import wire
+from actserve.core.environment import Environment
+from actserve.core.errors import InvalidRequest, ProxyFailed, ServiceError, UsageError
+from actserve.core.signature import Array, Arrays, Exploration, Signature, TensorSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    body: Any = None  # bytes-like
+    headers: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = True  # asked twice, it comes to the same
+
+
+@dataclass(frozen=True)
+class Response:
+    status: int
+    content_type: str
+    body: bytes
+
+
+Result = TypeVar("Result")
+Operation = Generator[Request, Response, Result]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a service says of one of its policies."""
+
+    name: str
+    version: int
+    runtime: str  # "onnx" or "pt2"
+    reason: str  # why that runtime
+    signature: Signature
+    environment: Environment | None  # the game it plays, if it plays one
+
+    def by_name(self, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+        """The function of this name, for this policy."""
+        return by_name(self.name, self.signature, observation)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a step belongs: the session, and its number there."""
+
+    session: str
+    number: int
+
+
+def by_name(policy: str, signature: Signature, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+    """An observation by name, if it is not yet. Raises `UsageError` where the policy has several."""
+    if isinstance(observation, Mapping):
+        return observation
+    names = [spec.name for spec in signature.observations]
+    if len(names) > 1:
+        raise UsageError(f"{policy} takes {', '.join(names)}: give them by name")
+    return {names[0]: observation}
+
+
+def describe(policy: str | None) -> Operation[Description]:
+    """Of `policy`, or of the service's default one."""
+    if policy is None:
+        listed = read_json((yield Request("GET", "/policies")))
+        policy = listed.get("default") if isinstance(listed, dict) else None
+        if not isinstance(policy, str):
+            raise UsageError("the service names no default policy; say which")
+    answer = read_json((yield Request("GET", policy_path(policy))))
+    try:
+        manifest = answer["manifest"]
+        signature = pydantic.TypeAdapter(Signature).validate_python(manifest["signature"])
+        environment = pydantic.TypeAdapter(Environment | None).validate_python(manifest.get("environment"))
+        return Description(
+            answer["name"], answer["version"], answer["runtime"], answer["reason"], signature, environment
+        )
+    except (KeyError, TypeError, AttributeError, pydantic.ValidationError) as error:
+        raise unintelligible("a description that this version of the client understands", error) from error
+
+
+def act(description: Description, observation: Array | Mapping[str, Array]) -> Operation[Any]:
+    """The action for one observation (*shape), or the k actions for a batch (k, *shape)."""
+    signature = description.signature
+    tensors, batched = _items(description.by_name(observation), signature.observations)
+    signature.validate_request(tensors)
+    content_type, body = request_body(signature, tensors, batched)
+    answer = read_json((yield Request("POST", act_path(description.name), body, {"Content-Type": content_type})))
+    spec = signature.action
+    try:
+        action = answer[spec.name]
+        if type(action) is int and not batched:  # the common case: nothing to convert
+            return action
+        size = len(next(iter(tensors.values())))
+        shape = (size, *spec.shape) if batched else spec.shape  # a batch of one is answered as one item
+        return np.asarray(action, spec.numpy_dtype).reshape(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise unintelligible(f"{spec.name!r} as {spec}", answer) from error
+
+
+def step(
+    description: Description,
+    tensors: Mapping[str, Array],
+    outputs: Sequence[str],
+    exploration: Exploration | None = None,
+    seed: int | None = None,
+    within: Step | None = None,
+) -> Operation[Arrays]:
+    """Any inputs of the signature by name -> the action, `outputs`, and outside a session the new state, by name.
+
+    Each is one item (*shape), or each a batch (k, *shape); so is what is returned.
+    """
+    signature = description.signature
+    items, batched = _items(tensors, signature.asked)
+    signature.validate_request(items)
+    names = signature.select(list(dict.fromkeys((signature.action.name, *outputs))))
+    given = {spec.name: spec for spec in signature.outputs}
+    answered = [given[name] for name in names]
+    headers = {"Accept": wire.SAFETENSORS}
+    if within is None:
+        answered += [state.spec for state in signature.state]
+    else:
+        headers |= {"X-Session": within.session, "X-Step": str(within.number)}
+    if exploration is None and seed is None and items.keys() == {spec.name for spec in signature.observations}:
+        headers["Content-Type"], body = request_body(signature, items, batched)
+    else:
+        headers["Content-Type"] = wire.SAFETENSORS
+        body = wire.encode_request(wire.SAFETENSORS, wire.Items(items, batched, exploration, seed))
+    path = f"{act_path(description.name)}?{urlencode({'outputs': ','.join(names)}, safe=',')}"
+    response = _good((yield Request("POST", path, body, headers)))
+    try:
+        answer = wire.decode_answer(response.content_type, response.body, answered)
+    except InvalidRequest as error:
+        raise unintelligible(", ".join(spec.name for spec in answered), error.message) from error
+    return {name: array if batched else array[0] for name, array in answer.tensors.items()}
+
+
+def begin_session(
+    description: Description, exploration: Exploration | None, seed: int | None, owner: str | None
+) -> Operation[str]:
+    """The new session's id."""
+    wishes = {"exploration": exploration, "seed": seed}
+    body = pydantic_core.to_json({name: wish for name, wish in wishes.items() if wish is not None})
+    headers = {"Content-Type": wire.JSON, **({"X-Owner": owner} if owner else {})}
+    answer = read_json((yield Request("POST", sessions_path(description.name), body, headers)))
+    try:
+        return str(answer["session"])
+    except (KeyError, TypeError) as error:
+        raise unintelligible("a session", answer) from error
+
+
+def end_session(description: Description, session: str) -> Operation[None]:
+    path = f"{sessions_path(description.name)}/{quote(session, safe='')}"
+    _good((yield Request("DELETE", path, headers={"X-Session": session})))  # by which a proxy may find its host
+
+
+def act_path(name: str) -> str:
+    return f"{policy_path(name)}/act"
+
+
+def sessions_path(name: str) -> str:
+    return f"{policy_path(name)}/sessions"
+
+
+def policy_path(name: str) -> str:
+    return f"/policies/{quote(name, safe='')}"
+
+
+def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bool) -> tuple[str, Any]:
+    """Observations {name: (k, *shape)} -> (content type, body): raw bytes of a single tensor, else safetensors."""
+    if len(signature.observations) > 1:
+        return wire.SAFETENSORS, wire.encode_request(wire.SAFETENSORS, wire.Items(dict(tensors), batched))
+    (array,) = tensors.values()
+    # A view: 100 KB of screen are not copied before they are sent.
+    return wire.RAW, little_endian(array).data.cast("B")
+
+
+def little_endian(array: Array) -> Array:
+    """The array itself where its bytes are in that order already."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def plain(action: Array) -> Any:
+    """An int for a single discrete action, else the array."""
+    return int(action) if action.ndim == 0 and action.dtype.kind in "iu" else action
+
+
+def _items(tensors: Mapping[str, Array], specs: Sequence[TensorSpec]) -> tuple[Arrays, bool]:
+    """-> ({name: (k, *shape)} row-major, whether it came as a batch). Unknown names are left to be refused."""
+    ranks = {spec.name: len(spec.shape) for spec in specs}
+    batched = any(np.ndim(array) > ranks[name] for name, array in tensors.items() if name in ranks)
+    # A new leading axis keeps row-major arrays as they are; others are copied here.
+    return {n: np.asarray(a if batched else np.asarray(a)[None], order="C") for n, a in tensors.items()}, batched
+
+
+def service_error(status: int, body: bytes) -> ServiceError:
+    """The service's own words, or what came instead of them."""
+    try:
+        document = pydantic_core.from_json(body)
+    except ValueError:
+        document = body[:200].decode(errors="replace")
+    error = document.get("error") if isinstance(document, dict) else None
+    if isinstance(error, str):  # the Open Inference Protocol's shape
+        return ServiceError(status, "http_error", error)
+    if not isinstance(error, dict) or not {"code", "message"} <= error.keys():
+        return (ProxyFailed if status >= 500 else ServiceError)(status, "http_error", f"{document}")
+    return ServiceError(status, error["code"], error["message"])
+
+
+def _good(response: Response) -> Response:
+    if response.status not in (200, 201, 204):
+        raise service_error(response.status, response.body)
+    return response
+
+
+def read_json(response: Response) -> Any:
+    """What a good answer says. Raises `ServiceError`."""
+    body = _good(response).body
+    try:
+        return pydantic_core.from_json(body)
+    except ValueError:
+        raise unintelligible("JSON", body[:200].decode(errors="replace")) from None
+
+
+def unintelligible(expected: str, got: object) -> ServiceError:
+    return ServiceError(200, "unintelligible", f"expected {expected}; got {got}"[:500])

@@ -1,0 +1,178 @@
+"""Stream: an episode over a WebSocket, of which the service keeps the state."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pydantic_core
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.sync.client import ClientConnection, connect, unix_connect
+
+from actserve.client.operations import by_name, little_endian, plain, service_error
+from actserve.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse, stream_url
+from actserve.core.environment import Environment
+from actserve.core.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
+from actserve.core.signature import Array, Arrays, Exploration, Signature
+from actserve.wire.stream_messages import Hello, Replies, Reply
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+class Stream:
+    """One episode of `policy` (by default the service's default one), of its live version unless `version` is given.
+
+    A context manager over one connection, not to be shared between threads. With `outputs` the replies have these
+    beside the action; with `seed` everything random in the episode comes from that. Everything raises `ServiceError`
+    when the service answers with an error: then nothing has moved, and the stream goes on; and `ServiceUnreachable`
+    when there is no answer: then the episode is over, and `detail["close_code"]` is why, if the service said so.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        policy: str | None = None,
+        version: int | None = None,
+        uds: str | None = None,
+        token: str | None = None,
+        *,
+        outputs: Sequence[str] = (),
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.unanswered = 0  # messages sent whose replies were not received yet
+        self.steps = 0  # taken so far, as the last reply has it
+        self.outputs: Arrays = {}  # of the last reply, each (*shape)
+        query = {"outputs": ",".join(outputs) or None, "exploration": exploration, "seed": seed}
+        self._url, self._uds = stream_url(parse(url), policy, version, query), uds
+        self._headers = bearer(token)
+        self._stack = ExitStack()
+        self._connection: ClientConnection | None = None
+        self._hello: Hello | None = None
+        self._replies = Replies(())
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack, self._translated():
+            self._connection = stack.enter_context(self._connect())
+            self._hello = Hello.from_json(self._connection.recv(ANSWER_TIMEOUT_S, decode=True))
+            self._stack = stack.pop_all()
+        self._replies = Replies(self.signature.outputs)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def act(self, observation: Array | Mapping[str, Array]) -> Any:
+        """The action for one observation (*shape): an int if it is a single discrete one, else an array.
+
+        A policy with several observations takes them by name, as `{"pixels": ..., "is_init": np.array(True)}` begins
+        another episode. Raises `InvalidTensor` before anything is sent.
+        """
+        if self.unanswered:
+            raise UsageError(f"receive the replies to what was sent ahead first: {self.unanswered} of them")
+        self.send(observation)
+        return plain(self.receive().outputs[self.signature.action.name])
+
+    def send(self, observation: Array | Mapping[str, Array]) -> None:
+        """Send ahead: at most `hello.window` messages may be unanswered. Raises as `act` does."""
+        if self.unanswered >= self.hello.window:
+            raise UsageError(f"{self.unanswered} messages are unanswered, the most that may be; receive first")
+        message = self._message(observation)
+        with self._translated():
+            self._socket.send(message)
+        self.unanswered += 1
+
+    def receive(self) -> Reply:
+        """The reply to the first message that is unanswered. Its outputs are `outputs`, too."""
+        if not self.unanswered:
+            raise UsageError("there is nothing to receive: every message sent was answered")
+        with self._translated():
+            message = self._socket.recv(ANSWER_TIMEOUT_S)
+            self.unanswered -= 1
+            reply = self._replies.unpack(message) if isinstance(message, bytes) else self._read(message)
+        self.steps, self.outputs = reply.step, reply.outputs
+        return reply
+
+    @property
+    def hello(self) -> Hello:
+        """What the service said when this was entered."""
+        assert self._hello is not None, "to be used in a with block"
+        return self._hello
+
+    @property
+    def signature(self) -> Signature:
+        """Of one message and its reply: without state, which the service keeps."""
+        return self.hello.signature
+
+    @property
+    def environment(self) -> Environment | None:
+        return self.hello.environment
+
+    @property
+    def _socket(self) -> ClientConnection:
+        assert self._connection is not None, "to be used in a with block"
+        return self._connection
+
+    def _connect(self) -> AbstractContextManager[ClientConnection]:
+        options: dict[str, Any] = {
+            "compression": None,
+            "max_size": None,
+            "open_timeout": CONNECT_TIMEOUT_S,
+            "close_timeout": CLOSE_TIMEOUT_S,
+            "additional_headers": self._headers,
+        }
+        if self._uds is not None:
+            unix: AbstractContextManager[ClientConnection] = unix_connect(self._uds, self._url, **options)
+            return unix
+        tcp: AbstractContextManager[ClientConnection] = connect(self._url, proxy=None, **options)
+        return tcp
+
+    def _message(self, observation: Array | Mapping[str, Array]) -> memoryview | str:
+        """Raw bytes of a single observation; JSON for anything else."""
+        named = by_name(self.hello.policy, self.signature, observation)
+        items = {name: np.ascontiguousarray(np.asarray(array)[None]) for name, array in named.items()}
+        self.signature.validate_request(items)
+        little = {name: little_endian(array) for name, array in items.items()}
+        if len(little) == 1:
+            (array,) = little.values()
+            return array.data.cast("B")
+        return pydantic_core.to_json({name: _b64(array[0]) for name, array in little.items()}).decode()
+
+    def _read(self, text: str) -> Reply:
+        """A reply in JSON, or the error that came instead."""
+        try:
+            document = pydantic_core.from_json(text)
+        except ValueError:
+            document = None
+        if isinstance(document, dict) and "error" in document:
+            raise service_error(document.get("status", 500), text.encode())
+        return self._replies.from_json(text)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Let nothing out but our own errors."""
+        try:
+            yield
+        except InvalidStatus as error:
+            raise service_error(error.response.status_code, bytes(error.response.body or b"")) from error
+        except ConnectionClosed as error:
+            self.unanswered = 0
+            code, reason = (error.rcvd.code, error.rcvd.reason) if error.rcvd else (None, "the connection broke")
+            over = f"the stream from {self._url} is over: {f'{code} ' if code else ''}{reason}"
+            raise ServiceUnreachable(over, close_code=code) from error
+        except (OSError, WebSocketException) as error:  # a time-out is an OSError
+            self._stack.close()  # else the answer might come yet, and be taken for another message's
+            self.unanswered = 0
+            raise ServiceUnreachable(f"no answer from {self._url}: {error}", close_code=None) from error
+        except MalformedBody as error:
+            raise ServiceError(200, "unintelligible", error.message) from error
+
+
+def _b64(array: Array) -> dict[str, Any]:
+    return {"dtype": array.dtype.name, "shape": array.shape, "b64": base64.b64encode(array.tobytes())}

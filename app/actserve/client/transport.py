@@ -1,0 +1,113 @@
+"""The only place that knows urllib3."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+import urllib3
+from urllib3.connection import HTTPConnection
+from urllib3.util import Url
+
+from actserve.client.operations import Request, Response, policy_path
+from actserve.core.errors import ServiceUnreachable, UsageError
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 30.0
+
+
+class Connection:
+    """One kept-alive connection to the service at `url`, or at a Unix socket `uds`; opened when first used. `token`:
+    what lets in, where the service asks for one."""
+
+    def __init__(self, url: str, uds: str | None, token: str | None = None) -> None:
+        self._headers = bearer(token)
+        self._where = url if uds is None else f"{url} through {uds}"
+        self._prefix = prefix(parse(url))
+        self._pool = _pool(url, uds)
+        self._used = False
+
+    def exchange(self, request: Request) -> Response:
+        """Raises `ServiceUnreachable`."""
+        try:
+            try:
+                response = self._send(request)
+            except urllib3.exceptions.ProtocolError as error:
+                # The service closed the kept connection just as it was used again: once more, on a new one.
+                if not request.repeatable or not self._used or not isinstance(error.args[-1], ConnectionError):
+                    raise
+                response = self._send(request)
+        except urllib3.exceptions.HTTPError as error:
+            raise ServiceUnreachable(f"no answer from {self._where}: {error}", url=self._where) from error
+        self._used = True
+        return Response(response.status, response.headers.get("Content-Type", ""), response.data)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _send(self, request: Request) -> urllib3.BaseHTTPResponse:
+        path, headers = self._prefix + request.path, {**request.headers, **self._headers}
+        return self._pool.urlopen(request.method, path, request.body, headers, retries=False, redirect=False)
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    """The header that has it, if there is one."""
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+
+def parse(url: str) -> Url:
+    """Raises `UsageError` for what is no service's address."""
+    expected = f"expected a URL such as http://127.0.0.1:8000; got {url!r}"
+    try:
+        parsed = urllib3.util.parse_url(url)
+    except urllib3.exceptions.HTTPError as error:
+        raise UsageError(f"{expected}: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UsageError(expected)
+    return parsed
+
+
+def prefix(url: Url) -> str:
+    """What comes before every path, where the service is below the root of its address."""
+    return (url.path or "").rstrip("/")
+
+
+def stream_url(service: Url, policy: str | None, version: int | None, query: Mapping[str, Any]) -> str:
+    """The address of a stream of `service`; what is None is not asked for. Raises `UsageError`."""
+    if version is not None and policy is None:
+        raise UsageError(f"version {version} of which policy?")
+    path = prefix(service)
+    path += policy_path(policy) if policy is not None else ""
+    path += f"/versions/{version}" if version is not None else ""
+    scheme = "wss" if service.scheme == "https" else "ws"
+    address = f"{scheme}://{service.netloc}{path}/stream"
+    asked = {name: value for name, value in query.items() if value is not None}
+    return f"{address}?{urlencode(asked)}" if asked else address
+
+
+def _pool(url: str, uds: str | None) -> urllib3.HTTPConnectionPool:
+    timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=ANSWER_TIMEOUT_S)
+    if uds is not None:
+        return _UnixPool("localhost", timeout=timeout, maxsize=1, block=True, uds=uds)
+    return urllib3.connection_from_url(url, timeout=timeout, maxsize=1, block=True)
+
+
+class _UnixConnection(HTTPConnection):
+    def __init__(self, *args: Any, uds: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._uds = uds
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            self.sock.connect(self._uds)
+        except OSError as error:
+            self.close()
+            raise urllib3.exceptions.NewConnectionError(self, f"{error}") from error
+
+
+class _UnixPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _UnixConnection

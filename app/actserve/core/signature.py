@@ -1,0 +1,209 @@
+"""What a policy takes and gives: the one place that knows which array is acceptable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from actserve.core.errors import InvalidTensor, UnknownOutput
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]  # by tensor name; the first axis is the batch
+DType = Literal["uint8", "int32", "int64", "float32", "float64", "bool"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor. `shape` is per item: the batch axis is never part of it. Bounds are inclusive."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    low: float | None = None
+    high: float | None = None
+
+    @cached_property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.dtype)
+
+    @cached_property
+    def item_bytes(self) -> int:
+        """Bytes of one item, row-major."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.numpy_dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+    def validate(self, batch: Array) -> None:
+        """Raise `InvalidTensor` unless `batch` is (B, *shape) of this dtype, in row-major order and in bounds."""
+        if batch.dtype != self.numpy_dtype or batch.shape[1:] != self.shape or batch.ndim != len(self.shape) + 1:
+            raise InvalidTensor(self.name, f"{self.dtype}[B, {', '.join(map(str, self.shape))}]", describe(batch))
+        if not batch.flags.c_contiguous:
+            raise InvalidTensor(self.name, "a row-major (C-contiguous) array", f"strides {batch.strides}")
+        if self.numpy_dtype.kind == "f" and np.isnan(batch).any():
+            raise InvalidTensor(self.name, "numbers", "NaN")
+        if self.low is not None and batch.size and batch.min() < self.low:
+            raise InvalidTensor(self.name, f"values of at least {self.low:g}", f"{batch.min()}")
+        if self.high is not None and batch.size and batch.max() > self.high:
+            raise InvalidTensor(self.name, f"values of at most {self.high:g}", f"{batch.max()}")
+
+    def zeros(self, batch: int) -> Array:
+        """(batch, *shape) of zeros."""
+        return np.zeros((batch, *self.shape), self.numpy_dtype)
+
+    def sample(self, rng: np.random.Generator, batch: int) -> Array:
+        """(batch, *shape) of random values that `validate` accepts: uniform within bounds, normal without."""
+        shape = (batch, *self.shape)
+        if self.dtype == "bool":
+            return rng.random(shape) < 0.5
+        if self.numpy_dtype.kind == "f" and self.low is None and self.high is None:
+            return rng.standard_normal(shape).astype(self.numpy_dtype)
+        low, high = self._sampling_range()
+        if self.numpy_dtype.kind == "f":
+            return rng.uniform(low, high, shape).astype(self.numpy_dtype)
+        return rng.integers(int(low), int(high), shape, self.numpy_dtype, endpoint=True)
+
+    def _sampling_range(self) -> tuple[float, float]:
+        low, high = (0.0, 255.0) if self.dtype == "uint8" else (-100.0, 100.0)
+        return (low if self.low is None else self.low, high if self.high is None else self.high)
+
+
+Distribution = Literal["uniform", "normal", "gumbel", "exponential"]
+Exploration = Literal["deterministic", "random"]
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor that a policy carries from one step to the next: `output` of this step is `spec` of the next."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    spec: TensorSpec  # the input
+    output: str  # the program's output that replaces it
+    initial: float = 0.0  # what every element starts from
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random input: the standard uniform [0, 1), normal, Gumbel or exponential distribution, each element its own."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    spec: TensorSpec
+    distribution: Distribution
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number per item that a request may set, such as the epsilon of epsilon-greedy; float32."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    default: float  # as trained
+    low: float
+    high: float | None  # None: no bound
+
+    @cached_property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, "float32", (), self.low, self.high)
+
+
+IS_INIT = TensorSpec("is_init", "bool", ())  # true on the first step of an episode: state starts anew
+EXPLORE = TensorSpec("explore", "bool", ())  # true: act at random as in training; false: deterministically
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a policy takes and gives.
+
+    A program takes `inputs` in this order and gives `results` in this order. A request may leave out everything but
+    the observations: `actserve.core.completion` completes it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    observations: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]  # the action first
+    max_batch: int  # 1: the program takes one item at a time
+    state: tuple[State, ...] = ()
+    is_init: bool = False  # whether the program takes the reset flag
+    exploration: tuple[Exploration, ...] = ("deterministic",)  # both: the program takes the flag `explore`
+    parameters: tuple[Parameter, ...] = ()
+    noise: tuple[Noise, ...] = ()
+
+    @cached_property
+    def asked(self) -> tuple[TensorSpec, ...]:
+        """What a request may carry."""
+        flags = (IS_INIT,) if self.is_init else ()
+        parameters = tuple(parameter.spec for parameter in self.parameters)
+        return (*self.observations, *(state.spec for state in self.state), *flags, *parameters)
+
+    @cached_property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Everything a program takes, in its order."""
+        flags = (EXPLORE,) if len(self.exploration) > 1 else ()
+        return (*self.asked, *flags, *(noise.spec for noise in self.noise))
+
+    @cached_property
+    def results(self) -> tuple[TensorSpec, ...]:
+        """Everything a program gives, in its order."""
+        return (*self.outputs, *(replace(state.spec, name=state.output) for state in self.state))
+
+    @property
+    def action(self) -> TensorSpec:
+        return self.outputs[0]
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.outputs)
+
+    def validate(self, batch: Mapping[str, Array]) -> int:
+        """Return the batch size of `batch`, or raise `InvalidTensor` if any array is not what a program takes."""
+        return _validate(batch, self.inputs, self.inputs)
+
+    def validate_request(self, tensors: Mapping[str, Array]) -> int:
+        """The same for what a request carries: every observation, and of the state all or nothing."""
+        states = tuple(state.spec for state in self.state)
+        carried = any(spec.name in tensors for spec in states)
+        return _validate(tensors, self.asked, (*self.observations, *(states if carried else ())))
+
+    def select(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The outputs that a request asked for, or `UnknownOutput`. None asked: the action alone."""
+        for name in names:
+            if name not in self.output_names:
+                raise UnknownOutput(name, self.output_names)
+        return tuple(names) or (self.action.name,)
+
+
+def _validate(batch: Mapping[str, Array], known: Sequence[TensorSpec], needed: Sequence[TensorSpec]) -> int:
+    names = [spec.name for spec in known]
+    for name in batch:
+        if name not in names:
+            raise InvalidTensor(name, f"one of the inputs {', '.join(names)}", "a name that is none of them")
+    for spec in needed:
+        if spec.name not in batch:
+            raise InvalidTensor(spec.name, str(spec), "nothing")
+    for spec in known:
+        if spec.name in batch:
+            spec.validate(batch[spec.name])
+    sizes = {len(array) for array in batch.values()}
+    if len(sizes) != 1:
+        raise InvalidTensor(names[0], "the same number of items in every input", f"{sorted(sizes)}")
+    size: int = sizes.pop()
+    if size < 1:
+        raise InvalidTensor(names[0], "at least one item", "none")
+    return size
+
+
+def describe(array: Array) -> str:
+    """An array's dtype and shape, for messages: ``uint8[1, 210, 160, 3]``."""
+    return f"{array.dtype}[{', '.join(map(str, array.shape))}]"

@@ -1,0 +1,321 @@
+"""Batcher: turns concurrent requests into runtime calls.
+
+A batch is all that waits when the runtime comes free, so a lone request never waits for company and a crowd is
+answered in few calls; there is no timer. The queue lives in the event loop. A program that takes its time runs in a
+thread beside it; a quick one runs in the loop itself, because handing it over costs more than it takes, and the sockets
+fill up with the next batch meanwhile: it runs as soon as a batch is full, or the loop has looked at every socket.
+
+With a quick program what waits, waits in the sockets, and how long it has waited shows in how long the loop has been
+busy since it last looked at them all: a turn. Once a turn has worked for `max_wait_ns`, the rest of it refuses what
+comes. A host that lets the process stand still (a container over its share of the CPU) is no overload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
+from dataclasses import dataclass
+from time import perf_counter_ns, thread_time_ns
+
+import numpy as np
+
+from actserve.core.errors import ActserveError, Behind, NotServing, Overloaded, RuntimeFailure, TooLate
+from actserve.core.signature import Array, Arrays
+from actserve.engine.arena import Arena
+from actserve.telemetry.meters import Meters
+
+FOR_EVER = 1 << 62  # nanoseconds
+CLOSING = "this policy is closing; try again shortly"
+
+Run = Callable[[Mapping[str, Array]], Arrays]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Every output, each (size, *shape), and what the request spent its time on."""
+
+    outputs: Arrays
+    queue_ns: int  # until its batch was formed
+    run_ns: int  # of the runtime call, which it shared with the others of its batch
+
+
+@dataclass(frozen=True)
+class Statistics:
+    waiting: int  # items submitted and not yet answered
+    batches: int  # runtime calls so far
+    items: int  # items in those calls
+    run_ns: int  # the time in those calls
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Outcome:
+    """What came of one runtime call: outputs, each (B, *shape), or an error."""
+
+    outputs: Arrays
+    error: ActserveError | None
+    begun_ns: int
+    run_ns: int
+
+
+class Waiting(ABC):
+    """One request's items on their way through the batcher."""
+
+    size: int
+    row: int | None = None  # of the batcher's arena, where its only item is; None: it has arrays of its own
+    slot: int | None = None  # of the arena, where the state of its episode is
+    begins = False  # the first step of its episode
+    since_ns = 0  # when it came
+    entered_ns = 0  # when it was whole, and queued
+    patience_ns = 0  # how long it may wait before it is begun; 0: for ever
+
+    @property
+    @abstractmethod
+    def cancelled(self) -> bool:
+        """Nobody waits for it any more; it is settled all the same."""
+
+    @abstractmethod
+    def inputs(self) -> Arrays:
+        """Each (size, *shape)."""
+
+    @abstractmethod
+    def settle(self, outcome: Outcome, start: int) -> None:
+        """In the event loop, once: what came of the batch, in which this request's items begin at `start`."""
+
+
+def form(waiting: deque[Waiting], max_items: int, now_ns: int) -> tuple[list[Waiting], list[Waiting]]:
+    """Take the next batch off the front: as many whole requests as fit, in order; one that never fits goes
+    alone. Returns (batch, dropped).
+
+    Dropped are those that nobody waits for, or that waited longer than they may.
+    """
+    batch: list[Waiting] = []
+    dropped: list[Waiting] = []
+    room = max_items
+    while waiting:
+        request = waiting[0]
+        if request.cancelled or (request.patience_ns and now_ns - request.since_ns > request.patience_ns):
+            dropped.append(waiting.popleft())
+        elif batch and request.size > room:
+            break
+        else:
+            batch.append(waiting.popleft())
+            room -= request.size
+    return batch, dropped
+
+
+class Batcher:
+    """Batches requests for one runtime. `start` it in the event loop that submits; `close` answers the rest.
+
+    `quick`: a call takes less time than anybody minds to wait.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        max_items: int,
+        max_waiting: int,
+        *,
+        max_wait_ns: int = FOR_EVER,
+        quick: bool = False,
+        arena: Arena | None = None,
+    ) -> None:
+        self.arena = arena
+        self.meters = Meters()
+        self._run = run
+        self._max_items = max_items
+        self._max_waiting = max_waiting
+        self._max_wait_ns = max_wait_ns
+        self._quick = quick
+        self._queue: deque[Waiting] = deque()
+        self._alone: deque[Waiting] = deque()  # of a batch that failed
+        self._open = False
+        self._thread: ThreadPoolExecutor | None = None
+        self._queued = 0  # items in the queue
+        self._scheduled = False  # the next batch, once the loop has looked at every socket
+        self._running = False
+        self._turn_ns = 0  # when it began; 0: nothing has come in this turn
+        self._worked_ns = 0  # of the loop's thread until then
+        self._context = Context()  # what is run is nobody's alone
+        self._drained = asyncio.Event()
+        self._waiting = 0
+        self._batches = 0
+        self._items = 0
+        self._run_ns = 0
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._open = True
+        if not self._quick:
+            self._thread = ThreadPoolExecutor(1, "batcher")
+
+    async def close(self) -> None:
+        """Refuse what is new, answer what was submitted."""
+        self._open = False
+        while self._waiting:
+            self._drained.clear()
+            await self._drained.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def submit(self, inputs: Arrays, size: int, patience_ns: int = 0) -> asyncio.Future[Answer]:
+        """Queue `size` items (at most `max_items`); raises as `admit`."""
+        self.admit(size, patience_ns)
+        request = Request(inputs, size, patience_ns)
+        self.enter(request)
+        return request.future
+
+    def enter(self, request: Waiting) -> None:
+        """Queue a request that was admitted. Raises `NotServing` when the batcher is not running."""
+        if not self._open:
+            raise NotServing(CLOSING)
+        request.entered_ns = perf_counter_ns()
+        self._waiting += request.size
+        self._queued += request.size
+        self._queue.append(request)
+        if self._running:
+            return
+        # Never at once for a lone request: answered from within the reading of its socket, which goes on while there is
+        # something to read, a single client could keep the loop from all others.
+        if self._quick and self._queued >= self._max_items and len(self._queue) > 1:
+            self._context.run(self._next)
+        elif not self._scheduled:
+            self._schedule()
+
+    def admit(self, size: int, patience_ns: int = 0) -> None:
+        """Raises `NotServing`, `Overloaded` if `size` items more are too many or would wait for too long, `TooLate` if
+        they would wait for longer than `patience_ns`; 0 is for ever."""
+        if not self._open:
+            raise NotServing(CLOSING)
+        if self._waiting + size > self._max_waiting:
+            raise Overloaded(self._max_waiting)
+        now_ns = perf_counter_ns()
+        if not self._turn_ns:
+            self._turn_ns = now_ns
+            self._worked_ns = thread_time_ns()
+            self._loop.call_soon(self._end_turn)
+        waited_ns = now_ns - self._turn_ns
+        if self._quick and waited_ns > self._max_wait_ns and thread_time_ns() - self._worked_ns > self._max_wait_ns:
+            raise Behind(self._max_wait_ns / 1e6)
+        if patience_ns and waited_ns + self._waiting * self._run_ns // max(1, self._items) > patience_ns:
+            raise TooLate(patience_ns // 1000)
+
+    def _end_turn(self) -> None:
+        self._turn_ns = 0
+
+    def statistics(self) -> Statistics:
+        return Statistics(self._waiting, self._batches, self._items, self._run_ns)
+
+    def _schedule(self) -> None:
+        self._scheduled = True
+        self._loop.call_soon(self._scheduled_next, context=self._context)
+
+    def _scheduled_next(self) -> None:
+        self._scheduled = False
+        if not self._running:
+            self._next()
+
+    def _next(self) -> None:
+        """Form the next batch and have it run."""
+        self._running = True
+        if self._alone:
+            batch = [self._alone.popleft()]
+        else:
+            batch, dropped = form(self._queue, self._max_items, perf_counter_ns())
+            self._queued -= sum(request.size for request in (*batch, *dropped))
+            for request in dropped:
+                self._settle([request], Outcome({}, TooLate(request.patience_ns // 1000), 0, 0))
+        if not batch:
+            self._go_on()
+            return
+        self._batches += 1
+        self._items += sum(request.size for request in batch)
+        inputs = self._gather(batch)
+        if self._thread is None:
+            self._deliver(batch, self._call(inputs))
+        else:
+            self._thread.submit(self._call_and_tell, batch, inputs)
+
+    def _gather(self, batch: list[Waiting]) -> Arrays:
+        """Every input, each (B, *shape)."""
+        if self.arena is not None and all(request.row is not None for request in batch):
+            return self.arena.inputs(batch)
+        if len(batch) == 1:
+            return batch[0].inputs()
+        parts = [request.inputs() for request in batch]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _call_and_tell(self, batch: list[Waiting], inputs: Arrays) -> None:
+        """In the thread."""
+        outcome = self._call(inputs)
+        self._loop.call_soon_threadsafe(self._deliver, batch, outcome)
+
+    def _call(self, inputs: Arrays) -> Outcome:
+        begun_ns = perf_counter_ns()
+        try:
+            outputs = self._run(inputs)
+        except ActserveError as error:
+            return Outcome({}, error, begun_ns, 0)
+        except Exception as error:  # whatever a runtime does, the others must be answered
+            failure = RuntimeFailure(f"inference failed: {type(error).__name__}")
+            failure.__cause__ = error
+            return Outcome({}, failure, begun_ns, 0)
+        return Outcome(outputs, None, begun_ns, perf_counter_ns() - begun_ns)
+
+    def _deliver(self, batch: list[Waiting], outcome: Outcome) -> None:
+        self._run_ns += outcome.run_ns
+        if outcome.error is not None and len(batch) > 1:
+            self._alone.extend(batch)  # each alone: none pays for another
+        else:
+            if outcome.error is None:
+                self.meters.ran(batch, outcome.begun_ns, outcome.run_ns)
+                if self.arena is not None:
+                    self.arena.scatter(batch, outcome.outputs)
+            self._settle(batch, outcome)
+        self._go_on()
+
+    def _settle(self, batch: list[Waiting], outcome: Outcome) -> None:
+        start = 0
+        for request in batch:
+            self._waiting -= request.size
+            request.settle(outcome, start)
+            start += request.size
+
+    def _go_on(self) -> None:
+        self._running = False
+        if self._queue or self._alone:
+            if not self._scheduled:
+                self._schedule()
+        elif not self._waiting:
+            self._drained.set()
+
+
+class Request(Waiting):
+    """A request with arrays of its own, and a future that gets its `Answer`."""
+
+    def __init__(self, inputs: Arrays, size: int, patience_ns: int = 0) -> None:
+        self.future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.size = size
+        self._inputs = inputs
+        self.since_ns = perf_counter_ns()
+        self.patience_ns = patience_ns
+
+    @property
+    def cancelled(self) -> bool:
+        return self.future.cancelled()
+
+    def inputs(self) -> Arrays:
+        return self._inputs
+
+    def settle(self, outcome: Outcome, start: int) -> None:
+        if self.future.done():  # cancelled while it ran
+            return
+        if outcome.error is not None:
+            self.future.set_exception(outcome.error)
+            return
+        stop = start + self.size
+        outputs = {name: array[start:stop] for name, array in outcome.outputs.items()}
+        self.future.set_result(Answer(outputs, outcome.begun_ns - self.since_ns, outcome.run_ns))

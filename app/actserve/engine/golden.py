@@ -1,0 +1,130 @@
+"""Golden samples: inputs and the trained policy's own outputs, kept with the artifact, and what it means to agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from actserve.core.errors import CorruptFile, RuntimeFailure
+from actserve.core.signature import Array, Arrays, Signature
+from actserve.engine.runtimes import load as runtimes
+from actserve.engine.runtimes.base import Runtime
+from actserve.store.artifact import GOLDEN, Artifact
+
+INPUT = "input."
+OUTPUT = "output."
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a program's floating-point outputs may be from the reference. Integer outputs must be equal."""
+
+    absolute: float = 1e-4
+    relative: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What comparing a program with the reference found."""
+
+    compared: int  # items
+    differing: tuple[int, ...]  # items whose action is not the reference's
+    largest_difference: dict[str, float]  # by floating-point output, absolute
+    exceeding: tuple[str, ...]  # outputs beyond the tolerance
+
+    @property
+    def holds(self) -> bool:
+        return not self.differing and not self.exceeding
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able; the first few differing items only."""
+        return asdict(self) | {"differing": list(self.differing[:10]), "exceeding": list(self.exceeding)}
+
+
+def compare(
+    signature: Signature, outputs: Mapping[str, Array], reference: Mapping[str, Array], tolerance: Tolerance
+) -> Agreement:
+    """Hold a program's outputs, each (B, *shape), against the reference's."""
+    largest: dict[str, float] = {}
+    exceeding: list[str] = []
+    for spec in signature.results:
+        ours, theirs = outputs[spec.name], reference[spec.name]
+        if spec.numpy_dtype.kind == "f":
+            largest[spec.name] = float(np.max(np.abs(ours - theirs), initial=0.0))
+            if not np.allclose(ours, theirs, rtol=tolerance.relative, atol=tolerance.absolute):
+                exceeding.append(spec.name)
+        elif spec is not signature.action and not np.array_equal(ours, theirs):
+            exceeding.append(spec.name)
+    action = signature.action
+    differing: tuple[int, ...] = ()
+    if action.numpy_dtype.kind != "f":  # a continuous action is held to the tolerance, as other outputs are
+        same = agreeing(outputs[action.name], reference[action.name], tolerance)
+        differing = tuple(map(int, np.flatnonzero(~same)))
+    return Agreement(len(reference[action.name]), differing, largest, tuple(exceeding))
+
+
+def agreeing(ours: Array, theirs: Array, tolerance: Tolerance) -> Array:
+    """Which items' actions are the same, (B,) bool: discrete ones equal, continuous ones within the tolerance.
+
+    `ours` and `theirs`: each (B, *shape).
+    """
+    if ours.dtype.kind == "f":
+        same = np.isclose(ours, theirs, rtol=tolerance.relative, atol=tolerance.absolute)
+    else:
+        same = ours == theirs
+    return np.asarray(same.reshape(len(ours), -1).all(axis=1))
+
+
+def in_batches(run: Callable[[Arrays], Arrays], inputs: Mapping[str, Array], size: int) -> Arrays:
+    """Run all items of `inputs` in batches of `size`, the last one smaller; the outputs joined again."""
+    count = len(next(iter(inputs.values())))
+    parts = [run({k: v[start : start + size] for k, v in inputs.items()}) for start in range(0, count, size)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def save(inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> bytes:
+    """The bytes of golden.safetensors."""
+    tensors = {INPUT + k: np.ascontiguousarray(v) for k, v in inputs.items()}
+    return save_tensors(tensors | {OUTPUT + k: np.ascontiguousarray(v) for k, v in outputs.items()})
+
+
+def read(artifact: Artifact) -> tuple[Arrays, Arrays]:
+    """(inputs, reference outputs) of an artifact's golden samples, verified. Raises a `StoreError`."""
+    try:
+        tensors = load_tensors(artifact.read(GOLDEN))
+    except SafetensorError as error:
+        raise CorruptFile(f"{artifact.label}: {GOLDEN} cannot be read: {error}", file=GOLDEN) from None
+    inputs = {k.removeprefix(INPUT): v for k, v in tensors.items() if k.startswith(INPUT)}
+    return inputs, {k.removeprefix(OUTPUT): v for k, v in tensors.items() if k.startswith(OUTPUT)}
+
+
+def check(artifact: Artifact, run: Callable[[Arrays], Arrays]) -> Agreement:
+    """Run the artifact's golden samples, singly and as batches, and compare. The worse of the two is returned."""
+    inputs, reference = read(artifact)
+    tolerance = Tolerance(**artifact.manifest.certificate["tolerance"])
+    signature = artifact.manifest.signature
+    for size in sorted({1, min(8, signature.max_batch)}):
+        agreement = compare(signature, in_batches(run, inputs, size), reference, tolerance)
+        if not agreement.holds:
+            break
+    return agreement
+
+
+def load(name: str, artifact: Artifact, threads: int) -> Runtime:
+    """Open a program and run the golden samples through it. Raises `StoreError` or `RuntimeFailure`."""
+    runtime = runtimes.load(name, artifact, threads)
+    agreement = check(artifact, runtime.run)
+    if not agreement.holds:
+        runtime.close()
+        raise RuntimeFailure(
+            f"{artifact.label}: the .{name} program does not repeat the golden samples on this host: "
+            f"{len(agreement.differing)} of {agreement.compared} actions differ; "
+            f"beyond tolerance: {', '.join(agreement.exceeding) or 'none'}"
+        )
+    return runtime

@@ -1,0 +1,163 @@
+"""Policy: one artifact being served: a runtime that was verified and warmed, behind a batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+
+from actserve.core.completion import complete
+from actserve.core.errors import RuntimeFailure, TooManyItems
+from actserve.core.settings import Settings
+from actserve.core.signature import Arrays, Exploration
+from actserve.engine import golden
+from actserve.engine.arena import BATCHES, Arena
+from actserve.engine.batcher import Answer, Batcher, Statistics
+from actserve.engine.runtimes import preflight
+from actserve.engine.runtimes.base import Runtime
+from actserve.engine.tuning import Tuning, measure
+from actserve.engine.tuning.tuned import Tuned
+from actserve.store.artifact import Artifact
+from actserve.telemetry import call
+from actserve.telemetry.counts import Program
+
+log = logging.getLogger("actserve")
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What a policy answered. New state goes by the name of the input that it replaces."""
+
+    outputs: Arrays  # and new state, each (size, *shape)
+    seed: int | None  # what anything random came from
+    queue_ns: int  # waiting for the runtime
+    run_ns: int  # in the runtime
+
+
+class Policy:
+    """A served policy. Made by `Policy.load`; `start` and `close` belong to the event loop."""
+
+    def __init__(
+        self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, tuning: Tuning, settings: Settings
+    ) -> None:
+        self.artifact = artifact
+        self.name, self.version = artifact.manifest.name, artifact.manifest.version
+        self.signature = artifact.manifest.signature
+        self.choice = choice
+        self._runtime = runtime
+        self.tuning = tuning
+        self._max_items = settings.max_items
+        arena = Arena(self.signature, tuning.batch) if Arena.suits(self.signature) else None
+        max_wait_ns = int(settings.max_wait_ms * 1e6)
+        self.batcher = Batcher(
+            runtime.run,
+            tuning.batch,
+            min(settings.max_waiting, max(BATCHES * tuning.batch, max_wait_ns // tuning.best_ns)),
+            max_wait_ns=max_wait_ns,
+            quick=tuning.quick,
+            arena=arena,
+        )
+
+    @classmethod
+    def load(cls, artifact: Artifact, settings: Settings) -> Policy:
+        """Choose a runtime, open the program, run the golden samples through it (which also warms it).
+
+        Blocking; to be called off the event loop. Raises `StoreError`, `RuntimeRefused` or `RuntimeFailure`.
+        """
+        log.info("loading %s", artifact.label)
+        failed: dict[str, str] = {}
+        tuned = Tuned.load(artifact) if settings.threads == 1 else None
+        while True:
+            fastest = tuned.fastest if tuned else None
+            choice = preflight.choose(settings.runtime, artifact.manifest, preflight.this_host(), failed, fastest)
+            try:
+                runtime = golden.load(choice.runtime, artifact, settings.threads)
+            except RuntimeFailure as error:
+                if settings.runtime != "auto":
+                    raise
+                log.warning("%s", error.message)
+                failed[choice.runtime] = error.message
+                continue
+            log.info("%s is served by .%s (%s)", artifact.label, choice.runtime, choice.reason)
+            tuning = tuned.programs.get(choice.runtime) if tuned else None
+            return cls(artifact, runtime, choice, tuning or measure(runtime.run, runtime.signature), settings)
+
+    def start(self) -> None:
+        self.batcher.start()
+
+    async def act(
+        self,
+        tensors: Arrays,
+        size: int,
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+        patience_ns: int = 0,
+    ) -> Acted:
+        """Act on `size` items of a valid request, each tensor (size, *shape).
+
+        Raises `TooLate` if it would wait, or has waited, for longer than `patience_ns`; 0 is for ever. Raises
+        `TooManyItems` for more than one request may have.
+        """
+        if size > self._max_items:
+            raise TooManyItems(self._max_items, size)
+        completed = complete(self.signature, tensors, size, exploration, seed)
+        since_ns = perf_counter_ns()
+        answer = await self._run(completed.inputs, size, patience_ns)
+        call.acted(since_ns, answer.queue_ns, answer.run_ns)
+        results = answer.outputs
+        for state in self.signature.state:
+            results[state.spec.name] = results.pop(state.output)
+        return Acted(results, completed.seed, answer.queue_ns, answer.run_ns)
+
+    def state_after(self, acted: Acted) -> Arrays:
+        """The new state for the next request, each (size, *shape): a copy, which keeps no batch in memory."""
+        return {state.spec.name: acted.outputs[state.spec.name].copy() for state in self.signature.state}
+
+    async def _run(self, inputs: Arrays, size: int, patience_ns: int) -> Answer:
+        step = self.tuning.batch
+        if size <= step:
+            return await self.batcher.submit(inputs, size, patience_ns)
+        slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        # One after the other, so that a large batch waits in line with everybody else and never fills the queue.
+        parts = []
+        for s in slices:
+            part = {name: array[s] for name, array in inputs.items()}
+            parts.append(await self.batcher.submit(part, s.stop - s.start, patience_ns))
+            await asyncio.sleep(0)  # a quick program has run already: let others have their turn
+        outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+        return Answer(outputs, sum(part.queue_ns for part in parts), sum(part.run_ns for part in parts))
+
+    @property
+    def program(self) -> Program:
+        return Program(self.name, self.version, self.choice.runtime)
+
+    def statistics(self) -> Statistics:
+        return self.batcher.statistics()
+
+    async def close(self) -> None:
+        """Answer what was submitted, then give the program's memory back."""
+        await self.closing()()
+
+    def closing(self) -> Callable[[], Awaitable[None]]:
+        """What `close` does, without a reference to the policy: for when nobody has one any more."""
+        return functools.partial(_close, self.batcher, self._runtime)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: what is served, by which runtime, and why that one."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "runtime": self.choice.runtime,
+            "reason": self.choice.reason,
+        }
+
+
+async def _close(batcher: Batcher, runtime: Runtime) -> None:
+    await batcher.close()
+    runtime.close()

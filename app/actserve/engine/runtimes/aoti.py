@@ -1,0 +1,45 @@
+"""AotiRuntime: `.pt2` packages made by AOTInductor.
+
+The package validates nothing (a wrong dtype gives wrong answers, a wrong rank a segmentation fault): `Runtime.run`
+has checked names, dtypes, shapes and contiguity before an array comes here. It holds the GIL while it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actserve.core.errors import RuntimeFailure
+from actserve.core.signature import Array, Signature
+from actserve.engine.runtimes.aoti_package import call, open_package, set_threads
+from actserve.engine.runtimes.base import Runtime, brief
+from actserve.engine.runtimes.probe import proven
+from actserve.store.artifact import Artifact
+
+
+class AotiRuntime(Runtime):
+    def __init__(self, signature: Signature, package: Any, device: str = "cpu") -> None:
+        super().__init__(signature)
+        self._package = package
+        self._device = device
+
+    @classmethod
+    def load(cls, artifact: Artifact, threads: int) -> AotiRuntime:
+        set_threads(threads)
+        with proven(artifact) as path:
+            try:
+                package = open_package(path)
+            except Exception as error:
+                raise RuntimeFailure(
+                    f"{artifact.label}: the AOTI loader refused the package: {brief(error)}"
+                ) from error
+        device = artifact.manifest.programs["pt2"].requires.get("device") or "cpu"
+        return cls(artifact.manifest.signature, package, device)
+
+    def _run(self, arrays: list[Array]) -> list[Array]:
+        try:
+            return call(self._package, arrays, self._device)
+        except Exception as error:
+            raise RuntimeFailure(f"the .pt2 program failed: {brief(error)}") from error
+
+    def close(self) -> None:
+        self._package = None

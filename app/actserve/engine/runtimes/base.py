@@ -1,0 +1,52 @@
+"""Runtime: one loaded program file, whichever engine runs it."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from actserve.core.errors import RuntimeFailure
+from actserve.core.signature import Array, Arrays, Signature, describe
+from actserve.store.artifact import Artifact
+
+
+class Runtime(ABC):
+    """One loaded program. `run` may be called from one thread at a time; a run never changes the runtime."""
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+
+    @classmethod
+    @abstractmethod
+    def load(cls, artifact: Artifact, threads: int) -> Runtime:
+        """Verify and open the artifact's program. Raises `StoreError` or `RuntimeFailure`."""
+
+    def run(self, batch: Mapping[str, Array]) -> Arrays:
+        """One inference call. `batch`: every input of the signature, each (B, *shape), 1 <= B <= max_batch.
+
+        Returns every result of the signature, outputs and new state, each (B, *shape). Raises `InvalidTensor` before
+        the program sees an array that is not what it was built for, and `RuntimeFailure` when the engine fails.
+        """
+        size = self.signature.validate(batch)
+        if size > self.signature.max_batch:
+            raise RuntimeFailure(f"the program takes at most {self.signature.max_batch} items a call; got {size}")
+        arrays = self._run([batch[spec.name] for spec in self.signature.inputs])
+        for spec, array in zip(self.signature.results, arrays, strict=True):
+            if array.shape != (size, *spec.shape) or array.dtype != spec.numpy_dtype:
+                raise RuntimeFailure(f"{spec.name}: the program gave {describe(array)}; the manifest says {spec}")
+        return {spec.name: array for spec, array in zip(self.signature.results, arrays, strict=True)}
+
+    @abstractmethod
+    def _run(self, arrays: list[Array]) -> list[Array]:
+        """Inputs in the signature's order, checked -> results in the signature's order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the program's memory back. The runtime cannot be used afterwards."""
+
+
+def brief(error: Exception) -> str:
+    """The first line of an engine's message, without folders, which are nobody's business."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"(?:/[\w.+-]+)+/", "", lines[0])[:300]

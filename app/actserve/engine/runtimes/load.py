@@ -1,0 +1,20 @@
+"""Runtimes by name. An engine is imported when its first program is loaded."""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+
+from actserve.engine.runtimes.base import Runtime
+from actserve.store.artifact import Artifact
+
+RUNTIMES = {
+    "onnx": "actserve.engine.runtimes.onnx:OnnxRuntime",
+    "pt2": "actserve.engine.runtimes.aoti:AotiRuntime",
+}
+
+
+def load(runtime: str, artifact: Artifact, threads: int = 1) -> Runtime:
+    """Load the artifact's program for the runtime of this name. Raises `StoreError` or `RuntimeFailure`."""
+    artifact.check_trust(runtime)  # before its engine is imported
+    implementation: type[Runtime] = resolve_name(RUNTIMES[runtime])
+    return implementation.load(artifact, threads)

@@ -1,0 +1,70 @@
+"""OnnxRuntime: `.onnx` in ONNX Runtime. The only import of onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime as ort
+
+from actserve.core.errors import RuntimeFailure
+from actserve.core.signature import Array, Signature, TensorSpec
+from actserve.engine.runtimes.base import Runtime, brief
+from actserve.engine.runtimes.onnx_check import inspect_model
+from actserve.store.artifact import Artifact
+
+_DTYPES = {
+    "uint8": "tensor(uint8)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+    "bool": "tensor(bool)",
+}
+
+
+class OnnxRuntime(Runtime):
+    def __init__(self, signature: Signature, session: Any) -> None:
+        super().__init__(signature)
+        self._session = session
+        self._names = [spec.name for spec in signature.results]
+
+    @classmethod
+    def load(cls, artifact: Artifact, threads: int) -> OnnxRuntime:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # An idle service must cost nothing: workers sleep between calls rather than spin.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Nothing else that it reads: its own format is known by a few bytes of content, not by name.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        data = artifact.read_program("onnx")
+        if (reason := inspect_model(data)) is not None:
+            raise RuntimeFailure(f"{artifact.label}: actserve refused the .onnx program: {reason}")
+        try:
+            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ORT raises many types of its own, with no common base
+            raise RuntimeFailure(f"{artifact.label}: ONNX Runtime refused the program: {brief(error)}") from error
+        signature = artifact.manifest.signature
+        _compare(artifact.label, "input", session.get_inputs(), signature.inputs)
+        _compare(artifact.label, "output", session.get_outputs(), signature.results)
+        return cls(signature, session)
+
+    def _run(self, arrays: list[Array]) -> list[Array]:
+        feed = {spec.name: array for spec, array in zip(self.signature.inputs, arrays, strict=True)}
+        try:
+            outputs: list[Array] = self._session.run(self._names, feed)
+        except Exception as error:
+            raise RuntimeFailure(f"ONNX Runtime failed: {brief(error)}") from error
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _compare(label: str, what: str, nodes: list[Any], specs: tuple[TensorSpec, ...]) -> None:
+    """Refuse a program whose tensors are not the signature's. A dimension that is a name is symbolic."""
+    found = {node.name: (node.type, tuple(node.shape[1:])) for node in nodes}
+    expected = {spec.name: (_DTYPES[spec.dtype], spec.shape) for spec in specs}
+    if found != expected:
+        raise RuntimeFailure(f"{label}: the .onnx program's {what}s are {found}; the manifest says {expected}")

@@ -1,0 +1,120 @@
+"""What `actserve tune` found out about an artifact on a host: a file beside the version's folder, which never changes.
+
+It only says which of the certified programs is the quickest here and how many items a call should have; if it is not
+there, is of another host, or cannot be read, the service measures for itself when it loads the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pydantic_core import from_json
+
+from actserve.core.errors import ActserveError, RuntimeRefused
+from actserve.engine import golden
+from actserve.engine.runtimes import preflight
+from actserve.engine.runtimes.host import cpu_model, this_host
+from actserve.engine.tuning import Tuning, measure
+from actserve.store.artifact import Artifact
+
+LIMIT_BYTES = 1 << 16
+BRIEFLY_NS = 50_000_000  # for each batch size
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """`programs`: each that this host can run, by runtime; with one thread."""
+
+    programs: Mapping[str, Tuning]
+
+    @staticmethod
+    def measure(artifact: Artifact, at_least_ns: int) -> tuple[Tuned, dict[str, str]]:
+        """Run every program for so long at each batch size; and why others do not run here, by runtime.
+
+        Raises `RuntimeRefused` if none does.
+        """
+        programs: dict[str, Tuning] = {}
+        failed: dict[str, str] = {}
+        for name in sorted(artifact.manifest.programs):
+            try:
+                preflight.choose(name, artifact.manifest, this_host(), {})
+                runtime = golden.load(name, artifact, threads=1)
+            except ActserveError as error:
+                failed[name] = error.message
+                continue
+            try:
+                programs[name] = measure(runtime.run, runtime.signature, at_least_ns)
+            finally:
+                runtime.close()
+        if not programs:
+            raise RuntimeRefused(f"{artifact.label} cannot run here: {'; '.join(failed.values())}")
+        return Tuned(programs), failed
+
+    @property
+    def fastest(self) -> str:
+        return min(self.programs, key=lambda runtime: self.programs[runtime].best_ns)
+
+    def save(self, artifact: Artifact) -> Path:
+        """Write it beside the artifact, in one go. Raises `OSError`."""
+        file = _file(artifact)
+        document = {
+            "of": _programs(artifact),
+            "host": _host(),
+            "item_ns": {runtime: tuning.item_ns for runtime, tuning in self.programs.items()},
+        }
+        staging = file.with_suffix(f".{os.getpid()}")
+        staging.write_text(json.dumps(document, indent=1) + "\n")
+        staging.replace(file)
+        return file
+
+    @staticmethod
+    def load(artifact: Artifact) -> Tuned | None:
+        """What was saved for these very files on a host like this; None if there is nothing that can be used."""
+        try:
+            with _file(artifact).open("rb") as file:
+                document = from_json(file.read(LIMIT_BYTES))
+            if (document["of"], document["host"]) != (_programs(artifact), _host()):
+                return None
+            found = {
+                runtime: Tuning({int(size): int(ns) for size, ns in item_ns.items()})
+                for runtime, item_ns in document["item_ns"].items()
+                if runtime in artifact.manifest.programs
+            }
+            usable = found and all(1 in each.item_ns and min(each.item_ns.values()) > 0 for each in found.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return Tuned(found) if usable else None
+
+
+def tune_briefly(artifact: Artifact, progress: Callable[[str], None]) -> None:
+    """What an export ends with where there is a choice, so that `auto` is the fastest from the beginning."""
+    if len(artifact.manifest.programs) > 1:
+        progress("measuring which program is the fastest here")
+        tuned, _ = Tuned.measure(artifact, BRIEFLY_NS)
+        tuned.save(artifact)
+
+
+def _programs(artifact: Artifact) -> dict[str, str]:
+    manifest = artifact.manifest
+    return {runtime: manifest.files[program.file].sha256 for runtime, program in sorted(manifest.programs.items())}
+
+
+def _file(artifact: Artifact) -> Path:
+    return artifact.folder.with_name(f"{artifact.manifest.version}.tuning.json")
+
+
+@cache
+def _host() -> dict[str, object]:
+    """What the measured times depend on."""
+    return {
+        "cpu": cpu_model(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": dict(sorted(this_host().packages.items())),
+    }

@@ -1,0 +1,23 @@
+"""How the load generator speaks to a service: one file a way."""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+
+from actserve.client.operations import Description
+from actserve.loadtest.backends.base import Backend
+
+BACKENDS = {
+    "http": "actserve.loadtest.backends.http:Http",
+    "session": "actserve.loadtest.backends.session:Sessions",
+    "stream": "actserve.loadtest.backends.stream:Streams",
+    "oip": "actserve.loadtest.backends.oip:Oip",
+}
+
+__all__ = ["BACKENDS", "Backend", "backend"]
+
+
+def backend(via: str, url: str, description: Description, seed: int, token: str | None = None) -> Backend:
+    """`via` is one of `BACKENDS`."""
+    made: Backend = resolve_name(BACKENDS[via])(url, description, seed, token)
+    return made

@@ -1,0 +1,214 @@
+"""Access: who may use the service, and how much of it. A file of tokens, one a line:
+
+    NAME SHA256 [rate=REQUESTS_PER_SECOND] [sessions=AT_MOST]
+
+A token is 32 random bytes, so its hash need not be slow: a slow hash makes it expensive to try what people think up,
+and nobody tries 2**256. A token is looked up by its SHA-256: how long that takes could tell how much of a *digest* was
+right, which helps nobody to the token, as tokens cannot be chosen by their digests; the digest that is found is
+compared in constant time all the same.
+
+Nothing is known of a client but the name of its token, which owns the sessions that are begun with it. Two lines may
+have one name: to replace a token, list both for a while.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from time import monotonic
+
+from actserve.core.errors import RateLimited, Unauthorized, UsageError
+
+log = logging.getLogger("actserve")
+
+PREFIX = "actserve_"  # by which those who look for published secrets find it
+LOOK_EVERY_S = 1.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LINE = re.compile(
+    rf"(?P<name>{_NAME.pattern}) (?P<digest>[0-9a-f]{{64}})"
+    r"(?: rate=(?P<rate>[0-9]{1,9}(?:\.[0-9]{1,9})?))?(?: sessions=(?P<sessions>[1-9][0-9]{0,8}))?"
+)
+_BEARER = re.compile(rb"bearer +([\x21-\x7e]{1,200})", re.IGNORECASE)  # RFC 6750, 2.1
+
+
+class Token:
+    """One line of the file. `rate`: requests a second, of which each observation of a batch is one; 0: no limit.
+    `sessions`: how many may be held; None: as many as the service allows everybody.
+
+    What is left of the rate is in a bucket that holds one second's. It is this process's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        digest: bytes,
+        rate: float = 0.0,
+        sessions: int | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.name, self.digest, self.sessions = name, digest, sessions
+        self.revoked = False
+        self._clock = clock
+        self.set_rate(rate)
+
+    def set_rate(self, rate: float) -> None:
+        """With a full bucket."""
+        self.rate = rate
+        self._room = self._left = max(1.0, rate)
+        self._since_s = self._clock()
+
+    def charge(self) -> None:
+        """For one request. Raises `RateLimited`, or `Unauthorized` when the token is in the file no more."""
+        if self.revoked:
+            raise _unauthorized("another one")
+        if not self.rate:
+            return
+        now_s = self._clock()
+        left = min(self._room, self._left + (now_s - self._since_s) * self.rate)
+        self._since_s = now_s
+        if left < 1.0:
+            self._left = left
+            raise RateLimited(self.rate, math.ceil((1.0 - left) / self.rate))
+        self._left = left - 1.0
+
+    def owe(self, count: int) -> None:
+        """For so many more, which were not known of when the first was charged: the next requests wait for them."""
+        self._left -= count
+
+
+class Access:
+    """The tokens in `file`, which is looked at once a second. Each of `workers` processes grants its share of a rate.
+
+    Raises `UsageError` for a file that cannot be used.
+    """
+
+    def __init__(self, file: Path, workers: int = 1, clock: Callable[[], float] = monotonic) -> None:
+        self.generation = 0  # counts the changes
+        self._file, self._workers, self._clock = file, workers, clock
+        self._tokens: dict[bytes, Token] = {}  # by digest
+        self._looked_s = clock()
+        self._seen = _state(file)
+        self._take(read(file))
+
+    def find(self, authorization: bytes | None) -> Token | None:
+        """Whose an Authorization header is."""
+        self.look()
+        match = None if authorization is None else _BEARER.fullmatch(authorization)
+        if match is None:
+            return None
+        digest = hashlib.sha256(match[1]).digest()
+        token = self._tokens.get(digest)
+        return token if token is not None and hmac.compare_digest(token.digest, digest) else None
+
+    def admit(self, authorization: bytes | None) -> Token:
+        """The same, charged for one request. Raises `Unauthorized` or `RateLimited`."""
+        token = self.find(authorization)
+        if token is None:
+            raise _unauthorized("none" if authorization is None else "another one")
+        token.charge()
+        return token
+
+    def look(self) -> None:
+        """Read the file again if it has changed. A file that cannot be used changes nothing, and the log says so."""
+        now_s = self._clock()
+        if now_s - self._looked_s < LOOK_EVERY_S:
+            return
+        self._looked_s = now_s
+        seen = _state(self._file)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._take(read(self._file))
+        except UsageError as error:
+            log.error("%s; the tokens that were read before are still valid", error.message)
+        else:
+            log.info("there are %d tokens now", len(self._tokens))
+
+    def _take(self, found: list[Token]) -> None:
+        """Whatever stays keeps what is left to it."""
+        before, self._tokens = self._tokens, {}
+        for token in found:
+            rate = token.rate / self._workers
+            kept = before.get(token.digest, token)
+            if kept.name != token.name:
+                kept = token
+            if kept is token or kept.rate != rate:
+                kept.set_rate(rate)
+            kept.sessions = token.sessions
+            self._tokens[token.digest] = kept
+        for token in before.values():
+            token.revoked = self._tokens.get(token.digest) is not token
+        self.generation += 1
+
+
+current: ContextVar[Token | None] = ContextVar("token", default=None)
+"""The token of the request that is being answered; None: everybody may come."""
+
+
+def owe(count: int) -> None:
+    """The request that is being answered is as much as `count` further ones."""
+    token = current.get()
+    if token is not None:
+        token.owe(count)
+
+
+def read(file: Path) -> list[Token]:
+    """Raises `UsageError`, which names the line."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the tokens in {file} cannot be read: {error}") from error
+    tokens: dict[bytes, Token] = {}
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            expected = "NAME SHA256 [rate=REQUESTS_PER_SECOND] [sessions=AT_MOST]"
+            raise UsageError(f"{file}, line {number}: expected {expected}; got something else")
+        sessions = int(match["sessions"]) if match["sessions"] else None
+        token = Token(match["name"], bytes.fromhex(match["digest"]), float(match["rate"] or 0), sessions)
+        if tokens.setdefault(token.digest, token) is not token:
+            raise UsageError(f"{file}, line {number}: expected each token once; got one again")
+    return list(tokens.values())
+
+
+def add(file: Path, name: str, rate: float = 0.0, sessions: int | None = None) -> str:
+    """A new token. The file, which is made if need be, gets its hash: what is returned cannot be had again. Raises
+    `UsageError`."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"expected a name of up to 64 letters, digits and '.', '_', '-'; got {name!r}")
+    token = PREFIX + secrets.token_urlsafe(32)
+    line = f"{name} {hashlib.sha256(token.encode()).hexdigest()}"
+    line += f" rate={rate:.9f}".rstrip("0").rstrip(".") if rate else ""
+    line += f" sessions={sessions}" if sessions else ""
+    try:
+        descriptor = os.open(file, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+        with open(descriptor, "r+b", buffering=0) as opened:
+            whole = opened.read()
+            opened.write((b"" if whole.endswith(b"\n") or not whole else b"\n") + line.encode() + b"\n")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}") from error
+    return token
+
+
+def _unauthorized(got: str) -> Unauthorized:
+    return Unauthorized(f"expected a valid token, as 'Authorization: Bearer TOKEN'; got {got}")
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """What changes when the file does; nothing where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -1,0 +1,120 @@
+"""create_app: the composition root. The environment is read here, once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from actserve import __version__
+from actserve.core.errors import UsageError
+from actserve.core.settings import Settings
+from actserve.engine.registry import Registry
+from actserve.server import admin
+from actserve.server.access import tls
+from actserve.server.access.tokens import Access
+from actserve.server.access.tokens import read as read_tokens
+from actserve.server.arcade import page
+from actserve.server.arcade import routes as games
+from actserve.server.arcade.game import Seats
+from actserve.server.fastpath.endpoints import Lane
+from actserve.server.http import (
+    act,
+    gate,
+    health,
+    metrics,
+    policies,
+    sessions,
+    stream,
+)
+from actserve.server.http import (
+    error_responses as errors,
+)
+from actserve.server.http.observability import Observed
+from actserve.server.metrics.publisher import Publisher
+from actserve.server.processes.supervisor import Start
+from actserve.server.protocols import grpc, oip
+from actserve.server.sessions import Limits, Sessions
+from actserve.store.remote import open_store
+from actserve.store.trust import Trust
+from actserve.telemetry.traces import Traces
+
+LOAD_S = 2.0  # that a worker may take before it lets clients in whom another one could have answered
+
+
+def check(settings: Settings) -> None:
+    """What can be known to be wrong before the first process serves. Raises `UsageError`."""
+    if "://" not in settings.store and not Path(settings.store).is_dir():
+        raise UsageError(f"there is no model store at {settings.store}; export a policy first, or name it with --store")
+    open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
+    if settings.tokens is not None:
+        read_tokens(settings.tokens)
+    grpc.check(settings)
+    admin.check(settings)
+    tls.check(settings)
+
+
+class Service(FastAPI):
+    """The application: FastAPI, with what is observed around all of it."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """FastAPI's, observed from outside of what answers errors."""
+        return Observed(super().build_middleware_stack())
+
+
+def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:
+    """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
+    settings = settings or Settings.from_environment(os.environ)
+    access = None if settings.tokens is None else Access(settings.tokens, settings.workers)
+    store = open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
+    registry = Registry(store, settings)
+    traces = Traces(os.environ)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        limits = Limits(
+            settings.max_sessions, settings.max_session_bytes, settings.session_idle_s, settings.max_sessions_per_token
+        )
+        with ExitStack() as stack:
+            path = settings.sessions
+            if path is None:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
+            app.state.sessions = stack.enter_context(Sessions(path, limits, home=settings.session_home))
+            registry.in_sessions = app.state.sessions.versions
+            stack.callback(traces.close)
+            async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
+                registry.start(start.rest_s if start else 0.0, start.reason if start else "")
+                if start and (start.replaces or settings.workers > 1):
+                    await registry.looked(LOAD_S)
+                try:
+                    async with (
+                        grpc.serving(registry, app.state.sessions, settings, access),
+                        admin.serving(registry, store, settings),
+                        Lane(registry, settings.request_timeout_s, settings.max_connections, access) as lane,
+                    ):
+                        yield {"lane": lane}
+                finally:
+                    await registry.close()
+
+    app = Service(
+        title="actserve",
+        version=__version__,
+        description="Answers `/act` with the action of a policy trained with TorchRL.",
+        lifespan=lifespan,
+        telemetry=traces.of_requests,
+    )
+    app.state.settings = settings
+    app.state.registry = registry
+    app.state.seats = Seats(settings.max_games)
+    app.state.traces = traces
+    errors.install(app)
+    gate.install(app, access, settings)
+    for routes in (act, sessions, stream, oip, policies, metrics, health, games, page):
+        app.include_router(routes.router)
+    return app

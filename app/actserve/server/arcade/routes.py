@@ -1,0 +1,102 @@
+"""`/games`: a policy of this service plays a game here, and the page shows it. One WebSocket is one game."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Request, WebSocket, WebSocketDisconnect
+
+from actserve import wire
+from actserve.core.errors import ActserveError, InvalidRequest, Unavailable
+from actserve.core.settings import Settings
+from actserve.engine.policy import Policy
+from actserve.engine.runtimes.load import RUNTIMES
+from actserve.server.arcade.broadcast import Show
+from actserve.server.arcade.game import Find, Game, Seats
+from actserve.server.http import requests as common
+from actserve.server.http.error_responses import document
+from actserve.server.http.websocket import LIMIT
+
+router = APIRouter(tags=["page"])
+
+_MAX_COMMAND_BYTES = 1024
+_REFUSED, _TRY_AGAIN = 1008, 1013
+
+
+@router.get("/games")
+async def games(request: Request) -> dict[str, Any]:
+    """Whether games can be played here, why not, how many may be and how many are."""
+    seats: Seats = request.app.state.seats
+    why = seats.closed()
+    return {"playable": why is None, "reason": why, "most": seats.most, "playing": seats.taken}
+
+
+@router.websocket("/games")
+async def play(websocket: WebSocket) -> None:
+    """In the query `policy`, `version`, `runtime`, `exploration` and `seed`, each optional.
+
+    1. A hello in JSON: what plays what.
+    2. For the picture of a step a binary message: the length of a head (uint32, little-endian), the head in JSON, and
+       the screen that the policy saw, as a PNG. No more come than a screen shows, or than are taken; the head has the
+       times of all steps since the last one.
+    3. The page sends `Command`s in JSON at any time.
+
+    What cannot be is answered with an `{"error": ...}` as elsewhere, and the connection is closed.
+    """
+    await websocket.accept()
+    if LIMIT in websocket.scope["extensions"]:
+        websocket.scope["extensions"][LIMIT]["bound"](_MAX_COMMAND_BYTES)
+    try:
+        code = await _play(websocket)
+        await websocket.close(code)
+    except (WebSocketDisconnect, OSError):
+        pass  # nobody watches any more
+
+
+async def _play(websocket: WebSocket) -> int:
+    """The whole game; the code to close with. Raises `WebSocketDisconnect`."""
+    settings: Settings = websocket.app.state.settings
+    seats: Seats = websocket.app.state.seats
+    query = websocket.query_params
+    try:
+        exploration, seed = wire.read_randomness(query)
+        if reason := seats.closed():
+            raise InvalidRequest(reason)
+        with seats.take():
+            async with _finding(websocket, settings) as find:
+                game = Game(find, exploration, secrets.randbelow(1 << 31) if seed is None else seed)
+                try:
+                    await game.begin()
+                    return await Show(websocket, game, settings.session_idle_s).run()
+                finally:
+                    game.close()
+    except ActserveError as error:
+        await websocket.send_text(document(error.code, error.message, error.detail).decode())
+        return _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED
+
+
+@asynccontextmanager
+async def _finding(websocket: WebSocket, settings: Settings) -> AsyncIterator[Find]:
+    """Where to find the policy for every step: the one that is served, or for another runtime one of the game's own."""
+    registry, query = common.registry(websocket), websocket.query_params
+    served = await registry.find(query["policy"], query.get("version")) if "policy" in query else await registry.get()
+    runtime = query.get("runtime")
+    if runtime in (None, served.choice.runtime):
+        yield lambda: registry.get(served.name, served.version)  # a game stays with the version that began it
+        return
+    if runtime not in RUNTIMES:
+        raise InvalidRequest(f"expected a runtime of {' or '.join(RUNTIMES)}; got {runtime[:80]!r}")
+    own = await asyncio.to_thread(Policy.load, served.artifact, settings.model_copy(update={"runtime": runtime}))
+    own.start()
+
+    async def find() -> Policy:
+        return own
+
+    try:
+        yield find
+    finally:
+        await own.close()

@@ -1,0 +1,84 @@
+"""uvicorn's protocol, as the lane holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from actserve.server.fastpath.websocket_protocol import StreamLane
+from actserve.server.http.stream import LANE
+from actserve.server.http.websocket import WebSocketProtocol
+
+MAX_BYTES = 1 << 16  # of a head, until it is whole, and of what comes with a body and is none
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class Inner(HttpToolsProtocol):
+    """uvicorn's protocol, whether its parser is between two messages, and a bound on what is no body: a head, trailers,
+    the extensions of chunks. Who has gone is told nothing more; uvicorn would try, fail, and log a traceback each time.
+    """
+
+    between = True
+    closing = False  # after the next answer
+    outer: Any  # the `LaneProtocol` that holds it
+    _in_head = False
+    _beside = 0  # bytes that came and have come to nothing yet
+
+    def data_received(self, data: bytes) -> None:
+        self._beside += len(data)
+        super().data_received(data)
+        if self.between:
+            self._beside = 0
+        elif self._beside >= MAX_BYTES and not self.transport.is_closing():
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(TOO_LARGE)
+            self.transport.close()
+
+    def handle_websocket_upgrade(self) -> None:
+        self.outer.forget()
+        super().handle_websocket_upgrade()
+        websocket = self.transport.get_protocol()
+        if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated and not websocket.close_sent:
+            lane = StreamLane(websocket, self.transport)
+            self.transport.set_protocol(lane)
+            extensions: Any = websocket.scope["extensions"]
+            extensions[LANE] = lane
+
+    def on_message_begin(self) -> None:
+        self.between, self._in_head = False, True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # trailers are nothing to us
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._beside = False, 0
+        super().on_headers_complete()
+        if self.closing and self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        self._beside = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.between = True
+        super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def app_until_gone(scope: Any, receive: Any, send: Any) -> None:
+            async def send_if_there(message: Any) -> None:
+                if cycle.transport.is_closing():
+                    cycle.disconnected = True
+                await send(message)
+
+            await app(scope, receive, send_if_there)
+
+        super()._start_asgi_task(cycle, app_until_gone)
+
+    @property
+    def rests(self) -> bool:
+        """The next byte begins a message, and nothing is being answered."""
+        return self.between and not self.pipeline and (self.cycle is None or self.cycle.response_complete)

@@ -1,0 +1,215 @@
+"""`/act`: observations in, actions out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from actserve import wire
+from actserve.core.errors import InvalidRequest
+from actserve.core.signature import Exploration, State
+from actserve.engine.policy import Acted, Policy
+from actserve.server.access import tokens as access
+from actserve.server.http import requests as common
+from actserve.server.http import sessions
+from actserve.wire.items import Body
+
+
+class Direct(APIRoute):
+    """A route of which the endpoint takes the request and the path's parameters as they are: nothing to solve or
+    validate, which would cost 50 µs a request."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handle(request: Request) -> Response:
+            response: Response = await self.endpoint(request, **request.path_params)
+            return response
+
+        return handle
+
+
+router = APIRouter(tags=["act"], route_class=Direct)
+
+_DESCRIPTION = """
+Post one observation and get the policy's action for it.
+
+* `application/octet-stream`: the raw bytes of the observation, row-major. For an Atari policy that is one RGB screen,
+  210x160x3 uint8: 100,800 bytes. k observations back to back are a batch of k.
+* State is carried by the client: a recurrent policy's answer has its state; send it back with the next observation.
+  Without state, or with `"is_init": true`, an episode begins.
+* Or it is held by the service: see `/policies/{name}/sessions`.
+* `application/safetensors`: any of the policy's inputs by name, each one item or a batch of them, and the metadata
+  `seed`, `exploration` and `session`.
+* `application/json`: the same, as `{"pixels": nested lists}` or
+  `{"pixels": {"dtype": "uint8", "shape": [210, 160, 3], "b64": "..."}}`.
+* `image/png`: one screen, for a policy whose observation is an image.
+* `Content-Encoding: zstd` or `gzip` on any of them. A Pong screen is 0.2 KB in zstd.
+
+```
+curl --data-binary @frame.raw -H 'Content-Type: application/octet-stream' :8000/act
+{"action":3}
+```
+"""
+_BINARY = {"type": "string", "format": "binary"}
+_EXTRA: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            wire.RAW: {"schema": _BINARY},
+            wire.SAFETENSORS: {"schema": _BINARY},
+            wire.PNG: {"schema": _BINARY},
+            wire.JSON: {
+                "schema": {"type": "object", "additionalProperties": True},
+                "example": {"pixels": {"dtype": "uint8", "shape": [210, 160, 3], "b64": "AAAA..."}},
+            },
+        },
+    },
+    "parameters": [
+        {
+            "name": "outputs",
+            "in": "query",
+            "schema": {"type": "string"},
+            "description": "Which outputs to answer, comma-separated; the action alone by default.",
+            "example": "action,action_value",
+        },
+        {
+            "name": "exploration",
+            "in": "query",
+            "schema": {"type": "string", "enum": ["deterministic", "random"]},
+            "description": "Act as trained, or as while training; what the policy can do is in its signature.",
+        },
+        {
+            "name": "seed",
+            "in": "query",
+            "schema": {"type": "integer", "minimum": 0},
+            "description": "The same seed gives the same random actions; without one the answer tells a fresh one.",
+        },
+        {
+            "name": "Content-Encoding",
+            "in": "header",
+            "schema": {"type": "string", "enum": ["zstd", "gzip", "deflate", "identity"]},
+            "description": "How the body is compressed.",
+        },
+        {
+            "name": common.DEADLINE,
+            "in": "header",
+            "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999},
+            "description": "Milliseconds that the request may wait to be begun. What has waited longer, or would, is "
+            "refused with 503 before anything runs.",
+        },
+        {
+            "name": sessions.ID,
+            "in": "header",
+            "schema": {"type": "string"},
+            "description": "The session that takes this step; it holds the state.",
+        },
+        {
+            "name": sessions.STEP,
+            "in": "header",
+            "schema": {"type": "integer", "minimum": 1},
+            "description": "The step's number: one more than the last; or the last, for the answer that it had.",
+        },
+    ],
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The action for each observation, in the encoding that `Accept` asks for; JSON by default.",
+        "content": {
+            wire.JSON: {"example": {"action": 3}},
+            wire.RAW: {"schema": _BINARY},
+            wire.SAFETENSORS: {"schema": _BINARY},
+        },
+    },
+    "4XX": {
+        "description": "What was expected and what came.",
+        "content": {
+            wire.JSON: {
+                "example": {"error": {"code": "invalid_tensor", "message": "...", "detail": {"name": "pixels"}}}
+            }
+        },
+    },
+    503: {"description": "Loading, closing, or too much is waiting; try again after `Retry-After` seconds."},
+}
+
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+
+
+def _route(path: str) -> Callable[[_Endpoint], _Endpoint]:
+    return router.post(
+        path, description=_DESCRIPTION, openapi_extra=_EXTRA, responses=_RESPONSES, response_class=Response
+    )
+
+
+@_route("/act")
+async def act(request: Request) -> Response:
+    return await _act(request, await common.registry(request).get())
+
+
+@_route("/policies/{name}/act")
+async def act_by_name(request: Request, name: str) -> Response:
+    return await _act(request, await common.registry(request).get(name))
+
+
+@_route("/policies/{name}/versions/{version}/act")
+async def act_by_version(request: Request, name: str, version: str) -> Response:
+    policy = await common.registry(request).find(name, version)
+    return await _act(request, policy, policy.version)
+
+
+async def _act(request: Request, policy: Policy, version: int | None = None) -> Response:
+    """Decode, ask the policy, encode: what is refused is refused before anything runs. `version`: the URL's, if any."""
+    body = await common.read_expanded(request)
+    if sessions.ID in request.headers:
+        return await _step(request, policy, version, request.headers[sessions.ID], body)
+    registry = common.registry(request)
+    if version is None:
+        policy = registry.split(policy)
+    items = _decode(request, body, policy)
+    if items.session is not None:
+        return await _step(request, policy, version, items.session, body)
+    if sessions.STEP in request.headers:
+        raise InvalidRequest(f"{sessions.STEP} numbers the steps of a session: expected {sessions.ID} too; got none")
+    names = _wanted(request, policy, policy.signature.state)
+    exploration, seed = _randomness(request, items)
+    access.owe(items.size - 1)
+    acted = await policy.act(items.tensors, items.size, exploration, seed, common.patience_ns(request))
+    if version is None:
+        registry.mirror(policy, items.tensors, items.size, exploration, acted)
+    return _answer(request, acted, names, items.batched)
+
+
+async def _step(request: Request, policy: Policy, version: int | None, id_: str, body: Body) -> Response:
+    """The same for a session of `policy`, which may have begun with another version."""
+    stepping = await sessions.stepping(request, policy, version, id_)
+    names = _wanted(request, stepping.policy)
+    stepped = await sessions.step(request, stepping, lambda: _decode(request, body, stepping.policy))
+    return _answer(request, stepped.acted, names, False, sessions.headers(stepped))
+
+
+def _decode(request: Request, body: Body, policy: Policy) -> wire.Items:
+    return wire.decode(request.headers.get("content-type", ""), body, policy.signature)
+
+
+def _wanted(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
+    """The outputs to answer, and `state`. Raises `UnknownOutput`, or `NotAcceptable` for what cannot be encoded."""
+    names = [*common.outputs(request.query_params, policy.signature), *(part.spec.name for part in state)]
+    wire.negotiate(request.headers.get("accept", ""), len(names))
+    return names
+
+
+def _answer(
+    request: Request, acted: Acted, names: Sequence[str], batched: bool, headers: dict[str, str] | None = None
+) -> Response:
+    outputs = {name: acted.outputs[name] for name in names}
+    content_type, content = wire.encode(request.headers.get("accept", ""), outputs, batched, acted.seed)
+    return Response(content, media_type=content_type, headers=headers)
+
+
+def _randomness(request: Request, items: wire.Items) -> tuple[Exploration | None, int | None]:
+    """What the query says, which any encoding can have, before what the body says."""
+    exploration, seed = wire.read_randomness(request.query_params)
+    return exploration or items.exploration, items.seed if seed is None else seed

@@ -1,0 +1,25 @@
+"""`/healthz` and `/readyz`, for probes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from actserve.core.errors import NotServing
+from actserve.server.http import requests as common
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process is alive."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", responses={503: {"description": "Not yet, and why."}})
+async def readyz(request: Request) -> Response:
+    """Policies are loaded, verified against their golden samples and thereby warm."""
+    if reason := common.registry(request).not_ready():
+        raise NotServing(reason)
+    return Response(b'{"status":"ready"}', media_type="application/json")

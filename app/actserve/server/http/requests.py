@@ -1,0 +1,60 @@
+"""What the routes of several topics need of a request."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import Request
+from starlette.datastructures import QueryParams
+from starlette.requests import HTTPConnection
+
+from actserve import wire
+from actserve.core.errors import BodyTooLarge, InvalidRequest
+from actserve.core.signature import Signature
+from actserve.engine.registry import Registry
+from actserve.wire.items import Body
+
+DEADLINE = "X-Deadline-Ms"
+
+
+def registry(request: HTTPConnection) -> Registry:
+    found: Registry = request.app.state.registry
+    return found
+
+
+def outputs(query: QueryParams, signature: Signature) -> tuple[str, ...]:
+    """The names of those that a query asks for; the action's alone where it does not. Raises `UnknownOutput`."""
+    return signature.select([name for name in query.get("outputs", "").split(",") if name])
+
+
+def patience_ns(request: Request) -> int:
+    """How long the request may wait; 0: for ever. Raises `InvalidRequest`."""
+    value = request.headers.get(DEADLINE)
+    if value is None:
+        return 0
+    if not (value.isascii() and value.isdecimal() and len(value) < 8 and int(value)):
+        raise InvalidRequest(f"expected {DEADLINE} as a whole number from 1 to 9999999; got {value[:80]!r}")
+    return int(value) * 1_000_000
+
+
+async def read_expanded(request: Request) -> Body:
+    """The body as it was before it was compressed, bounded before and after: a kilobyte may expand to gigabytes."""
+    limit_bytes = request.app.state.settings.max_body_bytes
+    body = await read(request, limit_bytes)
+    encoding = ", ".join(request.headers.getlist("content-encoding"))
+    if not encoding:
+        return body
+    return await asyncio.to_thread(wire.expand, body, encoding, limit_bytes)
+
+
+async def read(request: Request, limit_bytes: int) -> bytearray:
+    """The body, bounded: a declared length is refused before the first byte is read."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit_bytes:
+        raise BodyTooLarge(limit_bytes, int(declared))
+    body = bytearray()  # writable, so that no runtime has to copy what it is given
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+    return body

@@ -1,0 +1,127 @@
+"""Episode: what one stream asks for, and its state from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from starlette.datastructures import QueryParams
+
+from actserve import wire
+from actserve.core.completion import decide, step_seed
+from actserve.core.errors import ActserveError, InvalidRequest, UnsupportedContentType
+from actserve.core.settings import Settings
+from actserve.core.signature import Arrays
+from actserve.engine.batcher import Outcome
+from actserve.engine.policy import Policy
+from actserve.server.access.tokens import current
+from actserve.server.http import requests as common
+from actserve.server.http.error_responses import document, report, status_of
+from actserve.telemetry.counts import Tally
+from actserve.wire.stream_messages import Hello, Replies, Reply
+
+WINDOW = 8  # replies to so many fit into any socket's buffers, so that neither side waits for the other forever
+BINARY = (wire.RAW, wire.PNG, wire.SAFETENSORS)  # what binary messages can be, the first by default
+_BYTES_PER_ELEMENT = 32  # the longest number in JSON, with room to spare
+_BYTES_BESIDE = 64 << 10  # names, and the head of a safetensors message or a PNG
+
+
+class Episode:
+    """Begun by what the query asks for; raises `InvalidRequest`, or `UnsupportedContentType` for its `binary`."""
+
+    def __init__(self, policy: Policy, query: QueryParams, settings: Settings, tally: Tally) -> None:
+        signature = policy.signature
+        self.tally = tally
+        asked = common.outputs(query, signature)
+        outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
+        exploration, seed = decide(signature, *wire.read_randomness(query))
+        self._binary = query.get("binary", BINARY[0])
+        if self._binary not in BINARY:
+            raise UnsupportedContentType(self._binary[:80], BINARY)
+        # Of one message and its reply: state and noise stay here.
+        self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=())
+        self._replies = Replies(outputs)
+        self._policy = policy
+        self._state: Arrays = {}  # each (1, *shape); none before the first step, or where the arena has it
+        self.steps = 0
+        self.token = current.get()
+        self.hello = Hello(
+            policy=policy.name,
+            version=policy.version,
+            runtime=policy.choice.runtime,
+            signature=self._signature,
+            offsets=self._replies.offsets,
+            environment=policy.artifact.manifest.environment,
+            exploration=exploration,
+            seed=seed,
+            window=WINDOW,
+            max_message_bytes=min(settings.max_body_bytes, self._max_message_bytes()),
+            idle_s=settings.session_idle_s,
+        )
+        self.batcher = policy.batcher
+        by_default = seed is None and exploration == signature.exploration[0]
+        # What the lane steps it with.
+        self.arena = policy.batcher.arena if by_default and self._binary == wire.RAW else None
+        self.slot = self.arena.keep() if self.arena is not None else None
+
+    def close(self) -> None:
+        """Forget the state."""
+        if self.arena is not None:
+            self.arena.forget(self.slot)
+
+    async def step(self, message: Any) -> dict[str, Any]:
+        """One ASGI message -> the one that answers it. Whatever this raises, the episode has not moved."""
+        if self.token is not None:
+            self.token.charge()
+        text = message.get("text")
+        if text is None:
+            items = wire.decode(self._binary, bytearray(message["bytes"]), self._signature)  # a copy: it is writable
+        else:
+            items = wire.decode(wire.JSON, text.encode(), self._signature)
+        if items.batched:
+            raise InvalidRequest(f"expected one item, as a stream takes at each step; got a batch of {items.size}")
+        if items.metadata:
+            raise InvalidRequest(f"a stream's query sets these; got with a message {', '.join(items.metadata)}")
+        seed = None if self.hello.seed is None else step_seed(self.hello.seed, self.steps + 1)
+        state = self._state
+        if self.arena is not None and self.slot is not None and self.steps:
+            state = self.arena.state(self.slot)
+        acted = await self._policy.act(items.tensors | state, 1, self.hello.exploration, seed)
+        # Copies: what came is a part of the whole batch's array, which it would keep.
+        state = self._policy.state_after(acted)
+        if self.arena is not None and self.slot is not None:
+            self.arena.set_state(self.slot, state)
+        else:
+            self._state = state
+        self.steps += 1
+        self.tally.answered += 1
+        reply = self._reply(acted.outputs, 0, acted.queue_ns, acted.run_ns)
+        if text is None:
+            return {"type": "websocket.send", "bytes": self._replies.pack(reply)}
+        return {"type": "websocket.send", "text": self._replies.to_json(reply)}
+
+    def reply(self, outcome: Outcome, start: int, queue_ns: int) -> bytes:
+        """What the lane calls: a binary message has been answered, and its state is kept."""
+        self.steps += 1
+        self.tally.answered += 1
+        return self._replies.pack(self._reply(outcome.outputs, start, queue_ns, outcome.run_ns))
+
+    def refusal(self, error: ActserveError) -> bytes:
+        """What the lane calls: a binary message could not be answered; nothing has moved."""
+        return self.error(error).encode()
+
+    def error(self, error: ActserveError) -> str:
+        """The same as text."""
+        report(error)
+        status = status_of(error)
+        self.tally.add(str(status), error.code)
+        return document(error.code, error.message, error.detail, status=status, step=self.steps + 1).decode()
+
+    def _reply(self, results: Arrays, start: int, queue_ns: int, run_ns: int) -> Reply:
+        outputs = {spec.name: results[spec.name][start] for spec in self._signature.outputs}
+        return Reply(self.steps, outputs, queue_ns // 1000, run_ns // 1000)
+
+    def _max_message_bytes(self) -> int:
+        """Enough for one item in any encoding."""
+        elements = sum(spec.item_bytes // spec.numpy_dtype.itemsize for spec in self._signature.asked)
+        return _BYTES_BESIDE + _BYTES_PER_ELEMENT * elements

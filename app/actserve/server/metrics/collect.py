@@ -1,0 +1,100 @@
+"""This process's metrics. Every name that `/metrics` has is here; `docs/observability.md` explains them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+
+from actserve.core.errors import SessionsUnavailable
+from actserve.engine.registry import Registry
+from actserve.server.sessions import Sessions
+from actserve.telemetry.counts import OK
+from actserve.telemetry.families import Families, Family, Merge
+
+SECOND = 1e-9  # in nanoseconds, which meters count
+
+
+def collect(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -> Families:
+    """`rates`: actions a second, by policy."""
+    found = [*_answers(registry), *_programs(registry), *_state(registry, sessions, rates), *_process()]
+    return {family.name: family for family in found}
+
+
+def _counter(name: str, help_: str) -> Family:
+    return Family(name, help_, "counter", Merge.TOTAL)
+
+
+def _gauge(name: str, help_: str, merge: Merge = Merge.SUM) -> Family:
+    return Family(name, help_, "gauge", merge)
+
+
+def _histogram(name: str, help_: str) -> Family:
+    return Family(name, help_, "histogram", Merge.TOTAL)
+
+
+def _answers(registry: Registry) -> list[Family]:
+    requests = _counter("actserve_requests", "Requests and messages of streams that were answered, by status.")
+    refused = _counter("actserve_refused", "Those that were answered with an error, by its code.")
+    for (policy, transport, route), tally in registry.counts.tallies.items():
+        labels = {"policy": policy, "transport": transport, "route": route}
+        for code, count in {OK: tally.answered, **tally.codes}.items():
+            if count:
+                requests.add({**labels, "code": code}, count, "_total")
+        for reason, count in tally.reasons.items():
+            refused.add({**labels, "reason": reason}, count, "_total")
+    return [requests, refused]
+
+
+def _programs(registry: Registry) -> list[Family]:
+    actions = _counter("actserve_actions", "Items that were acted on.")
+    sizes = _histogram("actserve_batch_size", "Items of an inference call.")
+    run = _histogram("actserve_inference_seconds", "Time of an inference call.")
+    queue = _histogram("actserve_queue_seconds", "Time that a request waited, from when it was whole until its call.")
+    for program, meters in registry.counts.programs.items():
+        labels = program._asdict()
+        actions.add(labels, meters.sizes.total, "_total")
+        sizes.add_histogram(labels, meters.sizes)
+        run.add_histogram(labels, meters.run_ns, SECOND)
+        queue.add_histogram(labels, meters.queue_ns, SECOND)
+    return [actions, sizes, run, queue]
+
+
+def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -> list[Family]:
+    info = _gauge("actserve_policy_info", "1 for each program that is live.", Merge.MAX)
+    waiting = _gauge("actserve_waiting", "Items that wait or are run.")
+    for policy in registry.live:
+        labels = policy.program._asdict()
+        info.add(labels, 1)
+        waiting.add(labels, policy.statistics().waiting)
+    rate = _gauge("actserve_actions_per_second", "Actions a second, of the last ten seconds.")
+    for name, value in rates.items():
+        rate.add({"policy": name}, value)
+    counted = _gauge("actserve_sessions", "Sessions that are held, of all workers.", Merge.MAX)
+    size = _gauge("actserve_session_bytes", "State and last answers of all sessions.", Merge.MAX)
+    with suppress(SessionsUnavailable):  # all else is told
+        held = sessions.statistics()
+        counted.add({}, held.sessions)
+        size.add({}, held.bytes)
+    swaps = _counter("actserve_swaps", "Live versions that another has replaced, in each worker.")
+    shadows = _counter("actserve_shadow_items", "Items for a shadow, in each worker, by what came of them.")
+    for name in registry.names:
+        swaps.add({"policy": name}, registry.swaps[name], "_total")
+        for outcome, items in registry.shadowed(name).items():
+            shadows.add({"policy": name, "outcome": outcome}, items, "_total")
+    streams = _gauge("actserve_streams", "WebSocket streams that are open.")
+    streams.add({}, registry.counts.streams)
+    return [info, waiting, rate, counted, size, swaps, shadows, streams]
+
+
+def _process() -> list[Family]:
+    """prometheus_client's, of this worker."""
+    from prometheus_client import PROCESS_COLLECTOR  # it is not needed to start
+
+    found = []
+    for metric in PROCESS_COLLECTOR.collect():
+        family = Family(metric.name, metric.documentation, metric.type, Merge.SUM)
+        for sample in metric.samples:
+            family.add({"worker": os.getpid()}, sample.value, sample.name.removeprefix(metric.name))
+        found.append(family)
+    return found

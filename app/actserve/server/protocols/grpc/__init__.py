@@ -1,0 +1,47 @@
+"""`inference.GRPCInferenceService`: the Open Inference Protocol over gRPC, beside the `/v2` routes.
+
+Off unless `grpc_port` is set. tritonclient has the message classes and stubs; `protocols.oip` has the meaning of a
+request. The module `server`, which imports grpc and tritonclient, is imported only when the server is on.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+
+from actserve.core.errors import UsageError
+from actserve.core.imports import import_extra
+from actserve.core.settings import Settings
+from actserve.engine.registry import Registry
+from actserve.server.access.tokens import Access
+from actserve.server.sessions import Sessions
+
+SERVING = "actserve.server.protocols.grpc.server:serving"
+Serving = Callable[[Registry, Sessions, Settings, Access | None], AbstractAsyncContextManager[None]]
+
+
+def serving(
+    registry: Registry, sessions: Sessions, settings: Settings, access: Access | None = None
+) -> AbstractAsyncContextManager[None]:
+    """The server, for as long as the app runs; nothing where no port is set. Raises `UsageError`."""
+    if settings.grpc_port is None:
+        return nullcontext()
+    serve: Serving = import_extra("grpc", SERVING)
+    return serve(registry, sessions, settings, access)
+
+
+def check(settings: Settings) -> None:
+    """To be called before the first worker starts: they share the port, and none would find that another service has
+    it. Raises `UsageError` when the port is taken or the libraries are not installed."""
+    if settings.grpc_port is None:
+        return
+    import_extra("grpc", SERVING)
+    family = socket.AF_INET6 if ":" in settings.grpc_host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended are no obstacle
+            probe.bind((settings.grpc_host, settings.grpc_port))
+    except OSError as error:
+        where = f"{settings.grpc_host}, port {settings.grpc_port}"
+        raise UsageError(f"cannot listen on {where} for gRPC: {error.strerror}") from error

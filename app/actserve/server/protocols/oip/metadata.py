@@ -1,0 +1,83 @@
+"""What the protocol tells about the server and its models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from actserve import __version__
+from actserve.core.signature import Signature, TensorSpec
+from actserve.engine.policy import Policy
+from actserve.engine.registry import Registry
+from actserve.wire.oip import DATATYPES
+
+EXTENSIONS = [
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "sequence",
+    "sequence(string_id)",
+    "statistics",
+]
+PLATFORMS = {"onnx": "onnxruntime_onnx", "pt2": "pytorch_aotinductor"}
+
+
+def server() -> dict[str, Any]:
+    return {"name": "actserve", "version": __version__, "extensions": EXTENSIONS}
+
+
+def model(policy: Policy, registry: Registry) -> dict[str, Any]:
+    """Names are the signature's; the batch axis is -1. New state goes out under the name of the input it replaces."""
+    described = registry.describe(policy.name)
+    return {
+        "name": policy.name,
+        "versions": [str(version) for version in described["versions"] if version not in described["refused"]],
+        "platform": PLATFORMS[policy.choice.runtime],
+        "inputs": [_tensor(spec) for spec in policy.signature.asked],
+        "outputs": [_tensor(spec) for spec in outputs(policy.signature)],
+    }
+
+
+def config(policy: Policy) -> dict[str, Any]:
+    """The part of Triton's ModelConfig that says something here; shapes are per item, as `max_batch_size` wants it."""
+    signature = policy.signature
+    needed = {spec.name for spec in signature.observations}
+    return {
+        "name": policy.name,
+        "platform": PLATFORMS[policy.choice.runtime],
+        "max_batch_size": signature.max_batch,
+        "input": [_configured(spec) | {"optional": spec.name not in needed} for spec in signature.asked],
+        "output": [_configured(spec) for spec in outputs(signature)],
+    }
+
+
+def outputs(signature: Signature) -> tuple[TensorSpec, ...]:
+    """What an answer has outside a sequence: the outputs, and the new state."""
+    return (*signature.outputs, *(state.spec for state in signature.state))
+
+
+def index(registry: Registry, only_ready: bool) -> list[dict[str, str]]:
+    """Every version of every policy. UNKNOWN is one that is loaded and verified when it is first asked for."""
+    found = [entry for name in registry.names for entry in _versions(registry, name)]
+    return [entry for entry in found if entry["state"] == "READY" or not only_ready]
+
+
+def _versions(registry: Registry, name: str) -> Iterable[dict[str, str]]:
+    described = registry.describe(name)
+    for version in described["versions"]:
+        if version == described["version"] or version in described["loaded"]:
+            state, reason = "READY", ""
+        elif version in described["refused"]:
+            state, reason = "UNAVAILABLE", described["refused"][version]["message"]
+        else:
+            state, reason = "UNKNOWN", "not the live version: loaded when it is first asked for"
+        yield {"name": name, "version": str(version), "state": state, "reason": reason}
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *spec.shape]}
+
+
+def _configured(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": list(spec.shape)}

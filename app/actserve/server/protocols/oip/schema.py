@@ -1,0 +1,99 @@
+"""An infer request, without its binary data. Fields and parameters that are not known are passed over, as the protocol
+has it."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from actserve.core.errors import MalformedBody
+from actserve.core.signature import Arrays, Signature
+from actserve.wire.items import check_json
+
+_Source = TypeVar("_Source")
+
+Count = Annotated[int, Field(ge=0, lt=2**64)]
+Name = Annotated[str, Field(max_length=128)]  # as long as a sequence's may be in Triton
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class _Placement(_Part):
+    shared_memory_region: Any = None
+
+
+class InputParameters(_Placement):
+    binary_data_size: Count | None = None
+
+
+class Input(_Part):
+    name: str
+    datatype: str
+    shape: Annotated[list[Count], Field(max_length=32)]
+    parameters: InputParameters | None = None
+    data: Any = None  # flat or nested lists, row-major
+
+
+class OutputParameters(_Placement):
+    binary_data: bool | None = None
+    classification: Any = None
+
+
+class Output(_Part):
+    name: str
+    parameters: OutputParameters | None = None
+
+
+class Parameters(_Part):
+    """What is said beside the tensors. `priority` is read and has no effect: requests are answered in turn."""
+
+    sequence_id: Count | Name = 0  # 0 and "": none
+    sequence_start: bool = False
+    sequence_end: bool = False
+    priority: Count = 0
+    timeout: Count = 0  # microseconds until the answer is of no use; 0: none
+    binary_data_output: bool = False
+    seed: Any = None
+    exploration: Any = None
+
+
+class InferRequest(_Part):
+    id: str | None = None
+    inputs: list[Input]
+    outputs: list[Output] | None = None
+    parameters: Parameters = Parameters()
+
+
+class Asked(Protocol):
+    """An infer request, whichever way it came. Which tensors it should have is known once it is known who acts."""
+
+    @property
+    def request(self) -> InferRequest: ...
+
+    def tensors(self, signature: Signature) -> Arrays:
+        """The inputs, a valid request: each (B, *shape). Raises `InvalidTensor` or `MalformedBody`."""
+
+
+def parse(document: bytes) -> InferRequest:
+    """From JSON. Raises `MalformedBody`, which names the field."""
+    check_json(document)
+    return _validated(InferRequest.model_validate_json, document)
+
+
+def check(fields: Mapping[str, Any]) -> InferRequest:
+    """From fields that are Python's own. Raises `MalformedBody`, which names the field."""
+    return _validated(InferRequest.model_validate, fields)
+
+
+def _validated(validate: Callable[[_Source], InferRequest], source: _Source) -> InferRequest:
+    try:
+        return validate(source)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the JSON part"
+        raise MalformedBody(f"{where}: {first['msg']}; got {reprlib.repr(first['input'])}"[:400]) from None

@@ -1,0 +1,147 @@
+"""The service as a Ray Serve application: `serve run actserve.server.ray:app`, or `…:build` with arguments.
+
+Each replica is one process with the whole service of `actserve.server.app`. Ray's proxy has read the request when a
+replica gets it, so the fast path, which is below ASGI, takes none: the routes answer all.
+
+State that a client carries goes to any replica. Sessions are in a file, which the replicas of one Ray node share and
+which outlives each of them; an id names its node, and the router sends the session's steps there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging.config
+import os
+import random
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import ray
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.schema import LoggingConfig
+
+from actserve.core.errors import NotServing, UsageError
+from actserve.core.settings import PREFIX, Settings
+from actserve.engine.registry import Registry
+from actserve.server.app import check, create_app
+from actserve.server.sessions.names import HOME_BITS, home_of
+from actserve.telemetry import logs
+
+DRAIN_S = 30.0  # as `actserve serve` gives to what is under way
+PROXYS = ("grpc_port", "admin_port", "tls_cert", "tls_key")  # replicas on one host cannot all have a port
+
+
+class Scale(BaseModel):
+    """How many replicas, and what each is given. The other arguments are those of `Settings`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    replicas: int = Field(1, ge=1, description="Replicas; with `max_replicas`, the fewest.")
+    max_replicas: int | None = Field(None, ge=1, description="The most; Ray adds and takes them away by load.")
+    target_requests: float = Field(8, gt=0, description="Requests under way in each replica that Ray then aims at.")
+    max_requests: int = Field(128, ge=1, description="Requests that a replica has at a time; more wait at the proxy.")
+    max_queued: int = Field(1024, ge=1, description="Requests that wait at each proxy; more are refused with 503.")
+    cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The application. `arguments`: fields of `Scale` and of `Settings`; of the latter those not given are read from
+    ACTSERVE_*. Raises `UsageError`."""
+    scale, settings = read_arguments(arguments)
+
+    def create() -> FastAPI:
+        logging.config.dictConfig(logs.configuration(settings.log_format))
+        return create_app(with_files(settings))
+
+    most = None if scale.max_replicas is None else max(scale.replicas, scale.max_replicas)
+    size: dict[str, Any] = {"num_replicas": scale.replicas}
+    if most is not None:
+        aim = {"target_ongoing_requests": scale.target_requests}
+        size = {"autoscaling_config": AutoscalingConfig(min_replicas=scale.replicas, max_replicas=most, **aim)}
+    settings = settings.model_copy(update={"workers": most or scale.replicas})
+    deployment = serve.deployment(
+        serve.ingress(create)(Replica),
+        name="actserve",
+        max_ongoing_requests=scale.max_requests,
+        max_queued_requests=scale.max_queued,
+        ray_actor_options={"num_cpus": scale.cpus},
+        graceful_shutdown_timeout_s=DRAIN_S,
+        logging_config=LoggingConfig(enable_access_log=settings.access_log),
+        request_router_config=RequestRouterConfig(request_router_class=Homeward),
+        **size,
+    )
+    return deployment.bind()
+
+
+app = build  # as Ray's documentation calls what it runs
+
+
+def read_arguments(arguments: dict[str, Any]) -> tuple[Scale, Settings]:
+    unknown = arguments.keys() - Scale.model_fields.keys() - Settings.model_fields.keys()
+    if unknown:
+        raise UsageError(f"expected {', '.join([*Scale.model_fields, *Settings.model_fields])}; got {sorted(unknown)}")
+    given = {PREFIX + name.upper(): str(value) for name, value in arguments.items() if name in Settings.model_fields}
+    try:
+        scale = Scale.model_validate({name: arguments[name] for name in arguments.keys() & Scale.model_fields.keys()})
+        settings = Settings.from_environment({**os.environ, **given})
+    except ValidationError as error:
+        raise UsageError(f"expected other arguments: {error}") from None
+    beyond = [name for name in PROXYS if getattr(settings, name) is not None]
+    if beyond:
+        raise UsageError(f"expected no {', '.join(beyond)}: behind Ray Serve, ports are its proxy's")
+    check(settings)
+    return scale, settings.absolute()
+
+
+def with_files(settings: Settings) -> Settings:
+    """In a replica: with the files that the application's replicas on this Ray node share, in the folder of Ray's
+    session, unless the settings name others. With files of its own a node is a home of sessions."""
+    node = ray.get_runtime_context().get_node_id()
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "actserve"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    name = f"{quote(serve.get_replica_context().app_name, safe='')}-{node}"
+    own: dict[str, Any] = {}
+    if settings.sessions is None:
+        own |= {"sessions": folder / f"{name}.sessions", "session_home": home_of_node(node)}
+    if settings.counts is None:
+        own |= {"counts": folder / f"{name}.counts"}
+    return settings.model_copy(update=own)
+
+
+def home_of_node(node_id: str) -> int:
+    """The leading bits of a Ray node's id, which is random."""
+    return int(node_id, 16) >> (len(node_id) * 4 - HOME_BITS)
+
+
+class Replica:
+    """What Ray asks of a replica beside its requests."""
+
+    app: FastAPI  # by serve.ingress
+
+    async def check_health(self) -> None:
+        """As `/readyz`. The first time, which requests wait for, it waits until the store has been looked at. Raises
+        `NotServing`."""
+        registry: Registry = self.app.state.registry
+        while registry.loading:
+            await asyncio.sleep(0.05)
+        if reason := registry.not_ready():
+            raise NotServing(reason)
+
+
+class Homeward(RequestRouter):
+    """Sends a session's requests to its home, all others anywhere: to the less busy one of two random replicas. Where
+    the home has no replica any one refuses, with `SessionElsewhere`."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        session = pending_request.metadata.session_id if pending_request is not None else ""
+        home = home_of(session) if session else None
+        at_home = [replica for replica in candidate_replicas if home_of_node(replica.node_id) == home]
+        among = at_home or candidate_replicas
+        return [random.sample(among, min(2, len(among)))]

@@ -1,0 +1,157 @@
+"""SessionFile: the SQLite file that the sessions of one service live in, shared by its worker processes.
+
+Rows of one or two kilobytes in pages of 4 KB would waste up to half of each page; pages of 1 KB with overflow pages
+waste less than a page for a row of any size. Freed pages are used again, so the file never grows past what the limits
+on sessions allow. `synchronous` is OFF: an fsync would hold the event loop for milliseconds, and the death of a
+process loses nothing without it. The death of the host may leave old or mixed pages: the file is looked over when it
+is opened, and each row carries a checksum.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actserve.core.errors import SessionsUnavailable
+
+log = logging.getLogger("actserve")
+
+FORMAT = 1  # of the tables; another one is refused
+LOCK_TIMEOUT_S = 5.0  # a write by another worker takes some 20 µs
+KEY_BYTES = 32
+_SCHEMA = f"""
+PRAGMA synchronous = OFF;
+PRAGMA page_size = 1024;
+PRAGMA journal_mode = WAL;
+PRAGMA user_version = {FORMAT};
+CREATE TABLE service (key BLOB NOT NULL, sessions INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT;
+CREATE TABLE session (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, -- ascending, so that pages are full, and never given twice
+    used_ms INTEGER NOT NULL, -- the last step, or the begin, by the host's monotonic clock
+    step INTEGER NOT NULL DEFAULT 0,
+    bytes INTEGER NOT NULL DEFAULT 0, -- of the answer and the state
+    policy TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    seed INTEGER NOT NULL,
+    exploration TEXT,
+    owner BLOB, -- digests, not what clients sent
+    sequence BLOB,
+    seeded INTEGER NOT NULL DEFAULT 0, -- whether the last step drew random numbers
+    checksum INTEGER NOT NULL DEFAULT 0,
+    answer BLOB NOT NULL DEFAULT x'', -- last, as they alone are large
+    state BLOB NOT NULL DEFAULT x''
+) STRICT;
+CREATE INDEX by_use ON session (used_ms);
+CREATE INDEX by_owner ON session (owner) WHERE owner IS NOT NULL;
+CREATE UNIQUE INDEX by_sequence ON session (sequence) WHERE sequence IS NOT NULL;
+CREATE TRIGGER begun AFTER INSERT ON session BEGIN
+    UPDATE service SET sessions = sessions + 1, bytes = bytes + new.bytes;
+END;
+CREATE TRIGGER grown AFTER UPDATE OF bytes ON session BEGIN
+    UPDATE service SET bytes = bytes + new.bytes - old.bytes;
+END;
+CREATE TRIGGER gone AFTER DELETE ON session BEGIN
+    UPDATE service SET sessions = sessions - 1, bytes = bytes - old.bytes;
+END;
+"""
+
+
+class SessionFile:
+    """One process's way into the file at `path`, which is made when there is none. Everything here raises
+    `SessionsUnavailable` for whatever SQLite or the disk refuses."""
+
+    def __init__(self, path: Path, after: int = 0) -> None:
+        self.path = path
+        self._after = after  # the number that the first session of a new file follows
+        self._connection: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        with _translated():
+            if not self.path.exists():
+                _make(self.path, self._after)
+            self._connection = sqlite3.connect(
+                self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+        try:
+            self.rows("PRAGMA synchronous = OFF")
+            self._look_over()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        """The rows that a query finds."""
+        with _translated():
+            return self._open_connection().execute(statement, values).fetchall()
+
+    def change(self, statement: str, *values: Any) -> int:
+        """How many rows an INSERT, UPDATE or DELETE changed."""
+        with _translated():
+            return self._open_connection().execute(statement, values).rowcount
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of the block's changes or, on an exception, none."""
+        self.rows("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.rows("COMMIT")
+        finally:
+            if self._open_connection().in_transaction:  # a full disk may have ended it already
+                self.rows("ROLLBACK")
+
+    def _open_connection(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise SessionsUnavailable("sessions are closed; try again shortly")
+        return self._connection
+
+    def _look_over(self) -> None:
+        ((found,),) = self.rows("PRAGMA user_version")
+        if found != FORMAT:
+            raise SessionsUnavailable(f"{self.path.name} has format {found} and this actserve reads {FORMAT}: move it")
+        ((problem,),) = self.rows("PRAGMA quick_check(1)")
+        if problem != "ok":
+            raise SessionsUnavailable(f"{self.path.name} is damaged: move it away to begin anew")
+
+
+def _make(path: Path, after: int) -> None:
+    """Appears whole, by one link: of several workers that find no file one makes it."""
+    descriptor, draft = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # readable by its owner alone
+    os.close(descriptor)
+    try:
+        connection = sqlite3.connect(draft, isolation_level=None)
+        try:
+            connection.executescript(_SCHEMA)
+            connection.execute("INSERT INTO service VALUES (?, 0, 0)", (secrets.token_bytes(KEY_BYTES),))
+            connection.execute("INSERT INTO sqlite_sequence VALUES ('session', ?)", (after,))
+        finally:
+            connection.close()
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return
+    finally:
+        os.unlink(draft)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        log.error("sessions: %s", error)
+        raise SessionsUnavailable(f"the sessions' file cannot be used: {error}") from error
+    except OSError as error:
+        raise SessionsUnavailable(f"the sessions' file cannot be made: {error.strerror}") from error

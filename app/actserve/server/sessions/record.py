@@ -1,0 +1,62 @@
+"""Record: what a session's last step came to, as it is stored: every output, and the state that goes on."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actserve.core.completion import step_seed
+from actserve.core.signature import Array, Arrays, Signature, TensorSpec
+from actserve.engine.policy import Acted
+
+
+@dataclass(frozen=True)
+class Record:
+    """After step number `step`; 0: nothing was done yet, and there is neither answer nor state."""
+
+    step: int
+    seeded: bool  # whether the step drew random numbers
+    answer: bytes  # every output, row-major, in the signature's order
+    state: bytes  # likewise
+
+    @classmethod
+    def of(cls, step: int, acted: Acted, signature: Signature) -> Record:
+        """`acted`: of one item."""
+        answer = _pack(signature.outputs, acted.outputs)
+        state = _pack([state.spec for state in signature.state], acted.outputs)
+        return cls(step, acted.seed is not None, answer, state)
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.answer) + len(self.state)
+
+    def checksum(self, number: int) -> int:
+        """Over the record and the number of its session."""
+        head = b"%d %d %d" % (number, self.step, self.seeded)
+        return zlib.crc32(self.state, zlib.crc32(self.answer, zlib.crc32(head)))
+
+    def carried(self, signature: Signature) -> Arrays:
+        """The state for the next step, each (1, *shape); before the first step nothing."""
+        return _unpack([state.spec for state in signature.state], self.state) if self.step else {}
+
+    def acted(self, signature: Signature, seed: int) -> Acted:
+        """What the step was answered: outputs only. `seed` is the session's."""
+        outputs = _unpack(signature.outputs, self.answer)
+        return Acted(outputs, step_seed(seed, self.step) if self.seeded else None, queue_ns=0, run_ns=0)
+
+
+def _pack(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> bytes:
+    return b"".join(arrays[spec.name].tobytes() for spec in specs)
+
+
+def _unpack(specs: Sequence[TensorSpec], data: bytes) -> Arrays:
+    """What `_pack` made -> arrays of their own, each (1, *shape)."""
+    arrays: Arrays = {}
+    offset = 0
+    for spec in specs:
+        arrays[spec.name] = np.ndarray((1, *spec.shape), spec.numpy_dtype, data, offset).copy()
+        offset += spec.item_bytes
+    return arrays

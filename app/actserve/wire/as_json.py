@@ -1,0 +1,131 @@
+"""application/json: {"name": nested lists, or {"dtype", "shape", "b64"}}, and "exploration", "seed" and "session".
+
+Infinity and NaN, for which JSON has no numbers, are the words "Infinity", "-Infinity" and "NaN".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pydantic_core
+
+from actserve.core.errors import InvalidTensor, MalformedBody
+from actserve.core.signature import Array, TensorSpec
+from actserve.wire.items import (
+    METADATA,
+    Body,
+    Items,
+    check_json,
+    check_shape,
+    find,
+    gather,
+    read_metadata,
+    view,
+)
+
+
+def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+    text = bytes(body)
+    check_json(text)
+    try:
+        document = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise MalformedBody(f"expected JSON; got something else: {error}") from None
+    if not isinstance(document, dict):
+        raise MalformedBody(f'expected a JSON object {{"{specs[0].name}": …}}; got {_kind(document)}')
+    metadata = read_metadata({name: document.pop(name) for name in METADATA if name in document})
+    return gather({name: _array(value, find(name, specs)) for name, value in document.items()}, specs, metadata)
+
+
+def write(items: Items) -> bytes:
+    document = {name: array.tolist() for name, array in items.as_spoken().items()}
+    return pydantic_core.to_json(document | items.metadata, inf_nan_mode="strings")
+
+
+def _array(value: Any, spec: TensorSpec) -> Array:
+    """One JSON value -> an array of the spec's dtype, (*shape) or (k, *shape). Never wraps, rounds or guesses."""
+    if isinstance(value, dict):
+        return _from_b64(value, spec)
+    array = from_lists(value, spec)
+    check_shape(array.shape, spec)
+    return array
+
+
+def from_lists(value: Any, spec: TensorSpec) -> Array:
+    """Nested lists of any shape -> an array of the spec's dtype. Raises `InvalidTensor`.
+
+    Not by `np.array(value)`, which gives every element as much memory as the longest text among them has.
+    """
+    shape, flat, kinds = _flatten(value, spec)
+    kind = spec.numpy_dtype.kind
+    if kind == "f" and str in kinds:
+        flat = [_WORDS.get(element, element) if type(element) is str else element for element in flat]
+        kinds = set(map(type, flat))
+    wrong = kinds - _TAKEN[kind]
+    if wrong:
+        got = _TYPE_NAMES.get(wrong.pop(), "mixed values") if len(wrong) == 1 else "mixed values"
+        raise InvalidTensor(spec.name, _TAKEN_NAMES[kind], got)
+    try:
+        array: Array = np.array(flat, _WIDEST[kind])
+    except OverflowError:
+        raise InvalidTensor(spec.name, _TAKEN_NAMES[kind], "one of more than 64 bits") from None
+    if kind != "b":
+        limits = np.iinfo(spec.numpy_dtype) if kind in "ui" else np.finfo(spec.numpy_dtype)
+        finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+        if finite.size and (finite.min() < limits.min or finite.max() > limits.max):
+            raise InvalidTensor(spec.name, f"{limits.min} to {limits.max}", f"{finite.min()} to {finite.max()}")
+    return np.asarray(array, spec.numpy_dtype).reshape(shape)
+
+
+def _flatten(value: Any, spec: TensorSpec) -> tuple[list[int], list[Any], set[type]]:
+    """-> (shape, what is in it, row-major, the types of that). Raises `InvalidTensor` for lists of unequal length."""
+    shape: list[int] = []
+    flat, kinds = [value], {type(value)}
+    while kinds == {list}:
+        lengths = set(map(len, flat))
+        if len(lengths) > 1:
+            raise InvalidTensor(spec.name, f"{spec} as nested lists", "lists of unequal length")
+        shape += lengths
+        if len(shape) > _MAX_DEPTH:
+            raise InvalidTensor(spec.name, f"{spec} as nested lists", f"more than {_MAX_DEPTH} of them in each other")
+        flat = list(chain.from_iterable(flat))
+        kinds = set(map(type, flat))
+    return shape, flat, kinds
+
+
+_MAX_DEPTH = 32
+_WORDS = {"Infinity": np.inf, "-Infinity": -np.inf, "NaN": np.nan}
+_WIDEST = {"b": np.bool_, "u": np.int64, "i": np.int64, "f": np.float64}
+_TAKEN: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
+_TAKEN_NAMES = {"b": "booleans", "u": "integers", "i": "integers", "f": "numbers"}
+_TYPE_NAMES: dict[type, str] = {bool: "booleans", int: "integers", float: "fractions", str: "text"}
+
+
+def _from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:
+    if set(value) != {"dtype", "shape", "b64"}:
+        got = f"an object with {sorted(value)}"[:200]
+        raise InvalidTensor(spec.name, 'nested lists or {"dtype", "shape", "b64"}', got)
+    dtype, shape, b64 = value["dtype"], value["shape"], value["b64"]
+    if dtype != spec.dtype:
+        raise InvalidTensor(spec.name, f"dtype {spec.dtype!r}", f"{dtype!r}"[:80])
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise InvalidTensor(spec.name, "a shape as a list of whole numbers", f"{shape!r}"[:80])
+    check_shape(shape, spec)
+    try:
+        data = bytearray(base64.b64decode(b64, validate=True))  # writable, so that no runtime has to copy it
+    except (binascii.Error, ValueError, TypeError):
+        raise InvalidTensor(spec.name, "base64 text in b64", "something else") from None
+    size = spec.numpy_dtype.itemsize * math.prod(shape)
+    if len(data) != size:
+        raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}", f"{len(data):,} bytes")
+    return view(data, spec, shape)
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "text", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

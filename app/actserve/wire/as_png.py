@@ -1,0 +1,135 @@
+"""image/png: one screen, for a policy whose single observation is uint8[H, W, 3], or uint8[H, W(, 1)] in grey.
+
+Whatever has exactly the observation's pixels is accepted: palettes, fewer bits, an alpha channel that is opaque
+throughout, a grey image for a coloured observation, a coloured one without colour for a grey observation.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actserve.core.errors import BodyTooLarge, InvalidTensor, MalformedBody, UnsupportedContentType
+from actserve.core.signature import Array, TensorSpec
+from actserve.wire.items import JSON, PNG, RAW, SAFETENSORS, Body, Items
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_SLACK_BYTES = 64 << 10  # what may come with the pixels: a palette, a colour profile, text
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type: grey, RGB, palette, grey with alpha, RGBA
+_OTHERS = [RAW, JSON, SAFETENSORS]
+
+
+def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+    if len(specs) != 1 or not _is_image(specs[0]):
+        taken = ", ".join(f"{spec.name} {spec}" for spec in specs)
+        raise UnsupportedContentType(f"{PNG}, which carries one image, and this policy takes {taken}", _OTHERS)
+    spec = specs[0]
+    height, width = spec.shape[:2]
+    most_bytes = 4 * height * (width + 1) + _SLACK_BYTES
+    if len(body) > most_bytes:
+        raise BodyTooLarge(most_bytes, len(body))
+    image = _decode(_pixel_chunks(bytes(body), spec))
+    return Items({spec.name: _pixels(image, spec).reshape(1, *spec.shape)}, batched=False)
+
+
+def _is_image(spec: TensorSpec) -> bool:
+    return spec.dtype == "uint8" and (len(spec.shape) == 2 or (len(spec.shape) == 3 and spec.shape[2] in (1, 3)))
+
+
+def _pixel_chunks(body: bytes, spec: TensorSpec) -> bytes:
+    """A PNG of the chunks that make the pixels and no other, after its size and every checksum have been checked.
+
+    Only this reaches the decoder, which would take missing rows for black ones, and expand whatever text it found.
+    """
+    kept, compressed, size = [_SIGNATURE], list[bytes](), 0
+    for number, (kind, chunk) in enumerate(_chunks(body)):
+        if (kind == b"IHDR") != (number == 0):
+            raise MalformedBody("expected a PNG, which has one header and begins with it; got something else")
+        if kind == b"IHDR":
+            size = _expanded_bytes(chunk[8:-4], spec)
+        if kind == b"IDAT":
+            compressed.append(chunk[8:-4])
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(chunk)
+    stream = zlib.decompressobj()
+    try:
+        expanded = stream.decompress(b"".join(compressed), size + 1)
+    except zlib.error as error:
+        raise MalformedBody(f"expected a PNG; its pixels cannot be decompressed: {error}") from None
+    if len(expanded) != size or not stream.eof or stream.unused_data:
+        raise MalformedBody(f"expected a PNG of {size:,} bytes of pixels, filters included; it has more or fewer")
+    return b"".join(kept)
+
+
+def _chunks(body: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(kind, the whole chunk) of each chunk: length, kind, data, checksum."""
+    if not body.startswith(_SIGNATURE):
+        raise MalformedBody("expected a PNG; got something else")
+    at, kind = len(_SIGNATURE), b""
+    while kind != b"IEND":
+        try:
+            length, kind = struct.unpack_from(">I4s", body, at)
+            (checksum,) = struct.unpack_from(">I", body, at + 8 + length)
+        except struct.error:
+            raise MalformedBody(f"expected a whole PNG; it ends after {len(body):,} bytes") from None
+        if zlib.crc32(body[at + 4 : at + 8 + length]) != checksum:
+            raise MalformedBody(f"expected a PNG; its chunk at byte {at} is damaged")
+        yield kind, body[at : at + 12 + length]
+        at += 12 + length
+    if at != len(body):
+        raise MalformedBody(f"expected one PNG; got {len(body) - at:,} bytes more")
+
+
+def _expanded_bytes(header: bytes, spec: TensorSpec) -> int:
+    """How many bytes the pixels of an image with this header expand to: a row is its filter and its packed pixels."""
+    if len(header) != 13:
+        raise MalformedBody(f"expected a PNG header of 13 bytes; got {len(header)}")
+    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    if (height, width) != spec.shape[:2]:
+        expected = f"an image of {spec.shape[0]} rows and {spec.shape[1]} columns"
+        raise InvalidTensor(spec.name, expected, f"{height} rows and {width} columns")
+    if bits > 8:
+        raise InvalidTensor(spec.name, "at most 8 bits a channel", f"{bits}")
+    if interlaced:
+        raise InvalidTensor(spec.name, "an image that is not interlaced", "one that is")
+    if colour not in _CHANNELS:
+        raise MalformedBody(f"expected a PNG colour type of {', '.join(map(str, _CHANNELS))}; got {colour}")
+    return int(height * (1 + (width * bits * _CHANNELS[colour] + 7) // 8))
+
+
+def _decode(png: bytes) -> Image:
+    try:
+        from PIL.PngImagePlugin import PngImageFile
+    except ModuleNotFoundError:
+        needs = f'{PNG}, for which this service needs Pillow: pip install "actserve[png]"'
+        raise UnsupportedContentType(needs, _OTHERS) from None
+    try:
+        image = PngImageFile(io.BytesIO(png))
+        image.load()
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
+        raise MalformedBody(f"expected a PNG; its pixels cannot be decoded: {error}"[:300]) from None
+    return image
+
+
+def _pixels(image: Image, spec: TensorSpec) -> Array:
+    """(H, W, 3), or (H, W) for a grey observation."""
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            raise InvalidTensor(spec.name, "opaque pixels", "transparent ones")
+    if spec.shape[2:] == (3,):
+        return np.array(image.convert("RGB"))
+    if image.mode in ("L", "1"):
+        return np.array(image.convert("L"))
+    pixels = np.array(image.convert("RGB"))
+    if (pixels != pixels[..., :1]).any():
+        raise InvalidTensor(spec.name, "a grey image", "a coloured one")
+    return np.ascontiguousarray(pixels[..., 0])

@@ -1,0 +1,30 @@
+"""application/octet-stream: one tensor's bytes, row-major, little-endian; k items back to back are a batch of k.
+
+That tensor is the policy's single observation, or the one output that was asked for. Nothing else fits in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actserve.core.errors import InvalidTensor, UnsupportedContentType
+from actserve.core.signature import TensorSpec
+from actserve.wire.items import JSON, RAW, SAFETENSORS, Body, Items, view
+
+
+def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+    if len(specs) != 1:
+        names = ", ".join(spec.name for spec in specs)
+        raise UnsupportedContentType(f"{RAW}, which can carry one tensor, and these are {names}", [JSON, SAFETENSORS])
+    spec = specs[0]
+    count, rest = divmod(len(body), spec.item_bytes)
+    if count == 0 or rest:
+        raise InvalidTensor(
+            spec.name, f"{spec.item_bytes:,} bytes for one item ({spec}), or a multiple", f"{len(body):,} bytes"
+        )
+    return Items({spec.name: view(body, spec, (count, *spec.shape))}, batched=count > 1)
+
+
+def write(items: Items) -> bytes:
+    (array,) = items.tensors.values()
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -1,0 +1,120 @@
+"""What a stream says: a hello, then to each message, in order, a reply.
+
+The reply to a binary message needs no parser. All of it is little-endian:
+
+    byte   0  uint64  step: how many steps the episode has taken with this one
+    byte   8  uint32  queue_us: microseconds of waiting for the runtime
+    byte  12  uint32  run_us: microseconds in the runtime
+    byte  16          the outputs, row-major, each at its offset in the hello; offsets are multiples of 8
+
+The reply to a text message is JSON: the outputs by name, and `step`, `queue_us` and `run_us` beside them. An error is
+JSON in either case: `{"error": {"code", "message", "detail"}, "status", "step"}`, where `step` is the one not taken.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydantic
+import pydantic_core
+
+from actserve.core.environment import Environment
+from actserve.core.errors import MalformedBody
+from actserve.core.signature import Arrays, Exploration, Signature, TensorSpec
+
+_HEADER = struct.Struct("<QII")
+_ALIGNMENT = 8  # so that any output can be read in place, as JavaScript's typed arrays ask
+_UINT32_MAX = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of a stream, in JSON: what it is and what it takes."""
+
+    policy: str
+    version: int
+    runtime: str  # "onnx" or "pt2"
+    signature: Signature  # of one message and its reply: without state and noise, which stay with the service
+    offsets: dict[str, int]  # of each output in a binary reply
+    environment: Environment | None  # the game that the policy plays, if it plays one
+    exploration: Exploration
+    seed: int | None  # of everything random in the episode; None: nothing is
+    window: int  # messages that may be unanswered at a time
+    max_message_bytes: int
+    idle_s: float  # without a message for so long, the stream is closed
+
+    def to_json(self) -> str:
+        return _HELLO.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Hello:
+        """Raises `MalformedBody`."""
+        try:
+            return _HELLO.validate_json(text)
+        except pydantic.ValidationError as error:
+            raise MalformedBody(f"expected a hello; got {text}"[:200]) from error
+
+
+_HELLO = pydantic.TypeAdapter(Hello)
+
+
+class Reply(NamedTuple):
+    """The answer to one message."""
+
+    step: int
+    outputs: Arrays  # each (*shape)
+    queue_us: int
+    run_us: int
+
+
+class Replies:
+    """Replies with the outputs `specs` <-> messages."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self._specs = specs
+        self.offsets: dict[str, int] = {}
+        self._packed: list[tuple[str, np.dtype[Any], bytes]] = []  # name, dtype, the bytes before it
+        end = _HEADER.size
+        for spec in specs:
+            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+            self.offsets[spec.name] = offset
+            self._packed.append((spec.name, spec.numpy_dtype.newbyteorder("<"), bytes(offset - end)))
+            end = offset + spec.item_bytes
+        self._bytes = end
+
+    def pack(self, reply: Reply) -> bytes:
+        parts = [_HEADER.pack(reply.step, min(reply.queue_us, _UINT32_MAX), min(reply.run_us, _UINT32_MAX))]
+        for name, dtype, before in self._packed:
+            parts += (before, np.asarray(reply.outputs[name], dtype).tobytes())
+        return b"".join(parts)
+
+    def unpack(self, message: bytes) -> Reply:
+        """Raises `MalformedBody`."""
+        if len(message) != self._bytes:
+            raise MalformedBody(f"expected a reply of {self._bytes} bytes; got {len(message)}")
+        step, queue_us, run_us = _HEADER.unpack_from(message)
+        outputs: Arrays = {}
+        for spec in self._specs:
+            array = np.ndarray(spec.shape, spec.numpy_dtype.newbyteorder("<"), message, self.offsets[spec.name])
+            outputs[spec.name] = array.astype(spec.numpy_dtype)
+        return Reply(step, outputs, queue_us, run_us)
+
+    def to_json(self, reply: Reply) -> str:
+        outputs = {spec.name: reply.outputs[spec.name].tolist() for spec in self._specs}
+        timing = {"step": reply.step, "queue_us": reply.queue_us, "run_us": reply.run_us}
+        return pydantic_core.to_json(outputs | timing, inf_nan_mode="strings").decode()
+
+    def from_json(self, text: str) -> Reply:
+        """Raises `MalformedBody`."""
+        try:
+            document = pydantic_core.from_json(text)
+            outputs = {spec.name: np.array(document[spec.name], spec.numpy_dtype) for spec in self._specs}
+            for spec in self._specs:
+                outputs[spec.name] = outputs[spec.name].reshape(spec.shape)
+            return Reply(document["step"], outputs, document["queue_us"], document["run_us"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise MalformedBody(f"expected a reply with {', '.join(self.offsets)}; got {text}"[:200]) from error

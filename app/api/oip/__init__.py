@@ -1,9 +1,0 @@
-"""`/v2`: the Open Inference Protocol, with Triton's extensions that make sense here.
-
-https://github.com/kserve/open-inference-protocol and Triton's "protocol extensions": binary tensor data, sequences,
-model repository (its index), model configuration, parameters, statistics. A model is a policy.
-"""
-
-from app.api.oip.routes import router
-
-__all__ = ["router"]

@@ -1,0 +1,159 @@
+"""An `.onnx` file that is there already -> a program with a Signature; the policy that it was made from is not needed.
+
+The signature is read off the graph and one run. What can be proven is less than with a policy at hand: that the program
+in the store gives what the file gives, and that a batch gives what its items give alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+
+from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.signature import Array, Arrays, Signature, State, TensorSpec
+from actserve.engine import golden
+from actserve.store.artifact import Program
+from actserve_export.capture.trace import MAX_BATCH
+from actserve_export.programs.onnx_graph import (
+    add_argmax,
+    declare,
+    dtype_of,
+    forget_source,
+    inputs_of,
+    opset_of,
+    outputs_of,
+    read,
+    refuse_random,
+)
+from actserve_export.programs.onnx_session import open_session
+from actserve_export.sources import samples
+from actserve_export.sources.modules import ACTIONS
+from actserve_export.sources.onnx_source import OnnxSource
+
+log = logging.getLogger("actserve")
+
+
+class OnnxFile:
+    """`model` is the program; `session` is the file as it was given, which gives the reference; of its output `scores`,
+    where there is one, the action is the largest."""
+
+    runtimes: ClassVar[tuple[str, ...]] = ("onnx",)
+
+    def __init__(self, model: Any, session: Any, signature: Signature, scores: str | None, rewrites: list[str]) -> None:
+        self.signature = signature
+        self._model, self._session = model, session
+        self._scores = scores
+        self._rewrites = tuple(rewrites)
+
+    def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
+        """What the file gives for each item alone."""
+        results = _one_by_one(self._session, self._names, inputs)
+        if self._scores is not None:
+            results["action"] = results[self._scores].argmax(-1)
+        return results
+
+    @property
+    def _names(self) -> list[str]:
+        return [spec.name for spec in self.signature.results[self._scores is not None :]]
+
+    def graph(self) -> str:
+        bare = onnx.ModelProto()
+        bare.CopyFrom(self._model)
+        bare.graph.ClearField("initializer")
+        text: str = onnx.printer.to_text(bare)
+        return text
+
+    def weights_sha256(self) -> str:
+        """Of the whole program, which the weights are a part of."""
+        return hashlib.sha256(self._data()).hexdigest()
+
+    def _data(self) -> bytes:
+        data: bytes = self._model.SerializeToString(deterministic=True)
+        return data
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        return {}
+
+    def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:
+        file = f"policy.{runtime}"
+        (folder / file).write_bytes(self._data())
+        return Program(file, {"opset": opset_of(self._model)}, self._rewrites)
+
+
+def capture_onnx_file(source: OnnxSource) -> OnnxFile:
+    """Read the file, and off it the signature. Raises `UsageError` for a file that cannot be read, `CaptureFailed`."""
+    if source.action not in ACTIONS:
+        raise CaptureFailed(f"expected an action of {' or '.join(ACTIONS)}; got {source.action!r}")
+    model = read(Path(source.path))
+    refuse_random(model.graph)
+    session = _session(model)
+    inputs, single = inputs_of(model.graph)
+    new_state = list(source.state.values())
+    names = outputs_of(model.graph, source.outputs, source.state)
+    alone = _run(session, names, {spec.name: spec.zeros(1) for spec in inputs})
+    outputs = {name: _output(name, array) for name, array in alone.items()}
+    given = [outputs[name] for name in names if name not in new_state]
+    rewrites = [f"leave out {value.name}" for value in model.graph.output if value.name not in names]
+    scores = None
+    if source.action == "argmax":
+        scores = given[0].name
+        given.insert(0, add_argmax(model.graph, given[0]))
+        rewrites.append(f"action: the largest of {scores}")
+    signature = Signature(
+        observations=tuple(spec for spec in inputs if spec.name not in source.state),
+        outputs=tuple(given),
+        max_batch=1 if single else MAX_BATCH,
+        state=tuple(State(spec, source.state[spec.name]) for spec in inputs if spec.name in source.state),
+    )
+    if not single and not _batches(session, names, samples.collect(source, signature, 3)):
+        log.warning("exported one item at a time, because the file gives other answers, or none, for a batch")
+        signature = replace(signature, max_batch=1)
+    declare(model.graph, signature)
+    forget_source(model.graph)
+    return OnnxFile(model, session, signature, scores, rewrites)
+
+
+def _session(model: Any) -> Any:
+    try:
+        return open_session(model.SerializeToString())
+    except Exception as error:
+        raise CaptureFailed(f"ONNX Runtime refused the file: {one_line(error)}") from error
+
+
+def _run(session: Any, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
+    try:
+        return dict(zip(names, session.run(list(names), dict(inputs)), strict=True))
+    except Exception as error:
+        raise CaptureFailed(f"ONNX Runtime could not run the file: {one_line(error)}") from error
+
+
+def _output(name: str, array: Array) -> TensorSpec:
+    if np.shape(array)[:1] != (1,):
+        raise CaptureFailed(f"{name}: expected the batch first; got the shape {np.shape(array)} for one item")
+    return TensorSpec(name, dtype_of(name, array.dtype), array.shape[1:])
+
+
+def _one_by_one(session: Any, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
+    return golden.in_batches(lambda item: _run(session, names, item), inputs, 1)
+
+
+def _batches(session: Any, names: Sequence[str], batch: Arrays) -> bool:
+    """Whether a batch gives what its items give alone."""
+    try:
+        together = _run(session, names, batch)
+    except CaptureFailed:
+        return False
+    alone = _one_by_one(session, names, batch)
+    near = golden.Tolerance()
+    return all(
+        together[name].shape == alone[name].shape
+        and np.allclose(together[name], alone[name], near.relative, near.absolute)
+        for name in names
+    )

@@ -1,0 +1,254 @@
+"""One step of each TorchRL module that hides state or draws, item by item.
+
+What it keeps between calls, and what it draws, comes through `Ports`, and so becomes inputs and outputs of the program.
+Each does the arithmetic of the module that it replaces; `tests/test_swaps.py` holds them against it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, OneHot
+from torchrl.envs.transforms import ObservationNorm
+from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.modules import AdditiveGaussianModule, EGreedyModule, LSTMModule, OrnsteinUhlenbeckProcessModule
+
+from actserve.core.errors import CaptureFailed
+from actserve_export.capture.ports import Ports
+from actserve_export.sources.keys import join, leaf
+
+
+class Step(TensorDictModuleBase):
+    """A replacement: same keys, no batch-size plumbing."""
+
+    def __init__(self, original: Any, ports: Ports) -> None:
+        super().__init__()
+        self.in_keys = list(original.in_keys)
+        self.out_keys = list(original.out_keys)
+        self.__dict__["ports"] = ports
+
+    @property
+    def exploring(self) -> bool:
+        return exploration_type() in (ExplorationType.RANDOM, None)
+
+
+class RecurrentStep(Step):
+    """One step of an `LSTMModule` or `GRUModule`: state (B, layers, hidden), zeroed where `is_init`."""
+
+    def __init__(self, original: Any, ports: Ports) -> None:
+        super().__init__(original, ports)
+        fused = original.make_cudnn_based()  # torch's own cell, which both program builders know
+        self.cell: Any = fused.lstm if isinstance(original, LSTMModule) else fused.gru
+        self.state_keys = self.in_keys[1 : 3 if isinstance(original, LSTMModule) else 2]
+        self.in_keys, self.out_keys = self.in_keys[:1], self.out_keys[:1]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        features = tensordict.get(self.in_keys[0])
+        shape = (self.cell.num_layers, self.cell.hidden_size)
+        started = self.ports.is_init().reshape(-1, 1, 1)
+        states = []
+        for key in self.state_keys:
+            state = self.ports.state(join(key), shape, features.dtype)  # (B, layers, hidden)
+            states.append(torch.where(started, torch.zeros_like(state), state).transpose(0, 1).contiguous())
+        steps = features.reshape(-1, 1, features.shape[-1])
+        if len(states) == 2:
+            result, new = self.cell(steps, (states[0], states[1]))
+        else:
+            result, new_state = self.cell(steps, states[0])
+            new = (new_state,)
+        tensordict.set(self.out_keys[0], result.reshape(*features.shape[:-1], result.shape[-1]))
+        for key, tensor in zip(self.state_keys, new, strict=True):
+            # Contiguous, because what comes out is fed back in, and a program takes strides on trust.
+            self.ports.replace(join(key), tensor.transpose(0, 1).contiguous())
+        return tensordict
+
+
+class FrameStack(Step):
+    """`CatFrames`: the last N observations along an axis are state; `padding` as trained fills it on `is_init`."""
+
+    def __init__(self, original: Any, ports: Ports) -> None:
+        super().__init__(original, ports)
+        self.count, self.dim = original.N, original.dim
+        self.padding, self.fill = original.padding, float(original.padding_value)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        started = self.ports.is_init()
+        for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
+            latest = tensordict.get(in_key)
+            name = "frames" if len(self.in_keys) == 1 else f"{join(in_key)}_frames"
+            thick = latest.shape[self.dim]
+            shape = list(latest.shape[1:])
+            shape[self.dim] = thick * self.count
+            frames = self.ports.state(name, tuple(shape), latest.dtype, self.fill)
+            moved = torch.cat([frames.narrow(self.dim, thick, thick * (self.count - 1)), latest], self.dim)
+            before = latest if self.padding == "same" else torch.full_like(latest, self.fill)
+            fresh = torch.cat([before] * (self.count - 1) + [latest], self.dim)
+            stacked = torch.where(started.reshape(-1, *[1] * (latest.ndim - 1)), fresh, moved)
+            self.ports.replace(name, stacked)
+            tensordict.set(out_key, stacked)
+        return tensordict
+
+    def transform_observation_spec(self, spec: Any) -> Any:
+        return spec
+
+
+class EpsilonGreedy(Step):
+    """`EGreedyModule`, with a coin for each item: u[0] < epsilon takes the action that u[1:] picks."""
+
+    def __init__(self, original: EGreedyModule, ports: Ports) -> None:
+        super().__init__(original, ports)
+        self.key, self.mask_key = original.action_key, original.action_mask_key
+        spec = original.spec
+        self.spec: Any = spec[original.action_key] if isinstance(spec, Composite) else spec
+        self.epsilon = float(original.eps)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if not self.exploring:
+            return tensordict
+        action = tensordict.get(self.key)
+        epsilon = self.ports.parameter("epsilon", self.epsilon, 0.0, 1.0)
+        inner = tuple(int(extent) for extent in action.shape[1:])
+        width = math.prod(inner) if isinstance(self.spec, (Bounded, MultiCategorical)) else 1
+        noise = self.ports.noise("uniform", (1 + width,))
+        mask = tensordict.get(self.mask_key) if self.mask_key is not None else None
+        drawn = self._random(noise[:, 1:], mask, inner).to(action.dtype)
+        take = (noise[:, 0] < epsilon).reshape(-1, *[1] * len(inner))
+        tensordict.set(self.key, torch.where(take, drawn, action))
+        return tensordict
+
+    def _random(self, u: Tensor, mask: Tensor | None, inner: tuple[int, ...]) -> Tensor:
+        """(B, width) uniform -> (B, *inner) actions, uniform over the spec, or over what the mask allows."""
+        if isinstance(self.spec, MultiCategorical):
+            counts = torch.tensor([box.n for box in self.spec.space.boxes])
+            return (u * counts).floor().reshape(-1, *inner)
+        if isinstance(self.spec, Bounded):
+            low, high = self.spec.space.low.reshape(inner), self.spec.space.high.reshape(inner)
+            return low + (high - low) * u.reshape(-1, *inner)
+        if not isinstance(self.spec, (Categorical, OneHot)):
+            raise CaptureFailed(f"epsilon-greedy over {type(self.spec).__name__} cannot be exported")
+        index = (u[:, 0] * self.spec.space.n).floor().long()
+        if mask is not None:
+            rank = (u[:, 0] * mask.sum(-1)).floor()  # the rank-th of the allowed
+            index = (mask.cumsum(-1) > rank.unsqueeze(-1)).long().argmax(-1)
+        if isinstance(self.spec, OneHot):
+            return torch.nn.functional.one_hot(index, self.spec.space.n)
+        return index
+
+
+class GaussianNoise(Step):
+    """`AdditiveGaussianModule`: the action plus sigma times normal noise, clamped to the spec."""
+
+    def __init__(self, original: AdditiveGaussianModule, ports: Ports) -> None:
+        super().__init__(original, ports)
+        self.key = original.action_key
+        self.spec: Any = original.spec[original.action_key]
+        self.sigma, self.mean, self.std = float(original.sigma), float(original.mean), float(original.std)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if not self.exploring:
+            return tensordict
+        action = tensordict.get(self.key)
+        sigma = self.ports.parameter("sigma", self.sigma, 0.0).reshape(-1, *[1] * (action.ndim - 1))
+        noise = self.ports.noise("normal", tuple(int(extent) for extent in action.shape[1:]))
+        tensordict.set(self.key, _clamped(action + (noise * self.std + self.mean) * sigma, self.spec))
+        return tensordict
+
+
+class OrnsteinUhlenbeck(Step):
+    """`OrnsteinUhlenbeckProcessModule`: the noise process and its age are state (Uhlenbeck & Ornstein 1930)."""
+
+    def __init__(self, original: OrnsteinUhlenbeckProcessModule, ports: Ports) -> None:
+        super().__init__(original, ports)
+        self.process: Any = original.ou
+        self.key = original.ou.key
+        self.spec: Any = original.spec[original.ou.key]
+        self.epsilon = float(original.eps)
+        self.safe = original.safe
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if not self.exploring:
+            return tensordict
+        process = self.process
+        action = tensordict.get(self.key)
+        inner = tuple(int(extent) for extent in action.shape[1:])
+        wide = [1] * len(inner)
+        started = self.ports.is_init()
+        before = self.ports.state("ou_noise", inner, action.dtype)
+        age = self.ports.state("ou_steps", (), torch.int64)
+        before = torch.where(started.reshape(-1, *wide), torch.zeros_like(before), before) + process.x0
+        age = torch.where(started, torch.zeros_like(age), age)
+        sigma = (process.m * age + process.c).clamp_min(process.sigma_min).reshape(-1, *wide)
+        drift = process.theta * (process.mu - before) * process.dt
+        after = before + drift + sigma * math.sqrt(process.dt) * self.ports.noise("normal", inner)
+        self.ports.replace("ou_noise", after - process.x0)
+        self.ports.replace("ou_steps", age + 1)
+        epsilon = self.ports.parameter("epsilon", self.epsilon, 0.0).reshape(-1, *wide)
+        moved = action + epsilon * after
+        tensordict.set(self.key, _clamped(moved, self.spec) if self.safe else moved)
+        return tensordict
+
+
+class Affine(Step):
+    """`ObservationNorm`, its statistics as constants."""
+
+    def __init__(self, original: ObservationNorm, ports: Ports) -> None:
+        super().__init__(original, ports)
+        if not original.initialized:
+            raise CaptureFailed("ObservationNorm has no statistics: call .init_stats() or give loc and scale")
+        self.standard_normal = original.standard_normal
+        self.register_buffer("loc", original.loc.detach().clone())
+        self.register_buffer("scale", original.scale.detach().clone())
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        loc: Any = self.loc
+        scale: Any = self.scale
+        for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
+            value = tensordict.get(in_key)
+            tensordict.set(out_key, (value - loc) / scale if self.standard_normal else value * scale + loc)
+        return tensordict
+
+
+class Nothing(Step):
+    """A transform that only concerns training (counters, rewards, primers): left out."""
+
+    def __init__(self, original: Any, ports: Ports) -> None:
+        super().__init__(original, ports)
+        self.in_keys, self.out_keys = [], []
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict
+
+
+class FrozenNorm(Step):
+    """A frozen `VecNorm`: an affine map with constants, (x - loc) / scale for each key."""
+
+    def __init__(self, original: Any, ports: Ports) -> None:
+        super().__init__(original, ports)
+        if not original.frozen:
+            raise CaptureFailed(
+                f"{type(original).__name__} still gathers statistics: call .freeze() on it before the export, so that "
+                "what acts is what was trained"
+            )
+        self.in_keys = [key for key in original.in_keys if leaf(key) != "reward" and key in original.loc.keys(True)]
+        self.out_keys = [original.out_keys[original.in_keys.index(key)] for key in self.in_keys]
+        for index, key in enumerate(self.in_keys):
+            self.register_buffer(f"loc_{index}", original.loc.get(key).detach().clone())
+            self.register_buffer(f"scale_{index}", original.scale.get(key).detach().clone())
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        for index, (in_key, out_key) in enumerate(zip(self.in_keys, self.out_keys, strict=True)):
+            loc, scale = self.get_buffer(f"loc_{index}"), self.get_buffer(f"scale_{index}")
+            tensordict.set(out_key, (tensordict.get(in_key) - loc) / scale)
+        return tensordict
+
+
+def _clamped(action: Tensor, spec: Any) -> Tensor:
+    if not isinstance(spec, Bounded):
+        return action
+    shape = action.shape[1:]
+    return torch.maximum(torch.minimum(action, spec.space.high.expand(shape)), spec.space.low.expand(shape))

@@ -1,0 +1,59 @@
+"""torch.export of one step, and what must hold of its result: a symbolic batch, no randomness of its own."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.signature import Signature
+from actserve_export.capture.noise import unchecked
+
+MAX_BATCH = 256
+
+
+def trace(program: nn.Module, signature: Signature, batch: int) -> torch.export.ExportedProgram:
+    """Export `program`, a function of the signature's inputs, with a symbolic batch, or for single items where `batch`
+    is 1. Raises `CaptureFailed`."""
+    examples = tuple(torch.from_numpy(spec.zeros(batch)) for spec in signature.inputs)
+    dynamic = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch > 1 else None
+    try:
+        with unchecked(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*_flat_weights")  # torch's LSTM renews its own list of weights
+            exported = torch.export.export(
+                program, examples, dynamic_shapes=tuple(dynamic for _ in examples), strict=False
+            )
+    except CaptureFailed:
+        raise
+    except Exception as error:  # torch.export raises a dozen types, with no common base
+        raise CaptureFailed(f"torch.export could not trace the policy: {one_line(error)}") from error
+    if batch > 1:
+        _assert_symbolic(exported)
+    _assert_deterministic(exported)
+    return exported
+
+
+def _assert_symbolic(program: torch.export.ExportedProgram) -> None:
+    """torch.export can silently fix the batch at the example's size: look at the graph, not at what was asked for."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    for name in (*program.graph_signature.user_inputs, *program.graph_signature.user_outputs):
+        extent = values[str(name)].shape[0]
+        if not isinstance(extent, torch.SymInt):
+            raise CaptureFailed(f"{name}: expected a symbolic batch axis; tracing fixed it at {extent}")
+    for bounds in program.range_constraints.values():
+        if bounds.lower > 1 or bounds.upper < MAX_BATCH:
+            raise CaptureFailed(f"expected a batch of 1 to {MAX_BATCH}; tracing narrowed it to {bounds}")
+
+
+_DROPOUT = {torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.dropout.default}
+
+
+def _assert_deterministic(program: torch.export.ExportedProgram) -> None:
+    """No random node may be left: its numbers could neither be seeded nor be the same in both runtimes."""
+    for node in program.graph.nodes:
+        if node.target in _DROPOUT:  # tagged for the dropout that they do in training only
+            continue
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CaptureFailed(f"{node.target} is random, and was not made an input of the program")

@@ -1,0 +1,179 @@
+"""`actserve train`, `export`, `compile` and `bench`: the commands that this package adds to `actserve`.
+
+`actserve` finds them through the entry-point group `actserve.commands`. They need torch, and mostly TorchRL, which is
+imported when a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from actserve.cli.commands.certificate import print_certificate
+from actserve.cli.stores import DEFAULT_STORE, Label, SignOption, Store, find, publishing, reading
+from actserve.cli.terminal import Json, console, flag, print_json, steps
+from actserve.core.errors import UsageError
+from actserve.core.imports import import_extra
+
+PROGRAMS = ("onnx", "pt2")
+
+commands = typer.Typer(help="Train, export and compile policies, and compare programs.")
+Action = Literal["argmax", "identity"]
+
+
+@commands.command(rich_help_panel="Make")
+def train(
+    name: Annotated[str, typer.Argument(help="pong, pong-lstm, or any other game of ale-py, such as breakout.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder: checkpoints, history, curve. Default runs/NAME.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Environment steps in all; default as in the recipe.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    resume: Annotated[bool, flag(says="Go on from the run folder's checkpoint.")] = True,
+    method: Annotated[
+        str | None, typer.Option(help="pong: distill, which made the weights that ship, or dqn, the tutorial's.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a policy with TorchRL; stop it at any time and run it again to go on."""
+    checkpoint = import_extra("export", "actserve_export.training.train:train")(
+        name, out=out or Path("runs") / name, total_frames=frames, seed=seed, resume=resume, method=method
+    )
+    if json:
+        print_json({"checkpoint": str(checkpoint)})
+    else:
+        print(checkpoint)
+
+
+@commands.command(rich_help_panel="Make")
+def export(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|MODULE:FACTORY|FILE",
+            help="A bundled policy, your own, a model of Stable-Baselines3 (.zip; opening it runs the Python in it: "
+            "only your own), or an .onnx file.",
+        ),
+    ],
+    runtime: Annotated[str, typer.Option(help="Programs to build, comma-separated.")] = "onnx,pt2",
+    store: Store = DEFAULT_STORE,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
+    name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's or file's.")] = None,
+    action: Annotated[Action | None, typer.Option(help="What the output of a plain module or .onnx file is.")] = None,
+    native: Annotated[bool, flag("--native", says="Build the .pt2 for this CPU alone.")] = False,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
+    int8: Annotated[bool, flag("--int8", says="Publish NAME-int8 too, with a certificate of its own.")] = False,
+    evaluate: Annotated[int, typer.Option(min=0, help="Games to play with each program, for the certificate.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first of these games.")] = 0,
+    portable: Annotated[
+        bool, flag("--portable", says="Certify everything, publish what runs anywhere: no .pt2.")
+    ] = False,
+    game: Annotated[
+        str | None, typer.Option(help="The Atari game that a policy of your own plays, such as pong.")
+    ] = None,
+    sign: SignOption = None,
+    json: Json = False,
+) -> None:
+    """Export a policy to .onnx and .pt2, prove that they do what it does, and publish them into the store."""
+    runtimes = [part for part in runtime.split(",") if part]
+    if int8 and "onnx" not in runtimes:
+        raise UsageError("--int8 is made from the .onnx program: add onnx to --runtime")
+    if not runtimes or set(runtimes) - set(PROGRAMS):
+        raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
+    own = publishing(store, sign)
+    from actserve.engine.tuning.tuned import tune_briefly
+
+    with steps("importing torch") as progress:
+        default_name, source = import_extra("export", "actserve_export.targets:find_source")(target, checkpoint, action)
+        if game is not None:
+            source = import_extra("export", "actserve_export.targets:playing")(source, game)
+        done = import_extra("export", "actserve_export.publish:export")(
+            source,
+            name or default_name,
+            own,
+            origin=Path(target).name,
+            runtimes=runtimes,
+            native=native,
+            device=device,
+            portable=portable,
+            evaluate=_evaluation(evaluate, seed) if evaluate else None,
+            progress=progress,
+        )
+        if int8:
+            quantise = import_extra("export", "actserve_export.int8:export_int8")
+            done = quantise(done.artifact, source, own, _play_in_process, progress)
+        tune_briefly(done.artifact, progress)
+    manifest = done.artifact.manifest
+    if json:
+        print_json(
+            {
+                "name": manifest.name,
+                "version": manifest.version,
+                "published": done.published,
+                "certificate": manifest.certificate,
+            }
+        )
+        return
+    what = "published" if done.published else "already in the store, nothing to do:"
+    console().print(f"[bold green]{what} {done.artifact.label}[/]")
+    print_certificate(manifest.certificate)
+
+
+@commands.command("compile", rich_help_panel="Make")
+def compile_(
+    label: Label,
+    store: Store = DEFAULT_STORE,
+    native: Annotated[bool, flag("--native", says="For this CPU alone.")] = False,
+    sign: SignOption = None,
+    json: Json = False,
+) -> None:
+    """Build the .pt2 of an artifact for this host, from what the store holds, and publish it as the next version."""
+    from actserve.engine.tuning.tuned import tune_briefly
+
+    own = publishing(store, sign)
+    with steps("importing torch") as progress:
+        built = import_extra("export", "actserve_export.compile:compile")(find(own, label), own, progress, native)
+        tune_briefly(built, progress)
+    manifest = built.manifest
+    if json:
+        print_json({"name": manifest.name, "version": manifest.version, "certificate": manifest.certificate})
+    else:
+        console().print(f"[bold green]{built.label} has a .pt2 for this host[/]")
+
+
+@commands.command(rich_help_panel="Play")
+def bench(
+    label: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")] = "pong",
+    store: Store = DEFAULT_STORE,
+    steps: Annotated[int, typer.Option(min=10, help="Game steps for each.")] = 1000,
+    json: Json = False,
+) -> None:
+    """The tutorial's comparison: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
+    benchmark = import_extra("export", "actserve_export.bench")
+    rows = benchmark.run(find(reading(store), label), store, steps, console())
+    if json:
+        print_json({"label": label, "steps": steps, "rows": [row.as_json() for row in rows]})
+        return
+    benchmark.print_rows(rows)
+
+
+def _play_in_process(run: Callable[[Any], Any], environment: Any) -> list[float]:
+    """The score of one seeded game with a program's `run`."""
+    from actserve.atari.play import play
+
+    def act(screen: Any) -> int:
+        (action, *_) = run({environment.screen: screen[None]}).values()
+        return int(action[0])
+
+    return play(lambda _seed: act, environment, episodes=1, seed=0).scores
+
+
+def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None]], dict[str, Any]]:
+    from actserve.cli.tools.evaluate import evaluate
+
+    return lambda artifact, progress: {"evaluation": evaluate(artifact, episodes, seed, progress)}

@@ -1,0 +1,108 @@
+"""ExportedProgram -> a `.pt2` package through AOTInductor: native code for one kind of host.
+
+Portable by default: the compiler's own default, -march=native, dies on an older CPU. `native` asks for it.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import aoti_compile_and_package
+from torch._inductor import config as inductor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+from actserve.core.errors import CaptureFailed, one_line
+from actserve_export.programs.elf import Needs, read_needs
+
+NATIVE = "native"
+_PORTABLE = {  # hosts of the last decade: (march, bits of a vector)
+    "x86_64": ("x86-64-v3", 256),
+    "aarch64": ("armv8-a", 128),
+}
+# Where the compiler's name for a feature is not the kernel's.
+_ALIASES = {"lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "bmi": "bmi1", "sha": "sha_ni", "rdrnd": "rdrand",
+            "lahf_sahf": "lahf_lm", "prfchw": "3dnowprefetch"}  # fmt: skip
+
+
+def compile_program(
+    program: torch.export.ExportedProgram, target: Path, native: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
+    """Compile `program` into `target`; returns what it requires of its host. Raises `CaptureFailed`.
+
+    `native`: for this host's CPU, rather than for any of the last decade. `device`: "cpu", or "cuda", which moves the
+    program there first and needs a CUDA build of torch and a device. Takes 4 to 20 seconds and a C++ compiler.
+    """
+    march, options = _options(native)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Inductor imports deprecated parts of torch itself
+            if device != "cpu":
+                from torch.export.passes import move_to_device_pass
+
+                program = move_to_device_pass(program, device)
+            aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
+            flags = cpu_flags(march, options)
+    except Exception as error:
+        raise CaptureFailed(f"AOTInductor could not compile the program: {one_line(error)}") from error
+    needs = _needs(target)
+    return {
+        "platform": f"{platform.system()}-{platform.machine()}",
+        "torch": torch.__version__.partition("+")[0],
+        "march": march,
+        "cpu_flags": flags,
+        "glibc": needs.versions.get("GLIBC"),
+        "glibcxx": needs.versions.get("GLIBCXX"),
+        "cxxabi": needs.versions.get("CXXABI"),
+        "needed": list(needs.libraries),
+        "device": device,
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else None,
+    }
+
+
+def march_for(native: bool) -> str:
+    """The architecture that `compile_program` builds for on this machine."""
+    return NATIVE if native or platform.machine() not in _PORTABLE else _PORTABLE[platform.machine()][0]
+
+
+def _options(native: bool) -> tuple[str, dict[str, Any]]:
+    """(march, Inductor's options for it)."""
+    march = march_for(native)
+    if march == NATIVE:
+        return march, {}
+    return march, {"cpp.march": march, "cpp.simdlen": _PORTABLE[platform.machine()][1]}
+
+
+def cpu_flags(march: str, options: dict[str, Any]) -> list[str]:
+    """The CPU features, as Linux spells them, that the compiler may use for `march`: what its own macros say."""
+    with inductor.patch(options):
+        isa = str(pick_vec_isa().build_arch_flags()).split()
+    command = [get_cpp_compiler(), f"-march={march}", *isa, "-dM", "-E", "-x", "c++", "/dev/null"]
+    macros = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    features = {line.split()[1].strip("_").lower() for line in macros if line.startswith("#define __")}
+    features = {_plain(_ALIASES.get(feature, feature)) for feature in features}
+    return sorted(flag for flag in _host_flags() if _plain(flag) in features)
+
+
+def _plain(flag: str) -> str:
+    return flag.replace("_", "")  # avx512_vnni is AVX512VNNI to the compiler
+
+
+def _host_flags() -> set[str]:
+    with open("/proc/cpuinfo") as file:
+        line = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return set(line.partition(":")[2].split())
+
+
+def _needs(package: Path) -> Needs:
+    with zipfile.ZipFile(package) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        if len(libraries) != 1:
+            raise CaptureFailed(f"expected one .so in the package that AOTInductor wrote; got {len(libraries)}")
+        return read_needs(archive.read(libraries[0]))

@@ -1,0 +1,41 @@
+"""ExportedProgram -> one self-contained `.onnx` file."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from actserve.core.errors import CaptureFailed
+from actserve.core.signature import Signature
+from actserve_export.programs.onnx_graph import forget_source, opset_of
+
+
+def convert_program(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> dict[str, Any]:
+    """Write `program` to `target`; returns what it requires of its host. Raises `CaptureFailed`."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent; nothing needs it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations; its result is checked below and certified
+        # From an ExportedProgram: exporting the module with dynamic_shapes silently fixes the batch.
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=[spec.name for spec in signature.inputs],
+            output_names=[spec.name for spec in signature.results],
+            optimize=True,
+            verbose=False,
+        )
+    assert exported is not None
+    exported.save(str(target), external_data=False)
+    model = onnx.load(str(target))
+    forget_source(model.graph)
+    onnx.save(model, str(target))
+    onnx.checker.check_model(model)
+    for value in (*model.graph.input, *model.graph.output):
+        if signature.max_batch > 1 and not value.type.tensor_type.shape.dim[0].dim_param:
+            raise CaptureFailed(f"{value.name}: expected a symbolic batch axis in the .onnx graph; it became fixed")
+    return {"opset": opset_of(model)}

@@ -1,0 +1,78 @@
+"""Rewrites of the exported graph that make a program faster and keep its answers.
+
+Both runtimes get the rewrites in `tidy`; ONNX Runtime also gets the one in `pick`. AOTInductor needs no
+`pick`: it fuses everything before the first convolution into one loop over the pixels that are wanted. Picked
+first, its programs are slower (µs a frame at batch 1 / 8 / 32: 323 / 204 / 218 before, 335 / 221 / 243 after), and the
+product doubles their time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from actserve_export.programs.rewrites.pick import pick_first
+from actserve_export.programs.rewrites.tidy import drop, share, tidy
+
+_REWRITES: dict[str, tuple[Callable[[fx.GraphModule], list[str]], ...]] = {"onnx": (pick_first,), "pt2": ()}
+
+
+def optimize(
+    program: torch.export.ExportedProgram, runtime: str = "onnx"
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """A program that gives the same answers faster in `runtime`, and what was done to it, for the manifest.
+
+    Values may move by float rounding (about 1e-7), which the certificate has to accept. The symbolic batch axis, the
+    inputs and the outputs stay as they are. Where nothing applies, or the result cannot be exported again, the program
+    itself is returned with an empty list.
+    """
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        return program, []  # what a graph changes in place can be neither shared nor dropped
+    module = program.module(check_guards=False)
+    applied: list[str] = []
+    for rewrite in (tidy, share, drop, *_REWRITES[runtime]):
+        applied += rewrite(module)
+    if not applied:
+        return program, []
+    drop(module)  # what the rewrites put out of use
+    module.graph.lint()
+    module.recompile()
+    again = _export(module, program)
+    return (program, []) if again is None else (again, applied)
+
+
+def _export(module: fx.GraphModule, program: torch.export.ExportedProgram) -> torch.export.ExportedProgram | None:
+    """The module exported with the inputs and the symbolic axes of `program`; None if that does not work out."""
+    args, kwargs = program.example_inputs
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = torch.export.export(module, args, kwargs, dynamic_shapes=_symbolic_axes(program), strict=False)
+    except Exception:  # torch.export raises a dozen types, with no common base; the program at hand will do
+        return None
+    before, after = program.graph_signature, again.graph_signature
+    same = before.user_inputs == after.user_inputs and len(before.user_outputs) == len(after.user_outputs)
+    return again if same and _ranges(again) == _ranges(program) else None
+
+
+def _symbolic_axes(program: torch.export.ExportedProgram) -> tuple[dict[int, Any], ...]:
+    dims: dict[str, Any] = {}
+
+    def dim(size: Any) -> Any:
+        bounds = program.range_constraints[size.node.expr]
+        return dims.setdefault(str(size), torch.export.Dim(str(size), min=int(bounds.lower), max=int(bounds.upper)))
+
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return tuple(
+        {axis: dim(size) for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)} for value in values
+    )
+
+
+def _ranges(program: torch.export.ExportedProgram) -> list[tuple[int, int]]:
+    return sorted((int(bounds.lower), int(bounds.upper)) for bounds in program.range_constraints.values())

@@ -1,0 +1,34 @@
+"""TensorDict keys <-> the names that a program and the wire use: nested keys join with `_`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from actserve.core.errors import CaptureFailed
+
+Key = Any  # str or a tuple of them
+RESERVED = ("is_init", "explore", "exploration", "seed", "session")
+
+
+def join(key: Key) -> str:
+    """``("group0", "agent0", "obs")`` -> ``group0_agent0_obs``; ``("next", "h")`` is h's own next value."""
+    parts = (key,) if isinstance(key, str) else tuple(key)
+    return "_".join(parts[1:] if parts[0] == "next" and len(parts) > 1 else parts)
+
+
+def leaf(key: Key) -> str:
+    return key if isinstance(key, str) else str(key[-1])
+
+
+def named(keys: Iterable[Key], what: str) -> dict[str, Key]:
+    """name -> key. Raises `CaptureFailed` when two keys would get one name, or one would get a reserved name."""
+    names: dict[str, Key] = {}
+    for key in keys:
+        name = join(key)
+        if name in names and names[name] != key:
+            raise CaptureFailed(f"the {what}s {names[name]!r} and {key!r} would both be named {name!r}; rename one")
+        if name in RESERVED:
+            raise CaptureFailed(f"the {what} {key!r} would be named {name!r}, which requests use; rename it")
+        names[name] = key
+    return names

@@ -1,0 +1,69 @@
+"""Any `torch.nn.Module` -> PolicySource: CleanRL's agents and networks, and whatever else is a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, exploration_type
+
+from actserve.core.errors import CaptureFailed
+from actserve_export.sources.source import PolicySource
+
+ACTIONS = ("argmax", "identity")
+
+
+def from_module(
+    module: nn.Module,
+    example: Tensor | Mapping[str, Tensor],
+    action: str | Callable[[Any], Tensor],
+    *,
+    call: Callable[..., Any] | None = None,
+    sample: Callable[..., Tensor] | None = None,
+) -> PolicySource:
+    """A policy that gives `module`'s output as an action.
+
+    `example` is one item without a batch axis: a tensor, which is then named "observation", or tensors by name, which
+    the module takes in this order, each (B, *shape).
+    `action` says what the output is: "argmax" for one value (or logit) for each action, (B, n), which are given as
+    `action_value` beside the best one; "identity" for the action itself; or a function of the output to the action,
+    (B, ...).
+    `call(module, *inputs)` is for modules whose forward is not the policy; `sample(module, *inputs)` gives random
+    actions, (B, ...), where the policy has any: the artifact then acts both ways.
+    Raises `CaptureFailed` for another `action`.
+    """
+    if not callable(action) and action not in ACTIONS:
+        raise CaptureFailed(f"expected an action of {', '.join(ACTIONS)} or a function; got {action!r}")
+    items = {"observation": example} if isinstance(example, Tensor) else dict(example)
+    out_keys = ["action", "action_value"] if action == "argmax" else ["action"]
+    policy = TensorDictModule(_Acting(module, action, call, sample), in_keys=list(items), out_keys=out_keys)
+    return PolicySource(policy, TensorDict(items), weights=module, library="PyTorch")
+
+
+class _Acting(nn.Module):
+    """`module` as a function of inputs to what `from_module` promises."""
+
+    def __init__(
+        self, module: nn.Module, action: str | Callable[[Any], Tensor], call: Any, sample: Callable[..., Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.action, self.call, self.sample = action, call, sample
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        output = self.module(*inputs) if self.call is None else self.call(self.module, *inputs)
+        action = self._action(output)
+        if self.sample is not None and exploration_type() != ExplorationType.DETERMINISTIC:
+            action = self.sample(self.module, *inputs)
+        return (action, output) if self.action == "argmax" else action
+
+    def _action(self, output: Any) -> Tensor:
+        if callable(self.action):
+            return self.action(output)
+        if not isinstance(output, Tensor):
+            raise CaptureFailed(f"{self.action}: expected a module that gives a tensor; got {type(output).__name__}")
+        return torch.argmax(output, -1) if self.action == "argmax" else output

@@ -1,0 +1,58 @@
+"""What a certificate is made on: inputs for everything that a program takes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from actserve.core.completion import draw
+from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Signature, TensorSpec
+from actserve_export.sources.interfaces import Source
+
+EPISODES_BEGIN = 0.1  # the share of items on the first step of an episode
+BOUNDARY = 8  # one item in so many has an observation of all lowest or all highest values
+
+
+def collect(source: Source, signature: Signature, count: int) -> Arrays:
+    """`count` items of every input, each (count, *shape); the same every time.
+
+    Observations are real where the source can observe, else random, with boundary values among them. State is the
+    initial one where an episode begins and random elsewhere.
+    """
+    rng = np.random.default_rng(0)
+    inputs = observations(source, signature, count, rng)
+    begins = rng.random(count) < EPISODES_BEGIN
+    for state in signature.state:
+        values = state.spec.sample(rng, count)
+        values[begins] = state.initial
+        inputs[state.spec.name] = np.abs(values) if state.spec.numpy_dtype.kind == "i" else values
+    if signature.is_init:
+        inputs[IS_INIT.name] = begins
+    for parameter in signature.parameters:
+        high = max(1.0, 2 * parameter.default)
+        high = high if parameter.high is None else min(high, parameter.high)
+        values = rng.uniform(parameter.low, high, count).astype(np.float32)
+        values[: count // 2] = parameter.default
+        inputs[parameter.name] = rng.permutation(values)
+    if len(signature.exploration) > 1:
+        inputs[EXPLORE.name] = rng.random(count) < 0.5
+    return {spec.name: (inputs | draw(signature.noise, 0, count))[spec.name] for spec in signature.inputs}
+
+
+def observations(source: Source, signature: Signature, count: int, rng: np.random.Generator) -> Arrays:
+    """(count, *shape) of each observation."""
+    observed = source.observations(count)
+    if observed is not None:
+        return {spec.name: observed[spec.name] for spec in signature.observations}
+    return {spec.name: _random(spec, source, count, rng) for spec in signature.observations}
+
+
+def _random(spec: TensorSpec, source: Source, count: int, rng: np.random.Generator) -> Array:
+    if spec.dtype in ("int32", "int64"):  # most likely an index, of which nothing is known but the example
+        highest = max(1, source.highest(spec.name))
+        return rng.integers(0, highest, (count, *spec.shape), spec.numpy_dtype, endpoint=True)
+    values = spec.sample(rng, count)
+    if spec.dtype == "bool" and "mask" in spec.name:
+        values[..., 0] |= ~values.any(-1)  # a mask that allows nothing is no observation
+    elif spec.dtype in ("uint8", "bool"):
+        values[::BOUNDARY], values[1::BOUNDARY] = (0, 255) if spec.dtype == "uint8" else (False, True)
+    return values

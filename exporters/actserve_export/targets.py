@@ -1,0 +1,163 @@
+"""What a user names on the command line -> a source: a known policy, a ``module:factory``, or a file."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from actserve.core.errors import CaptureFailed, UsageError
+from actserve.core.signature import Array
+from actserve_export.sources.interfaces import Source
+from actserve_export.sources.keys import join
+from actserve_export.sources.modules import from_module
+from actserve_export.sources.onnx_source import OnnxSource
+from actserve_export.sources.source import PolicySource
+from actserve_export.training import atari
+from actserve_export.training.known import expected, find
+
+_FILES = {".zip": "actserve_export.sources.sb3:from_sb3", ".onnx": "actserve_export.sources.onnx_source:OnnxSource"}
+
+
+def load(target: str, checkpoint: Path | None = None) -> tuple[str, PolicySource]:
+    """`find_source` for what is known to be a policy of TorchRL's or of PyTorch's."""
+    name, source = find_source(target, checkpoint)
+    if not isinstance(source, PolicySource):
+        raise CaptureFailed(f"{target}: expected a policy; got a {type(source).__name__}")
+    return name, source
+
+
+def playing(source: Source, game: str) -> Source:
+    """`source` as a policy for a game of the Arcade Learning Environment, a ROM's name, whose screen is its only
+    observation that is an image. Raises `UsageError`."""
+    world = atari.environment(game)
+    if not isinstance(source, PolicySource):
+        raise UsageError("--game is for policies of TorchRL and PyTorch")
+    entries = source.example.items(include_nested=True, leaves_only=True)
+    screens = [join(key) for key, value in entries if value.dtype == torch.uint8 and value.ndim == 3]
+    if len(screens) != 1:
+        raise UsageError(f"expected one observation of a screen, uint8 (height, width, 3); got {len(screens)}")
+    return replace(source, environment=replace(world, screen=screens[0]))
+
+
+def find_source(target: str, checkpoint: Path | None = None, action: str | None = None) -> tuple[str, Source]:
+    """(artifact name, source) for a known policy's name, a ``module:factory``, or a file: Stable-Baselines3's `.zip`,
+    `.onnx`. `checkpoint` are weights for a policy; `action` says what a plain module's or an `.onnx` file's output is.
+
+    Raises `UsageError` for what cannot be found and `CaptureFailed` for a factory that gives something else.
+    """
+    sys.path.insert(0, str(Path.cwd()))  # the user's own modules are where the user stands
+    try:
+        name, made = _make_from_file(Path(target)) if Path(target).suffix in _FILES else _make(target, checkpoint)
+    finally:
+        sys.path.pop(0)
+    source = _as_source(target, made, action)
+    if checkpoint is not None:
+        _restore(source, checkpoint)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), source
+
+
+def _make_from_file(path: Path) -> tuple[str, object]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    try:
+        return path.stem, resolve_name(_FILES[path.suffix])(path)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'{path.name} needs {error.name}; try: pip install "actserve[sb3]"') from error
+
+
+def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
+    known = find(target)
+    path = known.factory if known else target
+    if not path.partition(":")[2]:
+        raise UsageError(f"expected {expected()}, module:factory, or a file ({', '.join(_FILES)}); got {target!r}")
+    if known and not known.weights_ship and checkpoint is None:
+        raise UsageError(
+            f"no weights of {target} ship: train it (actserve train {target}), then export it with --checkpoint"
+        )
+    try:
+        made = resolve_name(path)(*(known.arguments if known else ()))
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{target!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the user's own code raises
+        raise UsageError(f"{target} raised {type(error).__name__}: {error}{_place(error)}") from error
+    return target if known else path.partition(":")[2], made
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+
+
+def _as_source(target: str, made: Any, action: str | None) -> PolicySource | OnnxSource:
+    if isinstance(made, OnnxSource):
+        return made if action is None else replace(made, action=action)
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], (Tensor, dict)):
+        if action is None:
+            raise UsageError(f"{target} gives a plain module: say what its output is, with --action argmax or identity")
+        if isinstance(made[0], nn.Module):
+            return from_module(*made, action)
+    if action is not None:
+        raise UsageError(f"--action is for plain modules and .onnx files; {target} says itself what its action is")
+    if isinstance(made, PolicySource):
+        return made
+    if isinstance(made, tuple) and len(made) == 2:
+        policy, example = made
+        if isinstance(policy, TensorDictModuleBase) and isinstance(example, TensorDict):
+            return PolicySource(policy, example)
+    raise CaptureFailed(
+        f"{target} must return (tensordict module, TensorDict), (module, example tensor or dict of them), "
+        f"a PolicySource or an OnnxSource; got {type(made).__name__}"
+    )
+
+
+def _restore(source: PolicySource | OnnxSource, checkpoint: Path) -> None:
+    if isinstance(source, OnnxSource):
+        raise UsageError("--checkpoint is for policies of PyTorch; an .onnx file has its weights")
+    try:
+        weights = load_file(checkpoint)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{checkpoint} is not a safetensors file that can be read: {error}") from None
+    try:
+        (source.weights or source.policy).load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"{checkpoint} does not fit the policy: {error}") from None
+
+
+def actor(target: str) -> Callable[[Array], int]:
+    """The policy as TorchRL runs it, called with one observation after the other of one episode; for comparisons.
+
+    Each without a batch axis. What the policy writes for its next step it is given there.
+    """
+    _, source = load(target)
+    torch.set_num_threads(1)
+    (name,) = (key for key in source.policy.in_keys if key not in _carried(source))
+    carried = source.example.exclude(name).set("is_init", torch.ones(1, dtype=torch.bool))
+
+    def act(observation: Array) -> int:
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            seen = source.policy(carried.clone().set(name, torch.from_numpy(observation)))
+            if "next" in seen:
+                carried.update(seen["next"]).set("is_init", torch.zeros(1, dtype=torch.bool))
+            return int(seen[source.outputs[0]])
+
+    return act
+
+
+def _carried(source: PolicySource) -> set[str]:
+    """The inputs that a policy writes itself, and the reset flag."""
+    return {"is_init"} | {key[1] for key in source.policy.out_keys if isinstance(key, tuple)}

@@ -1,0 +1,160 @@
+"""How the bundled weights were made: a teacher by PPO on a few numbers, then a student who learns from it by DAgger."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from actserve_export.training.games import Games
+from actserve_export.training.recurrent import RecurrentRecipe, RecurrentStudent
+from actserve_export.training.run import (
+    Meter,
+    Run,
+    optimizer_tensors,
+    prefixed,
+    progress_bar,
+    restore_optimizer,
+    unprefixed,
+)
+from actserve_export.training.student import Student, StudentRecipe
+from actserve_export.training.teacher import Teacher, TeacherRecipe
+
+
+def train(run: Run, seed: int, teacher: TeacherRecipe | None = None, student: StudentRecipe | None = None) -> None:
+    """`pong`, both stages, into `run`; goes on from its checkpoint if there is one. The best is `best.safetensors`."""
+    _train(run, seed, Student, teacher or TeacherRecipe(), student or StudentRecipe())
+
+
+def train_recurrent(
+    run: Run, seed: int, teacher: TeacherRecipe | None = None, student: RecurrentRecipe | None = None
+) -> None:
+    """`pong-lstm`, likewise; its teacher knows how the ball moves."""
+    teacher = teacher or TeacherRecipe(total_steps=10_000_000, movement=True)
+    _train(run, seed, RecurrentStudent, teacher, student or RecurrentRecipe())
+
+
+def _train(run: Run, seed: int, kind: type[Student], teacher: TeacherRecipe, student: StudentRecipe) -> None:
+    torch.manual_seed(seed)
+    teacher, student = _shared_out(run.total_frames, teacher, student)
+    tensors = run.restore()
+    run.describe(game="pong", seed=seed, method="distill", teacher=asdict(teacher), student=asdict(student))
+    with progress_bar() as bar:
+        stages = _Stages(run, bar, Teacher(teacher), kind(student, seed))
+        stages.restore(tensors)
+        stages.teach(seed)
+        stages.distil(seed)
+
+
+def _shared_out(
+    total: int | None, teacher: TeacherRecipe, student: StudentRecipe
+) -> tuple[TeacherRecipe, StudentRecipe]:
+    """The recipes with `total` steps between them, in the same proportion."""
+    if total is None:
+        return teacher, student
+    first = total * teacher.total_steps // (teacher.total_steps + student.total_steps)
+    return replace(teacher, total_steps=first), replace(student, total_steps=total - first)
+
+
+class _Stages:
+    """The two stages, with what they leave in the run's folder."""
+
+    def __init__(self, run: Run, bar: Progress, teacher: Teacher, student: Student) -> None:
+        self.run, self.bar, self.teacher, self.student = run, bar, teacher, student
+        self.meter = Meter()
+        self.recorded = 0.0
+        self.finished = 0
+        self.points = 0.0
+
+    @property
+    def teaching(self) -> bool:
+        return self.teacher.steps < self.teacher.recipe.total_steps
+
+    def teach(self, seed: int) -> None:
+        recipe = self.teacher.recipe
+        if not self.teaching:
+            return
+        games = Games(recipe.games, seed + self.teacher.steps)
+        task = self.bar.add_task("teacher", total=recipe.total_steps, completed=self.teacher.steps)
+
+        def after_round(points: float) -> None:
+            self.points += 0.05 * (points - self.points)
+            self._count(games, recipe.games * recipe.steps_per_round, every=50_000, stage="teacher")
+            description = f"teacher  {self.points:+.1f} points per 1,000 steps"
+            self.bar.update(task, completed=self.teacher.steps, description=description)
+
+        self.teacher.train(games, after_round)
+        self.run.save(*self.tensors())
+
+    def distil(self, seed: int) -> None:
+        recipe = self.student.recipe
+        if self.student.steps >= recipe.total_steps:
+            return
+        games = Games(recipe.games, seed + 1 + self.student.steps)
+        self.finished = 0
+        task = self.bar.add_task("student", total=recipe.total_steps, completed=self.student.steps)
+
+        def after_round() -> None:
+            size = recipe.games * recipe.steps_per_round
+            self._count(games, size, every=10_000, stage="student")
+            if self.student.steps % recipe.evaluate_every < size or self.student.steps >= recipe.total_steps:
+                self._keep_best(seed)
+            self.bar.update(task, completed=self.student.steps, description=f"student  loss {self.student.loss:.4f}")
+
+        self.student.train(games, self.teacher, after_round)
+        self.run.save(*self.tensors())
+
+    def _count(self, games: Games, steps: int, every: int, stage: str) -> None:
+        self.run.step(steps, len(games.finished) - self.finished)
+        self.finished = len(games.finished)
+        frames = self.run.counters["frames"]
+        if frames - self.recorded >= every:
+            recent = games.finished[-20:]
+            self.run.record(
+                stage=stage,
+                mean_return=sum(recent) / len(recent) if recent else math.nan,
+                points_per_1000=self.points,
+                loss=self.student.loss,
+                steps_per_s=self.meter.read(int(frames - self.recorded)),
+            )
+            self.recorded = frames
+        if self.run.save_is_due:
+            self.run.save(*self.tensors())
+
+    def _keep_best(self, seed: int) -> None:
+        scores = self.student.evaluate(seed + 500)
+        mean = sum(scores) / len(scores)
+        self.bar.console.print(
+            f"after {self.student.steps:,} steps the student's mean score is {mean:+.1f} ({min(scores):+.0f} at least)"
+        )
+        if mean >= self.student.best:
+            self.student.best = mean
+            self.run.keep("best.safetensors", self.student.weights())
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(weights, everything that going on needs); the optimiser is that of the stage in progress."""
+        training = (
+            prefixed("teacher.policy", self.teacher.policy.state_dict())
+            | prefixed("teacher.value", self.teacher.value.state_dict())
+            | prefixed("student.network", self.student.network.state_dict())
+            | prefixed("student.average", self.student.average.state_dict())
+            | optimizer_tensors(self.teacher.optimizer if self.teaching else self.student.optimizer)
+            | {"teacher.steps": torch.tensor(self.teacher.steps), "student.steps": torch.tensor(self.student.steps)}
+            | {"student.best": torch.tensor(self.student.best)}
+        )
+        return self.student.weights(), {name: tensor.detach().clone().contiguous() for name, tensor in training.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
+        self.recorded = self.run.counters["frames"]
+        self.teacher.policy.load_state_dict(unprefixed("teacher.policy", tensors))
+        self.teacher.value.load_state_dict(unprefixed("teacher.value", tensors))
+        self.student.network.load_state_dict(unprefixed("student.network", tensors))
+        self.student.average.load_state_dict(unprefixed("student.average", tensors))
+        self.teacher.steps, self.student.steps = int(tensors["teacher.steps"]), int(tensors["student.steps"])
+        self.student.best = float(tensors["student.best"])
+        restore_optimizer(self.teacher.optimizer if self.teaching else self.student.optimizer, tensors)

@@ -1,0 +1,94 @@
+"""The bundled policies: `pong` acts on one raw screen, `pong-lstm` on one raw screen and what it remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.data import Categorical
+from torchrl.modules import LSTMModule, QValueModule
+
+from actserve_export.sources.source import PolicySource
+from actserve_export.training import atari
+
+WEIGHTS = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("pong", "pong-lstm")}
+CODES = (0, 1, 3, 4, 11, 12)  # NOOP, FIRE, RIGHT, LEFT, RIGHTFIRE, LEFTFIRE, as ALE numbers them
+MEMORY = 256  # of h, and of c
+FEATURES = 512
+
+
+def value_network() -> nn.Module:
+    """(B, 1, 84, 84) -> (B, 6)."""
+    return atari.value_network(len(CODES))
+
+
+def pong() -> PolicySource:
+    """The feed-forward policy, with the weights that ship, taking raw screens."""
+    source = atari.source("pong")
+    assert source.weights is not None
+    source.weights.load_state_dict(load_file(WEIGHTS["pong"]))
+    return source
+
+
+class Head(nn.Module):
+    """(B, 512) features and (B, 256) memory -> (B, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES + MEMORY, len(CODES))
+
+    def forward(self, features: Tensor, memory: Tensor) -> Tensor:
+        values: Tensor = self.linear(torch.cat((features, memory), -1))
+        return values
+
+
+def recurrent_network() -> TensorDictSequential:
+    """pixels (B, 1, 84, 84) and LSTM state -> action_value (B, 6): the Nature CNN, an LSTM, and a layer on both."""
+    values = value_network()
+    features = nn.Sequential(values[0], *list(values[1])[:-1])
+    return TensorDictSequential(
+        TensorDictModule(features, in_keys=["pixels"], out_keys=["features"]),
+        LSTMModule(input_size=FEATURES, hidden_size=MEMORY, in_key="features", out_key="memory"),
+        TensorDictModule(Head(), in_keys=["features", "memory"], out_keys=["action_value"]),
+    )
+
+
+def begin_as(network: TensorDictSequential, weights: dict[str, Tensor]) -> None:
+    """Give a recurrent network the weights of a feed-forward one, so that at first it acts as that one does."""
+    feed_forward = value_network()
+    feed_forward.load_state_dict(weights)
+    features, _, head = network
+    features.module[0].load_state_dict(feed_forward[0].state_dict())
+    features.module[1].load_state_dict(feed_forward[1][0].state_dict())
+    head.module.linear.weight.zero_()
+    head.module.linear.weight[:, :FEATURES] = feed_forward[1][-1].weight
+    head.module.linear.bias.copy_(feed_forward[1][-1].bias)
+
+
+def pong_lstm() -> PolicySource:
+    """The recurrent policy, with the weights that ship, taking raw screens."""
+    world = atari.environment("pong")
+    network = recurrent_network().requires_grad_(False)
+    network.load_state_dict(load_file(WEIGHTS["pong-lstm"]))
+    eyes = pong().weights  # certificates are made on screens that a policy gets to
+    assert eyes is not None
+    choose = QValueModule(spec=Categorical(len(CODES)))
+    return PolicySource(
+        policy=TensorDictSequential(atari.preprocessing(), *network, choose),
+        example=TensorDict(
+            {
+                "pixels": torch.zeros(atari.screen("pong"), dtype=torch.uint8),
+                "is_init": torch.zeros(1, dtype=torch.bool),
+                "recurrent_state_h": torch.zeros(1, MEMORY),
+                "recurrent_state_c": torch.zeros(1, MEMORY),
+            }
+        ),
+        outputs=("action", "action_value"),
+        observe=lambda count: atari.observe(world, eyes, count),
+        environment=world,
+        weights=network,
+    )

@@ -1,0 +1,189 @@
+"""`pong`'s network while it learns from a teacher by DAgger (Ross et al. 2011).
+
+The student plays, the teacher says what it would have done on the screens that the student gets to, and the student
+learns the teacher's probabilities (KL).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from actserve_export.training import pong
+from actserve_export.training.games import CODES, Games, greys
+from actserve_export.training.teacher import Teacher
+
+ACTIONS = torch.tensor([pong.CODES.index(int(code)) for code in CODES])  # the teacher's actions among the policy's
+CENTRE, SPREAD = 87.0, 64.0  # the grey of the background, and about the distance of the rest from it
+GREYS = greys()
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """DAgger's hyperparameters. Steps are environment steps, each of 4 emulator frames."""
+
+    total_steps: int = 1_200_000
+    games: int = 16
+    steps_per_round: int = 8  # in each game
+    updates_per_round: int = 4
+    batch_size: int = 256  # of what one round of one game is: a screen, or a window of a round's length
+    buffer_size: int = 150_000
+    warm_up: int = 2_000  # steps before learning
+    learning_rate: float = 5e-4  # linear to 2 %
+    teacher_steps: int = 20_000  # over which the teacher's share of the actions falls from 1 to 0
+    random_share: float = 0.02
+    average_over: int = 1_000  # updates: the weights that are kept are an exponential moving average
+    evaluate_every: int = 100_000
+    evaluation_games: int = 24
+
+
+class Student:
+    """One who sees one screen at a time and remembers nothing.
+
+    It learns on centred screens; `weights` folds that into the first convolution.
+    """
+
+    def __init__(self, recipe: StudentRecipe, seed: int) -> None:
+        self.recipe = recipe
+        self.steps = 0
+        self.best = float("-inf")
+        self.loss = 0.0
+        self.network = self.make()
+        self.player = copy.deepcopy(self.network).requires_grad_(False)
+        decay = get_ema_multi_avg_fn(1 - 1 / recipe.average_over)
+        self.average = AveragedModel(self.network, multi_avg_fn=decay).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.learning_rate)
+        self.random = np.random.default_rng(seed)
+        self.replay = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(recipe.buffer_size), batch_size=recipe.batch_size
+        )
+
+    def make(self) -> nn.Module:
+        """The network as it starts."""
+        return pong.value_network().to(memory_format=torch.channels_last)
+
+    def train(self, games: Games, teacher: Teacher, after_round: Callable[[], None]) -> None:
+        """Learn until the recipe's steps are done. While one round is played, another thread learns from those before.
+
+        The player's weights are therefore one round old, and the result does not depend on which of the two is faster.
+        """
+        self.player.load_state_dict(self.network.state_dict())
+        values = self.playing(self.player)
+        with ThreadPoolExecutor(1) as learner:
+            while self.steps < self.recipe.total_steps:
+                learning = learner.submit(self._learn)
+                data = self._play(games, teacher, values)
+                learning.result()
+                self.replay.extend(self.arrange(data))
+                self.player.load_state_dict(self.network.state_dict())
+                self.steps += data.numel()
+                after_round()
+
+    def playing(self, network: nn.Module) -> Callable[[Games], TensorDict]:
+        """What plays with `network`: games -> `values` (games, 3) of the next action, and what else learning needs."""
+
+        def values(games: Games) -> TensorDict:
+            pixels = torch.from_numpy(GREYS[games.screens])
+            with torch.no_grad():
+                found = network(centred(pixels))[:, ACTIONS]
+            return TensorDict({"pixels": pixels, "values": found}, batch_size=[len(pixels)])
+
+        return values
+
+    def arrange(self, data: TensorDict) -> TensorDict:
+        """One round, (games, steps), -> what the replay buffer holds."""
+        return data.select("pixels", "target").reshape(-1)
+
+    def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """(the student's logits of all six actions, the teacher's probabilities of its three), for a sampled batch."""
+        with torch.autocast("cpu", torch.bfloat16):
+            values = self.network(centred(batch["pixels"]))
+        return values.float(), batch["target"]
+
+    def _play(self, games: Games, teacher: Teacher, values: Callable[[Games], TensorDict]) -> TensorDict:
+        steps = []
+        for _ in range(self.recipe.steps_per_round):
+            step = values(games)
+            step["target"] = teacher.probabilities(games)
+            games.step(CODES[self._choose(step)])
+            steps.append(step)
+        return TensorDict.stack(steps, 1)
+
+    def _choose(self, step: TensorDict) -> NDArray[np.int64]:
+        """The teacher's action, the student's, or a random one, game by game: (games,) indices into `CODES`."""
+        count = len(step)
+        action: NDArray[np.int64] = step["values"].argmax(-1).numpy()
+        teacher_share = max(0.0, 1 - self.steps / self.recipe.teacher_steps)
+        action = np.where(self.random.random(count) < teacher_share, step["target"].argmax(-1).numpy(), action)
+        random = self.random.random(count) < self.recipe.random_share
+        return np.where(random, self.random.integers(len(CODES), size=count), action)
+
+    def _learn(self) -> None:
+        if self.steps < self.recipe.warm_up or len(self.replay) == 0:
+            return
+        done = self.steps / self.recipe.total_steps
+        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * (1 - 0.98 * done)
+        for _ in range(self.recipe.updates_per_round):
+            logits, wanted = self.logits(self.replay.sample())
+            target = torch.zeros_like(logits).index_copy(-1, ACTIONS, wanted).flatten(0, -2)
+            loss = nn.functional.kl_div(logits.flatten(0, -2).log_softmax(-1), target, reduction="batchmean")
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
+            self.optimizer.step()
+            self.average.update_parameters(self.network)
+            self.loss = float(loss.detach())
+
+    def evaluate(self, seed: int) -> list[float]:
+        """The scores of whole games, -21 to 21, played greedily."""
+        playing = Games(self.recipe.evaluation_games, seed)
+        values = self.playing(self.average.module)
+        scores: dict[int, float] = {}
+        while len(scores) < len(playing.games):
+            before = playing.scores.copy()
+            points = playing.step(CODES[values(playing)["values"].argmax(-1).numpy()])
+            for i in np.flatnonzero(playing.begun):
+                scores.setdefault(int(i), float(before[i] + points[i]))
+        return list(scores.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The same function of greys in 0..1, for a checkpoint."""
+        network = copy.deepcopy(self.average.module).to(memory_format=torch.contiguous_format)
+        uncentre(network)
+        return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+
+
+def centred(pixels: Tensor) -> Tensor:
+    """(..., 84, 84) uint8 greys -> (..., 1, 84, 84) float32."""
+    return ((pixels.float() - CENTRE) / SPREAD).unsqueeze(-3)
+
+
+def _first(network: nn.Module) -> nn.Conv2d:
+    return next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+
+
+def uncentre(network: nn.Module) -> None:
+    """Make a network of centred screens one of greys in 0..1, exactly: the first convolution has no padding."""
+    first = _first(network)
+    with torch.no_grad():
+        first.bias -= CENTRE / SPREAD * first.weight.sum((1, 2, 3))
+        first.weight *= 255 / SPREAD
+
+
+def centre(network: nn.Module) -> None:
+    """The inverse of `uncentre`."""
+    first = _first(network)
+    with torch.no_grad():
+        first.weight *= SPREAD / 255
+        first.bias += CENTRE / SPREAD * first.weight.sum((1, 2, 3))

@@ -1,0 +1,226 @@
+"""Pong's teacher: PPO (Schulman et al. 2017) on a few numbers read off the 84x84 screen.
+
+The numbers are the ball's x and y, both paddles' y, and the ball's height over the own paddle. A teacher with
+`movement` also knows how far the ball and the own paddle moved since the last screen; one for a student who sees a
+single screen does not, as the student should not be asked for what that screen does not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.data import (
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    SamplerWithoutReplacement,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
+from torchrl.envs import EnvBase
+from torchrl.modules import ProbabilisticActor, ValueOperator
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
+
+from actserve_export.training.games import CODES, Games, Screens
+
+BALL, ENEMY, OWN = 14, 56, 200  # by ALE's index into the palette
+FIELD = slice(14, 78)  # the rows of the 84 between the walls
+ENEMY_COLUMN, OWN_COLUMN = 9, 75
+NEAR = 40  # how far over the own paddle the ball's height is told exactly, in half rows
+SIZES: tuple[int, ...] = (85, 128, 128, 128, 2 * NEAR + 2)  # bins of each number, "not to be seen" included
+MOVES = (12, 40, 24)  # how far the ball's x and y and the own paddle's y are followed from one screen to the next
+MOVE_SIZES = tuple(2 * most + 2 for most in MOVES)
+
+
+def features(screens: Screens, before: Screens | None = None) -> Tensor:
+    """(N, 84, 84) palette indices -> (N, 5) int64, or (N, 8) with the screens `before`: each number's bin.
+
+    The bins of all numbers are rows of one table, `sum(SIZES)` long, `sum(SIZES + MOVE_SIZES)` with movement.
+    """
+    ball_x, ball_y, own_y, enemy_y = _places(screens)
+    over = np.where((ball_x < 84) & (own_y < 127), np.clip(ball_y - own_y, -NEAR, NEAR) + NEAR, 2 * NEAR + 1)
+    numbers, sizes = [ball_x, ball_y, own_y, enemy_y, over], SIZES
+    if before is not None:
+        x, y, own, _ = _places(before)
+        both = (ball_x < 84) & (x < 84)
+        seen = (both, both, (own_y < 127) & (own < 127))
+        for most, moved, known in zip(MOVES, (ball_x - x, ball_y - y, own_y - own), seen, strict=True):
+            numbers.append(np.where(known, np.clip(moved, -most, most) + most, 2 * most + 1))
+        sizes += MOVE_SIZES
+    return torch.from_numpy(np.stack(numbers, 1) + np.cumsum((0, *sizes[:-1])))
+
+
+def _places(screens: Screens) -> tuple[NDArray[np.int64], ...]:
+    """The ball's x (84: not to be seen) and y, the own paddle's y and the other's, in half rows (127: not there)."""
+    field = screens[:, FIELD]
+    ball = field == BALL
+    seen, ball_y = _middle(ball.any(2))
+    ball_x = np.where(seen, ball.any(1).argmax(1), 84)
+    _, own_y = _middle(field[:, :, OWN_COLUMN] == OWN)
+    _, enemy_y = _middle(field[:, :, ENEMY_COLUMN] == ENEMY)
+    return ball_x, ball_y, own_y, enemy_y
+
+
+def _middle(rows: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """(N, 64) -> whether there is anything, and its middle in half rows, 127 if there is nothing."""
+    seen = np.asarray(rows.any(axis=1))
+    middle = rows.argmax(1) + 63 - rows[:, ::-1].argmax(1)
+    return seen, np.where(seen, middle, 127)
+
+
+class Points(EnvBase):
+    """`Games` as a TorchRL environment, batch size [games]: an action is an index into `CODES`, a point an episode.
+
+    A game goes on after a point, so resetting does nothing.
+    """
+
+    def __init__(self, games: Games, movement: bool) -> None:
+        count = len(games.games)
+        super().__init__(batch_size=[count])
+        self.games, self.movement = games, movement
+        sizes = SIZES + MOVE_SIZES if movement else SIZES
+        self.observation_spec = Composite(bins=Categorical(sum(sizes), (count, len(sizes))), shape=[count])
+        self.action_spec = Categorical(len(CODES), (count,))
+        self.reward_spec = Unbounded((count, 1))
+
+    def _reset(self, _tensordict: TensorDictBase | None, **_options: Any) -> TensorDict:
+        return TensorDict({"bins": self._see()}, batch_size=self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        points = torch.from_numpy(self.games.step(CODES[tensordict["action"].numpy()]))[:, None]
+        scored = points != 0
+        after = {"bins": self._see(), "reward": points, "terminated": scored, "done": scored}
+        return TensorDict(after, batch_size=self.batch_size)
+
+    def _set_seed(self, seed: int | None) -> None:
+        """The games have theirs."""
+
+    def _see(self) -> Tensor:
+        return features(self.games.screens, self.games.before if self.movement else None)
+
+
+def network(outputs: int, movement: bool) -> nn.Module:
+    """Bins, (N, 5) or with movement (N, 8) -> (N, outputs): one-hots times 192 (looked up), then 128."""
+    table = nn.EmbeddingBag(sum(SIZES + MOVE_SIZES if movement else SIZES), 192, mode="sum")
+    nn.init.normal_(table.weight, std=0.3)
+    last = nn.Linear(128, outputs)
+    nn.init.orthogonal_(last.weight, 0.01 if outputs > 1 else 1.0)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(_Leading(table), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), last)
+
+
+class _Leading(nn.Module):
+    """An EmbeddingBag over the last axis, whatever leads it."""
+
+    def __init__(self, table: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, bins: Tensor) -> Tensor:
+        summed: Tensor = self.table(bins.reshape(-1, bins.shape[-1]))
+        return summed.reshape(*bins.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """PPO's hyperparameters. Steps are environment steps, each of 4 emulator frames."""
+
+    total_steps: int = 24_000_000
+    movement: bool = False
+    games: int = 32
+    steps_per_round: int = 128  # in each game
+    epochs: int = 4
+    batch_size: int = 1024
+    learning_rate: float = 7e-4  # constant for 40 %, then linear to 5 %
+    gamma: float = 0.99
+    late_gamma: float = 0.999  # from 70 % on: quick points come first, and then those that a longer rally would win
+    lmbda: float = 0.95
+    clip: float = 0.2
+    entropy: float = 0.01  # falls linearly to 10 %
+    critic: float = 0.5
+
+
+class Teacher:
+    """The teacher and its training."""
+
+    def __init__(self, recipe: TeacherRecipe) -> None:
+        self.recipe = recipe
+        self.steps = 0
+        self.policy, self.value = network(len(CODES), recipe.movement), network(1, recipe.movement)
+        self.actor = ProbabilisticActor(
+            TensorDictModule(self.policy, in_keys=["bins"], out_keys=["logits"]),
+            in_keys=["logits"],
+            spec=Categorical(len(CODES)),
+            distribution_class=torch.distributions.Categorical,
+            return_log_prob=True,
+        )
+        critic = ValueOperator(self.value, in_keys=["bins"])
+        self.advantage = GAE(gamma=recipe.gamma, lmbda=recipe.lmbda, value_network=critic, deactivate_vmap=True)
+        self.loss = ClipPPOLoss(
+            self.actor,
+            critic,
+            clip_epsilon=recipe.clip,
+            entropy_coeff=recipe.entropy,
+            critic_coeff=recipe.critic,
+            loss_critic_type="l2",
+            normalize_advantage=True,
+        )
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=recipe.learning_rate, eps=1e-5)
+
+    def probabilities(self, games: Games) -> Tensor:
+        """(games, 3), of NOOP, RIGHT, LEFT."""
+        with torch.no_grad():
+            bins = features(games.screens, games.before if self.recipe.movement else None)
+            probabilities: Tensor = self.policy(bins).softmax(-1)
+        return probabilities
+
+    def train(self, games: Games, after_round: Callable[[float], None]) -> None:
+        """Learn until the recipe's steps are done. `after_round` gets each round's points per 1,000 steps."""
+        size = self.recipe.games * self.recipe.steps_per_round
+        replay = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(size), sampler=SamplerWithoutReplacement(), batch_size=self.recipe.batch_size
+        )
+        collector = Collector(
+            Points(games, self.recipe.movement),
+            self.actor,
+            frames_per_batch=size,
+            total_frames=-1,
+            auto_register_policy_transforms=False,
+        )
+        for data in collector:
+            self._schedule(self.steps / self.recipe.total_steps)
+            with torch.no_grad():
+                self.advantage(data)
+            replay.empty()
+            replay.extend(data.reshape(-1))
+            for _ in range(self.recipe.epochs):
+                for batch in replay:
+                    self._update(batch)
+            self.steps += size
+            after_round(1000 * float(data["next", "reward"].mean()))
+            if self.steps >= self.recipe.total_steps:
+                break
+        collector.shutdown()
+
+    def _schedule(self, done: float) -> None:
+        share = 1 - 0.95 * max(0.0, (done - 0.4) / 0.6)
+        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * share
+        self.advantage.gamma.fill_(self.recipe.gamma if done < 0.7 else self.recipe.late_gamma)
+        self.loss.entropy_coeff.fill_(self.recipe.entropy * (1 - 0.9 * done))
+
+    def _update(self, batch: TensorDict) -> None:
+        losses = self.loss(batch)
+        self.optimizer.zero_grad()
+        (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
+        nn.utils.clip_grad_norm_(self.loss.parameters(), 0.5)
+        self.optimizer.step()
