@@ -43,7 +43,7 @@ RUN pip install --no-compile --constraint constraints.txt ale-py pillow \
  && rm -f PIL/_avif.* PIL/_webp.* PIL/_imagingft.* PIL/_imagingcms.* PIL/_imagingtk.* \
  && cd pillow.libs \
  && rm -f libavif-* libwebp* libsharpyuv-* libfreetype-* libharfbuzz-* libbrotli* libpng16-* liblcms2-*
-RUN python -c "import actserve.cli.main, actserve.server.app, actserve.cli.tools.play, actserve.loadtest.load, PIL.PngImagePlugin, ale_py.roms"
+RUN python -c "import actserve.cli.main, actserve.server.app, actserve.cli.tools.play_and_load, actserve.loadtest.generator, PIL.PngImagePlugin, ale_py.roms"
 
 # AOTInductor's programs are native code: built here, they belong to root, which makes them trusted.
 FROM build AS build-pt2

@@ -16,8 +16,8 @@ from pdoc.doc import Class, Doc, Function, Module
 import actserve_export
 
 MODULES = (
-    "actserve.client.remote",
-    "actserve.client.aio",
+    "actserve.client.remote_policy",
+    "actserve.client.async_remote_policy",
     "actserve.client.stream",
     "actserve.client.sequence",
     "actserve_export",

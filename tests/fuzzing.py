@@ -28,9 +28,9 @@ from actserve.core.errors import ActserveError
 from actserve.core.signature import Arrays, Signature, TensorSpec
 from actserve.server.access.tokens import Access
 from actserve.server.fastpath import websocket_frames as frames
-from actserve.server.fastpath.heads import Heads, Size, may_become_a_head
+from actserve.server.fastpath.heads import BodySize, HeadParser, may_become_a_head
 from actserve.server.protocols.oip import http
-from actserve.wire.accept import quality
+from actserve.wire.accept_header import quality
 from actserve.wire.stream_messages import Hello, Replies
 from tests.fake_policy import SIGNATURE
 from tests.lane_service import ITEM_BYTES, request
@@ -97,8 +97,8 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """By name: what takes bytes, and bytes that it takes. `folder`: for a file of tokens."""
     (folder / "tokens").write_text("")
     access = Access(folder / "tokens")
-    heads = Heads({b"/act": "door"}, {b"/act": Size(ITEM_BYTES, 4)})
-    guarded = Heads({b"/act": "door"}, {b"/act": Size(ITEM_BYTES, 4)}, access.find)
+    heads = HeadParser({b"/act": "door"}, {b"/act": BodySize(ITEM_BYTES, 4)})
+    guarded = HeadParser({b"/act": "door"}, {b"/act": BodySize(ITEM_BYTES, 4)}, access.find)
     replies = Replies(MIXED.outputs)
 
     def decoded(content_type: str, signature: Signature) -> Target:
@@ -128,7 +128,10 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
         "json": (decoded(wire.JSON, MIXED), [json.dumps(document).encode(), json.dumps(b64).encode()]),
         "safetensors": (
             decoded(wire.SAFETENSORS, MIXED),
-            [wire.encode_request(wire.SAFETENSORS, wire.Items(tensors, batched, seed=1)) for batched in (True, False)],
+            [
+                wire.encode_request(wire.SAFETENSORS, wire.Payload(tensors, batched, seed=1))
+                for batched in (True, False)
+            ],
         ),
         "png": (decoded(wire.PNG, SCREEN), [png(4, 3)]),
         "raw": (decoded(wire.RAW, SCREEN), [bytes(36), bytes(72)]),

@@ -24,7 +24,7 @@ from actserve.engine.registry import Registry
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.preflight import Choice
 from actserve.server.access.tokens import Access
-from actserve.server.fastpath.endpoints import Lane
+from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.http import act, gate, health, policies
 from actserve.server.http import error_responses as errors
 from actserve.server.sessions import Limits, Sessions
@@ -124,7 +124,7 @@ def running(http: str, settings: Settings | None = None, slow: bool = False, **o
         patience_s, most = registry.settings.request_timeout_s, registry.settings.max_connections
         with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
             app.state.sessions = held
-            async with Lane(registry, patience_s, most, access) as lane:
+            async with FastPath(registry, patience_s, most, access) as lane:
                 yield {"lane": lane}
             await registry.close()
 

@@ -26,7 +26,7 @@ from torchrl.modules import (
     TruncatedNormal,
 )
 
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 
 Pair = tuple[TensorDictSequential, TensorDict]
 OBSERVATION = {"observation": torch.zeros(4)}

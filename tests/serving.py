@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from actserve.server.fastpath.accept import Accepting
+from actserve.server.fastpath.acceptor import Acceptor
 from tests.waiting import until
 
 BACKLOG = 512
@@ -29,7 +29,7 @@ def serving(app: FastAPI, uds: str | None = None, **options: Any) -> Iterator[uv
     listener = socket.socket(socket.AF_INET if uds is None else socket.AF_UNIX)
     listener.bind(("127.0.0.1", 0) if uds is None else uds)
     listener.listen(BACKLOG)
-    server = uvicorn.Server(uvicorn.Config(app, **{**UVICORN, "http": Accepting(listener), **options}))
+    server = uvicorn.Server(uvicorn.Config(app, **{**UVICORN, "http": Acceptor(listener), **options}))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

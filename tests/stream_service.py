@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server.access.tokens import Access
-from actserve.server.fastpath.endpoints import Lane
+from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.http import act, gate, policies, sessions, stream
 from actserve.server.http import error_responses as errors
 from actserve.server.protocols import oip
@@ -35,7 +35,7 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
         with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
             _app.state.sessions = held
             patience_s, most = settings.request_timeout_s, settings.max_connections
-            async with Lane(registry, patience_s, most, access) as lane:
+            async with FastPath(registry, patience_s, most, access) as lane:
                 yield {"lane": lane}
             await registry.close()
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from actserve.core.signature import IS_INIT, Arrays, DType, Parameter, Signature, State, TensorSpec
-from actserve.wire import Items
+from actserve.wire import Payload
 
 ACTION = TensorSpec("action", "int64", ())
 NAMES = ["pixels", "x", "größe", "a.b", "__meta__"]
@@ -42,13 +42,13 @@ def values(wanted: tuple[TensorSpec, ...] | list[TensorSpec], size: int, seed: i
 
 
 @st.composite
-def requests(draw: st.DrawFn, signature: Signature) -> Items:
+def requests(draw: st.DrawFn, signature: Signature) -> Payload:
     """What a client may say to a policy: all of the observations, and of the rest some."""
     states = [state.spec for state in signature.state] if draw(st.booleans()) else []
     others = [spec for spec in signature.asked if spec is IS_INIT or spec.name == "epsilon"]
     others = draw(st.lists(st.sampled_from(others), unique=True)) if others else []
     size = draw(st.integers(1, 3))
-    return Items(
+    return Payload(
         values([*signature.observations, *states, *others], size, draw(st.integers(0, 2**32))),
         batched=size > 1 or draw(st.booleans()),
         exploration=draw(st.sampled_from([None, "deterministic", "random"])),
@@ -57,7 +57,7 @@ def requests(draw: st.DrawFn, signature: Signature) -> Items:
     )
 
 
-def assert_same(got: Items, expected: Items) -> None:
+def assert_same(got: Payload, expected: Payload) -> None:
     """Equal to the last bit, dtypes and shapes too."""
     assert (got.batched, got.metadata) == (expected.batched, expected.metadata)
     assert got.tensors.keys() == expected.tensors.keys()

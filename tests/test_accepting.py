@@ -14,7 +14,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from actserve.server.fastpath.accept import Accepting
+from actserve.server.fastpath.acceptor import Acceptor
 from tests import certificates, lane_service
 from tests.lane_service import LANE, request
 from tests.serving import BACKLOG
@@ -31,7 +31,7 @@ def test_a_crowd_is_accepted_in_a_few_looks() -> None:
     async def look(listener: socket.socket) -> int:
         config, state, loop = uvicorn.Config(nothing), ServerState(), asyncio.get_running_loop()
         config.load()
-        accept = Accepting(listener)
+        accept = Acceptor(listener)
         server = await loop.create_server(
             lambda: accept(config=config, server_state=state, app_state={}, _loop=loop), sock=listener
         )

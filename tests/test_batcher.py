@@ -11,7 +11,7 @@ import pytest
 
 from actserve.core.errors import Behind, NotServing, Overloaded, RuntimeFailure, TooLate
 from actserve.core.signature import Array, Arrays
-from actserve.engine.batcher import Batcher, Request, Waiting, form
+from actserve.engine.batcher import ArrayRequest, Batcher, BatchRequest, form
 from tests.waiting import until_in_loop
 
 
@@ -42,9 +42,9 @@ def items(*values: float) -> Arrays:
     return {"x": np.array(values)}
 
 
-def waiting(*sizes: int) -> deque[Waiting]:
-    async def make() -> deque[Waiting]:
-        return deque(Request(items(*range(size)), size) for size in sizes)
+def waiting(*sizes: int) -> deque[BatchRequest]:
+    async def make() -> deque[BatchRequest]:
+        return deque(ArrayRequest(items(*range(size)), size) for size in sizes)
 
     return asyncio.run(make())
 
@@ -63,7 +63,7 @@ def test_form_drops_the_cancelled() -> None:
     queue = waiting(4, 4, 4)
     first, second, third = queue
     for request in (first, third):
-        assert isinstance(request, Request)
+        assert isinstance(request, ArrayRequest)
         request.future.cancel()
     assert form(queue, 5, 0) == ([second], [first, third])
     assert not queue

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from actserve.core.errors import CaptureFailed
 from actserve_export.capture import capture
 from actserve_export.capture.trace import MAX_BATCH
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 from tests.policies import cart
 
 

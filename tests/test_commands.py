@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actserve.cli.tools.local_service import serve
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.store.local import ModelStore
 from actserve.store.trust.signing import PrivateKey
 from actserve_export.compile import _existing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actserve.cli.tools.doctor import RUNS, Row, diagnose, print_diagnosis
+from actserve.cli.tools.doctor import RUNS, ProgramStatus, diagnose, print_diagnosis
 from actserve.core.errors import UnknownPolicy
 from actserve.engine.runtimes.preflight import this_host
 from actserve.store.artifact import Program
@@ -24,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_built_here_runs_here(cart_store: ModelStore) -> None:
     steps: list[str] = []
     diagnosis = diagnose(cart_store, "cart", progress=steps.append)
-    assert diagnosis.rows == [Row("cart@1", "onnx", True, RUNS), Row("cart@1", "pt2", True, RUNS)]
+    assert diagnosis.rows == [ProgramStatus("cart@1", "onnx", True, RUNS), ProgramStatus("cart@1", "pt2", True, RUNS)]
     assert diagnosis.host["glibcxx"]
     assert steps == ["cart@1"]
     assert json.loads(json.dumps(diagnosis.as_json()))["programs"][0]["runs"] is True

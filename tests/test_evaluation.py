@@ -12,13 +12,13 @@ from rich.console import Console
 
 from actserve.atari.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
 from actserve.atari.human_scores import SCORES, normalised
-from actserve.atari.play import Episode, Report
+from actserve.atari.play import EpisodeResult, Report
 from actserve.core.errors import UsageError
 from tests.test_atari import PONG
 
 
 def report(scores: list[float], runtime: str = "onnx", seed: int = 0, actions: str = "a") -> Report:
-    episodes = tuple(Episode(seed + i, score, 100, f"{actions}{i}") for i, score in enumerate(scores))
+    episodes = tuple(EpisodeResult(seed + i, score, 100, f"{actions}{i}") for i, score in enumerate(scores))
     return Report("pong", runtime, "pong", episodes, {}, 1.0)
 
 

@@ -21,7 +21,7 @@ from actserve.core.signature import Array, Exploration, Noise, Signature, State,
 from actserve.engine.policy import Policy
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.preflight import Choice
-from actserve.server.arcade.game import Game, Seats, Step, encode_png, values_output
+from actserve.server.arcade.game import Game, GameStep, Seats, encode_png, values_output
 from actserve.store.artifact import Artifact, Manifest
 from tests.fake_policy import QUICK
 from tests.test_atari import PONG
@@ -63,8 +63,8 @@ def counting(environment: Environment | None = PONG, signature: Signature = SIGN
 
 def played(
     steps: int, policy: Policy, exploration: Exploration | None = None, seed: int = 1, held: int | None = None
-) -> list[Step]:
-    async def play() -> list[Step]:
+) -> list[GameStep]:
+    async def play() -> list[GameStep]:
         async def find() -> Policy:
             return policy
 
@@ -72,7 +72,7 @@ def played(
         game = Game(find, exploration, seed)
         try:
             await game.begin()
-            taken: list[Step] = []
+            taken: list[GameStep] = []
             while len(taken) < steps and not game.over:
                 taken.append(await game.step(held))
             return taken

@@ -17,7 +17,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.errors import ServiceError
 from actserve.core.settings import Settings

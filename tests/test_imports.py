@@ -1,7 +1,7 @@
 """The import law: which package may import which, no cycles, and what serving must not load.
 
 An import counts wherever it stands: at the top of a module, inside a function, or as a string such as
-"actserve.wire.as_json" or "actserve.engine.runtimes.onnx:OnnxRuntime".
+"actserve.wire.as_json" or "actserve.engine.runtimes.onnx_runtime:OnnxRuntime".
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def test_users_import_from_the_top() -> None:
 def test_the_service_and_the_client_load_no_torch() -> None:
     code = """
 import sys
-import actserve.atari.play, actserve.cli.main, actserve.loadtest.load, actserve.server.app
-import actserve.engine.runtimes.onnx
+import actserve.atari.play, actserve.cli.main, actserve.loadtest.generator, actserve.server.app
+import actserve.engine.runtimes.onnx_runtime
 print(sorted({"torch", "torchrl", "tensordict", "actserve_export", "gymnasium"} & set(sys.modules)))
 """
     assert run(code) == "[]"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actserve.server.fastpath.heads import MAX_BYTES, REMEMBERED, Heads, Size, Taken, may_become_a_head
+from actserve.server.fastpath.heads import MAX_BYTES, REMEMBERED, BodySize, HeadParser, RequestHead, may_become_a_head
 from tests.lane_service import ITEM_BYTES, request
 
 DOORS = {b"/act": "default", b"/policies/tiny/act": "tiny"}
@@ -21,8 +21,8 @@ TOKENS = (
 )  # fmt: skip
 
 
-def heads() -> Heads[str]:
-    return Heads(DOORS, dict.fromkeys(DOORS, Size(ITEM_BYTES, 2)))
+def heads() -> HeadParser[str]:
+    return HeadParser(DOORS, dict.fromkeys(DOORS, BodySize(ITEM_BYTES, 2)))
 
 
 class Parsed:
@@ -94,7 +94,7 @@ def test_the_beginning_of_what_is_taken_may_become_it(head: bytes, length: int) 
 def test_a_head_is_read_once_and_not_too_many_are_remembered() -> None:
     known = heads()
     for index in range(3 * REMEMBERED):
-        assert known.find(request(b"", length="12", headers=[f"User-Agent: {index}"])) == Taken(
+        assert known.find(request(b"", length="12", headers=[f"User-Agent: {index}"])) == RequestHead(
             "default", 0, ITEM_BYTES, 1
         )
         assert len(known._known) <= REMEMBERED

@@ -14,7 +14,7 @@ import urllib3
 from backports import zstd
 
 from actserve.core.settings import Settings
-from actserve.wire.items import MAX_VALUES
+from actserve.wire.payload import MAX_VALUES
 from tests import stream_service
 from tests.fake_policy import NAME
 from tests.lane_service import ITEM_BYTES, LANE, Service, request, running

@@ -12,7 +12,7 @@ from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
 from actserve.loadtest.backends.stream import StreamConnection
-from actserve.loadtest.connection import Connection
+from actserve.loadtest.connection import LoadConnection
 
 
 class Transport:
@@ -51,10 +51,10 @@ class Heard:
     def __init__(self) -> None:
         self.said: list[Any] = []
 
-    def answered(self, connection: Connection, status: int, body: bytes) -> None:
+    def answered(self, connection: LoadConnection, status: int, body: bytes) -> None:
         self.said.append((status, body))
 
-    def lost(self, connection: Connection, unanswered: bool) -> None:
+    def lost(self, connection: LoadConnection, unanswered: bool) -> None:
         self.said.append(unanswered)
 
 

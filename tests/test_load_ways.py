@@ -16,7 +16,7 @@ from actserve.core.errors import ServiceError, UsageError
 from actserve.core.signature import Array, Noise, Signature, State, TensorSpec
 from actserve.engine.runtimes.base import Runtime
 from actserve.loadtest.backends import BACKENDS
-from actserve.loadtest.load import load
+from actserve.loadtest.generator import load
 from actserve.server.sessions import Sessions
 from actserve.store.artifact import Artifact
 from tests import fake_policy

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from actserve.core.settings import Settings
 from actserve.server.access.tokens import add
 from actserve.server.app import create_app
-from actserve.telemetry.counts import KEPT, Counts, Program
+from actserve.telemetry.counts import KEPT, Counts, ProgramLabels
 from actserve.telemetry.logs import JsonFormatter
 from tests.asgi import Answer, Caller
 from tests.shipped import SHIPPED
@@ -115,17 +115,17 @@ def test_what_is_now(service: Caller) -> None:
 
 def test_what_is_told_of_versions_stays_small_however_many_there_have_been() -> None:
     counts = Counts()
-    held = counts.meters(Program("pong", 1, "onnx"))  # a batcher's, that runs on
-    counts.meters(Program("breakout", 1, "onnx"))
+    held = counts.meters(ProgramLabels("pong", 1, "onnx"))  # a batcher's, that runs on
+    counts.meters(ProgramLabels("breakout", 1, "onnx"))
     for version in range(2, 201):
-        counts.meters(Program("pong", version, "onnx")).sizes.add(version)
-    assert counts.meters(Program("pong", 1, "onnx")) is held
+        counts.meters(ProgramLabels("pong", version, "onnx")).sizes.add(version)
+    assert counts.meters(ProgramLabels("pong", 1, "onnx")) is held
     assert sorted(counts.programs) == [
-        Program("breakout", 1, "onnx"),
-        Program("pong", 1, "onnx"),
-        *(Program("pong", version, "onnx") for version in range(202 - KEPT, 201)),
+        ProgramLabels("breakout", 1, "onnx"),
+        ProgramLabels("pong", 1, "onnx"),
+        *(ProgramLabels("pong", version, "onnx") for version in range(202 - KEPT, 201)),
     ]
-    assert counts.meters(Program("pong", 200, "onnx")).sizes.total == 200
+    assert counts.meters(ProgramLabels("pong", 200, "onnx")).sizes.total == 200
 
 
 def test_what_is_counted_is_told_while_the_sessions_file_cannot_be_used(tmp_path: Path) -> None:

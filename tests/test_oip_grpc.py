@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
 from actserve.core import errors
-from actserve.server.protocols.grpc.service import Service
+from actserve.server.protocols.grpc.service import InferenceService
 from actserve.server.protocols.grpc.status import STATUS, status
 from actserve.server.sessions import Limits, Sessions
 from tests.fake_policy import NAME, Alone, Versions, seen
@@ -46,7 +46,7 @@ class Calls:
 
     async def _start(self, sessions: Sessions) -> None:
         self.registry.publish()
-        self._service = Service(self.registry, sessions)
+        self._service = InferenceService(self.registry, sessions)
 
     def __call__(self, method: str, request: Any) -> Any:
         return self.runner.run(getattr(self._service, method)(request, Context()))

@@ -22,7 +22,7 @@ from actserve.core.errors import UsageError
 from actserve.core.settings import Settings
 from actserve.server.protocols.grpc import check
 from actserve.server.protocols.grpc.server import serving
-from actserve.server.protocols.grpc.service import Service
+from actserve.server.protocols.grpc.service import InferenceService
 from actserve.server.sessions import Limits, Sessions
 from tests.fake_policy import SLOW, Alone, Versions, seen
 from tests.oip import BATCH, MAX_BODY_BYTES, same
@@ -154,7 +154,7 @@ def test_what_is_not_offered_says_so(tmp_path: Path) -> None:
                 call = getattr(GRPCInferenceServiceStub(channel), method.name)
                 offered = not method.name.startswith(("System", "Cuda", "Trace", "Log", "RepositoryModel"))
                 if offered:
-                    assert hasattr(Service, method.name)
+                    assert hasattr(InferenceService, method.name)
                     continue
                 with pytest.raises(grpc.aio.AioRpcError, match="the extensions offered are binary") as caught:
                     await call(getattr(pb, method.input_type.name)())

@@ -208,7 +208,7 @@ def test_another_format_under_the_same_name_is_refused(
     with pytest.raises(RuntimeFailure, match=r"actserve refused the \.onnx program: it is not an ONNX model"):
         load("onnx", artifact)
     monkeypatch.setattr(
-        "actserve.engine.runtimes.onnx.inspect_model", lambda data: None
+        "actserve.engine.runtimes.onnx_runtime.inspect_model", lambda data: None
     )  # as if it were a good model as well
     with pytest.raises(RuntimeFailure, match=r"ONNX Runtime refused the program"):
         load("onnx", artifact)

@@ -17,7 +17,7 @@ from actserve.store.local import ModelStore
 from actserve_export import publish
 from actserve_export.certify import certify
 from actserve_export.publish import export
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 from actserve_export.targets import load, playing
 from tests.policies import cart
 

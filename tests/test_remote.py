@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from actserve import wire
-from actserve.client.aio import AsyncRemotePolicy
-from actserve.client.remote import RemotePolicy
+from actserve.client.async_remote_policy import AsyncRemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.environment import Environment, GameAction
 from actserve.core.errors import InvalidTensor, ServiceError, ServiceUnreachable, UsageError
 from tests.fake_service import SIGNATURE, FakeService, running

@@ -13,13 +13,13 @@ import torch
 import urllib3
 from tensordict import TensorDict
 
-from actserve.client import remote as remotes
-from actserve.client.aio import AsyncRemotePolicy
-from actserve.client.episodes import WAYS
-from actserve.client.operations import Response
-from actserve.client.remote import RemotePolicy
+from actserve.client import remote_policy as remotes
+from actserve.client.async_remote_policy import AsyncRemotePolicy
+from actserve.client.operations import HttpResponse
+from actserve.client.remote_policy import RemotePolicy
 from actserve.client.sequence import OipSequence
-from actserve.client.transport import Connection
+from actserve.client.transport import HttpConnection
+from actserve.client.via import WAYS
 from actserve.core.errors import (
     InvalidTensor,
     ProxyFailed,
@@ -81,17 +81,17 @@ def test_nothing_is_held_once_the_episode_is_over(policy: RemotePolicy) -> None:
 
 
 def test_a_step_whose_answer_is_lost_is_taken_once(policy: RemotePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    exchange = Connection.exchange
+    exchange = HttpConnection.exchange
     lost: list[Any] = []
 
-    def lose(connection: Connection, request: Any) -> Any:
+    def lose(connection: HttpConnection, request: Any) -> Any:
         response = exchange(connection, request)
         if request.headers.get("X-Step") == "3" and len(lost) < remotes.ATTEMPTS - 1:
             lost.append(response)
             raise ServiceUnreachable("lost on its way")
         return response
 
-    monkeypatch.setattr(Connection, "exchange", lose)
+    monkeypatch.setattr(HttpConnection, "exchange", lose)
     with policy.session(seed=SEED) as session:
         assert [session.act(np.array(x)) for x in XS] == [action for action, _ in alone(None)]
     assert len(lost) == 2
@@ -102,23 +102,25 @@ def test_a_step_that_a_proxy_lost_is_asked_for_again(
     policy: RemotePolicy, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """The service has taken some of them, and others never came to it."""
-    exchange = Connection.exchange
+    exchange = HttpConnection.exchange
     asked = 0
 
-    def lose(connection: Connection, request: Any) -> Any:
+    def lose(connection: HttpConnection, request: Any) -> Any:
         nonlocal asked
         asked += 1
         if asked % 3 == 0:
-            return Response(502, "text/html", b"<html>Bad gateway")
+            return HttpResponse(502, "text/html", b"<html>Bad gateway")
         response = exchange(connection, request)
-        return Response(500, "text/plain", b"Internal Server Error") if asked % 3 == 1 else response
+        return HttpResponse(500, "text/plain", b"Internal Server Error") if asked % 3 == 1 else response
 
     with contextlib.ExitStack() as stack:
         acting: Any = policy.episode() if way == "episode" else stack.enter_context(policy.session(seed=SEED))
         with monkeypatch.context() as patched:
-            patched.setattr(Connection, "exchange", lose)
+            patched.setattr(HttpConnection, "exchange", lose)
             actions = [acting.act(np.array(x)) for x in XS]
-            patched.setattr(Connection, "exchange", lambda *_: Response(500, "text/plain", b"Internal Server Error"))
+            patched.setattr(
+                HttpConnection, "exchange", lambda *_: HttpResponse(500, "text/plain", b"Internal Server Error")
+            )
             with pytest.raises(ProxyFailed, match="500 http_error: Internal"):
                 acting.act(np.array(1))
     assert actions == [action for action, _ in alone(None)]

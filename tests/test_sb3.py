@@ -19,8 +19,8 @@ from actserve.core.signature import Arrays
 from actserve.store.local import ModelStore
 from actserve_export.capture import capture
 from actserve_export.publish import export
+from actserve_export.sources.policy_source import PolicySource
 from actserve_export.sources.sb3 import from_sb3
-from actserve_export.sources.source import PolicySource
 from actserve_export.targets import load
 from tests.sb3_models import CHOICE, FORCES, MODELS, NUMBERS, SEVERAL, Dice
 

@@ -19,7 +19,7 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays
 from actserve_export.capture import Captured, capture
 from actserve_export.sources.keys import join, named
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 from tests import policies
 
 STEPS, ROWS = 200, 6

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from actserve.server.metrics.summary import quantile
 from actserve.telemetry.call import Call, current
-from actserve.telemetry.counts import ACT, Counts, Program
+from actserve.telemetry.counts import ACT, Counts, ProgramLabels
 from actserve.telemetry.families import Families, Family, Merge, from_jsonable, merged, to_jsonable
 from actserve.telemetry.logs import HumanFormatter, JsonFormatter
 from actserve.telemetry.meters import SIZES, TIMES_NS, Histogram, Meters
@@ -51,9 +51,9 @@ def test_meters_take_a_batch_at_a_time() -> None:
 
 def test_a_program_that_is_loaded_again_goes_on_counting() -> None:
     counts = Counts()
-    counts.meters(Program("pong", 1, "onnx")).sizes.add(2)
-    counts.meters(Program("pong", 1, "onnx")).sizes.add(3)
-    assert counts.programs[Program("pong", 1, "onnx")].sizes.total == 5
+    counts.meters(ProgramLabels("pong", 1, "onnx")).sizes.add(2)
+    counts.meters(ProgramLabels("pong", 1, "onnx")).sizes.add(3)
+    assert counts.programs[ProgramLabels("pong", 1, "onnx")].sizes.total == 5
     assert counts.tally("pong", "http", "/act") is counts.tally("pong", "http", ACT)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.errors import ServiceUnreachable, UsageError
 from actserve.core.settings import Settings
-from actserve.loadtest.load import load
+from actserve.loadtest.generator import load
 from actserve.server.access.tls import check
 from tests import certificates, lane_service, stream_service
 from tests.lane_service import LANE, NAME, Service, request

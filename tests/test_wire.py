@@ -28,7 +28,7 @@ def b64(array: Array) -> dict[str, object]:
     return {"dtype": str(array.dtype), "shape": list(array.shape), "b64": base64.b64encode(array.tobytes()).decode()}
 
 
-def decode_json(document: object, signature: Signature = ONE) -> wire.Items:
+def decode_json(document: object, signature: Signature = ONE) -> wire.Payload:
     return wire.decode(wire.JSON, json.dumps(document).encode(), signature)
 
 

@@ -47,7 +47,7 @@ def by_hand(width: int, height: int, bits: int, colour: int, pixels: bytes, *mor
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
-def decode(content: bytes, spec: TensorSpec = RGB) -> wire.Items:
+def decode(content: bytes, spec: TensorSpec = RGB) -> wire.Payload:
     return wire.decode(wire.PNG, content, Signature((spec,), (ACTION,), 8))
 
 

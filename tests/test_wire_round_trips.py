@@ -26,7 +26,7 @@ def test_a_request(content_type: str, data: st.DataObject) -> None:
 
 @given(specs(["x"]), st.integers(1, 3), st.integers(0, 100))
 def test_a_raw_request(observation: list[TensorSpec], size: int, seed: int) -> None:
-    items = wire.Items(values(observation, size, seed), batched=size > 1)
+    items = wire.Payload(values(observation, size, seed), batched=size > 1)
     content = wire.encode_request(wire.RAW, items)
     assert_same(wire.decode_answer(wire.RAW, content, observation), items)
 
@@ -34,7 +34,7 @@ def test_a_raw_request(observation: list[TensorSpec], size: int, seed: int) -> N
 @pytest.mark.parametrize("content_type", [wire.JSON, wire.SAFETENSORS])
 @given(outputs=specs(["action", "q", "h"]), size=st.integers(1, 3), batched=st.booleans(), seed=st.none() | st.just(5))
 def test_an_answer(content_type: str, outputs: list[TensorSpec], size: int, batched: bool, seed: int | None) -> None:
-    answer = wire.Items(values(outputs, size, 0), batched or size > 1, seed=seed)
+    answer = wire.Payload(values(outputs, size, 0), batched or size > 1, seed=seed)
     content = wire.encode(content_type, answer.tensors, answer.batched, answer.seed)
     assert content[0] == content_type
     assert_same(wire.decode_answer(*content, outputs), answer)
@@ -59,7 +59,7 @@ def test_the_layout_in_memory_does_not_matter(content_type: str, array: Array) -
 
 def test_a_request_that_raw_bytes_cannot_say_is_refused() -> None:
     action = {"action": np.array([1])}
-    for items in (wire.Items(action, False, seed=1), wire.Items(action | {"x": np.array([1])}, False)):
+    for items in (wire.Payload(action, False, seed=1), wire.Payload(action | {"x": np.array([1])}, False)):
         with pytest.raises(UnsupportedContentType, match="expected a Content-Type of application/json"):
             wire.encode_request(wire.RAW, items)
 

@@ -36,14 +36,14 @@ def entry(dtype: str = "U8", shape: object = (4, 3), begin: object = 0, end: obj
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def decode(content: bytes | bytearray | memoryview) -> wire.Items:
+def decode(content: bytes | bytearray | memoryview) -> wire.Payload:
     return wire.decode(wire.SAFETENSORS, content, RECURRENT)
 
 
 @pytest.mark.parametrize("form", [bytes, bytearray, memoryview])
 def test_one_item_of_named_tensors(form: type) -> None:
     items = decode(form(safetensors.numpy.save(TENSORS, {"seed": "7", "exploration": "random", "session": "a-b"})))
-    assert_same(items, wire.Items({n: a[None] for n, a in TENSORS.items()}, False, "random", 7, "a-b"))
+    assert_same(items, wire.Payload({n: a[None] for n, a in TENSORS.items()}, False, "random", 7, "a-b"))
 
 
 def test_a_batch_of_one_is_a_batch() -> None:

@@ -12,7 +12,7 @@ import onnx
 from actserve.core.completion import complete
 from actserve.core.signature import Array, Arrays
 from actserve.engine import golden
-from actserve.engine.runtimes.onnx import OnnxRuntime
+from actserve.engine.runtimes.onnx_runtime import OnnxRuntime
 from actserve.store.artifact import GOLDEN, Artifact
 from actserve.store.local import ModelStore
 

@@ -10,15 +10,15 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actserve.client.aio import AsyncRemotePolicy
-    from actserve.client.remote import RemotePolicy
+    from actserve.client.async_remote_policy import AsyncRemotePolicy
+    from actserve.client.remote_policy import RemotePolicy
     from actserve.client.stream import Stream
 
 __version__ = "0.1.0"
 __all__ = ["AsyncRemotePolicy", "RemotePolicy", "Stream"]
 _EXPORTS = {
-    "AsyncRemotePolicy": "actserve.client.aio",
-    "RemotePolicy": "actserve.client.remote",
+    "AsyncRemotePolicy": "actserve.client.async_remote_policy",
+    "RemotePolicy": "actserve.client.remote_policy",
     "Stream": "actserve.client.stream",
 }
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actserve_export.sources.modules import from_module
     from actserve_export.sources.onnx_source import OnnxSource
+    from actserve_export.sources.policy_source import PolicySource
     from actserve_export.sources.sb3 import from_sb3
-    from actserve_export.sources.source import PolicySource
 
 __all__ = ["OnnxSource", "PolicySource", "from_module", "from_sb3"]
 _HOMES = {
-    "PolicySource": "actserve_export.sources.source",
+    "PolicySource": "actserve_export.sources.policy_source",
     "OnnxSource": "actserve_export.sources.onnx_source",
     "from_module": "actserve_export.sources.modules",
     "from_sb3": "actserve_export.sources.sb3",

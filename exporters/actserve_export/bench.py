@@ -12,7 +12,7 @@ from rich.table import Table
 
 from actserve.atari.play import Report, play
 from actserve.cli.tools import local_service
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.errors import UsageError
 from actserve.core.signature import Array
 from actserve.engine.runtimes import preflight
@@ -24,7 +24,7 @@ Act = Callable[[Array], int]
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """`steps` of the game with one way of asking the policy. Times are wall time on one thread."""
 
     way: str
@@ -36,13 +36,13 @@ class Row:
         return asdict(self)
 
 
-def run(artifact: Artifact, store: str, steps: int, console: Console) -> list[Row]:
+def run(artifact: Artifact, store: str, steps: int, console: Console) -> list[Measurement]:
     """Measure every way that this host can run. Raises `UsageError` if the artifact plays no game."""
     manifest = artifact.manifest
     if manifest.environment is None:
         raise UsageError(f"{artifact.label} plays no game: there is nothing to compare on")
     runtimes = [name for name in ("pt2", "onnx") if not preflight.refusal(name, manifest, preflight.this_host())]
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     with console.status("TorchRL") as status:
         eager: Act = actor(manifest.provenance["origin"])
         rows.append(_measure("TorchRL", eager, artifact, steps))
@@ -65,13 +65,13 @@ def _in_process(name: str, artifact: Artifact) -> Act:
     return lambda screen: int(runtime.run({observation: screen[None]})[action][0])
 
 
-def _measure(way: str, act: Act, artifact: Artifact, steps: int) -> Row:
+def _measure(way: str, act: Act, artifact: Artifact, steps: int) -> Measurement:
     assert artifact.manifest.environment is not None
     _play(act, artifact, 20)  # warm
     started = time.perf_counter()
     report = _play(act, artifact, steps)
     total_ms = (time.perf_counter() - started) * 1000
-    return Row(way, total_ms, report.latency_ms["p50"] * 1000, report.episodes[0].actions_sha256)
+    return Measurement(way, total_ms, report.latency_ms["p50"] * 1000, report.episodes[0].actions_sha256)
 
 
 def _play(act: Act, artifact: Artifact, steps: int) -> Report:
@@ -79,7 +79,7 @@ def _play(act: Act, artifact: Artifact, steps: int) -> Report:
     return play(lambda _seed: act, artifact.manifest.environment, episodes=1, seed=0, max_steps=steps)
 
 
-def print_rows(rows: list[Row]) -> None:
+def print_rows(rows: list[Measurement]) -> None:
     reference = rows[0]
     table = Table(title="the same game, one thread")
     for heading in ("", "total ms", "µs per action", "times faster than TorchRL", "same actions"):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from actserve.atari.play import Report
 from actserve.cli.tools import local_service
-from actserve.cli.tools import play as playing
+from actserve.cli.tools import play_and_load as playing
 from actserve.core.errors import ActserveError
 from actserve.engine.tuning.tuned import tune_briefly
 from actserve.store.local import ModelStore

@@ -25,7 +25,7 @@ from actserve_export.sources.interfaces import Source
 from actserve_export.sources.keys import join
 from actserve_export.sources.modules import from_module
 from actserve_export.sources.onnx_source import OnnxSource
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 from actserve_export.training import atari
 from actserve_export.training.known import expected, find
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actserve.cli.tools import local_service as local
-from actserve.loadtest.load import LoadReport, load
+from actserve.loadtest.generator import LoadReport, load
 from tests.benchmarks.server import core_busy_s, cpu_s, tree
 from tests.scale_service import PYTHON, running
 

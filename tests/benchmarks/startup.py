@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from actserve.cli.tools import local_service as local
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 
 
 def measure(store: Path, runtime: str) -> float:

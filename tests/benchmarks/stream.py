@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from actserve.cli.tools import local_service as local
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.signature import Array
 

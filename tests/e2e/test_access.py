@@ -13,7 +13,7 @@ import pytest
 import urllib3
 
 from actserve.cli.tools.local_service import serve
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.errors import ServiceError
 from tests.test_cli import actserve

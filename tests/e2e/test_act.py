@@ -14,7 +14,7 @@ import urllib3
 
 from actserve.cli.tools import local_service as local
 from actserve.cli.tools.local_service import LocalService
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.signature import Array
 from actserve.store.artifact import Program
 from actserve.store.local import ModelStore

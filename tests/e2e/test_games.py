@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from actserve.cli.tools import local_service as local
-from actserve.cli.tools import play as commands
+from actserve.cli.tools import play_and_load as commands
 from actserve.core.errors import UsageError
 from actserve.store.local import ModelStore
 from actserve_export.publish import export

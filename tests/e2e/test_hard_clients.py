@@ -15,7 +15,7 @@ import pytest
 
 from actserve.cli.tools import local_service as local
 from actserve.cli.tools.local_service import LocalService
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.signature import Array
 from tests.shipped import SHIPPED
 from tests.waiting import until

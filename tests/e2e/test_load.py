@@ -4,7 +4,7 @@ import pytest
 
 from actserve.cli.tools import local_service as local
 from actserve.loadtest.backends import BACKENDS
-from actserve.loadtest.load import load
+from actserve.loadtest.generator import load
 from actserve.store.local import ModelStore
 
 

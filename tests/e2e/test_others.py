@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from actserve.cli.main import cli
 from actserve.cli.tools import local_service as local
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.completion import complete
 from actserve.core.signature import Array
 from actserve.engine import golden

@@ -19,8 +19,8 @@ from actserve.atari.play import Act
 from actserve.atari.play import play as run_play
 from actserve.cli.tools import local_service as local
 from actserve.cli.tools.local_service import LocalService
-from actserve.client.episodes import WAYS
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
+from actserve.client.via import WAYS
 from actserve.core.signature import Array
 from actserve.store.local import ModelStore
 

@@ -19,7 +19,7 @@ import pytest
 import urllib3
 
 from actserve.atari.play import Act, play
-from actserve.client.remote import Episode, RemotePolicy, Session
+from actserve.client.remote_policy import Episode, RemotePolicy, RemoteSession
 from actserve.client.stream import Stream
 from actserve.core.completion import complete
 from actserve.core.environment import Environment
@@ -98,7 +98,7 @@ class Player:
                 return action
 
 
-def begin_at(policy: RemotePolicy, home: int) -> Session:
+def begin_at(policy: RemotePolicy, home: int) -> RemoteSession:
     """Any replica begins sessions, each at its home."""
     for _ in range(100):
         session = policy.session()
@@ -123,7 +123,7 @@ def test_the_contracts_are_those_of_the_service(scaled: Scaled) -> None:
         assert (status, answer["error"]["code"]) == (422, "invalid_tensor")
         status, answer = ask("POST", "/act", bytes(2 << 20), **raw)
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
-        status, answer = ask("POST", "/act", SCREEN.tobytes(), **raw, **{"X-Session": "never issued"})
+        status, answer = ask("POST", "/act", SCREEN.tobytes(), **raw, **{"X-RemoteSession": "never issued"})
         assert (status, answer["error"]["code"]) == (404, "unknown_session")
         assert ask("GET", "/readyz") == (200, {"status": "ready"})
         assert ask("GET", f"/v2/models/{NAME}/ready")[0] == 200
@@ -142,7 +142,7 @@ def test_games_go_on_over_killed_replicas(scaled: Scaled, game: Environment) -> 
         policies = [stack.enter_context(RemotePolicy(scaled.url, NAME)) for _ in range(3)]
         sessions = [begin_at(policies[1], doomed.home), begin_at(policies[2], lonely.home)]
         streams = [stack.enter_context(Stream(scaled.url, NAME)) for _ in range(STREAMS)]
-        episodes: list[Episode | Session] = [policies[0].episode(), *sessions]
+        episodes: list[Episode | RemoteSession] = [policies[0].episode(), *sessions]
         players = carried, shared, alone_there = [Player(episode.act) for episode in episodes]
         pool = stack.enter_context(ThreadPoolExecutor(len(players)))
         games = [pool.submit(player.play, game) for player in players]

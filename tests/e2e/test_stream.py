@@ -14,7 +14,7 @@ import pytest
 from actserve.atari.play import play
 from actserve.cli.tools import local_service as local
 from actserve.cli.tools.local_service import LocalService
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.errors import ServiceError, ServiceUnreachable
 from actserve.core.signature import Array

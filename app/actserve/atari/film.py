@@ -9,7 +9,7 @@ from typing import Self
 from actserve.atari.emulator import AtariGame
 from actserve.atari.overlay import Overlay
 from actserve.atari.video import VideoWriter
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.errors import UsageError
 from actserve.core.signature import Arrays
 

@@ -18,7 +18,7 @@ PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9}
 
 
 @dataclass(frozen=True)
-class Episode:
+class EpisodeResult:
     """One game. `actions_sha256` is over the actions as the policy gave them (indices), one byte each, in order."""
 
     seed: int
@@ -34,7 +34,7 @@ class Report:
     policy: str
     runtime: str
     game: str  # the ROM's name
-    episodes: tuple[Episode, ...]
+    episodes: tuple[EpisodeResult, ...]
     latency_ms: dict[str, float]  # p50, p90, p99, p999
     acting_s: float  # the time in `act`, all steps together
 
@@ -78,7 +78,7 @@ def play(
     `on_step` is given the game's number, from 0, the game and the action. `policy` and `runtime` are only noted in the
     report. Raises what `AtariGame`, `begin` and what it gives raise.
     """
-    played: list[Episode] = []
+    played: list[EpisodeResult] = []
     latencies_ns: list[int] = []
     for number in range(episodes):
         game = AtariGame(environment, seed + number)
@@ -94,7 +94,7 @@ def play(
             actions.append(action)
             if on_step is not None:
                 on_step(number, game, action)
-        played.append(Episode(seed + number, game.score, game.steps, hashlib.sha256(actions).hexdigest()))
+        played.append(EpisodeResult(seed + number, game.score, game.steps, hashlib.sha256(actions).hexdigest()))
     return Report(
         policy, runtime, environment.game, tuple(played), _percentiles_ms(latencies_ns), sum(latencies_ns) / 1e9
     )

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pydantic_core
 
-from actserve.client.operations import Request, little_endian
+from actserve.client.operations import HttpRequest, little_endian
 from actserve.core.signature import Arrays
 from actserve.wire import RAW
 from actserve.wire.oip import DATATYPES, HEADER
@@ -33,7 +33,7 @@ def binary_data(tensors: Arrays) -> bytes:
     return b"".join(little_endian(array).tobytes() for array in tensors.values())
 
 
-def infer(policy: str, document: bytes, data: bytes) -> Request:
+def infer(policy: str, document: bytes, data: bytes) -> HttpRequest:
     """The request of both parts."""
     headers = {"Content-Type": RAW, HEADER: str(len(document))}
-    return Request("POST", f"/v2/models/{quote(policy, safe='')}/infer", document + data, headers, repeatable=False)
+    return HttpRequest("POST", f"/v2/models/{quote(policy, safe='')}/infer", document + data, headers, repeatable=False)

@@ -1,7 +1,7 @@
 """What is said to a service and how its answers are read, whatever carries them.
 
-An operation is a generator: it yields a `Request`, is sent the `Response`, and returns its result. The synchronous and
-the asynchronous client run the same ones.
+An operation is a generator: it yields a `HttpRequest`, is sent the `HttpResponse`, and returns its result. The
+synchronous and the asynchronous client run the same operations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from actserve.core.signature import Array, Arrays, Exploration, Signature, Tenso
 
 
 @dataclass(frozen=True)
-class Request:
+class HttpRequest:
     method: str
     path: str
     body: Any = None  # bytes-like
@@ -31,14 +31,14 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Response:
+class HttpResponse:
     status: int
     content_type: str
     body: bytes
 
 
 Result = TypeVar("Result")
-Operation = Generator[Request, Response, Result]
+Operation = Generator[HttpRequest, HttpResponse, Result]
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def by_name(policy: str, signature: Signature, observation: Array | Mapping[str,
 def describe(policy: str | None) -> Operation[Description]:
     """Of `policy`, or of the service's default one."""
     if policy is None:
-        listed = read_json((yield Request("GET", "/policies")))
+        listed = read_json((yield HttpRequest("GET", "/policies")))
         policy = listed.get("default") if isinstance(listed, dict) else None
         if not isinstance(policy, str):
             raise UsageError("the service names no default policy; say which")
-    answer = read_json((yield Request("GET", policy_path(policy))))
+    answer = read_json((yield HttpRequest("GET", policy_path(policy))))
     try:
         manifest = answer["manifest"]
         signature = pydantic.TypeAdapter(Signature).validate_python(manifest["signature"])
@@ -100,7 +100,7 @@ def act(description: Description, observation: Array | Mapping[str, Array]) -> O
     tensors, batched = _items(description.by_name(observation), signature.observations)
     signature.validate_request(tensors)
     content_type, body = request_body(signature, tensors, batched)
-    answer = read_json((yield Request("POST", act_path(description.name), body, {"Content-Type": content_type})))
+    answer = read_json((yield HttpRequest("POST", act_path(description.name), body, {"Content-Type": content_type})))
     spec = signature.action
     try:
         action = answer[spec.name]
@@ -140,9 +140,9 @@ def step(
         headers["Content-Type"], body = request_body(signature, items, batched)
     else:
         headers["Content-Type"] = wire.SAFETENSORS
-        body = wire.encode_request(wire.SAFETENSORS, wire.Items(items, batched, exploration, seed))
+        body = wire.encode_request(wire.SAFETENSORS, wire.Payload(items, batched, exploration, seed))
     path = f"{act_path(description.name)}?{urlencode({'outputs': ','.join(names)}, safe=',')}"
-    response = _good((yield Request("POST", path, body, headers)))
+    response = _good((yield HttpRequest("POST", path, body, headers)))
     try:
         answer = wire.decode_answer(response.content_type, response.body, answered)
     except InvalidRequest as error:
@@ -157,7 +157,7 @@ def begin_session(
     wishes = {"exploration": exploration, "seed": seed}
     body = pydantic_core.to_json({name: wish for name, wish in wishes.items() if wish is not None})
     headers = {"Content-Type": wire.JSON, **({"X-Owner": owner} if owner else {})}
-    answer = read_json((yield Request("POST", sessions_path(description.name), body, headers)))
+    answer = read_json((yield HttpRequest("POST", sessions_path(description.name), body, headers)))
     try:
         return str(answer["session"])
     except (KeyError, TypeError) as error:
@@ -166,7 +166,7 @@ def begin_session(
 
 def end_session(description: Description, session: str) -> Operation[None]:
     path = f"{sessions_path(description.name)}/{quote(session, safe='')}"
-    _good((yield Request("DELETE", path, headers={"X-Session": session})))  # by which a proxy may find its host
+    _good((yield HttpRequest("DELETE", path, headers={"X-Session": session})))  # by which a proxy may find its host
 
 
 def act_path(name: str) -> str:
@@ -184,7 +184,7 @@ def policy_path(name: str) -> str:
 def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bool) -> tuple[str, Any]:
     """Observations {name: (k, *shape)} -> (content type, body): raw bytes of a single tensor, else safetensors."""
     if len(signature.observations) > 1:
-        return wire.SAFETENSORS, wire.encode_request(wire.SAFETENSORS, wire.Items(dict(tensors), batched))
+        return wire.SAFETENSORS, wire.encode_request(wire.SAFETENSORS, wire.Payload(dict(tensors), batched))
     (array,) = tensors.values()
     # A view: 100 KB of screen are not copied before they are sent.
     return wire.RAW, little_endian(array).data.cast("B")
@@ -222,13 +222,13 @@ def service_error(status: int, body: bytes) -> ServiceError:
     return ServiceError(status, error["code"], error["message"])
 
 
-def _good(response: Response) -> Response:
+def _good(response: HttpResponse) -> HttpResponse:
     if response.status not in (200, 201, 204):
         raise service_error(response.status, response.body)
     return response
 
 
-def read_json(response: Response) -> Any:
+def read_json(response: HttpResponse) -> Any:
     """What a good answer says. Raises `ServiceError`."""
     body = _good(response).body
     try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from actserve.client.inference import binary_data, infer, inference
 from actserve.client.operations import Operation, plain, read_json, unintelligible
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.signature import Array, Arrays, Exploration
 
 

@@ -11,14 +11,14 @@ import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.util import Url
 
-from actserve.client.operations import Request, Response, policy_path
+from actserve.client.operations import HttpRequest, HttpResponse, policy_path
 from actserve.core.errors import ServiceUnreachable, UsageError
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 30.0
 
 
-class Connection:
+class HttpConnection:
     """One kept-alive connection to the service at `url`, or at a Unix socket `uds`; opened when first used. `token`:
     what lets in, where the service asks for one."""
 
@@ -29,7 +29,7 @@ class Connection:
         self._pool = _pool(url, uds)
         self._used = False
 
-    def exchange(self, request: Request) -> Response:
+    def exchange(self, request: HttpRequest) -> HttpResponse:
         """Raises `ServiceUnreachable`."""
         try:
             try:
@@ -42,12 +42,12 @@ class Connection:
         except urllib3.exceptions.HTTPError as error:
             raise ServiceUnreachable(f"no answer from {self._where}: {error}", url=self._where) from error
         self._used = True
-        return Response(response.status, response.headers.get("Content-Type", ""), response.data)
+        return HttpResponse(response.status, response.headers.get("Content-Type", ""), response.data)
 
     def close(self) -> None:
         self._pool.close()
 
-    def _send(self, request: Request) -> urllib3.BaseHTTPResponse:
+    def _send(self, request: HttpRequest) -> urllib3.BaseHTTPResponse:
         path, headers = self._prefix + request.path, {**request.headers, **self._headers}
         return self._pool.urlopen(request.method, path, request.body, headers, retries=False, redirect=False)
 

@@ -44,7 +44,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class BatcherStatistics:
     waiting: int  # items submitted and not yet answered
     batches: int  # runtime calls so far
     items: int  # items in those calls
@@ -52,7 +52,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Outcome:
+class BatchResult:
     """What came of one runtime call: outputs, each (B, *shape), or an error."""
 
     outputs: Arrays
@@ -61,7 +61,7 @@ class Outcome:
     run_ns: int
 
 
-class Waiting(ABC):
+class BatchRequest(ABC):
     """One request's items on their way through the batcher."""
 
     size: int
@@ -82,18 +82,18 @@ class Waiting(ABC):
         """Each (size, *shape)."""
 
     @abstractmethod
-    def settle(self, outcome: Outcome, start: int) -> None:
+    def settle(self, outcome: BatchResult, start: int) -> None:
         """In the event loop, once: what came of the batch, in which this request's items begin at `start`."""
 
 
-def form(waiting: deque[Waiting], max_items: int, now_ns: int) -> tuple[list[Waiting], list[Waiting]]:
+def form(waiting: deque[BatchRequest], max_items: int, now_ns: int) -> tuple[list[BatchRequest], list[BatchRequest]]:
     """Take the next batch off the front: as many whole requests as fit, in order; one that never fits goes
     alone. Returns (batch, dropped).
 
     Dropped are those that nobody waits for, or that waited longer than they may.
     """
-    batch: list[Waiting] = []
-    dropped: list[Waiting] = []
+    batch: list[BatchRequest] = []
+    dropped: list[BatchRequest] = []
     room = max_items
     while waiting:
         request = waiting[0]
@@ -130,8 +130,8 @@ class Batcher:
         self._max_waiting = max_waiting
         self._max_wait_ns = max_wait_ns
         self._quick = quick
-        self._queue: deque[Waiting] = deque()
-        self._alone: deque[Waiting] = deque()  # of a batch that failed
+        self._queue: deque[BatchRequest] = deque()
+        self._alone: deque[BatchRequest] = deque()  # of a batch that failed
         self._open = False
         self._thread: ThreadPoolExecutor | None = None
         self._queued = 0  # items in the queue
@@ -164,11 +164,11 @@ class Batcher:
     def submit(self, inputs: Arrays, size: int, patience_ns: int = 0) -> asyncio.Future[Answer]:
         """Queue `size` items (at most `max_items`); raises as `admit`."""
         self.admit(size, patience_ns)
-        request = Request(inputs, size, patience_ns)
+        request = ArrayRequest(inputs, size, patience_ns)
         self.enter(request)
         return request.future
 
-    def enter(self, request: Waiting) -> None:
+    def enter(self, request: BatchRequest) -> None:
         """Queue a request that was admitted. Raises `NotServing` when the batcher is not running."""
         if not self._open:
             raise NotServing(CLOSING)
@@ -206,8 +206,8 @@ class Batcher:
     def _end_turn(self) -> None:
         self._turn_ns = 0
 
-    def statistics(self) -> Statistics:
-        return Statistics(self._waiting, self._batches, self._items, self._run_ns)
+    def statistics(self) -> BatcherStatistics:
+        return BatcherStatistics(self._waiting, self._batches, self._items, self._run_ns)
 
     def _schedule(self) -> None:
         self._scheduled = True
@@ -227,7 +227,7 @@ class Batcher:
             batch, dropped = form(self._queue, self._max_items, perf_counter_ns())
             self._queued -= sum(request.size for request in (*batch, *dropped))
             for request in dropped:
-                self._settle([request], Outcome({}, TooLate(request.patience_ns // 1000), 0, 0))
+                self._settle([request], BatchResult({}, TooLate(request.patience_ns // 1000), 0, 0))
         if not batch:
             self._go_on()
             return
@@ -239,7 +239,7 @@ class Batcher:
         else:
             self._thread.submit(self._call_and_tell, batch, inputs)
 
-    def _gather(self, batch: list[Waiting]) -> Arrays:
+    def _gather(self, batch: list[BatchRequest]) -> Arrays:
         """Every input, each (B, *shape)."""
         if self.arena is not None and all(request.row is not None for request in batch):
             return self.arena.inputs(batch)
@@ -248,24 +248,24 @@ class Batcher:
         parts = [request.inputs() for request in batch]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _call_and_tell(self, batch: list[Waiting], inputs: Arrays) -> None:
+    def _call_and_tell(self, batch: list[BatchRequest], inputs: Arrays) -> None:
         """In the thread."""
         outcome = self._call(inputs)
         self._loop.call_soon_threadsafe(self._deliver, batch, outcome)
 
-    def _call(self, inputs: Arrays) -> Outcome:
+    def _call(self, inputs: Arrays) -> BatchResult:
         begun_ns = perf_counter_ns()
         try:
             outputs = self._run(inputs)
         except ActserveError as error:
-            return Outcome({}, error, begun_ns, 0)
+            return BatchResult({}, error, begun_ns, 0)
         except Exception as error:  # whatever a runtime does, the others must be answered
             failure = RuntimeFailure(f"inference failed: {type(error).__name__}")
             failure.__cause__ = error
-            return Outcome({}, failure, begun_ns, 0)
-        return Outcome(outputs, None, begun_ns, perf_counter_ns() - begun_ns)
+            return BatchResult({}, failure, begun_ns, 0)
+        return BatchResult(outputs, None, begun_ns, perf_counter_ns() - begun_ns)
 
-    def _deliver(self, batch: list[Waiting], outcome: Outcome) -> None:
+    def _deliver(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
         self._run_ns += outcome.run_ns
         if outcome.error is not None and len(batch) > 1:
             self._alone.extend(batch)  # each alone: none pays for another
@@ -277,7 +277,7 @@ class Batcher:
             self._settle(batch, outcome)
         self._go_on()
 
-    def _settle(self, batch: list[Waiting], outcome: Outcome) -> None:
+    def _settle(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
         start = 0
         for request in batch:
             self._waiting -= request.size
@@ -293,7 +293,7 @@ class Batcher:
             self._drained.set()
 
 
-class Request(Waiting):
+class ArrayRequest(BatchRequest):
     """A request with arrays of its own, and a future that gets its `Answer`."""
 
     def __init__(self, inputs: Arrays, size: int, patience_ns: int = 0) -> None:
@@ -310,7 +310,7 @@ class Request(Waiting):
     def inputs(self) -> Arrays:
         return self._inputs
 
-    def settle(self, outcome: Outcome, start: int) -> None:
+    def settle(self, outcome: BatchResult, start: int) -> None:
         if self.future.done():  # cancelled while it ran
             return
         if outcome.error is not None:

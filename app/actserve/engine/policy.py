@@ -18,14 +18,14 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine import golden
 from actserve.engine.arena import BATCHES, Arena
-from actserve.engine.batcher import Answer, Batcher, Statistics
+from actserve.engine.batcher import Answer, Batcher, BatcherStatistics
 from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.tuning import Tuning, measure
 from actserve.engine.tuning.tuned import Tuned
 from actserve.store.artifact import Artifact
 from actserve.telemetry import call
-from actserve.telemetry.counts import Program
+from actserve.telemetry.counts import ProgramLabels
 
 log = logging.getLogger("actserve")
 
@@ -134,10 +134,10 @@ class Policy:
         return Answer(outputs, sum(part.queue_ns for part in parts), sum(part.run_ns for part in parts))
 
     @property
-    def program(self) -> Program:
-        return Program(self.name, self.version, self.choice.runtime)
+    def program(self) -> ProgramLabels:
+        return ProgramLabels(self.name, self.version, self.choice.runtime)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> BatcherStatistics:
         return self.batcher.statistics()
 
     async def close(self) -> None:

@@ -17,10 +17,10 @@ Parts = Sequence[bytes]  # of one request, to be sent one after the other; not j
 class Owner(Protocol):
     """Who is told what became of a question. After either call the connection is not `busy`."""
 
-    def answered(self, connection: Connection, status: int, body: bytes) -> None:
+    def answered(self, connection: LoadConnection, status: int, body: bytes) -> None:
         """The whole answer is here."""
 
-    def lost(self, connection: Connection, unanswered: bool) -> None:
+    def lost(self, connection: LoadConnection, unanswered: bool) -> None:
         """The connection is gone, by the service's wish or by a fault; `unanswered`: with a question under way."""
 
 
@@ -34,7 +34,7 @@ class Script(Protocol):
         """How the last question was answered; whether the connection goes on."""
 
 
-class Connection(asyncio.Protocol):
+class LoadConnection(asyncio.Protocol):
     """`ask` what its script says next, and the owner is told of the answer. `since_ns` is the owner's own note."""
 
     script: Script  # to be set before the first `ask`
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
             waiting.set_exception(ConnectionResetError("the service closed the connection"))
 
 
-class HttpConnection(Connection):
+class HttpConnection(LoadConnection):
     """HTTP/1.1."""
 
     def __init__(self, owner: Owner) -> None:

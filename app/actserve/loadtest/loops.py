@@ -17,11 +17,11 @@ from weakref import WeakSet
 
 from actserve.core.errors import ServiceError
 from actserve.loadtest.backends import Backend
-from actserve.loadtest.connection import Connection
+from actserve.loadtest.connection import LoadConnection
 from actserve.loadtest.pacing import Metronome
-from actserve.loadtest.tally import Tally
+from actserve.loadtest.tally import LoadTally
 
-Connect = Callable[[Callable[[], Connection]], Coroutine[Any, Any, Connection]]  # raises OSError, ServiceError
+Connect = Callable[[Callable[[], LoadConnection]], Coroutine[Any, Any, LoadConnection]]  # raises OSError, ServiceError
 RETRY_S = 0.05  # before asking a service again that takes no further connection
 FIRST_CONNECTIONS = 8  # of an open loop: before the clock starts, so that opening them is not what is measured
 LOOK_S = 0.02  # how often time-outs and the end are looked for
@@ -31,7 +31,7 @@ class Loop(ABC):
     """What both ways share. `prepare`, then `run`, which ends at most `timeout_s` (and a look) after `duration_s`."""
 
     def __init__(self, connect: Connect, backend: Backend, duration_s: float, timeout_s: float) -> None:
-        self.tally = Tally(backend.read)
+        self.tally = LoadTally(backend.read)
         self.in_time = 0  # good answers that came within the duration
         self.most_connections = 0
         self._connect = connect
@@ -39,9 +39,9 @@ class Loop(ABC):
         self._duration_ns = int(duration_s * 1e9)
         self._timeout_ns = int(timeout_s * 1e9)
         self._end_ns = 0  # from then on nothing new is asked
-        self._connections: set[Connection] = set()
+        self._connections: set[LoadConnection] = set()
         self._opening: set[asyncio.Task[None]] = set()
-        self._made: WeakSet[Connection] = WeakSet()  # also those that were given up while they were opened
+        self._made: WeakSet[LoadConnection] = WeakSet()  # also those that were given up while they were opened
 
     async def prepare(self) -> None:
         """Open the connections that are wanted from the start. Raises OSError if the service cannot be reached, and
@@ -49,7 +49,7 @@ class Loop(ABC):
         opening = (self._connect(self._protocol) for _ in range(self._at_first()))
         failed = None
         for opened in await asyncio.gather(*opening, return_exceptions=True):
-            if not isinstance(opened, Connection):
+            if not isinstance(opened, LoadConnection):
                 failed = opened
             elif opened.usable:
                 self._joined(opened)
@@ -74,7 +74,7 @@ class Loop(ABC):
 
     # what a connection says
 
-    def answered(self, connection: Connection, status: int, body: bytes) -> None:
+    def answered(self, connection: LoadConnection, status: int, body: bytes) -> None:
         now = perf_counter_ns()
         good = self.tally.answer(connection.question, status, body, (now - connection.since_ns) // 1000)
         if good and now <= self._end_ns:
@@ -82,7 +82,7 @@ class Loop(ABC):
         if connection.usable:  # otherwise the service closes it, and `lost` is next
             self._idle(connection, now)
 
-    def lost(self, connection: Connection, unanswered: bool) -> None:
+    def lost(self, connection: LoadConnection, unanswered: bool) -> None:
         if unanswered:
             self.tally.errors["connection"] += 1
         self._left(connection)
@@ -98,11 +98,11 @@ class Loop(ABC):
         """The clock starts."""
 
     @abstractmethod
-    def _idle(self, connection: Connection, now: int) -> None:
+    def _idle(self, connection: LoadConnection, now: int) -> None:
         """A connection can take the next request."""
 
     @abstractmethod
-    def _left(self, connection: Connection) -> None:
+    def _left(self, connection: LoadConnection) -> None:
         """A connection is no more."""
 
     def _asking(self, now: int) -> bool:
@@ -122,16 +122,16 @@ class Loop(ABC):
 
     # what both use
 
-    def _protocol(self) -> Connection:
+    def _protocol(self) -> LoadConnection:
         connection = self._backend.connection(self)
         self._made.add(connection)
         return connection
 
-    def _joined(self, connection: Connection) -> None:
+    def _joined(self, connection: LoadConnection) -> None:
         self._connections.add(connection)
         self.most_connections = max(self.most_connections, len(self._connections))
 
-    def _send(self, connection: Connection, since_ns: int) -> None:
+    def _send(self, connection: LoadConnection, since_ns: int) -> None:
         connection.since_ns = since_ns
         connection.ask()
 
@@ -180,11 +180,11 @@ class ClosedLoop(Loop):
         for connection in list(self._connections):
             self._idle(connection, now)
 
-    def _idle(self, connection: Connection, now: int) -> None:
+    def _idle(self, connection: LoadConnection, now: int) -> None:
         if now < self._end_ns:
             self._send(connection, perf_counter_ns())
 
-    def _left(self, connection: Connection) -> None:
+    def _left(self, connection: LoadConnection) -> None:
         if connection in self._connections:
             self._connections.discard(connection)
             self._open_one()
@@ -211,7 +211,7 @@ class OpenLoop(Loop):
         self._started_ns = 0  # when the first falls due
         self._number = 0  # requests that have fallen due
         self._due: deque[int] = deque()  # since when; not sent yet
-        self._free: list[Connection] = []  # the last used first, so that a surplus stays unused
+        self._free: list[LoadConnection] = []  # the last used first, so that a surplus stays unused
         self._metronome = Metronome(self._tick)
 
     async def run(self, on_look: Callable[[], None]) -> None:
@@ -248,11 +248,11 @@ class OpenLoop(Loop):
         for _ in range(wanted - len(self._opening)):
             self._open_one()
 
-    def _idle(self, connection: Connection, now: int) -> None:
+    def _idle(self, connection: LoadConnection, now: int) -> None:
         self._free.append(connection)
         self._serve()
 
-    def _left(self, connection: Connection) -> None:
+    def _left(self, connection: LoadConnection) -> None:
         self._connections.discard(connection)
         if connection in self._free:
             self._free.remove(connection)

@@ -14,9 +14,9 @@ import urllib3
 from actserve.client.operations import Description
 from actserve.core.errors import ServiceUnreachable
 from actserve.loadtest.backends import Backend, backend
-from actserve.loadtest.connection import Connection, HttpConnection, Parts
+from actserve.loadtest.connection import HttpConnection, LoadConnection, Parts
 from actserve.loadtest.loops import ClosedLoop, Loop, OpenLoop
-from actserve.loadtest.tally import Tally
+from actserve.loadtest.tally import LoadTally
 
 Progress = Callable[[float, int], None]  # seconds since the start, good answers so far
 
@@ -40,10 +40,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProcessResult:
     """What one load process has to tell."""
 
-    tally: Tally
+    tally: LoadTally
     in_time: int  # good answers that came within the duration
     connections: int  # the most that were open at a time
     cpu: float  # CPU seconds a second
@@ -55,7 +55,7 @@ def nothing() -> None: ...
 def no_progress(_elapsed_s: float, _requests: int) -> None: ...
 
 
-def work(job: Job, progress: Progress = no_progress, when_ready: Callable[[], None] = nothing) -> Outcome:
+def work(job: Job, progress: Progress = no_progress, when_ready: Callable[[], None] = nothing) -> ProcessResult:
     """Connect, call `when_ready`, load. Not to be called from an event loop.
 
     Raises `ServiceUnreachable`, or `ServiceError` if the service refuses a session or a stream before the start.
@@ -73,7 +73,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _work(job: Job, progress: Progress, when_ready: Callable[[], None]) -> Outcome:
+async def _work(job: Job, progress: Progress, when_ready: Callable[[], None]) -> ProcessResult:
     speaking = backend(job.via, job.url, job.description, job.seed, job.token)
     loop = _loop(job, speaking)
     try:
@@ -87,7 +87,7 @@ async def _work(job: Job, progress: Progress, when_ready: Callable[[], None]) ->
         share = (time.process_time() - cpu) / (time.perf_counter() - started)
     finally:
         await _end(job, speaking)
-    return Outcome(loop.tally, loop.in_time, loop.most_connections, share)
+    return ProcessResult(loop.tally, loop.in_time, loop.most_connections, share)
 
 
 def _loop(job: Job, speaking: Backend) -> Loop:
@@ -98,7 +98,7 @@ def _loop(job: Job, speaking: Backend) -> Loop:
     return ClosedLoop(*shared, concurrency=job.concurrency)
 
 
-async def _begin(job: Job, speaking: Backend, protocol: Callable[[], Connection]) -> Connection:
+async def _begin(job: Job, speaking: Backend, protocol: Callable[[], LoadConnection]) -> LoadConnection:
     """A connection that may be asked. Raises OSError or `ServiceError`."""
     async with asyncio.timeout(job.timeout_s):
         connection = await _connect(job, protocol)
@@ -112,7 +112,7 @@ async def _begin(job: Job, speaking: Backend, protocol: Callable[[], Connection]
     return connection
 
 
-async def _connect(job: Job, protocol: Callable[[], Connection]) -> Connection:
+async def _connect(job: Job, protocol: Callable[[], LoadConnection]) -> LoadConnection:
     loop = asyncio.get_running_loop()
     if job.uds is not None:
         return (await loop.create_unix_connection(protocol, job.uds))[1]
@@ -125,14 +125,14 @@ async def _connect(job: Job, protocol: Callable[[], Connection]) -> Connection:
 class Nobody:
     """Who is told of connections that only `exchange`."""
 
-    def answered(self, connection: Connection, status: int, body: bytes) -> None: ...
+    def answered(self, connection: LoadConnection, status: int, body: bytes) -> None: ...
 
-    def lost(self, connection: Connection, unanswered: bool) -> None: ...
+    def lost(self, connection: LoadConnection, unanswered: bool) -> None: ...
 
 
 async def _end(job: Job, speaking: Backend) -> None:
     """End what was begun, as far as that can be done within the time-out; the service forgets the rest by itself."""
-    connection: Connection | None = None
+    connection: LoadConnection | None = None
 
     async def ask(request: Parts) -> tuple[int, bytes]:
         nonlocal connection

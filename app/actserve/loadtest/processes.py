@@ -15,14 +15,14 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from actserve.core.errors import ClientError, ServiceError, ServiceUnreachable
-from actserve.loadtest.process import Job, Outcome, Progress
+from actserve.loadtest.process import Job, ProcessResult, Progress
 from actserve.loadtest.process import work as work_alone
-from actserve.loadtest.tally import Tally
+from actserve.loadtest.tally import LoadTally
 
 START_S = 60.0  # for a process to come up; also how long one that is done may take to say what came of it
 
 
-def work(jobs: list[Job], progress: Progress) -> list[Outcome]:
+def work(jobs: list[Job], progress: Progress) -> list[ProcessResult]:
     """Each job in a process of its own, all at the same time. Raises as `worker.work` does, or `ClientError` if a
     process dies. A script that gets here must be importable: with `if __name__ == "__main__"` where it starts."""
     context = multiprocessing.get_context("spawn")
@@ -53,10 +53,10 @@ def work(jobs: list[Job], progress: Progress) -> list[Outcome]:
             pipe.close()
 
 
-def _follow(pipes: list[Connection], within_s: float, progress: Progress) -> list[Outcome]:
+def _follow(pipes: list[Connection], within_s: float, progress: Progress) -> list[ProcessResult]:
     """Pass on how it goes until every process has said what came of it."""
     counts = dict.fromkeys(range(len(pipes)), 0)
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, ProcessResult] = {}
     deadline = time.monotonic() + within_s
     while len(outcomes) < len(pipes):
         speaking = wait([pipe for index, pipe in enumerate(pipes) if index not in outcomes], timeout=1.0)
@@ -65,7 +65,7 @@ def _follow(pipes: list[Connection], within_s: float, progress: Progress) -> lis
                 continue
             said = _hear(pipe)
             if "outcome" in said:
-                outcomes[index] = Outcome(tally=Tally.from_json(said["tally"]), **said["outcome"])
+                outcomes[index] = ProcessResult(tally=LoadTally.from_json(said["tally"]), **said["outcome"])
             else:
                 counts[index] = said["requests"]
                 progress(said["elapsed_s"], sum(counts.values()))

@@ -20,7 +20,7 @@ RELATIVE, ABSOLUTE = 1e-3, 1e-4
 Read = Callable[[bytes], Mapping[str, Any]]  # an answer's outputs by name; raises ValueError or InvalidRequest
 
 
-class Tally:
+class LoadTally:
     """Counts good answers (with their latency) and errors. Tallies of several processes add up.
 
     `read` takes answers apart that are not the same byte for byte; by default they are JSON.

@@ -131,7 +131,7 @@ async def serving(registry: Registry, store: ModelStore, settings: Settings) -> 
         return
     app = create_admin(registry, store, settings.admin_token)
     config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False)
-    server = _Server(config)
+    server = _AdminServer(config)
     task = asyncio.create_task(server.serve([listening]))
     log.info("administration on %s, port %d", HOST, settings.admin_port)
     try:
@@ -141,7 +141,7 @@ async def serving(registry: Registry, store: ModelStore, settings: Settings) -> 
         await task
 
 
-class _Server(uvicorn.Server):
+class _AdminServer(uvicorn.Server):
     """Signals are the service's."""
 
     @contextmanager

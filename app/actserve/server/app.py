@@ -23,7 +23,7 @@ from actserve.server.access.tokens import read as read_tokens
 from actserve.server.arcade import page
 from actserve.server.arcade import routes as games
 from actserve.server.arcade.game import Seats
-from actserve.server.fastpath.endpoints import Lane
+from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.http import (
     act,
     gate,
@@ -60,7 +60,7 @@ def check(settings: Settings) -> None:
     tls.check(settings)
 
 
-class Service(FastAPI):
+class Application(FastAPI):
     """The application: FastAPI, with what is observed around all of it."""
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -96,13 +96,13 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
                     async with (
                         grpc.serving(registry, app.state.sessions, settings, access),
                         admin.serving(registry, store, settings),
-                        Lane(registry, settings.request_timeout_s, settings.max_connections, access) as lane,
+                        FastPath(registry, settings.request_timeout_s, settings.max_connections, access) as lane,
                     ):
                         yield {"lane": lane}
                 finally:
                     await registry.close()
 
-    app = Service(
+    app = Application(
         title="actserve",
         version=__version__,
         description="Answers `/act` with the action of a policy trained with TorchRL.",

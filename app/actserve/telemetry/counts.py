@@ -19,7 +19,7 @@ OK = "200"
 KEPT = 16  # the versions of a policy that are remembered when they are not in memory
 
 
-class Program(NamedTuple):
+class ProgramLabels(NamedTuple):
     """What meters are of."""
 
     policy: str
@@ -50,7 +50,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.tallies: dict[tuple[str, Transport, str], Tally] = {}  # by policy, "" for none; transport; route
-        self.programs: WeakValueDictionary[Program, Meters] = WeakValueDictionary()
+        self.programs: WeakValueDictionary[ProgramLabels, Meters] = WeakValueDictionary()
         self.streams = 0  # open now
         self._last: dict[str, deque[Meters]] = {}  # by policy
 
@@ -61,7 +61,7 @@ class Counts:
             self.tallies[key] = Tally()
         return self.tallies[key]
 
-    def meters(self, program: Program) -> Meters:
+    def meters(self, program: ProgramLabels) -> Meters:
         """The same ones each time that the program is loaded, unless `KEPT` others have been meanwhile. Whoever adds to
         them holds them."""
         found = self.programs.setdefault(program, Meters())

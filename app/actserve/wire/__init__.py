@@ -1,7 +1,7 @@
 """Request and response bodies <-> named arrays: the same code on both ends of the wire.
 
-A body is one item, or a batch of k items with a leading axis. Items in, items out; batch in, batch out. One file an
-encoding: each has `read(body, specs) -> Items`, and `write(items) -> bytes` where we write it too.
+A body is one item, or a batch of k items with a leading axis. Payload in, items out; batch in, batch out. One file an
+encoding: each has `read(body, specs) -> Payload`, and `write(items) -> bytes` where we write it too.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from functools import lru_cache
 from actserve.core.errors import NotAcceptable, UnsupportedContentType
 from actserve.core.signature import Array, Signature, TensorSpec
 from actserve.wire import as_json, as_png, as_raw, as_safetensors
-from actserve.wire.accept import quality
+from actserve.wire.accept_header import quality
 from actserve.wire.compression import expand
-from actserve.wire.items import JSON, PNG, RAW, SAFETENSORS, Body, Items, check_complete, read_randomness
+from actserve.wire.payload import JSON, PNG, RAW, SAFETENSORS, Body, Payload, check_complete, read_randomness
 
 __all__ = [
     "JSON",
     "PNG",
     "RAW",
     "SAFETENSORS",
-    "Items",
+    "Payload",
     "decode",
     "decode_answer",
     "encode",
@@ -31,13 +31,13 @@ __all__ = [
     "read_randomness",
 ]
 
-_READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Items]] = {
+_READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Payload]] = {
     RAW: as_raw.read,
     JSON: as_json.read,
     SAFETENSORS: as_safetensors.read,
     PNG: as_png.read,
 }
-_WRITERS: dict[str, Callable[[Items], bytes]] = {
+_WRITERS: dict[str, Callable[[Payload], bytes]] = {
     JSON: as_json.write,  # the first among equals in Accept
     RAW: as_raw.write,
     SAFETENSORS: as_safetensors.write,
@@ -45,7 +45,7 @@ _WRITERS: dict[str, Callable[[Items], bytes]] = {
 _BARE = (RAW, PNG)  # one observation and nothing beside it
 
 
-def decode(content_type: str, body: Body, signature: Signature) -> Items:
+def decode(content_type: str, body: Body, signature: Signature) -> Payload:
     """A request body -> what a program takes. Raises an `InvalidRequest` that says what was expected and what came."""
     essence = _essence(content_type)
     reader = _READERS.get(essence)
@@ -62,10 +62,10 @@ def encode(accept: str, outputs: Mapping[str, Array], batched: bool, seed: int |
     `seed` is what anything random came from; JSON and safetensors carry it beside the outputs. Raises `NotAcceptable`.
     """
     content_type = negotiate(accept, len(outputs))
-    return content_type, _WRITERS[content_type](Items(dict(outputs), batched, seed=seed))
+    return content_type, _WRITERS[content_type](Payload(dict(outputs), batched, seed=seed))
 
 
-def encode_request(content_type: str, items: Items) -> bytes:
+def encode_request(content_type: str, items: Payload) -> bytes:
     """The client's side of `decode`. Raises `UnsupportedContentType` where that encoding cannot say it all."""
     able = [known for known in _WRITERS if known not in _BARE or (len(items.tensors) == 1 and not items.metadata)]
     if content_type not in able:
@@ -73,7 +73,7 @@ def encode_request(content_type: str, items: Items) -> bytes:
     return _WRITERS[content_type](items)
 
 
-def decode_answer(content_type: str, body: Body, specs: Sequence[TensorSpec]) -> Items:
+def decode_answer(content_type: str, body: Body, specs: Sequence[TensorSpec]) -> Payload:
     """The client's side of `encode`: an answer that has `specs` and nothing else, and the seed where it has one.
 
     Raises an `InvalidRequest` for anything else.

@@ -17,10 +17,10 @@ import pydantic_core
 
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, TensorSpec
-from actserve.wire.items import (
+from actserve.wire.payload import (
     METADATA,
     Body,
-    Items,
+    Payload,
     check_json,
     check_shape,
     find,
@@ -30,7 +30,7 @@ from actserve.wire.items import (
 )
 
 
-def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     text = bytes(body)
     check_json(text)
     try:
@@ -43,7 +43,7 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
     return gather({name: _array(value, find(name, specs)) for name, value in document.items()}, specs, metadata)
 
 
-def write(items: Items) -> bytes:
+def write(items: Payload) -> bytes:
     document = {name: array.tolist() for name, array in items.as_spoken().items()}
     return pydantic_core.to_json(document | items.metadata, inf_nan_mode="strings")
 

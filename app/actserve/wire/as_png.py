@@ -16,7 +16,7 @@ import numpy as np
 
 from actserve.core.errors import BodyTooLarge, InvalidTensor, MalformedBody, UnsupportedContentType
 from actserve.core.signature import Array, TensorSpec
-from actserve.wire.items import JSON, PNG, RAW, SAFETENSORS, Body, Items
+from actserve.wire.payload import JSON, PNG, RAW, SAFETENSORS, Body, Payload
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +27,7 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type: grey, RGB, palette
 _OTHERS = [RAW, JSON, SAFETENSORS]
 
 
-def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     if len(specs) != 1 or not _is_image(specs[0]):
         taken = ", ".join(f"{spec.name} {spec}" for spec in specs)
         raise UnsupportedContentType(f"{PNG}, which carries one image, and this policy takes {taken}", _OTHERS)
@@ -37,7 +37,7 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
     if len(body) > most_bytes:
         raise BodyTooLarge(most_bytes, len(body))
     image = _decode(_pixel_chunks(bytes(body), spec))
-    return Items({spec.name: _pixels(image, spec).reshape(1, *spec.shape)}, batched=False)
+    return Payload({spec.name: _pixels(image, spec).reshape(1, *spec.shape)}, batched=False)
 
 
 def _is_image(spec: TensorSpec) -> bool:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from actserve.core.errors import InvalidTensor, UnsupportedContentType
 from actserve.core.signature import TensorSpec
-from actserve.wire.items import JSON, RAW, SAFETENSORS, Body, Items, view
+from actserve.wire.payload import JSON, RAW, SAFETENSORS, Body, Payload, view
 
 
-def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     if len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)
         raise UnsupportedContentType(f"{RAW}, which can carry one tensor, and these are {names}", [JSON, SAFETENSORS])
@@ -22,9 +22,9 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
         raise InvalidTensor(
             spec.name, f"{spec.item_bytes:,} bytes for one item ({spec}), or a multiple", f"{len(body):,} bytes"
         )
-    return Items({spec.name: view(body, spec, (count, *spec.shape))}, batched=count > 1)
+    return Payload({spec.name: view(body, spec, (count, *spec.shape))}, batched=count > 1)
 
 
-def write(items: Items) -> bytes:
+def write(items: Payload) -> bytes:
     (array,) = items.tensors.values()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -15,13 +15,13 @@ import safetensors.numpy
 
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, TensorSpec
-from actserve.wire.items import Body, Items, check_shape, find, gather, read_metadata, view
+from actserve.wire.payload import Body, Payload, check_shape, find, gather, read_metadata, view
 
 MAX_HEADER_BYTES = 64 << 10
 _DTYPES = {"uint8": "U8", "int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64", "bool": "BOOL"}
 
 
-def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
+def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     """The tensors are views of `body`: the library's reader would copy all of them twice, milliseconds for a batch."""
     header, data = _split(memoryview(body))
     metadata = header.pop("__metadata__", {})
@@ -39,7 +39,7 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Items:
     return gather(arrays, specs, read_metadata(metadata))
 
 
-def write(items: Items) -> bytes:
+def write(items: Payload) -> bytes:
     metadata = {name: str(value) for name, value in items.metadata.items()}
     return safetensors.numpy.save(items.as_spoken(), metadata or None)
 

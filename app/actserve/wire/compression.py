@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from actserve.core.errors import BodyTooLarge, MalformedBody, UnsupportedContentEncoding
-from actserve.wire.items import Body
+from actserve.wire.payload import Body
 
 if sys.version_info >= (3, 14):
     from compression import zstd

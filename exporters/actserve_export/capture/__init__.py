@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import overload
 
 from actserve_export.capture.onnx_file import OnnxFile, capture_onnx_file
-from actserve_export.capture.policy import Captured, capture_policy
+from actserve_export.capture.tensordict_policy import Captured, capture_policy
 from actserve_export.sources.interfaces import Exportable, Source
 from actserve_export.sources.onnx_source import OnnxSource
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 
 __all__ = ["Captured", "OnnxFile", "capture"]
 

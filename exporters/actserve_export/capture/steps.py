@@ -23,7 +23,7 @@ from actserve_export.capture.ports import Ports
 from actserve_export.sources.keys import join, leaf
 
 
-class Step(TensorDictModuleBase):
+class StepModule(TensorDictModuleBase):
     """A replacement: same keys, no batch-size plumbing."""
 
     def __init__(self, original: Any, ports: Ports) -> None:
@@ -37,7 +37,7 @@ class Step(TensorDictModuleBase):
         return exploration_type() in (ExplorationType.RANDOM, None)
 
 
-class RecurrentStep(Step):
+class RecurrentStep(StepModule):
     """One step of an `LSTMModule` or `GRUModule`: state (B, layers, hidden), zeroed where `is_init`."""
 
     def __init__(self, original: Any, ports: Ports) -> None:
@@ -68,7 +68,7 @@ class RecurrentStep(Step):
         return tensordict
 
 
-class FrameStack(Step):
+class FrameStack(StepModule):
     """`CatFrames`: the last N observations along an axis are state; `padding` as trained fills it on `is_init`."""
 
     def __init__(self, original: Any, ports: Ports) -> None:
@@ -97,7 +97,7 @@ class FrameStack(Step):
         return spec
 
 
-class EpsilonGreedy(Step):
+class EpsilonGreedy(StepModule):
     """`EGreedyModule`, with a coin for each item: u[0] < epsilon takes the action that u[1:] picks."""
 
     def __init__(self, original: EGreedyModule, ports: Ports) -> None:
@@ -140,7 +140,7 @@ class EpsilonGreedy(Step):
         return index
 
 
-class GaussianNoise(Step):
+class GaussianNoise(StepModule):
     """`AdditiveGaussianModule`: the action plus sigma times normal noise, clamped to the spec."""
 
     def __init__(self, original: AdditiveGaussianModule, ports: Ports) -> None:
@@ -159,7 +159,7 @@ class GaussianNoise(Step):
         return tensordict
 
 
-class OrnsteinUhlenbeck(Step):
+class OrnsteinUhlenbeck(StepModule):
     """`OrnsteinUhlenbeckProcessModule`: the noise process and its age are state (Uhlenbeck & Ornstein 1930)."""
 
     def __init__(self, original: OrnsteinUhlenbeckProcessModule, ports: Ports) -> None:
@@ -193,7 +193,7 @@ class OrnsteinUhlenbeck(Step):
         return tensordict
 
 
-class Affine(Step):
+class Affine(StepModule):
     """`ObservationNorm`, its statistics as constants."""
 
     def __init__(self, original: ObservationNorm, ports: Ports) -> None:
@@ -213,7 +213,7 @@ class Affine(Step):
         return tensordict
 
 
-class Nothing(Step):
+class Nothing(StepModule):
     """A transform that only concerns training (counters, rewards, primers): left out."""
 
     def __init__(self, original: Any, ports: Ports) -> None:
@@ -224,7 +224,7 @@ class Nothing(Step):
         return tensordict
 
 
-class FrozenNorm(Step):
+class FrozenNorm(StepModule):
     """A frozen `VecNorm`: an affine map with constants, (x - loc) / scale for each key."""
 
     def __init__(self, original: Any, ports: Ports) -> None:

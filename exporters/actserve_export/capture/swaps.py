@@ -68,10 +68,10 @@ def _swap(module: nn.Module, ports: Ports) -> nn.Module:
 def _flatten_compose(original: Compose, ports: Ports) -> nn.Module:
     """A `Compose` runs its transforms in turn; so does this, whatever they were replaced with."""
     steps = [_swap(transform, ports) for transform in original.transforms]
-    return _Chain(steps)
+    return _SwappedChain(steps)
 
 
-class _Chain(TensorDictModuleBase):
+class _SwappedChain(TensorDictModuleBase):
     def __init__(self, steps: list[nn.Module]) -> None:
         super().__init__()
         self.steps = nn.ModuleList(steps)

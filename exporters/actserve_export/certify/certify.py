@@ -16,7 +16,7 @@ from actserve.engine.golden import Agreement, Tolerance
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
-from actserve_export.certify import statistics
+from actserve_export.certify import distributions as statistics
 from actserve_export.sources import samples
 from actserve_export.sources.interfaces import Exportable, Original, Source
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from actserve.core.errors import CaptureFailed
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 
 ACTIONS = ("argmax", "identity")
 

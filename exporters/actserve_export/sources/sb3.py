@@ -22,8 +22,8 @@ from torchrl.modules import EGreedyModule
 
 from actserve.core.errors import CaptureFailed, UsageError
 from actserve_export.sources.interfaces import Original
+from actserve_export.sources.policy_source import PolicySource
 from actserve_export.sources.sb3_predict import Actions, Observations, Predict, RecurrentPredict
-from actserve_export.sources.source import PolicySource
 
 LIBRARY = f"Stable-Baselines3 {stable_baselines3.__version__}"
 # The policies that are known, and which part of each acts; None: the policy itself.

@@ -16,7 +16,7 @@ from torchrl.modules import ConvNet, QValueModule
 
 from actserve.core.environment import Environment, GameAction
 from actserve.core.errors import UsageError
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 from actserve_export.training.transforms import NearestResize
 
 

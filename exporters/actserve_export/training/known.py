@@ -9,10 +9,10 @@ from ale_py import roms
 
 @dataclass(frozen=True)
 class Known:
-    """Import paths, followed only when needed: see `pkgutil.resolve_name`.
+    """A policy's factory and its training methods, as names for `pkgutil.resolve_name`.
 
-    `factory(*arguments)` gives the `actserve_export.sources.source.PolicySource`; each of `train`, by method, fills an
-    `actserve_export.training.run.Run` when called with it, a seed, and `arguments`. The first method is the default.
+    `factory(*arguments)` returns a `PolicySource`. Each function in `train`, by method, is called with a `Run`, a seed
+    and `arguments`, and fills the run. The first method is the default.
     """
 
     factory: str

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.data import Categorical
 from torchrl.modules import LSTMModule, QValueModule
 
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 from actserve_export.training import atari
 
 WEIGHTS = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("pong", "pong-lstm")}

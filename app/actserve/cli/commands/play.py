@@ -48,7 +48,7 @@ def play(
     json: Json = False,
 ) -> None:
     """Play Atari games on this machine with a policy served over HTTP."""
-    from actserve.cli.tools import play as commands
+    from actserve.cli.tools import play_and_load as commands
 
     def games(url: str, policy: str | None, video: Path | None) -> Any:
         return commands.play(
@@ -84,7 +84,7 @@ def load(
     json: Json = False,
 ) -> None:
     """Load a service and report rate, latency and errors."""
-    from actserve.cli.tools import play as commands
+    from actserve.cli.tools import play_and_load as commands
 
     if concurrency is not None and rate is not None:
         raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")

@@ -20,7 +20,7 @@ RUNS = "this host can run it"
 
 
 @dataclass(frozen=True)
-class Row:
+class ProgramStatus:
     """One program of one version, or, with `runtime` None, a version that cannot be read at all."""
 
     policy: str  # name@version
@@ -32,7 +32,7 @@ class Row:
 @dataclass(frozen=True)
 class Diagnosis:
     host: dict[str, Any]
-    rows: list[Row]
+    rows: list[ProgramStatus]
 
     def as_json(self) -> dict[str, Any]:
         return {"host": self.host, "programs": [asdict(row) for row in self.rows]}
@@ -49,7 +49,7 @@ def diagnose(
     Files are hashed, and a `.pt2` that nothing speaks against is tried in a process of its own.
     """
     host = host or preflight.this_host()
-    rows: list[Row] = []
+    rows: list[ProgramStatus] = []
     for policy in [name] if name is not None else store.names():
         for version in reversed(store.versions(policy)):
             progress(f"{policy}@{version}")
@@ -57,14 +57,14 @@ def diagnose(
     return Diagnosis(host.facts(), rows)
 
 
-def _examine(store: ModelStore, name: str, version: int, host: Host) -> list[Row]:
+def _examine(store: ModelStore, name: str, version: int, host: Host) -> list[ProgramStatus]:
     label = f"{name}@{version}"
     try:
         artifact = store.resolve(name, version)
     except ActserveError as error:
-        return [Row(label, None, False, error.message)]
+        return [ProgramStatus(label, None, False, error.message)]
     found = {runtime: _objection(runtime, artifact, host) for runtime in sorted(artifact.manifest.programs)}
-    return [Row(label, runtime, reason is None, reason or RUNS) for runtime, reason in found.items()]
+    return [ProgramStatus(label, runtime, reason is None, reason or RUNS) for runtime, reason in found.items()]
 
 
 def _objection(runtime: str, artifact: Artifact, host: Host) -> str | None:

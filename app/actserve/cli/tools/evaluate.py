@@ -10,7 +10,7 @@ from rich.console import Console
 from actserve.atari.evaluation import evaluate as summarise
 from actserve.atari.play import Report
 from actserve.cli.tools import local_service as local
-from actserve.cli.tools import play as commands
+from actserve.cli.tools import play_and_load as commands
 from actserve.store.artifact import Artifact
 
 PROTOCOL = "machado"

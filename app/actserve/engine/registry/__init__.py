@@ -18,7 +18,7 @@ from actserve.core.errors import NotServing, SessionsUnavailable, StoreError, Un
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine.policy import Acted, Policy
-from actserve.engine.registry.candidates import ROUTING, Beside
+from actserve.engine.registry.candidates import ROUTING, Candidates
 from actserve.engine.registry.loaded import Key, Loaded, key_of
 from actserve.engine.registry.refusals import Refusals
 from actserve.engine.registry.shadow import OUTCOMES
@@ -49,7 +49,7 @@ class Registry:
         self._stored: dict[str, list[int]] = {}  # the versions that there were at the last look
         self._live: dict[str, Policy] = {}
         self._default: str | None = None
-        self._beside: dict[str, Beside] = {}
+        self._beside: dict[str, Candidates] = {}
         self._loaded = Loaded(store, settings, self.counts)
         self._refused = Refusals(self._loaded, settings.poll_s)
         self._following: asyncio.Task[None] | None = None
@@ -176,7 +176,7 @@ class Registry:
         shadow = self._beside[name].shadow if name in self._beside else None
         return dict.fromkeys(OUTCOMES, 0) if shadow is None else shadow.outcomes
 
-    def _beside_live(self, policy: Policy) -> Beside | None:
+    def _beside_live(self, policy: Policy) -> Candidates | None:
         return self._beside.get(policy.name) if self._live.get(policy.name) is policy else None
 
     # what is told
@@ -193,7 +193,7 @@ class Registry:
             "versions": self._versions(name),
             "loaded": [version for loaded, version in self._loaded.versions if loaded == name],
             "refused": refused,
-            "routing": self._beside.get(name, Beside()).describe(),
+            "routing": self._beside.get(name, Candidates()).describe(),
         }
 
     def manifest(self, name: str) -> dict[str, Any] | None:
@@ -256,7 +256,7 @@ class Registry:
         return found
 
     async def _update(self, name: str, versions: list[int], wishes: Routing | StoreError | None) -> None:
-        beside = self._beside.setdefault(name, Beside())
+        beside = self._beside.setdefault(name, Candidates())
         self._heed(beside, wishes)
         for version in routing.wanted(versions, beside.routing, self._serving(name)):
             policy = await self._refused.load(name, version)
@@ -268,7 +268,7 @@ class Registry:
             await beside.follow(self._live[name], lambda version: self._refused.load(name, version))
             self.generation += before != (beside.canary, beside.shadow)
 
-    def _heed(self, beside: Beside, wishes: Routing | StoreError | None) -> None:
+    def _heed(self, beside: Candidates, wishes: Routing | StoreError | None) -> None:
         """Take in the wishes. While they cannot be read, or have gone with the store, the last ones hold."""
         beside.problems.pop(ROUTING, None)
         if isinstance(wishes, Routing):

@@ -1,4 +1,4 @@
-"""Beside: what an operator has act beside a policy's live version, as far as it can be had."""
+"""Candidates: what an operator has act beside a policy's live version, as far as it can be had."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Canary:
         return int(self._requests * self.share) > before
 
 
-class Beside:
+class Candidates:
     """`routing` is what is wished for, the rest what came of it: a version that cannot be had changes nothing.
 
     `problems`: why something is not as wished, by what it is about: "routing", "canary", "shadow" or "alias …".

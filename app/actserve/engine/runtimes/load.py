@@ -8,8 +8,8 @@ from actserve.engine.runtimes.base import Runtime
 from actserve.store.artifact import Artifact
 
 RUNTIMES = {
-    "onnx": "actserve.engine.runtimes.onnx:OnnxRuntime",
-    "pt2": "actserve.engine.runtimes.aoti:AotiRuntime",
+    "onnx": "actserve.engine.runtimes.onnx_runtime:OnnxRuntime",
+    "pt2": "actserve.engine.runtimes.aoti_runtime:AotiRuntime",
 }
 
 

@@ -8,10 +8,10 @@ from actserve.client.operations import Description
 from actserve.loadtest.backends.base import Backend
 
 BACKENDS = {
-    "http": "actserve.loadtest.backends.http:Http",
-    "session": "actserve.loadtest.backends.session:Sessions",
-    "stream": "actserve.loadtest.backends.stream:Streams",
-    "oip": "actserve.loadtest.backends.oip:Oip",
+    "http": "actserve.loadtest.backends.http:HttpBackend",
+    "session": "actserve.loadtest.backends.session:SessionStates",
+    "stream": "actserve.loadtest.backends.stream:StreamBackend",
+    "oip": "actserve.loadtest.backends.oip:OipBackend",
 }
 
 __all__ = ["BACKENDS", "Backend", "backend"]

@@ -12,10 +12,10 @@ import numpy as np
 import pydantic_core
 
 from actserve import wire
-from actserve.client.operations import Description, Request, request_body
+from actserve.client.operations import Description, HttpRequest, request_body
 from actserve.client.transport import bearer, parse, prefix
 from actserve.core.signature import IS_INIT, Arrays
-from actserve.loadtest.connection import Connection, HttpConnection, Owner, Parts
+from actserve.loadtest.connection import HttpConnection, LoadConnection, Owner, Parts
 
 OBSERVATIONS = 32  # different ones are sent in turn
 
@@ -40,12 +40,12 @@ class Backend(ABC):
         self.turns: Iterator[int] = itertools.cycle(range(OBSERVATIONS))  # of what may be asked by any connection
         self._seed = seed
 
-    def connection(self, owner: Owner) -> Connection:
+    def connection(self, owner: Owner) -> LoadConnection:
         """A new one, to be opened and then to be begun."""
         return HttpConnection(owner)
 
     @abstractmethod
-    async def begin(self, connection: Connection) -> None:
+    async def begin(self, connection: LoadConnection) -> None:
         """Say what comes before the first question, and set the script. Raises `ServiceError`, or OSError if nothing
         is answered."""
 
@@ -78,7 +78,7 @@ class Backend(ABC):
     def bodies(self) -> tuple[str, list[bytes]]:
         """The content type of `steps`, and each of them encoded."""
         if IS_INIT.name in self.steps[0]:
-            items = [wire.Items(step, batched=False) for step in self.steps]
+            items = [wire.Payload(step, batched=False) for step in self.steps]
             return wire.SAFETENSORS, [wire.encode_request(wire.SAFETENSORS, item) for item in items]
         pairs = [request_body(self.signature, step, batched=False) for step in self.steps]
         return pairs[0][0], [bytes(body) for _, body in pairs]
@@ -91,7 +91,7 @@ class Backend(ABC):
             return itertools.cycle(range(OBSERVATIONS))
         return itertools.count()  # nothing begins anew: every step has an answer of its own
 
-    def head(self, request: Request) -> bytes:
+    def head(self, request: HttpRequest) -> bytes:
         """An HTTP request up to where further headers, an empty line and its body may follow."""
         headers = {
             "Host": self.url.netloc,
@@ -103,7 +103,7 @@ class Backend(ABC):
         lines = [f"{request.method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), ""]
         return "\r\n".join(lines).encode()
 
-    def whole(self, request: Request) -> Parts:
+    def whole(self, request: HttpRequest) -> Parts:
         """An HTTP request."""
         return (self.head(request) + b"\r\n", bytes(request.body or b""))
 

@@ -13,15 +13,15 @@ import pydantic_core
 from actserve.client.inference import binary_data, infer, inference
 from actserve.client.operations import Description
 from actserve.loadtest.backends.base import Ask, Backend, Requests, Steps
-from actserve.loadtest.connection import Connection
+from actserve.loadtest.connection import LoadConnection
 
 
-class Oip(Backend):
+class OipBackend(Backend):
     def __init__(self, url: str, description: Description, seed: int, token: str | None = None) -> None:
         super().__init__(url, description, seed, token)
         self._sequences: list[str] = []
 
-    async def begin(self, connection: Connection) -> None:
+    async def begin(self, connection: LoadConnection) -> None:
         if not self.signature.state:
             head = self._head({})
             connection.script = Requests(self.turns, [(head, tensors) for tensors in self._tensors])

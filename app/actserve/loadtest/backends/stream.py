@@ -1,4 +1,4 @@
-"""Streams: each connection is a WebSocket, one message under way at a time."""
+"""StreamBackend: each connection is a WebSocket, one message under way at a time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from websockets.uri import WebSocketURI, parse_uri
 from actserve.client.operations import service_error
 from actserve.client.transport import stream_url
 from actserve.loadtest.backends.base import Backend, Steps
-from actserve.loadtest.connection import Connection, Owner, Parts
+from actserve.loadtest.connection import LoadConnection, Owner, Parts
 from actserve.wire.stream_messages import Replies
 
 
-class Streams(Backend):
-    def connection(self, owner: Owner) -> Connection:
+class StreamBackend(Backend):
+    def connection(self, owner: Owner) -> LoadConnection:
         return StreamConnection(owner, self._uri, self._replies.offsets[self.signature.action.name], self.authorization)
 
-    async def begin(self, connection: Connection) -> None:
+    async def begin(self, connection: LoadConnection) -> None:
         status, body = await connection.exchange()  # the hello
         if status != 200:
             raise service_error(status, body)
@@ -45,7 +45,7 @@ class Streams(Backend):
         return parse_uri(stream_url(self.url, self.description.name, None, query))
 
 
-class StreamConnection(Connection):
+class StreamConnection(LoadConnection):
     """A WebSocket. An `exchange` of nothing shakes hands, and is answered with the hello or a refusal.
 
     The answer to a message is what follows the first `skipped` bytes of its reply, which tell the time; or an error.

@@ -12,7 +12,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actserve.core.errors import InvalidRequest
-from actserve.server.arcade.game import Game, Step
+from actserve.server.arcade.game import Game, GameStep
 from actserve.server.http.websocket import RESTART
 
 PICTURE_S = 1 / 60  # no screen shows more
@@ -40,7 +40,7 @@ class Show:
         self._idle_s = idle_s  # the longest pause
         self._command = Command()
         self._told = asyncio.Event()  # a command has come
-        self._steps: deque[Step] = deque(maxlen=REMEMBERED)  # not shown yet
+        self._steps: deque[GameStep] = deque(maxlen=REMEMBERED)  # not shown yet
         self._stepped = asyncio.Event()
 
     async def run(self) -> int:
@@ -61,7 +61,7 @@ class Show:
             await asyncio.gather(*parts, return_exceptions=True)
 
     async def _play(self) -> int | None:
-        """Step after step, in the game's own time; what cannot be kept up with is not made up for."""
+        """GameStep after step, in the game's own time; what cannot be kept up with is not made up for."""
         clock = asyncio.get_running_loop().time
         due = clock()
         while not self._game.over:
@@ -128,7 +128,7 @@ class Show:
         }
         return pydantic_core.to_json(hello).decode()
 
-    def _head(self, steps: list[Step]) -> dict[str, Any]:
+    def _head(self, steps: list[GameStep]) -> dict[str, Any]:
         last, counted = steps[-1], self._game.policy.statistics()
         return {
             "step": last.number,

@@ -59,7 +59,7 @@ class Seats:
 
 
 @dataclass(frozen=True)
-class Step:
+class GameStep:
     """What the policy saw and made of it, and what came of it."""
 
     number: int  # from 1
@@ -99,7 +99,7 @@ class Game:
         self._screen = self._game.screen().copy()
         policy.signature.validate_request({self.environment.screen: self._screen[None]})
 
-    async def step(self, override: int | None = None) -> Step:
+    async def step(self, override: int | None = None) -> GameStep:
         """Ask the policy, then take its action; or `override`, an index. Raises what the policy raises."""
         self.policy = policy = await self._find()
         screen, seed = self._screen, step_seed(self.seed, self._steps + 1)
@@ -113,9 +113,9 @@ class Game:
         self.over = self._game.over
         values = acted.outputs[self.values][0].tolist() if self.values else None
         score, queue_ns, run_ns = self._game.score, acted.queue_ns, acted.run_ns
-        return Step(self._steps, screen, proposed, taken, values, reward, score, queue_ns, run_ns, self.over)
+        return GameStep(self._steps, screen, proposed, taken, values, reward, score, queue_ns, run_ns, self.over)
 
-    async def png(self, step: Step) -> bytes:
+    async def png(self, step: GameStep) -> bytes:
         """The screen of a step, compressed beside the event loop."""
         return await self._beside(encode_png, step.screen)
 

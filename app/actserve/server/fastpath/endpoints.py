@@ -14,11 +14,11 @@ from actserve.core.errors import ActserveError, Unavailable
 from actserve.core.signature import Array
 from actserve.engine import malloc as memory
 from actserve.engine.arena import BATCHES, Arena
-from actserve.engine.batcher import Batcher, Outcome
+from actserve.engine.batcher import Batcher, BatchResult
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Access
-from actserve.server.fastpath.heads import Heads, Size, Taken
+from actserve.server.fastpath.heads import BodySize, HeadParser, RequestHead
 from actserve.server.http import error_responses as errors
 from actserve.telemetry.counts import ACT, Tally
 
@@ -29,12 +29,12 @@ GIVE_BACK_S = 10
 READY_MADE = 4096  # answers; a policy with more actions has them made one by one
 
 
-class Door:
+class Endpoint:
     """One policy's entry: where its requests go, and what its answers are, byte for byte as the route's would be."""
 
     def __init__(self, batcher: Batcher, arena: Arena, policy: Policy, tally: Tally) -> None:
         self.batcher, self.arena = batcher, arena
-        self.size = Size(arena.item_bytes, min(BATCHES * policy.tuning.batch, policy.signature.max_batch))
+        self.size = BodySize(arena.item_bytes, min(BATCHES * policy.tuning.batch, policy.signature.max_batch))
         self._tally = tally
         self._policy = policy  # which stays loaded for as long as the door is open
         spec = policy.signature.action
@@ -44,7 +44,7 @@ class Door:
         self._answers: dict[int, bytes] = {}
         self._refusals: dict[str, bytes] = {}  # by the error's message
 
-    def answer(self, outcome: Outcome, start: int, items: int, headers: Headers) -> bytes:
+    def answer(self, outcome: BatchResult, start: int, items: int, headers: Headers) -> bytes:
         """The whole response for the items from `start` on. `headers`: the server's own, a new list every second."""
         self._tally.answered += 1
         actions = outcome.outputs[self._action]
@@ -82,12 +82,12 @@ def serialised(response: Response, headers: Headers) -> bytes:
     return STATUS_LINE[response.status_code] + fields + b"\r\n" + bytes(response.body)
 
 
-class Connection(Protocol):
+class TimedConnection(Protocol):
     def look(self) -> None:
         """What the lane calls once a second: close if nothing has happened for too long."""
 
 
-class Lane:
+class FastPath:
     """The doors to all live policies of a registry, and the connections that may come to them. Enter it to serve.
 
     `patience_s`: how long a client may take to send a request, or to take an answer. `access`: who may come; None:
@@ -99,13 +99,13 @@ class Lane:
     ) -> None:
         self.patience_s = patience_s
         self.max_connections = max_connections
-        self.connections: set[Connection] = set()
+        self.connections: set[TimedConnection] = set()
         self._registry = registry
         self._generation = -1
         self._access, self._access_generation = access, 0
-        self._heads: Heads[Door] = Heads({}, {})
+        self._heads: HeadParser[Endpoint] = HeadParser({}, {})
 
-    async def __aenter__(self) -> Lane:
+    async def __aenter__(self) -> FastPath:
         self._watching = asyncio.create_task(self._watch())
         return self
 
@@ -133,8 +133,8 @@ class Lane:
         """An answer to what was no request yet."""
         self._registry.counts.tally("", "lane", "").add(status, code)
 
-    def find(self, head: bytes) -> Taken[Door] | None:
-        """See `Heads.find`."""
+    def find(self, head: bytes) -> RequestHead[Endpoint] | None:
+        """See `HeadParser.find`."""
         self._look()
         return self._heads.find(head)
 
@@ -145,19 +145,19 @@ class Lane:
             self._rebuild()
 
     def _rebuild(self) -> None:
-        doors: dict[bytes, Door] = {}
+        doors: dict[bytes, Endpoint] = {}
         for policy in self._registry.live:
             batcher, name = policy.batcher, policy.name
             if self._registry.splits(name):
                 continue  # with a canary or a shadow, the route says who acts
             if batcher.arena is not None and not policy.signature.state:  # whose answers have more in them
                 tally = self._registry.counts.tally(name, "lane", ACT)
-                door = doors[f"/policies/{name}/act".encode()] = Door(batcher, batcher.arena, policy, tally)
+                door = doors[f"/policies/{name}/act".encode()] = Endpoint(batcher, batcher.arena, policy, tally)
                 if name == self._registry.default:
                     doors[b"/act"] = door
         sizes = {path: door.size for path, door in doors.items()}
         if self._access is None:
-            self._heads = Heads(doors, sizes)
+            self._heads = HeadParser(doors, sizes)
         else:
             self._access_generation = self._access.generation
-            self._heads = Heads(doors, sizes, self._access.find)
+            self._heads = HeadParser(doors, sizes, self._access.find)

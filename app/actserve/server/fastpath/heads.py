@@ -35,7 +35,7 @@ FindToken = Callable[[bytes | None], Token | None]  # whose an Authorization hea
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class BodySize:
     """Of the bodies that a door takes."""
 
     item_bytes: int
@@ -43,7 +43,7 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken(Generic[Door]):
+class RequestHead(Generic[Door]):
     """What a head asks for."""
 
     door: Door
@@ -58,17 +58,17 @@ def may_become_a_head(data: bytes) -> bool:
     return len(data) < MAX_BYTES and data.startswith(b"POST "[: len(data)]) and bool(_BEGINNING.fullmatch(data))
 
 
-class Heads(Generic[Door]):
+class HeadParser(Generic[Door]):
     """Reads heads of POST requests to `doors`, which are by path, with bodies as `sizes` has it. `find_token`: nobody
     is let in without a token; None: it does not matter."""
 
     def __init__(
-        self, doors: Mapping[bytes, Door], sizes: Mapping[bytes, Size], find_token: FindToken | None = None
+        self, doors: Mapping[bytes, Door], sizes: Mapping[bytes, BodySize], find_token: FindToken | None = None
     ) -> None:
         self._doors, self._sizes, self._find_token = doors, sizes, find_token
-        self._known: dict[bytes, Taken[Door] | None] = {}
+        self._known: dict[bytes, RequestHead[Door] | None] = {}
 
-    def find(self, head: bytes) -> Taken[Door] | None:
+    def find(self, head: bytes) -> RequestHead[Door] | None:
         """`head` with its final empty line -> what it asks for; None: not for the lane."""
         try:
             return self._known[head]
@@ -78,7 +78,7 @@ class Heads(Generic[Door]):
             found = self._known[head] = self._read(head)
             return found
 
-    def _read(self, head: bytes) -> Taken[Door] | None:
+    def _read(self, head: bytes) -> RequestHead[Door] | None:
         request, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
         method, _, rest = request.partition(b" ")
         path, _, version = rest.partition(b" ")
@@ -114,4 +114,4 @@ class Heads(Generic[Door]):
             items = 0
         elif beside or items > size.items:
             return None
-        return Taken(self._doors[path], int(patience or 0) * 1_000_000, body_bytes, items, token)
+        return RequestHead(self._doors[path], int(patience or 0) * 1_000_000, body_bytes, items, token)

@@ -26,12 +26,12 @@ from uvicorn.server import ServerState
 
 from actserve import wire
 from actserve.core.errors import ActserveError, TooManyConnections
-from actserve.engine.batcher import Outcome
+from actserve.engine.batcher import BatchResult
 from actserve.server.fastpath.discard import discard
-from actserve.server.fastpath.endpoints import UNAVAILABLE, Door, Lane, serialised
-from actserve.server.fastpath.heads import MAX_BYTES, Taken, may_become_a_head
+from actserve.server.fastpath.endpoints import UNAVAILABLE, Endpoint, FastPath, serialised
+from actserve.server.fastpath.heads import MAX_BYTES, RequestHead, may_become_a_head
 from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
-from actserve.server.fastpath.uvicorn_protocol import Inner
+from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
 from actserve.server.http import error_responses as errors
 
 GUESS_BYTES = 512  # of a first head
@@ -48,7 +48,7 @@ class Phase(Enum):
     SENDING = auto()  # an answer, which the client has not taken
 
 
-class LaneProtocol(Receiver):
+class FastPathProtocol(Receiver):
     """A connection is also the request that it has under way: nothing is made anew for each."""
 
     def __init__(
@@ -58,12 +58,12 @@ class LaneProtocol(Receiver):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(Inner(config, server_state, app_state, _loop))
+        super().__init__(UvicornProtocol(config, server_state, app_state, _loop))
         self._inner.outer = self
         self._state = server_state
         self._connections: set[Any] = server_state.connections
-        self._lane: Lane | None = app_state.get("lane")
-        self._door: Door | None = None  # of the request that is being received or answered
+        self._lane: FastPath | None = app_state.get("lane")
+        self._door: Endpoint | None = None  # of the request that is being received or answered
         self._unwanted = 0  # bytes of a refused body that are still to come
         self._guess = GUESS_BYTES  # how long the next head is
         self._passing = False  # to the inner protocol
@@ -182,7 +182,7 @@ class LaneProtocol(Receiver):
         else:
             self._receive(door.arena, None)
 
-    def _expand(self, taken: Taken[Door], data: bytes, end: int) -> None:
+    def _expand(self, taken: RequestHead[Endpoint], data: bytes, end: int) -> None:
         """A compressed observation, all of which is in `data`; what is anything else is for the route to refuse."""
         arena = taken.door.arena
         stop = end + taken.body_bytes
@@ -205,7 +205,7 @@ class LaneProtocol(Receiver):
         self._requests += 1
         self._inner.data_received(data)
 
-    def _refuse(self, door: Door, error: ActserveError, size: int) -> None:
+    def _refuse(self, door: Endpoint, error: ActserveError, size: int) -> None:
         """Before the body of `size` bytes is here; what comes of it is forgotten."""
         data = self._data
         self._unwanted, self._data = max(0, size - len(data)), data[size:]
@@ -220,7 +220,7 @@ class LaneProtocol(Receiver):
 
     # what the batcher calls
 
-    def settle(self, outcome: Outcome, start: int) -> None:
+    def settle(self, outcome: BatchResult, start: int) -> None:
         assert self._door is not None
         if self.transport is None:
             self._leave()

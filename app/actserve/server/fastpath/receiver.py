@@ -15,12 +15,12 @@ import numpy as np
 
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
-from actserve.engine.batcher import Waiting
+from actserve.engine.batcher import BatchRequest
 
 BUFFER_BYTES = 1 << 16
 
 
-class Receiver(asyncio.BufferedProtocol, Waiting):
+class Receiver(asyncio.BufferedProtocol, BatchRequest):
     """A connection that has one request at a time, which is received, waits and is acted on; before uvicorn's own
     protocol, `inner`, for all that the lane does not take.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from actserve.server.fastpath.websocket_protocol import StreamLane
+from actserve.server.fastpath.websocket_protocol import FastPathStream
 from actserve.server.http.stream import LANE
 from actserve.server.http.websocket import WebSocketProtocol
 
@@ -14,7 +14,7 @@ MAX_BYTES = 1 << 16  # of a head, until it is whole, and of what comes with a bo
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
-class Inner(HttpToolsProtocol):
+class UvicornProtocol(HttpToolsProtocol):
     """uvicorn's protocol, whether its parser is between two messages, and a bound on what is no body: a head, trailers,
     the extensions of chunks. Who has gone is told nothing more; uvicorn would try, fail, and log a traceback each time.
     """
@@ -40,7 +40,7 @@ class Inner(HttpToolsProtocol):
         super().handle_websocket_upgrade()
         websocket = self.transport.get_protocol()
         if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated and not websocket.close_sent:
-            lane = StreamLane(websocket, self.transport)
+            lane = FastPathStream(websocket, self.transport)
             self.transport.set_protocol(lane)
             extensions: Any = websocket.scope["extensions"]
             extensions[LANE] = lane

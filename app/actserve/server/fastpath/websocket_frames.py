@@ -11,7 +11,7 @@ _CONTROL = 0x08  # the bit of an opcode that is not of a message
 _U16, _U64 = struct.Struct("!H"), struct.Struct("!Q")
 
 
-class Head(NamedTuple):
+class FrameHeader(NamedTuple):
     first: int  # FIN, three reserved bits, the opcode
     mask: bytes  # 4 bytes, or none
     length: int  # of the payload, in bytes
@@ -22,7 +22,7 @@ class Head(NamedTuple):
         return not self.first & _CONTROL
 
 
-def read(data: bytes) -> Head | None:
+def read(data: bytes) -> FrameHeader | None:
     """The head that `data` begins with; None: it is not all there. Whether it is a legal one is not looked at."""
     if len(data) < 2:
         return None
@@ -38,10 +38,10 @@ def read(data: bytes) -> Head | None:
             return None
         (length,) = _U64.unpack_from(data, 2)
     if not masked:
-        return Head(data[0], b"", length, size)
+        return FrameHeader(data[0], b"", length, size)
     if len(data) < size + 4:
         return None
-    return Head(data[0], data[size : size + 4], length, size + 4)
+    return FrameHeader(data[0], data[size : size + 4], length, size + 4)
 
 
 def masked_size(length: int) -> int:

@@ -18,14 +18,14 @@ import numpy as np
 from actserve.core.errors import ActserveError
 from actserve.core.signature import Array
 from actserve.engine.arena import Arena
-from actserve.engine.batcher import Batcher, Outcome
+from actserve.engine.batcher import Batcher, BatchResult
 from actserve.server.access.tokens import Token
 from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.receiver import Receiver
 from actserve.server.http.websocket import WebSocketProtocol
 
 
-class Episode(Protocol):
+class SteppableEpisode(Protocol):
     """What the route offers."""
 
     batcher: Batcher
@@ -34,21 +34,21 @@ class Episode(Protocol):
     steps: int
     token: Token | None
 
-    def reply(self, outcome: Outcome, start: int, queue_ns: int) -> bytes:
+    def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
         """The step is done: the reply's payload."""
 
     def refusal(self, error: ActserveError) -> bytes:
         """The step was not taken: the payload, text, that says why."""
 
 
-class StreamLane(Receiver):
+class FastPathStream(Receiver):
     """A connection is also the step that it has under way."""
 
     def __init__(self, inner: WebSocketProtocol, transport: Any) -> None:
         super().__init__(inner)
         self.transport = transport
-        self._offered: Episode | None = None
-        self._episode: Episode | None = None  # whose step is received or run
+        self._offered: SteppableEpisode | None = None
+        self._episode: SteppableEpisode | None = None  # whose step is received or run
         self._mask = b""
         self._passing = 0  # bytes of a frame that are still to go to the inner protocol
         self._idle = asyncio.Event()
@@ -56,7 +56,7 @@ class StreamLane(Receiver):
 
     # what the route calls
 
-    def offer(self, episode: Episode) -> None:
+    def offer(self, episode: SteppableEpisode) -> None:
         if self._inner.queue.empty():
             self._offered = episode
 
@@ -111,7 +111,7 @@ class StreamLane(Receiver):
             self._inner.data_received(data[:end])
             data = data[end:]
 
-    def _take(self, head: frames.Head, data: bytes) -> bool:
+    def _take(self, head: frames.FrameHeader, data: bytes) -> bool:
         """Whether the lane steps this message, which `data` begin with; then it is being received."""
         episode = self._offered
         if (
@@ -150,7 +150,7 @@ class StreamLane(Receiver):
 
     # what the batcher calls
 
-    def settle(self, outcome: Outcome, start: int) -> None:
+    def settle(self, outcome: BatchResult, start: int) -> None:
         assert self._episode is not None
         if self.transport is None:
             self._leave()

@@ -16,7 +16,7 @@ from actserve.engine.policy import Acted, Policy
 from actserve.server.access import tokens as access
 from actserve.server.http import requests as common
 from actserve.server.http import sessions
-from actserve.wire.items import Body
+from actserve.wire.payload import Body
 
 
 class Direct(APIRoute):
@@ -190,7 +190,7 @@ async def _step(request: Request, policy: Policy, version: int | None, id_: str,
     return _answer(request, stepped.acted, names, False, sessions.headers(stepped))
 
 
-def _decode(request: Request, body: Body, policy: Policy) -> wire.Items:
+def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
     return wire.decode(request.headers.get("content-type", ""), body, policy.signature)
 
 
@@ -209,7 +209,7 @@ def _answer(
     return Response(content, media_type=content_type, headers=headers)
 
 
-def _randomness(request: Request, items: wire.Items) -> tuple[Exploration | None, int | None]:
+def _randomness(request: Request, items: wire.Payload) -> tuple[Exploration | None, int | None]:
     """What the query says, which any encoding can have, before what the body says."""
     exploration, seed = wire.read_randomness(request.query_params)
     return exploration or items.exploration, items.seed if seed is None else seed

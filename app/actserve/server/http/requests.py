@@ -12,7 +12,7 @@ from actserve import wire
 from actserve.core.errors import BodyTooLarge, InvalidRequest
 from actserve.core.signature import Signature
 from actserve.engine.registry import Registry
-from actserve.wire.items import Body
+from actserve.wire.payload import Body
 
 DEADLINE = "X-Deadline-Ms"
 

@@ -101,7 +101,7 @@ async def stepping(request: Request, policy: Policy, version: int | None, id_: s
     return Stepping(session, await policy_of(common.registry(request), session), _read_step(request))
 
 
-async def step(request: Request, to_step: Stepping, decode: Callable[[], wire.Items]) -> Stepped:
+async def step(request: Request, to_step: Stepping, decode: Callable[[], wire.Payload]) -> Stepped:
     """Do the step, or find its answer if it was done: then the body, which `decode` reads, does not matter."""
     sessions = _sessions(request)
     if to_step.step == to_step.session.step:  # which can be the last one done

@@ -13,7 +13,7 @@ from actserve.core.errors import ActserveError, NotServing, Unauthorized, Unavai
 from actserve.core.settings import Settings
 from actserve.engine.policy import Policy
 from actserve.server.http import requests as common
-from actserve.server.http.stream_episode import BINARY, WINDOW, Episode
+from actserve.server.http.stream_episode import BINARY, WINDOW, StreamEpisode
 from actserve.server.http.websocket import LIMIT, RESTART
 from actserve.telemetry.counts import STREAM
 
@@ -85,7 +85,7 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
     try:
         policy = await found
         tally = counts.tally(policy.name, "websocket", STREAM)
-        episode = Episode(policy, websocket.query_params, settings, tally)
+        episode = StreamEpisode(policy, websocket.query_params, settings, tally)
     except ActserveError as error:
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
             raise  # to be answered like any other request
@@ -111,7 +111,7 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
         episode.close()
 
 
-async def _converse(websocket: WebSocket, episode: Episode, lane: Any) -> tuple[int, str]:
+async def _converse(websocket: WebSocket, episode: StreamEpisode, lane: Any) -> tuple[int, str]:
     """Answer message after message; the code and the reason to close with. Raises `WebSocketDisconnect`.
 
     While one is being answered nothing more is read, so that what a client sends ahead waits in the sockets' buffers.

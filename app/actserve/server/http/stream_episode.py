@@ -1,4 +1,4 @@
-"""Episode: what one stream asks for, and its state from step to step."""
+"""StreamEpisode: what one stream asks for, and its state from step to step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actserve.core.completion import decide, step_seed
 from actserve.core.errors import ActserveError, InvalidRequest, UnsupportedContentType
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
-from actserve.engine.batcher import Outcome
+from actserve.engine.batcher import BatchResult
 from actserve.engine.policy import Policy
 from actserve.server.access.tokens import current
 from actserve.server.http import requests as common
@@ -26,7 +26,7 @@ _BYTES_PER_ELEMENT = 32  # the longest number in JSON, with room to spare
 _BYTES_BESIDE = 64 << 10  # names, and the head of a safetensors message or a PNG
 
 
-class Episode:
+class StreamEpisode:
     """Begun by what the query asks for; raises `InvalidRequest`, or `UnsupportedContentType` for its `binary`."""
 
     def __init__(self, policy: Policy, query: QueryParams, settings: Settings, tally: Tally) -> None:
@@ -100,7 +100,7 @@ class Episode:
             return {"type": "websocket.send", "bytes": self._replies.pack(reply)}
         return {"type": "websocket.send", "text": self._replies.to_json(reply)}
 
-    def reply(self, outcome: Outcome, start: int, queue_ns: int) -> bytes:
+    def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
         """What the lane calls: a binary message has been answered, and its state is kept."""
         self.steps += 1
         self.tally.answered += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from actserve.engine.registry import Registry
 from actserve.server.metrics.collect import collect
 from actserve.server.sessions import Sessions
-from actserve.telemetry.counts import Program
+from actserve.telemetry.counts import ProgramLabels
 from actserve.telemetry.families import Families
 from actserve.telemetry.shared import Shared
 
@@ -31,7 +31,7 @@ class Publisher:
         self._registry, self._sessions = registry, sessions
         self._shared = None if path is None else Shared(path)
         self._writing = asyncio.Lock()  # so that what is written later was collected later
-        self._seen: deque[tuple[float, Mapping[Program, int]]] = deque(maxlen=RATE_OVER_S + 1)  # once a second
+        self._seen: deque[tuple[float, Mapping[ProgramLabels, int]]] = deque(maxlen=RATE_OVER_S + 1)  # once a second
 
     async def __aenter__(self) -> Publisher:
         if self._shared is not None:
@@ -76,6 +76,6 @@ class Publisher:
             done[program.policy] += n - before.get(program, 0)
         return collect(self._registry, self._sessions, {policy: n / passed_s for policy, n in done.items()})
 
-    def _actions(self) -> dict[Program, int]:
+    def _actions(self) -> dict[ProgramLabels, int]:
         """So far."""
         return {program: meters.sizes.total for program, meters in self._registry.counts.programs.items()}

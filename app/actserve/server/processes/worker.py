@@ -15,7 +15,7 @@ import uvicorn
 
 from actserve.core.settings import Settings
 from actserve.server.app import create_app
-from actserve.server.fastpath.accept import Accepting
+from actserve.server.fastpath.acceptor import Acceptor
 from actserve.server.processes.supervisor import SIGNALS, Start, Work
 
 GRACE_S = 30  # for what was accepted, once the service is to end
@@ -30,7 +30,7 @@ def _serve(settings: Settings, listener: socket.socket, start: Start) -> None:
     config = uvicorn.Config(
         create_app(settings, start),
         loop="uvloop",
-        http=cast(Any, Accepting(listener)),
+        http=cast(Any, Acceptor(listener)),
         ws="actserve.server.http.websocket:WebSocketProtocol",
         ws_per_message_deflate=False,
         access_log=False,
@@ -41,10 +41,10 @@ def _serve(settings: Settings, listener: socket.socket, start: Start) -> None:
         ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=GRACE_S,
     )
-    _Server(config, start).run([listener])
+    _WorkerServer(config, start).run([listener])
 
 
-class _Server(uvicorn.Server):
+class _WorkerServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, start: Start) -> None:
         super().__init__(config)
         self._start = start

@@ -77,7 +77,7 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class SessionStatistics:
     sessions: int  # held now; of those that timed out some for a second or so yet
     bytes: int  # their state and last answers
 
@@ -181,10 +181,10 @@ class Sessions:
     def end(self, session: Session) -> None:
         self._file.change("DELETE FROM session WHERE number = ?", session.number)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> SessionStatistics:
         self._sweep()
         ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
-        return Statistics(count, size)
+        return SessionStatistics(count, size)
 
     async def step(
         self, registry: Registry, session: Session, tensors: Arrays, step: int | None = None, patience_ns: int = 0

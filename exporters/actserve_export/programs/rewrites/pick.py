@@ -35,7 +35,7 @@ _TO_DTYPE = (_aten.to.dtype, _aten._to_copy.default)
 
 
 @dataclass
-class _Chain:
+class _ResizeChain:
     """How a picture came from `source`: elementwise steps and permutations, the earliest first."""
 
     source: fx.Node
@@ -64,7 +64,7 @@ def pick_first(module: fx.GraphModule) -> list[str]:
     return applied
 
 
-def _trace(picture: fx.Node) -> _Chain | None:
+def _trace(picture: fx.Node) -> _ResizeChain | None:
     """Follow a picture back to the integers that it was converted from, through steps that a pick may overtake."""
     steps: list[fx.Node] = []
     node = picture
@@ -87,7 +87,7 @@ def _trace(picture: fx.Node) -> _Chain | None:
             factor *= step.args[1]
         elif step.target not in _TO_DTYPE:
             factor = None
-    return _Chain(source, steps, axes, factor)
+    return _ResizeChain(source, steps, axes, factor)
 
 
 def _is_step(node: fx.Node) -> bool:
@@ -100,7 +100,7 @@ def _is_step(node: fx.Node) -> bool:
     return node.target in _ALIKE or node.target is _aten.permute.default
 
 
-def _pick(module: fx.GraphModule, resize: fx.Node, chain: _Chain) -> list[str]:
+def _pick(module: fx.GraphModule, resize: fx.Node, chain: _ResizeChain) -> list[str]:
     *_, height, width = _value(resize.args[0]).shape
     if not isinstance(height, int) or not isinstance(width, int):
         return []
@@ -133,7 +133,7 @@ def _pick(module: fx.GraphModule, resize: fx.Node, chain: _Chain) -> list[str]:
     return [name]
 
 
-def _replay(insert: _Inserter, chain: _Chain, node: fx.Node) -> fx.Node:
+def _replay(insert: _Inserter, chain: _ResizeChain, node: fx.Node) -> fx.Node:
     for step in chain.steps:
         node = insert(step.target, node, *step.args[1:], **step.kwargs)
     return node

@@ -10,9 +10,9 @@ from tritonclient.grpc import service_pb2 as pb
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, Arrays, Signature, TensorSpec
 from actserve.server.protocols.oip import codec, schema
-from actserve.server.protocols.oip.infer import Answer
-from actserve.wire.items import check_count
+from actserve.server.protocols.oip.infer import InferResponse
 from actserve.wire.oip import DATATYPES
+from actserve.wire.payload import check_count
 
 CONTENTS = {
     "uint8": "uint_contents",
@@ -24,7 +24,7 @@ CONTENTS = {
 }
 
 
-class Received:
+class GrpcInferRequest:
     """A ModelInferRequest. Its tensors are in `raw_input_contents`, all of them, or each in its own `contents`.
 
     Raises `MalformedBody` for a field or a parameter of another kind.
@@ -78,7 +78,7 @@ def _from_contents(contents: Mapping[str, Any], shape: list[int], spec: TensorSp
     return codec.from_values(list(contents[field]), shape, spec)
 
 
-def written(answer: Answer) -> pb.ModelInferResponse:
+def written(answer: InferResponse) -> pb.ModelInferResponse:
     """The outputs' data is in `raw_output_contents`."""
     message = pb.ModelInferResponse(
         model_name=answer.model_name,

@@ -12,7 +12,7 @@ from actserve.core.errors import UsageError
 from actserve.core.settings import Settings
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Access
-from actserve.server.protocols.grpc.service import Service, handlers
+from actserve.server.protocols.grpc.service import InferenceService, handlers
 from actserve.server.sessions import Sessions
 
 log = logging.getLogger("actserve")
@@ -37,7 +37,7 @@ async def serving(
         ],
         maximum_concurrent_rpcs=settings.max_connections,
     )
-    service = Service(registry, sessions, access)
+    service = InferenceService(registry, sessions, access)
     server.add_generic_rpc_handlers([handlers(service)])
     host = f"[{settings.grpc_host}]" if ":" in settings.grpc_host else settings.grpc_host
     address = f"{host}:{settings.grpc_port}"

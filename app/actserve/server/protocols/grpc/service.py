@@ -32,12 +32,12 @@ _Response = TypeVar("_Response")
 
 
 def _answering(
-    method: Callable[[Service, _Request], Awaitable[_Response]],
-) -> Callable[[Service, _Request | MalformedBody, ServicerContext], Awaitable[_Response]]:
+    method: Callable[[InferenceService, _Request], Awaitable[_Response]],
+) -> Callable[[InferenceService, _Request | MalformedBody, ServicerContext], Awaitable[_Response]]:
     """A method of one request and one response, whose errors end the call with their status."""
 
     @functools.wraps(method)
-    async def answer(self: Service, request: _Request | MalformedBody, context: ServicerContext) -> _Response:
+    async def answer(self: InferenceService, request: _Request | MalformedBody, context: ServicerContext) -> _Response:
         try:
             if method.__name__ not in PROBES:
                 self.admit(context)
@@ -50,7 +50,7 @@ def _answering(
     return answer
 
 
-class Service:
+class InferenceService:
     """What each method answers is what its route of `/v2` answers. `close` ends the streams."""
 
     def __init__(self, registry: Registry, sessions: Sessions, access: Access | None = None) -> None:
@@ -144,7 +144,7 @@ class Service:
                 self._registry,
                 await self._find(request.model_name, request.model_version),
                 bool(request.model_version),
-                lambda: messages.Received(request),
+                lambda: messages.GrpcInferRequest(request),
                 messages.written,
             )
         except Exception as error:
@@ -164,8 +164,8 @@ class Service:
             return pb.ModelStreamInferResponse(error_message=message, infer_response=which)
 
 
-def handlers(service: Service) -> grpc.GenericRpcHandler:
-    """Every method of the protocol; those that `Service` has not are UNIMPLEMENTED, and say what is offered.
+def handlers(service: InferenceService) -> grpc.GenericRpcHandler:
+    """Every method of the protocol; those that `InferenceService` has not are UNIMPLEMENTED, and say what is offered.
 
     Not the generated `add_GRPCInferenceServiceServicer_to_server`: what is no message it answers with UNKNOWN and the
     name of a class, and logs a traceback each time.

@@ -9,7 +9,7 @@ from typing import Any
 from actserve.core.errors import InvalidRequest, InvalidTensor, UnknownOutput
 from actserve.core.signature import Array, Signature, TensorSpec
 from actserve.server.protocols.oip import schema
-from actserve.wire import items
+from actserve.wire import payload as items
 from actserve.wire.as_json import from_lists
 from actserve.wire.oip import DATATYPES
 

@@ -24,10 +24,10 @@ from actserve.core.signature import Array, Arrays, Signature, TensorSpec
 from actserve.engine.policy import Policy
 from actserve.server.http import requests as common
 from actserve.server.protocols.oip import codec, schema
-from actserve.server.protocols.oip.infer import Answer, answer
-from actserve.wire.accept import quality
-from actserve.wire.items import Body
+from actserve.server.protocols.oip.infer import InferResponse, answer
+from actserve.wire.accept_header import quality
 from actserve.wire.oip import DATATYPES, HEADER
+from actserve.wire.payload import Body
 
 UNCOMPRESSED_BYTES = 1024  # less is sent as it is: it fits into one packet
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -50,7 +50,7 @@ async def infer(request: Request, policy: Policy, pinned: bool) -> Response:
 
 
 @dataclass(frozen=True)
-class Received:
+class HttpInferRequest:
     """An infer request, taken apart: the JSON, and what follows it."""
 
     request: schema.InferRequest
@@ -77,18 +77,18 @@ class Received:
         return found
 
 
-def split(content: Body, json_bytes: str | None) -> Received:
+def split(content: Body, json_bytes: str | None) -> HttpInferRequest:
     """`json_bytes` is the value of `HEADER`, if there is one. Raises `MalformedBody`."""
     body = memoryview(content)
     if json_bytes is None:
-        return Received(schema.parse(bytes(body)), body[:0])
+        return HttpInferRequest(schema.parse(bytes(body)), body[:0])
     if not (json_bytes.isascii() and json_bytes.isdecimal() and len(json_bytes) < 19 and int(json_bytes) <= len(body)):
         raise MalformedBody(f"expected {HEADER} of 0 to {len(body)}, the body's length; got {json_bytes[:80]!r}")
     end = int(json_bytes)
-    return Received(schema.parse(bytes(body[:end])), body[end:])
+    return HttpInferRequest(schema.parse(bytes(body[:end])), body[end:])
 
 
-def written(answer: Answer) -> tuple[bytes, int | None]:
+def written(answer: InferResponse) -> tuple[bytes, int | None]:
     """The body and, if there is binary data in it, how many bytes of it are JSON."""
     document: dict[str, Any] = {"model_name": answer.model_name, "model_version": answer.model_version}
     if answer.id is not None:

@@ -23,7 +23,7 @@ _Written = TypeVar("_Written")
 
 
 @dataclass(frozen=True)
-class Answer:
+class InferResponse:
     """What there is to say."""
 
     model_name: str
@@ -40,7 +40,7 @@ async def answer(
     policy: Policy,
     pinned: bool,
     read: Callable[[], Asked],
-    write: Callable[[Answer], _Written],
+    write: Callable[[InferResponse], _Written],
 ) -> _Written:
     """Read the request, act, write the answer, count all of it. `pinned`: the version of `policy` was asked for, and
     no other. Raises an `ActserveError`."""
@@ -81,9 +81,9 @@ async def _act(
     return policy, acted, selected
 
 
-def _answer(asked: Asked, policy: Policy, acted: Acted, selected: dict[str, bool]) -> Answer:
+def _answer(asked: Asked, policy: Policy, acted: Acted, selected: dict[str, bool]) -> InferResponse:
     outputs = {name: acted.outputs[name] for name in selected}
-    return Answer(policy.name, str(policy.version), asked.request.id, acted.seed, outputs, selected)
+    return InferResponse(policy.name, str(policy.version), asked.request.id, acted.seed, outputs, selected)
 
 
 @asynccontextmanager

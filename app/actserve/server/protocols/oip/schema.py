@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actserve.core.errors import MalformedBody
 from actserve.core.signature import Arrays, Signature
-from actserve.wire.items import check_json
+from actserve.wire.payload import check_json
 
 _Source = TypeVar("_Source")
 

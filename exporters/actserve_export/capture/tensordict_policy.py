@@ -23,13 +23,13 @@ from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signa
 from actserve.store.artifact import Program
 from actserve_export.capture.noise import Lifted
 from actserve_export.capture.ports import Ports, dtype_name
-from actserve_export.capture.steps import Step
+from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import reads_and_writes, swap
 from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.programs.exported import PROGRAM, save_program
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.sources.keys import Key, join, leaf, named
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 
 log = logging.getLogger("actserve")
 TRACED_BATCH = 64  # a traced batch of 1 is taken for a constant, and AOTInductor picks branches by the example
@@ -194,7 +194,7 @@ def _layout(source: PolicySource, policy: nn.Module) -> Layout:
     steps = leaves(policy)
     reads, writes = reads_and_writes(steps)
     # A transform that writes what it read prepares an observation; a module that does carries state.
-    carried = {key for step in steps if not isinstance(step, (Transform, Step)) for key in step.out_keys}
+    carried = {key for step in steps if not isinstance(step, (Transform, StepModule)) for key in step.out_keys}
     present = set(source.example.keys(include_nested=True, leaves_only=True))
     needed = [key for key in reads if leaf(key) != IS_INIT.name]
     if missing := [key for key in needed if key not in present]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from actserve.client import operations
 from actserve.client.operations import Description, Operation, Result, plain
 from actserve.client.tensordicts import read_tensordict, write_tensordict
-from actserve.client.transport import Connection
+from actserve.client.transport import HttpConnection
 from actserve.core.completion import step_seed
 from actserve.core.environment import Environment
 from actserve.core.errors import ProxyFailed, ServiceUnreachable
@@ -34,11 +34,11 @@ class RemotePolicy:
         self.uds = uds
         self.token = token
         self._wanted = policy
-        self._connection: Connection | None = None
+        self._connection: HttpConnection | None = None
         self._description: Description | None = None
 
     def __enter__(self) -> Self:
-        self._connection = Connection(self.url, self.uds, self.token)
+        self._connection = HttpConnection(self.url, self.uds, self.token)
         try:
             self._description = self.run(operations.describe(self._wanted))
         except BaseException:
@@ -97,10 +97,10 @@ class RemotePolicy:
         exploration: Exploration | None = None,
         seed: int | None = None,
         owner: str | None = None,
-    ) -> Session:
+    ) -> RemoteSession:
         """One episode, of which the service keeps the state."""
         id_ = self.run(operations.begin_session(self.description, exploration, seed, owner))
-        return Session(self, id_, outputs)
+        return RemoteSession(self, id_, outputs)
 
     def run(self, operation: Operation[Result]) -> Result:
         """One operation, over this policy's connection."""
@@ -198,7 +198,7 @@ class Episode:
         return self._carried.outputs
 
 
-class Session:
+class RemoteSession:
     """One episode whose state the service keeps. A context manager: at its end the session is ended."""
 
     def __init__(self, policy: RemotePolicy, id_: str, outputs: Sequence[str]) -> None:

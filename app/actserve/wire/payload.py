@@ -1,4 +1,4 @@
-"""Items: what a body holds, whatever its encoding; and the checks that all encodings share."""
+"""Payload: what a body holds, whatever its encoding; and the checks that all encodings share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_VALUES = 1 << 20  # one by one, as JSON has them: each costs up to a microse
 
 
 @dataclass(frozen=True)
-class Items:
+class Payload:
     """Named arrays, each (k, *shape). `batched` says whether the other side spoke of a batch or of one item (k = 1)."""
 
     tensors: Arrays
@@ -88,7 +88,7 @@ METADATA: dict[str, Callable[[Any], Any]] = {
 
 
 def read_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Items` that are no tensors. Raises `MalformedBody` for other names and for wrong values."""
+    """The fields of `Payload` that are no tensors. Raises `MalformedBody` for other names and for wrong values."""
     for name in values:
         if name not in METADATA:
             raise MalformedBody(f"expected metadata of {', '.join(METADATA)}; got {name!r}"[:200])
@@ -137,8 +137,8 @@ def check_shape(shape: Sequence[int], spec: TensorSpec) -> None:
         raise InvalidTensor(spec.name, f"{spec}, or a batch of them", got[:200])
 
 
-def gather(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], metadata: Mapping[str, Any]) -> Items:
-    """Arrays that are each an item (*shape) or a batch (k, *shape) -> `Items`. Raises `MalformedBody` for a mixture."""
+def gather(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], metadata: Mapping[str, Any]) -> Payload:
+    """Combine arrays, each one item (*shape) or a batch (k, *shape). Raises `MalformedBody` for a mixture."""
     tensors: Arrays = {}
     batched: dict[str, bool] = {}
     for name, array in arrays.items():
@@ -146,10 +146,10 @@ def gather(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], metadata: M
         tensors[name] = array if batched[name] else array[None]
     if len(set(batched.values())) > 1:
         raise MalformedBody(f"expected every tensor as one item or every tensor as a batch; got a mixture: {batched}")
-    return Items(tensors, any(batched.values()), **metadata)
+    return Payload(tensors, any(batched.values()), **metadata)
 
 
-def check_complete(items: Items, specs: Sequence[TensorSpec]) -> None:
+def check_complete(items: Payload, specs: Sequence[TensorSpec]) -> None:
     """Raises `InvalidTensor` unless every one of `specs` is there, all with the same number of items, at least one."""
     for spec in specs:
         if spec.name not in items.tensors:

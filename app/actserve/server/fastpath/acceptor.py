@@ -1,4 +1,4 @@
-"""Accepting: connections are taken in as they come, not one for each time that the loop looks at its sockets.
+"""Acceptor: connections are taken in as they come, not one for each time that the loop looks at its sockets.
 
 libuv accepts one, then attends to every other socket. Under load that is work for 50 ms, and who comes new would wait
 for seconds behind those that have their connection.
@@ -10,12 +10,12 @@ import asyncio
 import socket
 from typing import Any
 
-from actserve.server.fastpath.http_protocol import LaneProtocol
+from actserve.server.fastpath.http_protocol import FastPathProtocol
 
 AT_ONCE = 256  # those who have a connection wait for no more
 
 
-class Accepting:
+class Acceptor:
     """What uvicorn makes protocols by; once one has been made, those who wait behind it are accepted, too."""
 
     def __init__(self, listener: socket.socket) -> None:
@@ -23,11 +23,11 @@ class Accepting:
         self._scheduled = False
         self._making: set[asyncio.Task[None]] = set()
 
-    def __call__(self, **options: Any) -> LaneProtocol:
+    def __call__(self, **options: Any) -> FastPathProtocol:
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._accept, options)
-        return LaneProtocol(**options)
+        return FastPathProtocol(**options)
 
     def _accept(self, options: dict[str, Any]) -> None:
         self._scheduled = False
@@ -44,7 +44,7 @@ class Accepting:
     async def _make(accepted: socket.socket, options: dict[str, Any]) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: LaneProtocol(**options), accepted, ssl=options["config"].ssl
+                lambda: FastPathProtocol(**options), accepted, ssl=options["config"].ssl
             )
         except OSError:  # gone already, or no TLS
             accepted.close()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.client.sequence import OipSequence
 from actserve.client.stream import Stream
 from actserve.core.signature import Array, Arrays, Exploration

@@ -17,9 +17,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from actserve.core.completion import complete
 from actserve.core.errors import Disagreement
 from actserve.core.signature import Array, Arrays, Exploration
-from actserve_export.capture.policy import Captured
+from actserve_export.capture.tensordict_policy import Captured
 from actserve_export.sources.interfaces import Exportable, Source
-from actserve_export.sources.source import PolicySource
+from actserve_export.sources.policy_source import PolicySource
 
 DRAWS = 4096
 LEVEL = 1e-4  # a true policy is refused once in ten thousand exports

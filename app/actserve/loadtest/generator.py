@@ -10,13 +10,13 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.errors import UsageError
 from actserve.loadtest import process as worker
 from actserve.loadtest import processes as crew
 from actserve.loadtest.backends import BACKENDS, backend
-from actserve.loadtest.process import Job, Outcome
-from actserve.loadtest.tally import Tally
+from actserve.loadtest.process import Job, ProcessResult
+from actserve.loadtest.tally import LoadTally
 
 CONCURRENCY = 8
 MOST_CONNECTIONS = 512  # of the open loop, all processes together; beyond it requests wait, and the wait counts
@@ -102,8 +102,8 @@ def load(
     return _report(job, outcomes)
 
 
-def _report(job: Job, outcomes: list[Outcome]) -> LoadReport:
-    total = Tally(backend(job.via, job.url, job.description, job.seed).read)
+def _report(job: Job, outcomes: list[ProcessResult]) -> LoadReport:
+    total = LoadTally(backend(job.via, job.url, job.description, job.seed).read)
     for outcome in outcomes:
         total.add(outcome.tally)
     return LoadReport(

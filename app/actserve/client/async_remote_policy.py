@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from actserve.client import operations
-from actserve.client.operations import Description, Operation, Request, Response, Result
-from actserve.client.remote import ATTEMPTS, LOST, Carried
+from actserve.client.operations import Description, HttpRequest, HttpResponse, Operation, Result
+from actserve.client.remote_policy import ATTEMPTS, LOST, Carried
 from actserve.client.tensordicts import read_tensordict, write_tensordict
 from actserve.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse
 from actserve.core.errors import ServiceUnreachable
@@ -96,7 +96,7 @@ class AsyncRemotePolicy:
                 return await self.run(ask())
         return await self.run(ask())
 
-    async def _exchange(self, request: Request) -> Response:
+    async def _exchange(self, request: HttpRequest) -> HttpResponse:
         aiohttp = import_extra("async", "aiohttp")
         try:
             try:
@@ -109,12 +109,12 @@ class AsyncRemotePolicy:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServiceUnreachable(f"no answer from {self.url}: {error}", url=self.url) from error
 
-    async def _send(self, request: Request) -> Response:
+    async def _send(self, request: HttpRequest) -> HttpResponse:
         url = self.url.rstrip("/") + request.path
         async with self._http.request(
             request.method, url, data=request.body, headers=request.headers, allow_redirects=False
         ) as response:
-            return Response(response.status, response.headers.get("Content-Type", ""), await response.read())
+            return HttpResponse(response.status, response.headers.get("Content-Type", ""), await response.read())
 
 
 class AsyncEpisode:

@@ -15,12 +15,12 @@ from actserve.atari.evaluation import PROTOCOLS, compare, evaluate, print_compar
 from actserve.atari.film import Film
 from actserve.atari.play import Act, Report
 from actserve.atari.play import play as run_play
-from actserve.client.episodes import WAYS, Acting
-from actserve.client.remote import RemotePolicy
+from actserve.client.remote_policy import RemotePolicy
+from actserve.client.via import WAYS, Acting
 from actserve.core.errors import UsageError
 from actserve.core.signature import Exploration
-from actserve.loadtest.load import CONCURRENCY, LoadReport
-from actserve.loadtest.load import load as run_load
+from actserve.loadtest.generator import CONCURRENCY, LoadReport
+from actserve.loadtest.generator import load as run_load
 
 
 def play(
