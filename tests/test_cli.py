@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 def actserve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "app", *arguments], capture_output=True, text=True, check=False, timeout=120, cwd=ROOT
+        [sys.executable, "-m", "actserve", *arguments], capture_output=True, text=True, check=False, timeout=120, cwd=ROOT
     )
 
 

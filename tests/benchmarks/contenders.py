@@ -22,7 +22,7 @@ OWN = Path(sys.prefix)  # where peers that want other versions of what everythin
 LIBRARIES = str(sysconfig.get_config_var("LIBDIR"))  # with our libpython, which Triton has to find before any other
 SCRIPT = "{python} -m tests.benchmarks.peers.{module}"
 BENTOML = "{python} -m bentoml serve tests.benchmarks.peers.bentoml:Policy --host 127.0.0.1 --port {port}"
-ACTSERVE = "{python} -m app serve --runtime onnx --store {store} --port {port}"
+ACTSERVE = "{python} -m actserve serve --runtime onnx --store {store} --port {port}"
 
 
 @dataclass(frozen=True)

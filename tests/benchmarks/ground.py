@@ -59,7 +59,7 @@ def build(pong: Path, making: Path, folder: Path) -> None:
     store = making / "pong-int8"
     for arguments in (
         ["tests.benchmarks.tutorial", str(making / "tutorial.onnx")],
-        ["app", "export", "pong", "--runtime", "onnx", "--int8", "--store", str(store)],
+        ["actserve", "export", "pong", "--runtime", "onnx", "--int8", "--store", str(store)],
     ):
         subprocess.run([sys.executable, "-m", *arguments], check=True, stdout=sys.stderr)
     shutil.rmtree(store / "pong")

@@ -37,7 +37,7 @@ def test_a_service_behind_tokens(pong_store: Path, tmp_path: Path) -> None:
         docs = urllib3.request("GET", f"{service.url}/docs", headers={"Authorization": f"Bearer {token}"})
         assert docs.headers["Content-Security-Policy"].startswith("default-src 'self'")
         loaded = subprocess.run(
-            [sys.executable, "-m", "app", "load", "--url", service.url, "--duration", "0.5", "--json"],
+            [sys.executable, "-m", "actserve", "load", "--url", service.url, "--duration", "0.5", "--json"],
             env={**os.environ, "ACTSERVE_TOKEN": token}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         report = json.loads(loaded.stdout)

@@ -124,7 +124,7 @@ def test_a_worker_that_is_killed_under_load_costs_only_what_it_held(screens: Arr
 
 def test_a_service_that_is_told_to_end_answers_what_it_took_and_ends_well(screens: Array) -> None:
     store, port = str(SHIPPED), local.free_port()
-    command = [sys.executable, "-m", "app", "serve", "--store", store, "--port", str(port), "--workers", "2"]
+    command = [sys.executable, "-m", "actserve", "serve", "--store", store, "--port", str(port), "--workers", "2"]
     with subprocess.Popen([*command, "--runtime", "onnx"], stderr=subprocess.DEVNULL) as process:
         service = LocalService(f"http://127.0.0.1:{port}", process.pid)
         until(lambda: answers(port, "/readyz"))
@@ -184,7 +184,7 @@ def test_a_crash_loop_is_not_ready_and_says_why() -> None:
 def test_a_port_in_use_ends_the_service_with_the_reason(capfd: pytest.CaptureFixture[str]) -> None:
     with local.serve(SHIPPED, "--runtime", "onnx") as service:
         port = str(urlsplit(service.url).port)
-        command = [sys.executable, "-m", "app", "serve", "--store", str(SHIPPED), "--port", port]
+        command = [sys.executable, "-m", "actserve", "serve", "--store", str(SHIPPED), "--port", port]
         assert subprocess.run(command, timeout=60, check=False).returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capfd.readouterr().err
 

@@ -26,7 +26,7 @@ from actserve.store.local import ModelStore
 
 
 def play(service: LocalService, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "app", "play", "--url", service.url, "--json", *options]
+    command = [sys.executable, "-m", "actserve", "play", "--url", service.url, "--json", *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)

@@ -32,7 +32,7 @@ HEADERS = {
 @cache
 def assets() -> dict[str, tuple[bytes, str]]:
     """Name -> (content, entity tag) of every file of the page."""
-    found = {file.name: file.read_bytes() for file in (files("app") / "web").iterdir() if file.is_file()}
+    found = {file.name: file.read_bytes() for file in (files("actserve") / "web").iterdir() if file.is_file()}
     return {name: (content, f'"{hashlib.sha256(content).hexdigest()[:16]}"') for name, content in found.items()}
 
 
