@@ -40,7 +40,7 @@ def serve(
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "app", "serve", "--store", str(store), "--port", str(port), *options]
+    command = [sys.executable, "-m", "actserve", "serve", "--store", str(store), "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:

@@ -9,7 +9,7 @@ from actserve.loadtest.backends.base import Backend
 
 BACKENDS = {
     "http": "actserve.loadtest.backends.http:HttpBackend",
-    "session": "actserve.loadtest.backends.session:SessionStates",
+    "session": "actserve.loadtest.backends.session:SessionBackend",
     "stream": "actserve.loadtest.backends.stream:StreamBackend",
     "oip": "actserve.loadtest.backends.oip:OipBackend",
 }

@@ -71,7 +71,7 @@ class SessionBackend(Backend):
         raise AssertionError("to begin a session takes one request")
 
     def _request(self, id_: str) -> Callable[[int, int], Parts]:
-        session = f"X-SessionState: {id_}\r\n".encode()
+        session = f"X-Session: {id_}\r\n".encode()
         bodies = self.bodies[1]
         return lambda index, step: (self._heads[index], session, b"X-Step: %d\r\n\r\n" % step, bodies[index])
 
