@@ -54,8 +54,8 @@ RUN pip install --no-compile --constraint constraints.txt ${TORCH_INDEX:+--extra
     ${TORCH} pyelftools
 COPY exporters exporters
 COPY models_store /srv/models_store
-RUN PYTHONPATH=/src actserve compile pong --store /srv/models_store \
- && PYTHONPATH=/src actserve compile pong-lstm --store /srv/models_store
+RUN PYTHONPATH=/src/exporters actserve compile pong --store /srv/models_store \
+ && PYTHONPATH=/src/exporters actserve compile pong-lstm --store /srv/models_store
 WORKDIR /srv
 # What was measured here says nothing about where the image will run.
 RUN rm -rf /opt/actserve/lib/python3*/site-packages/torch/include models_store/*/*.tuning.json \

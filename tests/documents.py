@@ -96,7 +96,6 @@ class Reader:
             **os.environ,
             "HOME": str(folder),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
             "COLUMNS": "100",
             "ACTSERVE_URL": f"http://127.0.0.1:{self._ports['8000']}",
             "ACTSERVE_MAX_WAIT_MS": "60000",  # that this host is slow is no overload

@@ -1,6 +1,6 @@
-"""The README's table of what can be exported, made from what `tests/e2e/test_kinds.py` found.
+"""The table of policies that can be exported, made from the results of `tests/e2e/test_kinds.py`.
 
-python -m tests.kinds writes it between the README's marks.
+`python -m tests.kinds` writes it between the marks in docs/bring-your-own-policy.md.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "bring-your-own-policy.md"
 FOUND = ROOT / ".cache" / "kinds.json"
 BEGIN, END = "<!-- kinds -->", "<!-- /kinds -->"
 TITLES = {
@@ -60,7 +61,6 @@ def _cell(found: dict[str, int], column: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")

@@ -152,9 +152,10 @@ def unknown(words: list[str]) -> str | None:
     command = typer.main.get_command(cli)
     while words and isinstance(command, typer.core.TyperGroup) and not words[0].startswith("-"):
         name, *words = words
-        if name not in command.commands:
+        found = command.get_command(typer.Context(command), name)  # commands of plugins too
+        if found is None:
             return name
-        command = command.commands[name]
+        command = found
     options = {option for parameter in command.params for option in parameter.opts}
     return next((word for word in words if word.startswith("-") and word.partition("=")[0] not in options), None)
 

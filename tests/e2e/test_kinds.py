@@ -1,6 +1,6 @@
 """Every kind of policy x both programs x each way to act x single and batched: exported, certified, served.
 
-`python -m tests.kinds` turns what this test finds into the README's table.
+`python -m tests.kinds` writes the results as a table into docs/bring-your-own-policy.md.
 """
 
 from __future__ import annotations
