@@ -45,7 +45,7 @@ def values(wanted: tuple[TensorSpec, ...] | list[TensorSpec], size: int, seed: i
 def requests(draw: st.DrawFn, signature: Signature) -> Payload:
     """What a client may say to a policy: all of the observations, and of the rest some."""
     states = [state.spec for state in signature.state] if draw(st.booleans()) else []
-    others = [spec for spec in signature.asked if spec is IS_INIT or spec.name == "epsilon"]
+    others = [spec for spec in signature.request_inputs if spec is IS_INIT or spec.name == "epsilon"]
     others = draw(st.lists(st.sampled_from(others), unique=True)) if others else []
     size = draw(st.integers(1, 3))
     return Payload(

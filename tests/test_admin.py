@@ -184,7 +184,7 @@ def test_the_commands_write_what_the_service_reads(variants: Variants) -> None:
     done = actserve("alias", "cart", "champion", "1", "--json", *store)
     assert json.loads(done.stdout) == {"name": "cart", **expected}
     refused = actserve("pin", "cart", "7", *store)
-    assert (refused.returncode, refused.stderr) == (1, "error: cart has no version '7'; there is 1, 2\n")
+    assert (refused.returncode, refused.stderr) == (1, "error: cart has no version '7'; known: 1, 2\n")
 
 
 def test_administration_is_off_without_a_token_or_a_free_port(variants: Variants) -> None:

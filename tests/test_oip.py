@@ -150,7 +150,7 @@ def test_bodies_may_be_compressed_both_ways(call: Caller) -> None:
 
 def test_every_route_has_the_protocols_errors(call: Caller, registry: Versions) -> None:
     for method, path, status, message in (
-        ("GET", "/v2/models/chess", 404, "no policy named 'chess'; there is digest"),
+        ("GET", "/v2/models/chess", 404, "no policy named 'chess'; known: digest"),
         ("GET", "/v2/models/digest/versions/2/ready", 404, "digest has no version"),
         ("POST", "/v2/models/chess/infer", 404, "no policy named 'chess'"),
         ("GET", "/v2/models/digest/infer", 405, "GET /v2/models/digest/infer: expected POST"),

@@ -56,7 +56,7 @@ def test_other_versions_are_loaded_once_when_asked_for(own_store: ModelStore) ->
         assert first is second
         assert first.artifact.label == "cart@1"
         assert (await registry.get("cart", 2)) is (await registry.get("cart"))
-        with pytest.raises(UnknownVersion, match="there is 1, 2"):
+        with pytest.raises(UnknownVersion, match="known: 1, 2"):
             await registry.get("cart", 3)
 
     with_registry(own_store, scenario)
@@ -67,7 +67,7 @@ def test_unknown_and_broken_policies(own_store: ModelStore) -> None:
 
     async def scenario(registry: Registry) -> None:
         assert registry.default == "cart"
-        with pytest.raises(UnknownPolicy, match="there is cart"):
+        with pytest.raises(UnknownPolicy, match="known: cart"):
             await registry.get("nobody")
         with pytest.raises(StoreError, match="broken@1"):
             await registry.get("broken")

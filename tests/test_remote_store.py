@@ -98,7 +98,7 @@ def test_unknown_names_are_not_asked_for(remote: RemoteStore) -> None:
     for name in ("nobody", "..", "", "walker/1", "../store/walker"):
         with pytest.raises(UnknownPolicy):
             remote.resolve(name)
-    with pytest.raises(UnknownVersion, match="there is 1, 2"):
+    with pytest.raises(UnknownVersion, match="known: 1, 2"):
         remote.resolve("walker", 3)
     assert Network.asked == []
 

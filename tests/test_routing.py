@@ -78,9 +78,9 @@ def test_rolling_back_pins_the_version_before(store: ModelStore) -> None:
 
 def test_what_cannot_be_wished_for_changes_nothing(store: ModelStore) -> None:
     routing.pin(store, "pong", 2)
-    with pytest.raises(UnknownVersion, match="there is 1, 2, 5"):
+    with pytest.raises(UnknownVersion, match="known: 1, 2, 5"):
         routing.pin(store, "pong", 3)
-    with pytest.raises(UnknownPolicy, match="there is pong"):
+    with pytest.raises(UnknownPolicy, match="known: pong"):
         routing.pin(store, "../pong", 2)
     for alias in ("7", "Champion", "a/b", "a\n", "a" * 65, ""):
         with pytest.raises(InvalidRequest, match="aliases"):

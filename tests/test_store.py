@@ -89,7 +89,7 @@ def test_a_file_that_it_never_had_is_missing(store: ModelStore) -> None:
 
 
 def test_an_unknown_version_names_the_known(store: ModelStore) -> None:
-    with pytest.raises(UnknownVersion, match="there is 1"):
+    with pytest.raises(UnknownVersion, match="known: 1"):
         store.resolve("walker", 2)
 
 

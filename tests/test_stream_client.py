@@ -123,7 +123,7 @@ def test_what_cannot_be_asked_for() -> None:
 
 def test_a_refusal_is_the_services_own(service: Service) -> None:
     with (
-        pytest.raises(ServiceError, match="no policy named 'chess'; there is digest") as refused,
+        pytest.raises(ServiceError, match="no policy named 'chess'; known: digest") as refused,
         Stream(service.url, "chess"),
     ):
         pass

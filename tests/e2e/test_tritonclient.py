@@ -185,8 +185,8 @@ def test_errors_say_what_was_expected(client: triton.InferenceServerClient) -> N
     classes = [triton.InferRequestedOutput("action", class_count=2)]
     value = [triton.InferRequestedOutput("value")]
     refused: list[tuple[str, dict[str, Any], str, str]] = [
-        ("chess", {"inputs": good}, "404", "no policy named 'chess'; there is gru"),
-        ("gru", {"inputs": good, "model_version": "5"}, "404", "gru has no version '?5'?; there is 1"),
+        ("chess", {"inputs": good}, "404", "no policy named 'chess'; known: gru"),
+        ("gru", {"inputs": good, "model_version": "5"}, "404", "gru has no version '?5'?; known: 1"),
         ("gru", {"inputs": inputs({"frame": observations(0)[0]})}, "400", "frame: expected one of observation"),
         ("gru", {"inputs": narrow}, "400", r"FP32\[-1, 4\]; got FP32\[1, 3\]"),
         ("gru", {"inputs": screens}, "400", r"FP32\[-1, 4\]; got UINT8\[1, 4\]"),

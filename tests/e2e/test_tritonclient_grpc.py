@@ -185,7 +185,7 @@ def test_a_stream_answers_in_order_and_outlives_errors(
             answers[number % 2].append(read(result))
         same(answers[0], expected[0])
         same(answers[1], expected[1])
-        for message in ("no policy named 'chess'; there is gru", "no sequence 'nobody' of gru: never begun"):
+        for message in ("no policy named 'chess'; known: gru", "no sequence 'nobody' of gru: never begun"):
             result, error = answered.get(timeout=60)
             assert (result, message in error.message()) == (None, True)
         assert answered.get(timeout=60)[0].get_response().id == "last"
@@ -231,9 +231,9 @@ def test_errors_have_their_codes_and_say_what_was_expected(client: triton.Infere
     shared = triton.InferInput("observation", [1, 4], "FP32")
     shared.set_shared_memory("region", 16)
     refused: list[tuple[str, dict[str, Any], str, str]] = [
-        ("chess", {"inputs": good}, "NOT_FOUND", "no policy named 'chess'; there is gru"),
-        ("gru", {"inputs": good, "model_version": "5"}, "NOT_FOUND", "gru has no version '?5'?; there is 1"),
-        ("gru", {"inputs": good, "model_version": "x"}, "NOT_FOUND", "gru has no version 'x'; there is 1"),
+        ("chess", {"inputs": good}, "NOT_FOUND", "no policy named 'chess'; known: gru"),
+        ("gru", {"inputs": good, "model_version": "5"}, "NOT_FOUND", "gru has no version '?5'?; known: 1"),
+        ("gru", {"inputs": good, "model_version": "x"}, "NOT_FOUND", "gru has no version 'x'; known: 1"),
         ("gru", {"inputs": good, "sequence_id": "nobody"}, "NOT_FOUND", "no sequence 'nobody' of gru"),
         ("gru", {"inputs": inputs({"frame": observations(0)[0]})}, "INVALID_ARGUMENT", "frame: expected one of obs"),
         ("gru", {"inputs": narrow}, "INVALID_ARGUMENT", r"FP32\[-1, 4\]; got FP32\[1, 3\]"),

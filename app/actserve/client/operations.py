@@ -126,7 +126,7 @@ def step(
     Each is one item (*shape), or each a batch (k, *shape); so is what is returned.
     """
     signature = description.signature
-    items, batched = _items(tensors, signature.asked)
+    items, batched = _items(tensors, signature.request_inputs)
     signature.validate_request(items)
     names = signature.select(list(dict.fromkeys((signature.action.name, *outputs))))
     given = {spec.name: spec for spec in signature.outputs}

@@ -25,7 +25,7 @@ def read_tensordict(tensordict: Any, signature: Signature) -> Arrays:
             f"expected {', '.join(missing)} in the TensorDict; got {', '.join(sorted(found)) or 'nothing'}"
         )
     return {
-        spec.name: _array(tensordict[found[spec.name]], spec, batch) for spec in signature.asked if spec.name in found
+        spec.name: _array(tensordict[found[spec.name]], spec, batch) for spec in signature.request_inputs if spec.name in found
     }
 
 

@@ -1,4 +1,4 @@
-"""The world a policy was trained in: what a client must reproduce for the policy to act as trained."""
+"""The environment that a policy was trained in. A client must reproduce it, or the policy does not act as trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class GameAction:
-    """One discrete action: `meaning` as ALE spells it ("RIGHTFIRE"), `code` what `ALEInterface.act` takes."""
+    """One discrete action: `meaning` is ALE's name ("RIGHTFIRE"), `code` is the argument of `ALEInterface.act`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -21,14 +21,14 @@ class GameAction:
 class Environment:
     """An Arcade Learning Environment game, as trained (Machado et al. 2018, "Revisiting the ALE").
 
-    `actions[i]` is what the policy's action i means: an index is not an ALE code.
+    `actions[i]` is the meaning of the policy's action i. The index i is not an ALE code.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    id: str  # Gymnasium's id, "ALE/Pong-v5"
-    game: str  # the ROM's name in ale-py, "pong"
-    screen: str  # the observation that takes the RGB screen
+    id: str  # Gymnasium id, "ALE/Pong-v5"
+    game: str  # ROM name in ale-py, "pong"
+    screen: str  # name of the observation that takes the RGB screen
     actions: tuple[GameAction, ...]
     frame_skip: int = 4  # emulator frames per action
     repeat_action_probability: float = 0.25  # sticky actions

@@ -1,59 +1,59 @@
 """Every error that actserve raises on purpose. Only `actserve.server.http` knows which HTTP status each has.
 
 ActserveError
-├── InvalidRequest               what the client sent cannot be used; nothing was run
-│   ├── MalformedBody            the bytes are not what their content type says
+├── InvalidRequest               the request is wrong; no program ran
+│   ├── MalformedBody            the body does not match its content type
 │   ├── UnsupportedContentType   no decoder for this content type
-│   ├── UnsupportedContentEncoding  no decompressor for this coding, or several of them
-│   ├── NotAcceptable            no encoder for what `Accept` asks
-│   ├── BodyTooLarge             more bytes than the service takes
-│   ├── TooManyItems             a larger batch than the service takes
-│   ├── InvalidTensor            a tensor's name, dtype, shape or values are not what the signature says
-│   ├── UnknownOutput            an output was asked for that the policy does not give
-│   └── StepConflict             the number of a session's step is neither the next one nor the last
-├── Unauthorized                 a token is needed, and none that is valid came
-├── RateLimited                  the token's requests for now are used up
-├── ForbiddenOrigin              a page of another site would open a WebSocket
-├── NotFound                     what the request names is not here
+│   ├── UnsupportedContentEncoding  no decompressor for this coding, or several codings
+│   ├── NotAcceptable            no encoder for any content type in `Accept`
+│   ├── BodyTooLarge             the body exceeds the size limit
+│   ├── TooManyItems             the batch exceeds the limit
+│   ├── InvalidTensor            a tensor's name, dtype, shape or values violate the signature
+│   ├── UnknownOutput            the policy has no output of this name
+│   └── StepConflict             a session's step number is neither the next nor the last one
+├── Unauthorized                 the token is missing or invalid
+├── RateLimited                  the token has exceeded its rate limit
+├── ForbiddenOrigin              a page of another origin tried to open a WebSocket
+├── NotFound                     the request names something that does not exist
 │   ├── UnknownPolicy            the store has no policy of this name
-│   ├── UnknownVersion           the policy has neither this version nor this alias
-│   ├── UnknownSession           no session of this policy was ever given this id
-│   └── SessionExpired           it was begun here and is gone: ended, idle for too long, or it made room
-├── Unavailable                  the request was good; try again
+│   ├── UnknownVersion           the policy has no such version or alias
+│   ├── UnknownSession           this policy never had a session with this id
+│   └── SessionExpired           the session was ended, idle for too long, or evicted
+├── Unavailable                  the request is valid; retry later
 │   ├── Overloaded               the queue is full
-│   │   └── Behind               what comes would wait for too long
-│   ├── TooManyConnections       as many connections are open as may be
-│   ├── NotServing               still loading, or closing
-│   ├── TooLate                  the answer would come after the time that the request gave
-│   ├── TooManyGames             as many games are being played on the page as may be
-│   ├── SessionsUnavailable      the sessions' file cannot be used
-│   └── SessionElsewhere         another host holds the session, and no request reaches it now
-├── SessionTooLarge              one session alone has more state than all may have together
-├── StoreError                   an artifact that must not be served
-│   ├── UnfinishedVersion        no manifest: publishing was cut short
+│   │   └── Behind               the expected wait exceeds the limit
+│   ├── TooManyConnections       the connection limit is reached
+│   ├── NotServing               the service is loading or shutting down
+│   ├── TooLate                  the request's deadline cannot be met
+│   ├── TooManyGames             the limit of games played on the page is reached
+│   ├── SessionsUnavailable      the session file cannot be used
+│   └── SessionElsewhere         another host holds the session and cannot be reached
+├── SessionTooLarge              one session exceeds the limit for all sessions together
+├── StoreError                   the artifact must not be served
+│   ├── UnfinishedVersion        no manifest: publishing was interrupted
 │   ├── InvalidManifest          the manifest cannot be read
-│   ├── NewerManifest            written by a newer actserve
+│   ├── NewerManifest            a newer actserve wrote the manifest
 │   ├── MisplacedVersion         the manifest names another policy or version than its folder
-│   ├── MissingFile              listed in the manifest, not in the folder; or needed, and not listed
-│   ├── UnexpectedFile           in the folder, not in the manifest
-│   ├── InvalidRouting           `routing.json` cannot be read, or wishes for what cannot be
+│   ├── MissingFile              a file of the manifest is missing, or a required file is not in the manifest
+│   ├── UnexpectedFile           a file is in the folder and not in the manifest
+│   ├── InvalidRouting           `routing.json` cannot be read, or asks for something impossible
 │   ├── CorruptFile              size or SHA-256 differs from the manifest
 │   ├── InvalidName              not a policy name
-│   ├── Unsigned                 no trusted key signed the manifest, and the service requires one
-│   ├── StoreUnreachable         a remote store does not answer, or not with what it should
-│   └── NotFetched               in the remote store and not here, and a request makes the service fetch nothing
-├── RuntimeRefused               this host cannot run this program, and why
-├── RuntimeFailure               the program was refused or broken by its engine
-│   └── UntrustedProgram         native code that is neither this user's own nor signed by a trusted key
+│   ├── Unsigned                 the service requires a signature, and no trusted key signed the manifest
+│   ├── StoreUnreachable         the remote store cannot be reached, or holds no store
+│   └── NotFetched               the version is only in the remote store, and requests never fetch
+├── RuntimeRefused               this host cannot run this program
+├── RuntimeFailure               the engine could not load or run the program
+│   └── UntrustedProgram         another user could have changed this native code, and no trusted key signed it
 ├── ExportError                  nothing was published
 │   ├── CaptureFailed            the module cannot be turned into a program
-│   └── Disagreement             the programs do not do what the policy does
-└── ClientError                  raised on the client's side
-    ├── ServiceUnreachable       no connection, or it broke
+│   └── Disagreement             the programs' outputs differ from the policy's
+└── ClientError                  raised by the client
+    ├── ServiceUnreachable       no connection, or the connection broke
     ├── ServiceError             the service answered with an error
-    │   └── ProxyFailed          a proxy did, as no answer came from the service
-    ├── EnvironmentMismatch      the game here is not the game the policy was trained for
-    └── UsageError               a wish that cannot be met (an unknown game, a format without an encoder)
+    │   └── ProxyFailed          a proxy answered, because the service behind it did not
+    ├── EnvironmentMismatch      the local game differs from the one the policy was trained on
+    └── UsageError               the caller asked for something impossible (unknown game, format without an encoder)
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def one_line(error: Exception, limit: int = 500) -> str:
 
 
 class ActserveError(Exception):
-    """The root. `code` is stable and for programs; the message says what was expected and what came."""
+    """The base class. `code` is stable, for programs; the message says what was expected and what was received."""
 
     code: ClassVar[str] = "error"
 
     def __init__(self, message: str, **detail: object) -> None:
         super().__init__(message)
         self.message = message
-        self.detail = detail  # JSON-able facts: what was expected, what came
+        self.detail = detail  # JSON-able: expected and received values
 
 
 class InvalidRequest(ActserveError):
@@ -113,7 +113,7 @@ class NotAcceptable(InvalidRequest):
 
     def __init__(self, got: str, supported: Sequence[str]) -> None:
         super().__init__(
-            f"answers can be had as {', '.join(supported)}; Accept asks for {got}", expected=list(supported), got=got
+            f"expected Accept to allow one of {', '.join(supported)}; got {got}", expected=list(supported), got=got
         )
 
 
@@ -121,9 +121,9 @@ class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
 
     def __init__(self, limit_bytes: int, got_bytes: int | None = None) -> None:
-        came = "more" if got_bytes is None else f"{got_bytes:,} bytes"
+        got = "more" if got_bytes is None else f"{got_bytes:,} bytes"
         super().__init__(
-            f"a body may have at most {limit_bytes:,} bytes; got {came}", limit_bytes=limit_bytes, got_bytes=got_bytes
+            f"a body may have at most {limit_bytes:,} bytes; got {got}", limit_bytes=limit_bytes, got_bytes=got_bytes
         )
 
 
@@ -183,7 +183,7 @@ class UnknownPolicy(NotFound):
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         super().__init__(
-            f"no policy named {name[:80]!r}; there is {', '.join(known) or 'none'}", got=name[:80], known=list(known)
+            f"no policy named {name[:80]!r}; known: {', '.join(known) or 'none'}", got=name[:80], known=list(known)
         )
 
 
@@ -192,7 +192,7 @@ class UnknownVersion(NotFound):
 
     def __init__(self, name: str, version: object, known: Sequence[int]) -> None:
         super().__init__(
-            f"{name} has no version {str(version)[:20]!r}; there is {', '.join(map(str, known)) or 'none'}",
+            f"{name} has no version {str(version)[:20]!r}; known: {', '.join(map(str, known)) or 'none'}",
             got=str(version)[:20],
             known=list(known),
         )
@@ -217,11 +217,11 @@ class Overloaded(Unavailable):
     code = "overloaded"
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"{limit} items are waiting, the most that may; try again shortly", limit=limit)
+        super().__init__(f"{limit} items are waiting, which is the limit; try again shortly", limit=limit)
 
 
 class Behind(Overloaded):
-    """So much comes that requests would wait for too long."""
+    """The expected wait exceeds the limit."""
 
     def __init__(self, max_wait_ms: float) -> None:
         Unavailable.__init__(
@@ -250,7 +250,7 @@ class TooManyGames(Unavailable):
     code = "too_many_games"
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"{limit} games are being played here, the most that may; try again later", limit=limit)
+        super().__init__(f"{limit} games are being played here, which is the limit; try again later", limit=limit)
 
 
 class SessionsUnavailable(Unavailable):
@@ -360,7 +360,7 @@ class ServiceUnreachable(ClientError):
 
 
 class ServiceError(ClientError):
-    """The service's own error, as it came. `status` is the HTTP status, `reason` the service's error code."""
+    """The service's own error. `status` is the HTTP status, `reason` the service's error code."""
 
     code = "service_error"
 
@@ -371,7 +371,7 @@ class ServiceError(ClientError):
 
 
 class ProxyFailed(ServiceError):
-    """A proxy answered, as it got no answer from the service behind it."""
+    """A proxy answered, because the service behind it did not."""
 
 
 class EnvironmentMismatch(ClientError):

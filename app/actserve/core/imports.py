@@ -1,4 +1,4 @@
-"""Optional dependencies: imported where they are used, and named in the error message when they are missing."""
+"""Imports of optional dependencies. If one is missing, the error names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from actserve.core.errors import UsageError
 
 
 def import_extra(extra: str, name: str) -> Any:
-    """The object `name`, as `pkgutil.resolve_name` reads it, which needs the optional dependencies `extra`.
+    """Import the object `name` ("module:object"), which needs the optional dependencies of `extra`.
 
     Raises `UsageError` with the command that installs them.
     """

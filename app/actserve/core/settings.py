@@ -1,4 +1,4 @@
-"""Settings: one frozen record, read from the environment once, in `actserve.server.app`."""
+"""Settings of the service. `actserve.server.app` reads them once, from the environment."""
 
 from __future__ import annotations
 
@@ -14,97 +14,97 @@ PREFIX = "ACTSERVE_"
 
 
 class Settings(BaseModel):
-    """Everything that can be set. A field `x` is read from ACTSERVE_X."""
+    """All settings. The environment variable ACTSERVE_X sets the field `x`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     store: Annotated[str, BeforeValidator(str)] = Field(
-        "models_store", description="The folder of artifacts to serve, or the URL of one, such as `s3://bucket/folder`."
+        "models_store", description="The model store to serve: a folder, or a URL such as `s3://bucket/folder`."
     )
     trust: Path | None = Field(
         None,
-        description="A file of public keys, one a line, whose signatures make native code trusted; needs the extra "
-        "`sign`. Unset: only native code of a store that is this user's own is.",
+        description="A file of trusted public keys, one a line; native code that they signed may run. Needs the extra "
+        "`sign`. Unset: native code runs only from a store that no other user can change.",
     )
-    require_signature: bool = Field(False, description="Serve nothing that none of the trusted keys signed.")
-    poll_s: float = Field(2.0, gt=0, description="Seconds between two looks at the store for new versions.")
+    require_signature: bool = Field(False, description="Serve only artifacts that a trusted key signed.")
+    poll_s: float = Field(2.0, gt=0, description="Seconds between polls of the store for new versions.")
     runtime: Literal["auto", "onnx", "pt2"] = Field(
         "auto",
-        description="Which program to run. auto: the fastest here, if `actserve tune` or an export measured "
-        "it; else `.pt2` where this host can run it, else `.onnx`.",
+        description="Which program to run. auto: the fastest one, if `actserve tune` or an export measured it on this "
+        "host; else `.pt2` if this host can run it, else `.onnx`.",
     )
     policy: str | None = Field(None, description="The policy behind `/act`. Unset: the first by name.")
-    threads: int = Field(1, ge=1, description="Threads inside one inference call.")
+    threads: int = Field(1, ge=1, description="Threads per inference call.")
     max_body_bytes: int = Field(32 << 20, ge=1, description="The largest request body, in bytes.")
-    max_items: int = Field(16_384, ge=1, description="The largest batch that one request may have.")
-    max_waiting: int = Field(1024, ge=1, description="Items that may wait for one policy; more are refused with 503.")
+    max_items: int = Field(16_384, ge=1, description="The largest batch of one request.")
+    max_waiting: int = Field(1024, ge=1, description="Length of a policy's queue, in items; more are refused with 503.")
     max_wait_ms: float = Field(
-        50, gt=0, description="How long a request may have to wait; what comes while it is longer is refused with 503."
+        50, gt=0, description="The longest wait in the queue; while the wait is longer, requests are refused with 503."
     )
     request_timeout_s: float = Field(
-        30, ge=1, description="Seconds that a client may take to send a request, or to take its answer."
+        30, ge=1, description="Seconds within which a client must send its request, and receive its answer."
     )
     sessions: Path | None = Field(
         None,
-        description="The file, on a local disk, that holds the sessions; it outlives restarts. "
-        "Unset: a temporary one, which `actserve serve` makes for all its workers.",
+        description="The session file, on a local disk; sessions survive restarts. "
+        "Unset: a temporary file, which `actserve serve` creates for all its workers.",
     )
     session_home: int | None = Field(
         None,
         ge=0,
         lt=1 << 23,
-        description="The number of this host, where several hosts each have a `sessions` file. Ray Serve sets it.",
+        description="The number of this host, if several hosts each have a `sessions` file. Ray Serve sets it.",
     )
-    max_sessions: int = Field(10_000, ge=1, description="Sessions that may be held; the longest idle make room.")
+    max_sessions: int = Field(10_000, ge=1, description="The most sessions; the longest idle ones are evicted.")
     max_session_bytes: int = Field(
-        256 << 20, ge=1, description="What all sessions' state and last answers may come to, in bytes."
+        256 << 20, ge=1, description="The most bytes of state and last answers, over all sessions."
     )
     max_sessions_per_token: int = Field(
-        1000, ge=1, description="Sessions that the holders of one token may have; its longest idle make room."
+        1000, ge=1, description="The most sessions of one token; its longest idle ones are evicted."
     )
-    session_idle_s: float = Field(600, gt=0, description="Seconds without a step after which a session is forgotten.")
+    session_idle_s: float = Field(600, gt=0, description="Seconds without a step after which a session expires.")
     counts: Path | None = Field(
         None,
-        description="The file, on a local disk, in which worker processes add up what they counted. "
-        "Unset: a temporary one, which `actserve serve` makes for all its workers; one alone needs none.",
+        description="The file, on a local disk, in which worker processes sum their counters. Unset: a temporary file, "
+        "which `actserve serve` creates for all its workers; a single worker needs none.",
     )
-    log_format: Literal["human", "json"] = Field("human", description="Log lines for people, or one JSON object each.")
+    log_format: Literal["human", "json"] = Field("human", description="Log lines for people, or as JSON objects.")
     access_log: bool = Field(
         False,
-        description="Log each request that comes to the routes; plain `/act` requests, in the fast lane, do not.",
+        description="Log each request to the routes. Plain `/act` requests take the fast path and are not logged.",
     )
-    max_games: int = Field(4, ge=0, description="Games that the page may play at once, for each worker; 0: none.")
+    max_games: int = Field(4, ge=0, description="The most games on the page at once, per worker; 0 turns it off.")
     tokens: Path | None = Field(
         None,
-        description="A file of tokens (`actserve tokens new`), one of which every request but a probe then needs. "
-        "Unset: whoever can connect may ask.",
+        description="A file of tokens (`actserve tokens new`). Every request except health checks then needs one. "
+        "Unset: no authentication.",
     )
     tls_cert: Path | None = Field(None, description="The certificate chain, in PEM, for HTTPS and gRPC over TLS.")
     tls_key: Path | None = Field(None, description="Its private key, in PEM; needed with `tls_cert`.")
     public_metrics: bool = Field(False, description="Whether `/metrics` needs no token.")
     cors_origins: str = Field(
-        "", description="Origins whose pages may ask from a browser, comma-separated, or `*`. Unset: none but our own."
+        "", description="Origins whose pages may call from a browser, comma-separated, or `*`. Unset: same origin only."
     )
-    max_connections: int = Field(10_000, ge=1, description="Connections that each worker process takes.")
+    max_connections: int = Field(10_000, ge=1, description="The most connections per worker process.")
     workers: int = Field(
-        1, ge=1, description="Worker processes, each of which grants its share of a rate. `actserve serve` sets it."
+        1, ge=1, description="Worker processes; each grants its share of a rate limit. `actserve serve` sets it."
     )
     grpc_port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="Port for the Open Inference Protocol over gRPC, which needs the extra `grpc`. Unset: off.",
+        description="Port of the Open Inference Protocol over gRPC. Needs the extra `grpc`. Unset: off.",
     )
-    grpc_host: str = Field("127.0.0.1", description="Address for gRPC. `actserve serve` sets it to that of HTTP.")
+    grpc_host: str = Field("127.0.0.1", description="Address for gRPC. `actserve serve` sets it to the HTTP address.")
     admin_port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="Port of 127.0.0.1 for administration, which needs `admin_token`. Unset: off. Of several workers "
-        "one has it, and the others follow.",
+        description="Port on 127.0.0.1 for administration. Needs `admin_token`. Unset: off. Only one of several "
+        "workers listens on it, and the others follow its changes.",
     )
     admin_token: str | None = Field(
-        None, min_length=16, repr=False, description="What an administrator sends as `Authorization: Bearer`."
+        None, min_length=16, repr=False, description="The token for administration, sent as `Authorization: Bearer`."
     )
 
     @property
@@ -113,8 +113,10 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read ACTSERVE_* variables. Raises `UsageError`, which names the variable and not its value: it may be a
-        token."""
+        """Read ACTSERVE_* variables. Raises `UsageError`.
+
+        The error names the variable and not its value, which may be a token.
+        """
         found = {name.removeprefix(PREFIX).lower(): v for name, v in environment.items() if name.startswith(PREFIX)}
         try:
             return cls.model_validate({name: value for name, value in found.items() if name in cls.model_fields})
@@ -123,7 +125,7 @@ class Settings(BaseModel):
             raise UsageError(f"{PREFIX}{str(first['loc'][0]).upper()}: {first['msg']}") from None
 
     def absolute(self) -> Settings:
-        """With paths that mean the same in another folder."""
+        """A copy with absolute paths, which are valid in any current directory."""
         paths = {name: value.resolve() for name, value in self if isinstance(value, Path)}
         store = self.store if "://" in self.store else str(Path(self.store).resolve())
         return self.model_copy(update={**paths, "store": store})

@@ -1,4 +1,4 @@
-"""What a policy takes and gives: the one place that knows which array is acceptable."""
+"""TensorSpec and Signature: the inputs and outputs of a policy. All validation of arrays is here."""
 
 from __future__ import annotations
 
@@ -82,18 +82,18 @@ Exploration = Literal["deterministic", "random"]
 
 @dataclass(frozen=True)
 class State:
-    """A tensor that a policy carries from one step to the next: `output` of this step is `spec` of the next."""
+    """A recurrent tensor: the program's `output` of one step is its input `spec` of the next step."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     spec: TensorSpec  # the input
-    output: str  # the program's output that replaces it
-    initial: float = 0.0  # what every element starts from
+    output: str  # name of the output that replaces it
+    initial: float = 0.0  # initial value of every element
 
 
 @dataclass(frozen=True)
 class Noise:
-    """A random input: the standard uniform [0, 1), normal, Gumbel or exponential distribution, each element its own."""
+    """A random input. Its elements are independent samples of a standard distribution; uniform means [0, 1)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -103,12 +103,12 @@ class Noise:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number per item that a request may set, such as the epsilon of epsilon-greedy; float32."""
+    """A float32 number per item that a request may set, such as the epsilon of epsilon-greedy."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
-    default: float  # as trained
+    default: float  # the value in training
     low: float
     high: float | None  # None: no bound
 
@@ -117,16 +117,16 @@ class Parameter:
         return TensorSpec(self.name, "float32", (), self.low, self.high)
 
 
-IS_INIT = TensorSpec("is_init", "bool", ())  # true on the first step of an episode: state starts anew
-EXPLORE = TensorSpec("explore", "bool", ())  # true: act at random as in training; false: deterministically
+IS_INIT = TensorSpec("is_init", "bool", ())  # true on the first step of an episode: resets the state
+EXPLORE = TensorSpec("explore", "bool", ())  # true: act randomly, as in training; false: deterministically
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a policy takes and gives.
+    """The inputs and outputs of a policy.
 
-    A program takes `inputs` in this order and gives `results` in this order. A request may leave out everything but
-    the observations: `actserve.core.completion` completes it.
+    A program takes `inputs` and returns `results`, in this order. A request needs only the observations;
+    `actserve.core.completion` adds the other inputs.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -136,26 +136,26 @@ class Signature:
     max_batch: int  # 1: the program takes one item at a time
     state: tuple[State, ...] = ()
     is_init: bool = False  # whether the program takes the reset flag
-    exploration: tuple[Exploration, ...] = ("deterministic",)  # both: the program takes the flag `explore`
+    exploration: tuple[Exploration, ...] = ("deterministic",)  # two modes: the program takes the flag `explore`
     parameters: tuple[Parameter, ...] = ()
     noise: tuple[Noise, ...] = ()
 
     @cached_property
-    def asked(self) -> tuple[TensorSpec, ...]:
-        """What a request may carry."""
+    def request_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs that a request may carry."""
         flags = (IS_INIT,) if self.is_init else ()
         parameters = tuple(parameter.spec for parameter in self.parameters)
         return (*self.observations, *(state.spec for state in self.state), *flags, *parameters)
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """Everything a program takes, in its order."""
+        """All inputs of the program, in order."""
         flags = (EXPLORE,) if len(self.exploration) > 1 else ()
-        return (*self.asked, *flags, *(noise.spec for noise in self.noise))
+        return (*self.request_inputs, *flags, *(noise.spec for noise in self.noise))
 
     @cached_property
     def results(self) -> tuple[TensorSpec, ...]:
-        """Everything a program gives, in its order."""
+        """All outputs of the program, in order: the policy's outputs, then the new state."""
         return (*self.outputs, *(replace(state.spec, name=state.output) for state in self.state))
 
     @property
@@ -167,17 +167,20 @@ class Signature:
         return tuple(spec.name for spec in self.outputs)
 
     def validate(self, batch: Mapping[str, Array]) -> int:
-        """Return the batch size of `batch`, or raise `InvalidTensor` if any array is not what a program takes."""
+        """The size of `batch`, which holds all `inputs`. Raises `InvalidTensor`."""
         return _validate(batch, self.inputs, self.inputs)
 
     def validate_request(self, tensors: Mapping[str, Array]) -> int:
-        """The same for what a request carries: every observation, and of the state all or nothing."""
+        """The batch size of a request. It needs every observation, and either all state or none.
+
+        Raises `InvalidTensor`.
+        """
         states = tuple(state.spec for state in self.state)
         carried = any(spec.name in tensors for spec in states)
-        return _validate(tensors, self.asked, (*self.observations, *(states if carried else ())))
+        return _validate(tensors, self.request_inputs, (*self.observations, *(states if carried else ())))
 
     def select(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The outputs that a request asked for, or `UnknownOutput`. None asked: the action alone."""
+        """`names` of outputs, by default the action alone. Raises `UnknownOutput`."""
         for name in names:
             if name not in self.output_names:
                 raise UnknownOutput(name, self.output_names)

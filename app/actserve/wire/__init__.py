@@ -51,7 +51,7 @@ def decode(content_type: str, body: Body, signature: Signature) -> Payload:
     reader = _READERS.get(essence)
     if reader is None:
         raise UnsupportedContentType(content_type, list(_READERS))
-    items = reader(body, signature.observations if essence in _BARE else signature.asked)
+    items = reader(body, signature.observations if essence in _BARE else signature.request_inputs)
     signature.validate_request(items.tensors)
     return items
 

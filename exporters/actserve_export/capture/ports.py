@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from actserve.core.completion import draw
+from actserve.core.completion import draw_noise
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT, Distribution, DType, Noise, Parameter, State, TensorSpec
 
@@ -80,7 +80,7 @@ class Ports:
         name = "noise" if index == 0 else f"noise_{index}"
         noise = Noise(TensorSpec(name, "float32", tuple(shape)), distribution)
         self.noises.append(noise)
-        return torch.from_numpy(draw((noise,), seed=0, size=self._batch)[name])
+        return torch.from_numpy(draw_noise((noise,), seed=0, size=self._batch)[name])
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> DType:

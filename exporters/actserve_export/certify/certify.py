@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from actserve.core.completion import draw
+from actserve.core.completion import draw_noise
 from actserve.core.errors import Disagreement
 from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Signature
 from actserve.engine import golden
@@ -133,7 +133,7 @@ class _Rollout:
             taken = {name: array[at] for name, array in inputs.items() if name not in states}
             if signature.is_init:
                 taken[IS_INIT.name] = taken[IS_INIT.name] | (step == 0)
-            steps.append(taken | draw(signature.noise, step, rows))
+            steps.append(taken | draw_noise(signature.noise, step, rows))
         return cls(steps, _roll(captured.run_reference, signature, steps))
 
     def certify(self, name: str, runtime: Runtime) -> dict[str, Any]:

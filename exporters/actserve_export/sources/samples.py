@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actserve.core.completion import draw
+from actserve.core.completion import draw_noise
 from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Signature, TensorSpec
 from actserve_export.sources.interfaces import Source
 
@@ -35,7 +35,7 @@ def collect(source: Source, signature: Signature, count: int) -> Arrays:
         inputs[parameter.name] = rng.permutation(values)
     if len(signature.exploration) > 1:
         inputs[EXPLORE.name] = rng.random(count) < 0.5
-    return {spec.name: (inputs | draw(signature.noise, 0, count))[spec.name] for spec in signature.inputs}
+    return {spec.name: (inputs | draw_noise(signature.noise, 0, count))[spec.name] for spec in signature.inputs}
 
 
 def observations(source: Source, signature: Signature, count: int, rng: np.random.Generator) -> Arrays:

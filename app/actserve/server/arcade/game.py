@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actserve.atari.emulator import AtariGame
-from actserve.core.completion import decide, step_seed
+from actserve.core.completion import choose_exploration, step_seed
 from actserve.core.environment import Environment
 from actserve.core.errors import InvalidRequest, TooManyGames
 from actserve.core.signature import Arrays, Exploration, Signature
@@ -93,7 +93,7 @@ class Game:
         """Set the game up. Raises `InvalidRequest` for a policy that cannot play here, or so."""
         self.policy = policy = await self._find()
         self.environment = _environment(policy)
-        self.exploration, _ = decide(policy.signature, self._asked_exploration, self.seed)
+        self.exploration, _ = choose_exploration(policy.signature, self._asked_exploration, self.seed)
         self.values = values_output(policy.signature, len(self.environment.actions))
         self._game = await self._beside(AtariGame, self.environment, self.seed)
         self._screen = self._game.screen().copy()

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from actserve import wire
-from actserve.core.completion import decide
+from actserve.core.completion import choose_exploration
 from actserve.core.errors import InvalidRequest, MalformedBody
 from actserve.core.signature import Exploration
 from actserve.engine.policy import Policy
@@ -127,7 +127,7 @@ def headers(stepped: Stepped) -> dict[str, str]:
 
 async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
     exploration, seed = _read_beginning(bytes(await common.read(request, _BEGIN_LIMIT_BYTES)))
-    decide(policy.signature, exploration, seed)  # or it would be told with the first step
+    choose_exploration(policy.signature, exploration, seed)  # or it would be told with the first step
     session = _sessions(request).begin(
         policy.name,
         policy.version,

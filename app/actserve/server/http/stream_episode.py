@@ -8,7 +8,7 @@ from typing import Any
 from starlette.datastructures import QueryParams
 
 from actserve import wire
-from actserve.core.completion import decide, step_seed
+from actserve.core.completion import choose_exploration, step_seed
 from actserve.core.errors import ActserveError, InvalidRequest, UnsupportedContentType
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
@@ -34,7 +34,7 @@ class StreamEpisode:
         self.tally = tally
         asked = common.outputs(query, signature)
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
-        exploration, seed = decide(signature, *wire.read_randomness(query))
+        exploration, seed = choose_exploration(signature, *wire.read_randomness(query))
         self._binary = query.get("binary", BINARY[0])
         if self._binary not in BINARY:
             raise UnsupportedContentType(self._binary[:80], BINARY)

@@ -19,7 +19,7 @@ def matched(inputs: Iterable[schema.Input], signature: Signature) -> Iterator[tu
     surprised by its size. Raises `InvalidRequest`."""
     seen: set[str] = set()
     for given in inputs:
-        spec = items.find(given.name, signature.asked)
+        spec = items.find(given.name, signature.request_inputs)
         if spec.name in seen:
             raise InvalidTensor(spec.name, "one input of this name", "several")
         seen.add(spec.name)

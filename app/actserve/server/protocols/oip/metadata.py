@@ -34,7 +34,7 @@ def model(policy: Policy, registry: Registry) -> dict[str, Any]:
         "name": policy.name,
         "versions": [str(version) for version in described["versions"] if version not in described["refused"]],
         "platform": PLATFORMS[policy.choice.runtime],
-        "inputs": [_tensor(spec) for spec in policy.signature.asked],
+        "inputs": [_tensor(spec) for spec in policy.signature.request_inputs],
         "outputs": [_tensor(spec) for spec in outputs(policy.signature)],
     }
 
@@ -47,7 +47,7 @@ def config(policy: Policy) -> dict[str, Any]:
         "name": policy.name,
         "platform": PLATFORMS[policy.choice.runtime],
         "max_batch_size": signature.max_batch,
-        "input": [_configured(spec) | {"optional": spec.name not in needed} for spec in signature.asked],
+        "input": [_configured(spec) | {"optional": spec.name not in needed} for spec in signature.request_inputs],
         "output": [_configured(spec) for spec in outputs(signature)],
     }
 
