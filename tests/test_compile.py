@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,9 +12,10 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from actserve.core.errors import CaptureFailed, Disagreement
+from actserve.core.errors import CaptureFailed, CorruptFile, Disagreement, MissingFile
 from actserve.engine import golden
 from actserve.engine.runtimes.load import load
 from actserve.engine.runtimes.preflight import refusal, this_host
@@ -24,10 +26,14 @@ from actserve_export.capture import Captured, capture
 from actserve_export.programs import aoti
 from actserve_export.programs.elf import read_needs
 from actserve_export.programs.exported import PROGRAM, load_program, save_program
+from actserve_export.programs.references import SMALLEST_BYTES
+from actserve_export.publish import export
+from actserve_export.sources.modules import from_module
 from tests.policies import cart as cart_source
 from tests.publishing import republish
 
 ROOT = Path(__file__).parent.parent
+ONNX = "policy.onnx"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +169,118 @@ def test_what_is_no_program_is_refused(data: bytes) -> None:
 def test_a_program_of_another_torch_is_refused_with_both_versions(stored: bytes) -> None:
     with pytest.raises(CaptureFailed, match=r"stored by torch \S+, cannot be read by torch "):
         load_program(forged(stored, '"major":', '"major": 99, "was":'))
+
+
+# References into the .onnx.
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A policy with weights that are worth a reference, exported to `.onnx`. To be looked at, not changed."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 128), torch.nn.Tanh(), torch.nn.Linear(128, 3))
+    store = ModelStore(tmp_path_factory.mktemp("wide"))
+    return export(from_module(network, torch.zeros(4), "argmax"), "wide", store, origin="x", runtimes=["onnx"]).artifact
+
+
+def metadata_of(stored: bytes) -> dict[str, str]:
+    header: dict[str, Any] = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata
+
+
+def with_references(stored: bytes, references: object) -> bytes:
+    return save_tensors(load_tensors(stored), metadata_of(stored) | {"references": json.dumps(references)})
+
+
+def test_weights_that_the_onnx_holds_are_stored_as_references(wide: Artifact) -> None:
+    stored, onnx = wide.read(PROGRAM), wide.read(ONNX)
+    references = json.loads(metadata_of(stored)["references"])
+    assert sorted(entry["shape"] for entry in references.values()) == [[3, 128], [128, 4]]
+    assert all(tensor.nbytes < SMALLEST_BYTES for tensor in load_tensors(stored).values())
+    read: list[str] = []
+
+    def reading(name: str) -> bytes:
+        read.append(name)
+        return wide.read(name)
+
+    program = load_program(stored, reading)
+    assert read == [ONNX]
+    for name, entry in references.items():
+        assert entry.keys() == {"file", "offset", "length", "dtype", "shape"}
+        weights = program.state_dict[name.removeprefix("state.")].detach().numpy()
+        assert onnx[entry["offset"] : entry["offset"] + entry["length"]] == weights.tobytes()
+    inputs, outputs = golden.read(wide)
+    _, values = program.module()(torch.from_numpy(inputs["observation"]))
+    torch.testing.assert_close(values.detach(), torch.from_numpy(outputs["action_value"]))
+
+
+def test_compile_takes_the_weights_from_the_onnx(wide: Artifact, tmp_path: Path) -> None:
+    shutil.copytree(wide.folder.parent.parent, tmp_path / "store")
+    store = ModelStore(tmp_path / "store")
+    artifact = compiling.compile(store.resolve("wide"), store)
+    assert artifact.manifest.files[PROGRAM] == wide.manifest.files[PROGRAM]
+    assert load_program(artifact.read(PROGRAM), artifact.read)
+    (artifact.folder / ONNX).write_bytes(b"\0" * artifact.manifest.files[ONNX].bytes)
+    with pytest.raises(CorruptFile, match=r"policy\.onnx is not what was published"):
+        load_program(artifact.read(PROGRAM), artifact.read)
+
+
+def test_a_program_with_all_its_weights_is_stored_as_ever(captured: Captured, stored: bytes, tmp_path: Path) -> None:
+    save_program(captured.program, tmp_path / PROGRAM, {ONNX: b"another program"})
+    assert metadata_of((tmp_path / PROGRAM).read_bytes()) == metadata_of(stored)
+    assert metadata_of(stored)["format"] == "1"
+
+
+WRONG = [
+    ({"offset": 10**9}, r"refers to bytes 1,000,000,000 to \S+ of policy\.onnx, which has"),
+    ({"length": 10**9}, r"refers to bytes \S+ to \S+ of policy\.onnx, which has"),
+    ({"length": 1028}, r"refers to 1,028 bytes of policy\.onnx, which are no float32"),
+    ({"shape": [1, 1]}, "which are no float32"),
+    ({"dtype": "float64"}, "which are no float64"),
+    ({"offset": -1}, "cannot be read"),
+    ({"offset": 0.5}, "cannot be read"),
+    ({"shape": [-1, -256]}, "cannot be read"),
+    ({"dtype": "load"}, "cannot be read"),
+    ({"file": 1}, "cannot be read"),
+    ({"more": 1}, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), WRONG, ids=[str(change) for change, _ in WRONG])
+def test_a_wrong_reference_is_refused(wide: Artifact, change: dict[str, Any], reason: str) -> None:
+    stored = wide.read(PROGRAM)
+    references = json.loads(metadata_of(stored)["references"])
+    next(iter(references.values())).update(change)
+    with pytest.raises(CaptureFailed, match=reason):
+        load_program(with_references(stored, references), wide.read)
+
+
+@pytest.mark.parametrize("references", [[], "everything", {"x": None}])
+def test_references_of_another_form_are_refused(wide: Artifact, references: object) -> None:
+    with pytest.raises(CaptureFailed, match="cannot be read"):
+        load_program(with_references(wide.read(PROGRAM), references), wide.read)
+
+
+@pytest.mark.parametrize("file", ["policy.pt2", "../1/policy.onnx", "/etc/hostname", "manifest.json"])
+def test_a_reference_reads_no_file_that_the_manifest_does_not_list(wide: Artifact, file: str) -> None:
+    stored = wide.read(PROGRAM)
+    references = json.loads(metadata_of(stored)["references"])
+    next(iter(references.values()))["file"] = file
+    with pytest.raises(MissingFile, match="in its manifest"):
+        load_program(with_references(stored, references), wide.read)
+
+
+def test_without_the_other_file_the_error_names_it(wide: Artifact) -> None:
+    with pytest.raises(CaptureFailed, match=r"refers to policy\.onnx, which was not given"):
+        load_program(wide.read(PROGRAM))
+
+
+@pytest.mark.parametrize("name", ["pong", "pong-lstm"])
+def test_a_program_that_ships_repeats_no_weights(name: str) -> None:
+    artifact = ModelStore(ROOT / "models_store").resolve(name, 1)
+    assert artifact.manifest.files[PROGRAM].bytes < 100_000
+    load_program(artifact.read(PROGRAM), artifact.read)
 
 
 # What the .pt2 asks of its host.

@@ -44,7 +44,7 @@ def compile(  # noqa: A001, the command's name
         return existing
     progress(f"reading {PROGRAM}")
     torch.set_num_threads(1)
-    program = load_program(artifact.read(PROGRAM))
+    program = load_program(artifact.read(PROGRAM), artifact.read)
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
         files = _copies(artifact, Path(folder))
         progress(f"building .pt2 for {aoti.march_for(native)}")

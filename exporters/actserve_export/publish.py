@@ -94,13 +94,13 @@ def export(
     )
     with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
         folder = Path(name_of_folder)
-        files = {GRAPH: folder / GRAPH, **captured.save(folder)}
-        files[GRAPH].write_text(captured.graph())
         programs = {}
         for runtime in runtimes:
             progress(f"building .{runtime}")
             programs[runtime] = captured.build(runtime, folder, target)
-        files |= {program.file: folder / program.file for program in programs.values()}
+        files = {program.file: folder / program.file for program in programs.values()}
+        files |= {GRAPH: folder / GRAPH, **captured.save(folder, programs)}
+        files[GRAPH].write_text(captured.graph())
         # The draft is an artifact in a store of its own: what is certified is opened as what is served will be.
         draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
         evidence = certify.certify(captured, source, draft, progress)

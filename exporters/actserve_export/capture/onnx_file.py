@@ -78,7 +78,7 @@ class OnnxFile:
         data: bytes = self._model.SerializeToString(deterministic=True)
         return data
 
-    def save(self, folder: Path) -> dict[str, Path]:
+    def save(self, folder: Path, programs: Mapping[str, Program]) -> dict[str, Path]:
         return {}
 
     def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:

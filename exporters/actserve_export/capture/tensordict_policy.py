@@ -145,9 +145,13 @@ class Captured:
                 digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: Path) -> dict[str, Path]:
-        """The exported program itself, of which `actserve compile` builds a `.pt2` elsewhere."""
-        save_program(self.program, folder / PROGRAM)
+    def save(self, folder: Path, programs: Mapping[str, Program]) -> dict[str, Path]:
+        """The exported program, from which `actserve compile` builds a `.pt2` on another host.
+
+        It refers to the weights that the `.onnx` holds.
+        """
+        portable = [programs["onnx"].file] if "onnx" in programs else []
+        save_program(self.program, folder / PROGRAM, {file: (folder / file).read_bytes() for file in portable})
         return {PROGRAM: folder / PROGRAM}
 
     def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:

@@ -1,8 +1,8 @@
 """ExportedProgram <-> one safetensors file: the graph as JSON in its metadata, weights and constants as its tensors.
 
-`torch.export.save` writes the example inputs, and tensors of unusual kinds, as pickles, and `torch.export.load` falls
-back to unpickling anything. What is used of torch here is its JSON form of the graph alone. That form is not harmless
-by itself either: torch evaluates the sizes' expressions and looks operators up by name, so both are checked first.
+`torch.export.save` pickles the example inputs and some kinds of tensors, and `torch.export.load` may unpickle anything.
+This module uses torch's JSON form of the graph only. Even that form is not safe by itself: torch evaluates the
+expressions of sizes and looks up operators by name. Both are therefore checked first.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -27,42 +27,31 @@ from torch._export.serde.serialize import (
 )
 from torch.export import ExportedProgram
 
-from actserve.core.errors import CaptureFailed
+from actserve.core.errors import CaptureFailed, one_line
+from actserve_export.programs.references import ReadFile, read_references, replace_by_references, to_json
 
 PROGRAM = "program.safetensors"  # the file's name in an artifact
-FORMAT = "1"
+FORMAT, FORMAT_WITH_REFERENCES = "1", "2"
 _STATE = "state."
 _CONSTANT = "constant."
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|higher_order)\.\w+(\.\w+)?|_operator\.[a-z]\w*|math\.[a-z]\w*|torch\._?sym_\w+"
 )
 _EXPRESSION = re.compile(r"[\w\s+\-*/%(),<>=!&|~.']*")
-_SYMPY = {  # what sympy.srepr writes
-    *(
-        "Piecewise",
-        "ExprCondPair",
-        "Symbol",
-        "Integer",
-        "Float",
-        "Rational",
-        "Add",
-        "Mul",
-        "Pow",
-        "Min",
-        "Max",
-        "And",
-        "Or",
-        "Not",
-        "oo",
-    ),
-    *("Equality", "Unequality", "StrictLessThan", "StrictGreaterThan", "LessThan", "GreaterThan", "Eq", "Ne"),
-    *("positive", "nonnegative", "integer", "real", "precision", "True", "False", "true", "false"),
-}
+_SYMPY = frozenset(  # the names that sympy.srepr writes
+    re.findall(
+        r"\w+",
+        "Piecewise ExprCondPair Symbol Integer Float Rational Add Mul Pow Min Max And Or Not oo "
+        "Equality Unequality StrictLessThan StrictGreaterThan LessThan GreaterThan Eq Ne "
+        "positive nonnegative integer real precision True False true false",
+    )
+)
 
 
-def save_program(program: ExportedProgram, path: Path) -> None:
-    """Write `program` to `path`. Traces of the source, which name the machine's folders, are left out.
+def save_program(program: ExportedProgram, path: Path, files: Mapping[str, bytes] | None = None) -> None:
+    """Write `program` to `path`, without source traces, which name the machine's folders.
 
+    `files` are other files of the artifact, by name. A tensor whose bytes one of them holds is stored as a reference.
     Raises `CaptureFailed` for a program that holds more than tensors and operators.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -71,7 +60,7 @@ def save_program(program: ExportedProgram, path: Path) -> None:
         for name, tensor in found.items():
             if not isinstance(tensor, torch.Tensor):
                 raise CaptureFailed(f"{name}: a {type(tensor).__name__} in the program cannot be stored, only tensors")
-            # Each its own copy: safetensors stores no memory that two tensors share, and no strides.
+            # A copy of each: safetensors stores neither shared memory nor strides.
             tensors[prefix + name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             layouts[prefix + name] = {
                 "strides": list(tensor.stride()),
@@ -81,33 +70,52 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     graph = _graph(program)
     _check(graph)
     metadata = {
-        "format": FORMAT,
         "torch": torch.__version__.partition("+")[0],
         "graph": json.dumps(graph),
         "layouts": json.dumps(layouts),
         "examples": json.dumps(_examples(program)),
     }
-    path.write_bytes(save_tensors(tensors, metadata))
+    path.write_bytes(pack(tensors, metadata, files or {}))
 
 
-def load_program(data: bytes) -> ExportedProgram:
-    """The program in a file's bytes. Raises `CaptureFailed` for what is not one, or not one that this torch reads."""
+def pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], files: Mapping[str, bytes]) -> bytes:
+    """The stored form. `metadata` gets the format, and the references into `files` where there are any."""
+    stored, references = replace_by_references(tensors, files)
+    if not references:
+        return save_tensors(stored, {**metadata, "format": FORMAT})
+    return save_tensors(stored, {**metadata, "format": FORMAT_WITH_REFERENCES, "references": to_json(references)})
+
+
+def _no_other_file(name: str) -> NoReturn:
+    raise CaptureFailed(f"the stored program refers to {name}, which was not given")
+
+
+def load_program(data: bytes, read: ReadFile = _no_other_file) -> ExportedProgram:
+    """The program in a file's bytes. `read` returns the verified bytes of another file of the same artifact, by name.
+
+    Raises `CaptureFailed` for other data and for a program that this torch cannot read, and what `read` raises.
+    """
     try:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         tensors = load_tensors(data)
         graph, layouts = json.loads(metadata["graph"]), json.loads(metadata["layouts"])
         examples = json.loads(metadata["examples"])
+        if metadata["format"] == FORMAT_WITH_REFERENCES:
+            tensors |= read_references(metadata["references"], read)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CaptureFailed(f"the stored program cannot be read: {type(error).__name__}: {error}"[:300]) from error
-    if metadata["format"] != FORMAT:
-        raise CaptureFailed(f"the stored program has format {metadata['format']!r}, this actserve reads {FORMAT!r}")
+    if metadata["format"] not in (FORMAT, FORMAT_WITH_REFERENCES):
+        raise CaptureFailed(
+            f"the stored program has format {metadata['format']!r}, this actserve reads up to "
+            f"{FORMAT_WITH_REFERENCES!r}; upgrade actserve"
+        )
     _check(graph)
     try:
         return _assemble(graph, {name: _restore(tensor, layouts[name]) for name, tensor in tensors.items()}, examples)
     except Exception as error:  # torch raises many types, with no common base
         raise CaptureFailed(
             f"the program, stored by torch {metadata.get('torch')}, cannot be read by torch "
-            f"{torch.__version__.partition('+')[0]}: {' '.join(str(error).split())[:300]}"
+            f"{torch.__version__.partition('+')[0]}: {one_line(error)}"
         ) from error
 
 
@@ -129,9 +137,9 @@ def _graph(program: ExportedProgram) -> dict[str, Any]:
             program, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
         )
     except Exception as error:
-        raise CaptureFailed(f"torch cannot store the program: {' '.join(str(error).split())[:300]}") from error
+        raise CaptureFailed(f"torch cannot store the program: {one_line(error)}") from error
     graph: dict[str, Any] = json.loads(stored.exported_program)
-    for found in _dicts(graph):
+    for found in _json_objects(graph):
         if "target" in found and "metadata" in found:
             found["metadata"] = {}
     graph["guards_code"] = []  # Python source; compiling does not use it
@@ -139,9 +147,9 @@ def _graph(program: ExportedProgram) -> dict[str, Any]:
 
 
 def _examples(program: ExportedProgram) -> list[tuple[str, list[int]]]:
-    """(dtype, shape) of each example input: the compiler wants examples, of which it uses no more than that."""
-    arguments, named = program.example_inputs or ((), {})
-    if named or not all(isinstance(tensor, torch.Tensor) for tensor in arguments):
+    """(dtype, shape) of each example input. The compiler requires examples and uses only these two properties."""
+    arguments, by_name = program.example_inputs or ((), {})
+    if by_name or not all(isinstance(tensor, torch.Tensor) for tensor in arguments):
         raise CaptureFailed("expected a program of positional tensors")
     return [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in arguments]
 
@@ -153,9 +161,9 @@ def _restore(tensor: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:
 
 
 def _check(graph: Any) -> None:
-    """Only operators that compute, and only arithmetic where torch evaluates text. Raises `CaptureFailed`."""
-    names = _functions()
-    for found in _dicts(graph):
+    """Raise `CaptureFailed` unless every operator only computes and every size is plain arithmetic."""
+    names = _size_functions()
+    for found in _json_objects(graph):
         target = found.get("target")
         if isinstance(target, str) and "inputs" in found and not _OPERATOR.fullmatch(target):
             raise CaptureFailed(f"the program uses {target[:100]!r}, which is no operator of torch's own")
@@ -173,17 +181,17 @@ def _is_arithmetic(expression: str, functions: set[str]) -> bool:
     return all(word in functions or re.fullmatch(r"[a-z]{1,3}\d+|e\d*", word) for word in words)
 
 
-def _functions() -> set[str]:
-    """What torch writes into sizes beside symbols."""
+def _size_functions() -> set[str]:
+    """The names that torch's expressions of sizes use, besides symbols."""
     from torch.utils._sympy import functions
 
     return {name for name in functions.__all__ if "_" not in name} | _SYMPY
 
 
-def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+def _json_objects(value: Any) -> Iterator[dict[str, Any]]:
     """Every JSON object in `value`, itself included."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _dicts(inner)
+            yield from _json_objects(inner)

@@ -66,8 +66,8 @@ class Exportable(Protocol):
 
     def weights_sha256(self) -> str: ...
 
-    def save(self, folder: Path) -> dict[str, Path]:
-        """Write what the artifact keeps beside its programs; the files by the name that they get."""
+    def save(self, folder: Path, programs: Mapping[str, Program]) -> dict[str, Path]:
+        """Write the other files of the artifact into `folder`, where `build` has put `programs`; paths by name."""
 
     def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:
         """Write the program for `runtime` into `folder`. Raises `CaptureFailed`."""
