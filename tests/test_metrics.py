@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from actserve.core.settings import Settings
 from actserve.server.access.tokens import add
 from actserve.server.app import create_app
-from actserve.telemetry.counts import KEPT, Counts, ProgramLabels
+from actserve.telemetry.counts import KEPT_VERSIONS, Counts, ProgramLabels
 from actserve.telemetry.logs import JsonFormatter
 from tests.asgi import Answer, Caller
 from tests.shipped import SHIPPED
@@ -123,7 +123,7 @@ def test_what_is_told_of_versions_stays_small_however_many_there_have_been() -> 
     assert sorted(counts.programs) == [
         ProgramLabels("breakout", 1, "onnx"),
         ProgramLabels("pong", 1, "onnx"),
-        *(ProgramLabels("pong", version, "onnx") for version in range(202 - KEPT, 201)),
+        *(ProgramLabels("pong", version, "onnx") for version in range(202 - KEPT_VERSIONS, 201)),
     ]
     assert counts.meters(ProgramLabels("pong", 200, "onnx")).sizes.total == 200
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from actserve.server.metrics.summary import quantile
 from actserve.telemetry.call import Call, current
 from actserve.telemetry.counts import ACT, Counts, ProgramLabels
+from actserve.telemetry.counts_file import CountsFile
 from actserve.telemetry.families import Families, Family, Merge, from_jsonable, merged, to_jsonable
 from actserve.telemetry.logs import HumanFormatter, JsonFormatter
 from actserve.telemetry.meters import SIZES, TIMES_NS, Histogram, Meters
-from actserve.telemetry.shared import Shared
 
 
 @dataclass
@@ -42,7 +42,7 @@ def test_a_histogram_has_every_value_in_its_bucket(values: list[int]) -> None:
 
 def test_meters_take_a_batch_at_a_time() -> None:
     meters = Meters()
-    meters.ran([Request(1, 1_000_000), Request(3, 970_000)], 1_010_000, 300_000)
+    meters.add_batch([Request(1, 1_000_000), Request(3, 970_000)], 1_010_000, 300_000)
     assert (meters.sizes.total, meters.sizes.counts[SIZES.index(4)]) == (4, 1)
     assert (meters.run_ns.total, sum(meters.run_ns.counts)) == (300_000, 1)
     assert meters.queue_ns.total == 10_000 + 40_000
@@ -142,7 +142,7 @@ def test_families_survive_the_file() -> None:
 
 def test_workers_add_up_and_the_ended_are_not_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "counts.sqlite"
-    mine, other = Shared(path), Shared(path)
+    mine, other = CountsFile(path), CountsFile(path)
     for shared in (mine, other):
         shared.open()
     mine.write(families(1, 1, 7))
@@ -152,19 +152,20 @@ def test_workers_add_up_and_the_ended_are_not_forgotten(tmp_path: Path) -> None:
     assert values(other.read()) == {"requests_total": 12, "waiting": 1, "sessions": 7}
 
     code = (
-        f"from pathlib import Path; from tests.test_telemetry import Shared, families; s = Shared(Path({str(path)!r}));"
+        "from pathlib import Path; from tests.test_telemetry import CountsFile, families; "
+        f"s = CountsFile(Path({str(path)!r}));"
         "s.open(); s.write(families(100, 100, 100))"
     )
     for ended in (1, 2):
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
         assert values(mine.read()) == {"requests_total": 12 + 100 * ended, "waiting": 1, "sessions": 7}
-    Shared(path).open()  # which puts them together
+    CountsFile(path).open()  # which puts them together
     assert values(mine.read()) == {"requests_total": 212, "waiting": 1, "sessions": 7}
     assert os.listdir(tmp_path) == ["counts.sqlite"]
 
 
 def test_a_worker_that_is_stuck_counts_and_gauges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stuck, mine = Shared(tmp_path / "counts.sqlite"), Shared(tmp_path / "counts.sqlite")
+    stuck, mine = CountsFile(tmp_path / "counts.sqlite"), CountsFile(tmp_path / "counts.sqlite")
     stuck.open()
     monkeypatch.setattr("time.time", lambda: 1000.0)
     stuck.write(families(10, 10))

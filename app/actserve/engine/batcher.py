@@ -271,7 +271,7 @@ class Batcher:
             self._alone.extend(batch)  # each alone: none pays for another
         else:
             if outcome.error is None:
-                self.meters.ran(batch, outcome.begun_ns, outcome.run_ns)
+                self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
                 if self.arena is not None:
                     self.arena.scatter(batch, outcome.outputs)
             self._settle(batch, outcome)

@@ -109,7 +109,7 @@ class Policy:
         completed = complete(self.signature, tensors, size, exploration, seed)
         since_ns = perf_counter_ns()
         answer = await self._run(completed.inputs, size, patience_ns)
-        call.acted(since_ns, answer.queue_ns, answer.run_ns)
+        call.record_act(since_ns, answer.queue_ns, answer.run_ns)
         results = answer.outputs
         for state in self.signature.state:
             results[state.spec.name] = results.pop(state.output)

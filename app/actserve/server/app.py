@@ -107,7 +107,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
         version=__version__,
         description="Answers `/act` with the action of a policy trained with TorchRL.",
         lifespan=lifespan,
-        telemetry=traces.of_requests,
+        telemetry=traces.fastapi_telemetry,
     )
     app.state.settings = settings
     app.state.registry = registry

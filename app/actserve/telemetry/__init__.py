@@ -1,12 +1,12 @@
-"""What the service counts, times and tells of itself. Nothing here is needed to answer a request.
+"""Counters, logs and traces of the service. Requests do not depend on them.
 
-    meters.py    whole numbers, added to once a batch
-    counts.py    answers and refusals, by policy, transport and route; and everybody's meters
-    call.py      the request that the code is working for, wherever it is
-    families.py  metrics as they are added up: over policies, and over worker processes
-    shared.py    the file in which worker processes add them up
-    logs.py      log lines, for people or as JSON
-    traces.py    OpenTelemetry spans, where that is installed and wanted
+    meters.py       histograms of runtime calls, updated once per batch
+    counts.py       answers and refusals, by policy, transport and route; and all meters
+    call.py         the current request, for logs and traces
+    families.py     metrics that can be summed over policies and worker processes
+    counts_file.py  the file in which worker processes share their metrics
+    logs.py         log lines, for people or as JSON
+    traces.py       OpenTelemetry spans, if installed and configured
 
-`actserve.server.metrics` collects and shows it.
+`actserve.server.metrics` collects and publishes them.
 """

@@ -1,5 +1,7 @@
-"""Counts: what one process has answered and refused since it began. They only ever grow, and in the end they go with
-the version that they are of: a policy may have any number of versions, and what is counted has to stay small.
+"""Counts: the answers and refusals of one process since it started.
+
+Counters only grow. The meters of a version are dropped some time after it is unloaded: a policy may have any number of
+versions, and memory must stay bounded.
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ from weakref import WeakValueDictionary
 
 from actserve.telemetry.meters import Meters
 
-Transport = Literal["lane", "http", "websocket", "grpc"]
+Transport = Literal["fastpath", "http", "websocket", "grpc"]
 ACT = "/policies/{name}/act"
 STREAM = "/policies/{name}/stream"
-DEFAULT = {"/act": ACT, "/stream": STREAM}  # what the routes of the default policy are counted as
+DEFAULT = {"/act": ACT, "/stream": STREAM}  # routes of the default policy count as these
 OK = "200"
-KEPT = 16  # the versions of a policy that are remembered when they are not in memory
+KEPT_VERSIONS = 16  # versions of a policy whose meters are kept after they are unloaded
 
 
 class ProgramLabels(NamedTuple):
-    """What meters are of."""
+    """The metric labels of one program."""
 
     policy: str
     version: int
@@ -29,14 +31,14 @@ class ProgramLabels(NamedTuple):
 
 @dataclass(slots=True)
 class Tally:
-    """Answers of one kind."""
+    """The answers of one policy, transport and route."""
 
-    answered: int = 0  # with 200: the one that is counted on the fast lane
-    codes: Counter[str] = field(default_factory=Counter)  # answered with any other status
-    reasons: Counter[str] = field(default_factory=Counter)  # those that were refused, by error code
+    answered: int = 0  # status 200; an int of its own, because the fast path counts it
+    codes: Counter[str] = field(default_factory=Counter)  # by any other status
+    reasons: Counter[str] = field(default_factory=Counter)  # refusals, by error code
 
     def add(self, code: str, reason: str | None = None) -> None:
-        """An answer with the status `code`; `reason`: of its refusal."""
+        """Count an answer with the status `code`. `reason` is the error code of a refusal."""
         if code == OK:
             self.answered += 1
         else:
@@ -46,24 +48,26 @@ class Tally:
 
 
 class Counts:
-    """Of one process."""
+    """The counters of one process."""
 
     def __init__(self) -> None:
-        self.tallies: dict[tuple[str, Transport, str], Tally] = {}  # by policy, "" for none; transport; route
+        self.tallies: dict[tuple[str, Transport, str], Tally] = {}  # by policy ("" for none), transport and route
         self.programs: WeakValueDictionary[ProgramLabels, Meters] = WeakValueDictionary()
         self.streams = 0  # open now
-        self._last: dict[str, deque[Meters]] = {}  # by policy
+        self._recent: dict[str, deque[Meters]] = {}  # by policy; keeps meters of unloaded versions alive
 
     def tally(self, policy: str, transport: Transport, route: str) -> Tally:
-        """`policy` is one that there is, and `route` a template: what a client sent would grow without bound."""
+        """`policy` must exist, and `route` must be a template: names from clients would grow without bound."""
         key = (policy, transport, DEFAULT.get(route, route))
         if key not in self.tallies:
             self.tallies[key] = Tally()
         return self.tallies[key]
 
     def meters(self, program: ProgramLabels) -> Meters:
-        """The same ones each time that the program is loaded, unless `KEPT` others have been meanwhile. Whoever adds to
-        them holds them."""
+        """The meters of a program. The caller must hold a reference while it adds to them.
+
+        A program that is loaded again gets the same meters, unless `KEPT_VERSIONS` others were loaded meanwhile.
+        """
         found = self.programs.setdefault(program, Meters())
-        self._last.setdefault(program.policy, deque(maxlen=KEPT)).append(found)
+        self._recent.setdefault(program.policy, deque(maxlen=KEPT_VERSIONS)).append(found)
         return found

@@ -1,4 +1,4 @@
-"""Log lines: for people, or one JSON object each. Both say which request a line is about."""
+"""Log lines, for people or as JSON objects. Both contain the request id."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import pydantic_core
 from actserve.telemetry.call import current
 
 FORMATS = {"human": "actserve.telemetry.logs.HumanFormatter", "json": "actserve.telemetry.logs.JsonFormatter"}
-_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}  # what every record has
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}  # fields of every record
 
 
 class HumanFormatter(logging.Formatter):
-    """Time, level, logger, message, and the request in brackets."""
+    """Time, level, logger, message, and the request id in brackets."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, logging's name
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, overrides logging's method
         call = current.get()
         line = super().formatMessage(record)
         return line if call is None else f"{line} [{call.id}]"
 
 
 class JsonFormatter(logging.Formatter):
-    """time (UTC), level, logger, message; request and trace, if there are; what a line has as `extra`; exception."""
+    """Fields: time (UTC), level, logger, message; if present, request, trace, exception and the record's `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         document: dict[str, Any] = {
@@ -48,7 +48,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configuration(log_format: str) -> dict[str, Any]:
-    """For `logging.config.dictConfig`, in every worker: all lines to stderr."""
+    """The argument of `logging.config.dictConfig` for every worker: all lines go to stderr."""
     return {
         "version": 1,
         "disable_existing_loggers": False,

@@ -1,4 +1,4 @@
-"""Meters: what a policy's runtime calls came to, in whole numbers. They are added to once a batch and never reset."""
+"""Meters: histograms of a program's runtime calls, in whole numbers. Updated once per batch, never reset."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Histogram:
-    """Whole numbers by size: `counts[i]` are at most `bounds[i]`, and more than the bound before; the last have none.
+    """`counts[i]` counts the values in (bounds[i - 1], bounds[i]]; the last count has no upper bound.
 
-    `total`: their sum.
+    `total` is the sum of all values.
     """
 
     __slots__ = ("bounds", "counts", "total")
@@ -29,23 +29,23 @@ class Histogram:
         self.total += value
 
 
-class Queued(Protocol):
+class QueuedRequest(Protocol):
     size: int
     entered_ns: int
 
 
 class Meters:
-    """Of one program of one policy's version, however often it is loaded."""
+    """The meters of one program of one version, over all times that it is loaded."""
 
     __slots__ = ("__weakref__", "queue_ns", "run_ns", "sizes")
 
     def __init__(self) -> None:
-        self.sizes = Histogram(SIZES)  # items of a runtime call that succeeded; their sum: the actions
-        self.run_ns = Histogram(TIMES_NS)  # such a call
-        self.queue_ns = Histogram(TIMES_NS)  # a request of one, from when it was whole until the call
+        self.sizes = Histogram(SIZES)  # items per successful runtime call; the total is the number of actions
+        self.run_ns = Histogram(TIMES_NS)  # duration of such a call
+        self.queue_ns = Histogram(TIMES_NS)  # per request: from its last byte to the start of the call
 
-    def ran(self, batch: Iterable[Queued], begun_ns: int, run_ns: int) -> None:
-        """A runtime call answered `batch`."""
+    def add_batch(self, batch: Iterable[QueuedRequest], begun_ns: int, run_ns: int) -> None:
+        """Record a runtime call that answered `batch`."""
         counts, items, waited_ns = self.queue_ns.counts, 0, 0
         for request in batch:
             ns = begun_ns - request.entered_ns

@@ -1,7 +1,7 @@
-"""Traces: FastAPI makes a span for each request on the routes, and here are two below it: in the queue, in the program.
+"""Traces: child spans "queue" and "inference" below FastAPI's span of each request.
 
-Off unless OpenTelemetry's own variable OTEL_EXPORTER_OTLP_ENDPOINT is set, and the extra `otel` installed. Its other
-variables hold too: OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS and so on.
+Off unless OpenTelemetry's own variable OTEL_EXPORTER_OTLP_ENDPOINT is set and the extra `otel` is installed. Its other
+variables work as well: OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS and so on.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _PROBES = {"/healthz", "/readyz", "/metrics"}
 
 
 class Traces:
-    """Where spans go; nowhere if `environment` does not say, or if what sends them is not installed."""
+    """The exporter of spans; it does nothing if `environment` sets no endpoint or `otel` is not installed."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._provider = _provider(environment) if environment.get(ENDPOINT) else None
 
     def close(self) -> None:
-        """Send what has not been sent; this blocks."""
+        """Send the remaining spans. Blocks."""
         if self._provider is not None:
             self._provider.shutdown()
 
     @property
-    def of_requests(self) -> Any:
-        """What FastAPI takes as `telemetry`. Not the streams: a span that lasts for hours helps nobody."""
+    def fastapi_telemetry(self) -> Any:
+        """The `telemetry` argument of FastAPI. Streams are excluded: a span of hours is no use."""
         return {
             "tracer_provider": self._provider,
             "tracing": self._provider is not None,
@@ -46,13 +46,13 @@ class Traces:
         }
 
     def begin(self, call: Call) -> None:
-        """Tell the call which trace it is in."""
+        """Set the call's trace id."""
         span = trace.get_current_span().get_span_context()
         if span.is_valid:
             call.trace = f"{span.trace_id:032x}"
 
     def end(self, call: Call, policy: str) -> None:
-        """The answer is about to leave: what the call came to goes into its span."""
+        """Complete the call's span, just before the answer is sent."""
         span = trace.get_current_span()
         if not span.is_recording():
             return
@@ -60,7 +60,7 @@ class Traces:
         if call.reason is not None:
             span.set_attribute("actserve.reason", call.reason)
         tracer = trace.get_tracer("actserve", tracer_provider=self._provider)
-        epoch_ns = time.time_ns() - time.perf_counter_ns()  # of the monotonic clock
+        epoch_ns = time.time_ns() - time.perf_counter_ns()  # zero of the monotonic clock, as Unix time
         for act in call.acts:
             begun_ns = epoch_ns + act.since_ns
             for name, ns in (("queue", act.queue_ns), ("inference", act.run_ns)):
@@ -78,7 +78,7 @@ def _provider(environment: Mapping[str, str]) -> Any:
     except ModuleNotFoundError as error:
         log.warning('no traces: %s is not installed; pip install "actserve[otel]"', error.name)
         return None
-    named = Resource.create({SERVICE_NAME: environment.get("OTEL_SERVICE_NAME", "actserve")})
-    provider = TracerProvider(resource=named)
+    resource = Resource.create({SERVICE_NAME: environment.get("OTEL_SERVICE_NAME", "actserve")})
+    provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider

@@ -77,7 +77,7 @@ def install(app: FastAPI) -> None:
 
 def response(error: errors.ActserveError) -> Response:
     """The answer to a request that ended in `error`."""
-    call.refused(error.code)
+    call.record_refusal(error.code)
     report(error)
     return answer(status_of(error), error.code, error.message, error.detail, headers_of(error))
 
@@ -96,7 +96,7 @@ async def _ours(_request: Request, error: Exception) -> Response:
 async def _routing(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    call.refused(code)
+    call.record_refusal(code)
     allowed = (error.headers or {}).get("Allow") or (error.headers or {}).get("allow")
     message = f"{request.method} {request.url.path}: {error.detail}"
     if allowed:
@@ -106,7 +106,7 @@ async def _routing(request: Request, error: Exception) -> Response:
 
 async def _validation(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    call.refused("invalid_request")
+    call.record_refusal("invalid_request")
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return answer(422, "invalid_request", f"{where}: {first['msg']}")
@@ -117,5 +117,5 @@ async def _gone(_request: Request, _error: Exception) -> Response:
 
 
 async def _unexpected(_request: Request, error: Exception) -> Response:
-    call.refused("internal")
+    call.record_refusal("internal")
     return answer(500, "internal", "the service failed on this request; its log says why")

@@ -14,8 +14,8 @@ from actserve.engine.registry import Registry
 from actserve.server.metrics.collect import collect
 from actserve.server.sessions import Sessions
 from actserve.telemetry.counts import ProgramLabels
+from actserve.telemetry.counts_file import CountsFile
 from actserve.telemetry.families import Families
-from actserve.telemetry.shared import Shared
 
 log = logging.getLogger("actserve")
 
@@ -29,7 +29,7 @@ class Publisher:
 
     def __init__(self, registry: Registry, sessions: Sessions, path: Path | None) -> None:
         self._registry, self._sessions = registry, sessions
-        self._shared = None if path is None else Shared(path)
+        self._shared = None if path is None else CountsFile(path)
         self._writing = asyncio.Lock()  # so that what is written later was collected later
         self._seen: deque[tuple[float, Mapping[ProgramLabels, int]]] = deque(maxlen=RATE_OVER_S + 1)  # once a second
 
@@ -64,7 +64,7 @@ class Publisher:
             except sqlite3.Error as error:
                 log.warning("this worker's counts could not be written: %s", error)
 
-    async def _write(self, shared: Shared) -> None:
+    async def _write(self, shared: CountsFile) -> None:
         async with self._writing:
             await asyncio.to_thread(shared.write, self._collect())
 

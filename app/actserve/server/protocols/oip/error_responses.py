@@ -33,10 +33,10 @@ def status(error: ActserveError) -> int:
 def told(error: Exception) -> str:
     """What the client is told. What is not the client's fault goes into the log, too."""
     if not isinstance(error, ActserveError):
-        call.refused("internal")
+        call.record_refusal("internal")
         log.error("a request failed", exc_info=error)
         return FAILED
-    call.refused(error.code)
+    call.record_refusal(error.code)
     report(error)
     return error.message
 

@@ -124,9 +124,9 @@ async def nothing(request: Request) -> Response:
     fits = [route for route in router.routes if route.matches(request.scope)[0] is Match.PARTIAL]
     allowed = ", ".join(sorted(method for route in fits for method in getattr(route, "methods", ())))
     if allowed:
-        call.refused("method_not_allowed")
+        call.record_refusal("method_not_allowed")
         return answer(405, f"{asked}: expected {allowed}", {"Allow": allowed})
-    call.refused("no_such_route")
+    call.record_refusal("no_such_route")
     return answer(404, f"{asked}: no such route; the extensions offered are {', '.join(metadata.EXTENSIONS)}")
 
 
