@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from actserve.core.completion import MAX_SEED, complete, draw, step_seed
+from actserve.core.completion import MAX_SEED, complete, draw_noise, step_seed
 from actserve.core.errors import InvalidRequest, InvalidTensor
 from actserve.core.signature import Distribution, Noise, Parameter, Signature, State, TensorSpec
 
@@ -55,11 +55,11 @@ def test_a_request_carries_all_of_the_state_or_none() -> None:
 
 
 def test_the_same_seed_gives_an_item_the_same_noise_in_any_batch() -> None:
-    alone, crowd = draw(NOISES, 7, 1), draw(NOISES, 7, 5)
+    alone, crowd = draw_noise(NOISES, 7, 1), draw(NOISES, 7, 5)
     for name in alone:
         np.testing.assert_array_equal(alone[name][0], crowd[name][0])
         assert len(np.unique(crowd[name][:, 0])) == 5, "items differ"
-    other = draw(NOISES, 8, 1)
+    other = draw_noise(NOISES, 8, 1)
     assert not np.array_equal(alone["uniform"], other["uniform"])
 
 
@@ -82,7 +82,7 @@ def test_a_fresh_seed_is_told_and_repeats() -> None:
     ],
 )
 def test_noise_has_its_distribution(distribution: Distribution, cdf: object) -> None:
-    values = draw((Noise(TensorSpec("n", "float32", (4,)), distribution),), 1, 4096)["n"]
+    values = draw_noise((Noise(TensorSpec("n", "float32", (4,)), distribution),), 1, 4096)["n"]
     assert np.isfinite(values).all()
     assert stats.kstest(values.ravel(), cdf).pvalue > 1e-4
 
