@@ -142,7 +142,7 @@ def notes(found: Document) -> Iterable[str]:
     settings, cells = found["settings"], found["cells"]
     yield machine.sentence(found["machine"])
     rounds = f"{settings['rounds']} rounds of {settings['seconds']:g} s"
-    yield f"Medians of {rounds}, all in one run; in parentheses the least and the most of a round."
+    yield f"Medians of {rounds}, all in one run; the parentheses show the lowest and the highest round."
     if cells:
         others = [cell["others"] for cell in cells]
         yield (
@@ -191,14 +191,14 @@ Written by `make bench` (`python -m tests.benchmarks.cost --docs docs`); do not 
 
 ![CPU per action](cost.png)
 
-The same policy, the same `.onnx` and the same ONNX Runtime with one thread behind every server. The server and all that
-it starts have one core, the load generator another; each connection asks again as soon as it is answered. Every answer
-to every request is compared with the bare program's action for that screen; a row with one wrong answer or one error is
-invalid. µs/action is the CPU time, user and system, of all the server's processes. **T** is the tutorial's own way: no
-server, its graph in process, one screen at a time, one thread.
+Every server runs the same policy: the same `.onnx` in the same ONNX Runtime with one thread. The server and its child
+processes use one core, the load generator another. Each connection sends its next request as soon as it has its answer.
+Every answer is compared with the action of the bare program for that screen. One wrong answer or one error makes a row
+invalid. µs/action is the CPU time, user and system, of all processes of the server. **T** is the tutorial's own call:
+no server, its graph in process, one screen at a time, one thread.
 
-The peers are in `tests/benchmarks/peers`, a short script each; `tests/benchmarks/contenders.py` says how they are
-started and asked. If you know a better setting for one core, tell us.
+Each peer is a short script in `tests/benchmarks/peers`. `tests/benchmarks/contenders.py` starts the peers and sends the
+requests. If you know better settings for one core, please open an issue.
 """
 
 if __name__ == "__main__":
