@@ -125,7 +125,7 @@ def test_an_answer_of_something_else_is_said_to_be_that(service: FakeService) ->
         with pytest.raises(ServiceError, match="expected 'action' as int64"):
             policy.act(ITEM)
     service.signature = {**SIGNATURE, "state_of_tomorrow": []}
-    with pytest.raises(ServiceError, match="expected a description that this version of the client understands"):
+    with pytest.raises(ServiceError, match="expected a policy description that this version of the client can read"):
         RemotePolicy(service.url).__enter__()
 
 

@@ -18,8 +18,8 @@ from actserve.client.async_remote_policy import AsyncRemotePolicy
 from actserve.client.operations import HttpResponse
 from actserve.client.remote_policy import RemotePolicy
 from actserve.client.sequence import OipSequence
+from actserve.client.state_carriers import STATE_CARRIERS
 from actserve.client.transport import HttpConnection
-from actserve.client.via import WAYS
 from actserve.core.errors import (
     InvalidTensor,
     ProxyFailed,
@@ -56,10 +56,10 @@ def alone(exploration: Exploration | None) -> list[tuple[int, list[float]]]:
 
 
 @pytest.mark.parametrize("exploration", [None, "random"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STATE_CARRIERS)
 def test_every_way_is_one_and_the_same_episode(policy: RemotePolicy, way: str, exploration: Exploration | None) -> None:
     found = []
-    with WAYS[way](policy, ["value"], exploration, SEED) as acting:
+    with STATE_CARRIERS[way](policy, outputs=["value"], exploration=exploration, seed=SEED) as acting:
         for x in XS:
             action = acting.act(np.array(x))
             found.append((action, acting.outputs["value"].tolist()))
@@ -86,7 +86,7 @@ def test_a_step_whose_answer_is_lost_is_taken_once(policy: RemotePolicy, monkeyp
 
     def lose(connection: HttpConnection, request: Any) -> Any:
         response = exchange(connection, request)
-        if request.headers.get("X-Step") == "3" and len(lost) < remotes.ATTEMPTS - 1:
+        if request.headers.get("X-Step") == "3" and len(lost) < remotes.MAX_ATTEMPTS - 1:
             lost.append(response)
             raise ServiceUnreachable("lost on its way")
         return response
@@ -127,8 +127,8 @@ def test_a_step_that_a_proxy_lost_is_asked_for_again(
 
 
 def test_a_step_that_fails_moves_nothing(policy: RemotePolicy) -> None:
-    for way in WAYS.values():
-        with way(policy, (), None, SEED) as acting:
+    for way in STATE_CARRIERS.values():
+        with way(policy, seed=SEED) as acting:
             for x, (action, _) in zip(XS[:5], alone(None), strict=False):
                 with pytest.raises(InvalidTensor, match="at most 999"):
                     acting.act(np.array(1000))

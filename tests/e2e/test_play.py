@@ -20,7 +20,7 @@ from actserve.atari.play import play as run_play
 from actserve.cli.tools import local_service as local
 from actserve.cli.tools.local_service import LocalService
 from actserve.client.remote_policy import RemotePolicy
-from actserve.client.via import WAYS
+from actserve.client.state_carriers import STATE_CARRIERS
 from actserve.core.signature import Array
 from actserve.store.local import ModelStore
 
@@ -54,7 +54,7 @@ def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(ls
     for runtime in ("onnx", "pt2"):
         port = local.free_port()
         with local.serve(lstm_store.root, "--runtime", runtime, "--grpc-port", str(port)) as service:
-            for way in WAYS:
+            for way in STATE_CARRIERS:
                 report = play(service, "--seed", "3", "--via", way)
                 assert (report["policy"], report["runtime"]) == ("pong-lstm", runtime)
                 games[runtime, way] = report["episodes"]

@@ -1,4 +1,4 @@
-"""AsyncRemotePolicy: `RemotePolicy` for asyncio. The only place that knows aiohttp."""
+"""AsyncRemotePolicy: `RemotePolicy` for asyncio. The only module that imports aiohttp."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from types import TracebackType
 from typing import Any, Self
 
 from actserve.client import operations
-from actserve.client.operations import Description, HttpRequest, HttpResponse, Operation, Result
-from actserve.client.remote_policy import ATTEMPTS, LOST, Carried
+from actserve.client.operations import HttpRequest, HttpResponse, Operation, PolicyDescription, Result
+from actserve.client.remote_policy import MAX_ATTEMPTS, RETRIED_ERRORS, CarriedState
 from actserve.client.tensordicts import read_tensordict, write_tensordict
-from actserve.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse
+from actserve.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, authorization_header, parse_service_url
 from actserve.core.errors import ServiceUnreachable
 from actserve.core.imports import import_extra
 from actserve.core.signature import Array, Arrays, Exploration
 
 
 class AsyncRemotePolicy:
-    """As `RemotePolicy`; an asynchronous context manager that many tasks may share, each with episodes of its own."""
+    """`RemotePolicy` for asyncio: an asynchronous context manager.
+
+    Many tasks may share it; each plays its own episodes.
+    """
 
     def __init__(self, url: str, policy: str | None = None, uds: str | None = None, token: str | None = None) -> None:
         self.url = url
         self.uds = uds
         self.token = token
-        self._wanted = policy
+        self._policy_name = policy
         self._http: Any = None
-        self._description: Description | None = None
+        self._description: PolicyDescription | None = None
 
     async def __aenter__(self) -> Self:
-        parse(self.url)
+        parse_service_url(self.url)
         aiohttp = import_extra("async", "aiohttp")
         connector = aiohttp.UnixConnector(self.uds, limit=0) if self.uds else aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
-        self._http = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=bearer(self.token))
+        self._http = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=authorization_header(self.token)
+        )
         try:
-            self._description = await self.run(operations.describe(self._wanted))
+            self._description = await self.run(operations.describe(self._policy_name))
         except BaseException:
             await self._http.close()
             raise
@@ -47,9 +52,9 @@ class AsyncRemotePolicy:
         await self._http.close()
 
     @property
-    def description(self) -> Description:
-        """As the service gave it when this was entered."""
-        assert self._description is not None, "to be used in an async with block"
+    def description(self) -> PolicyDescription:
+        """The service's description of the policy, fetched by `__aenter__`."""
+        assert self._description is not None, "use AsyncRemotePolicy in an async with block"
         return self._description
 
     async def act(self, observation: Array | Mapping[str, Array]) -> Any:
@@ -77,10 +82,10 @@ class AsyncRemotePolicy:
         self, outputs: Sequence[str] = (), *, exploration: Exploration | None = None, seed: int | None = None
     ) -> AsyncEpisode:
         """See `RemotePolicy.episode`."""
-        return AsyncEpisode(self, Carried(self.description, outputs, exploration, seed))
+        return AsyncEpisode(self, CarriedState(self.description, outputs, exploration, seed))
 
     async def run(self, operation: Operation[Result]) -> Result:
-        """One operation."""
+        """Run one operation and return its result."""
         try:
             request = next(operation)
             while True:
@@ -89,12 +94,12 @@ class AsyncRemotePolicy:
             result: Result = done.value
             return result
 
-    async def insist(self, ask: Callable[[], Operation[Result]]) -> Result:
-        """See `RemotePolicy.insist`."""
-        for _ in range(ATTEMPTS - 1):
-            with suppress(*LOST):
-                return await self.run(ask())
-        return await self.run(ask())
+    async def run_with_retries(self, operation: Callable[[], Operation[Result]]) -> Result:
+        """See `RemotePolicy.run_with_retries`."""
+        for _ in range(MAX_ATTEMPTS - 1):
+            with suppress(*RETRIED_ERRORS):
+                return await self.run(operation())
+        return await self.run(operation())
 
     async def _exchange(self, request: HttpRequest) -> HttpResponse:
         aiohttp = import_extra("async", "aiohttp")
@@ -102,8 +107,8 @@ class AsyncRemotePolicy:
             try:
                 return await self._send(request)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                # The service closed a kept connection just as it was used again: once more, on another one.
-                if not request.repeatable:
+                # The service closed an idle connection while we reused it: retry once on another connection.
+                if not request.idempotent:
                     raise
                 return await self._send(request)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -118,17 +123,17 @@ class AsyncRemotePolicy:
 
 
 class AsyncEpisode:
-    """One episode played with an `AsyncRemotePolicy`; its steps one after the other."""
+    """One episode played with an `AsyncRemotePolicy`. Take its steps one after the other."""
 
-    def __init__(self, policy: AsyncRemotePolicy, carried: Carried) -> None:
+    def __init__(self, policy: AsyncRemotePolicy, carried: CarriedState) -> None:
         self._policy = policy
         self._carried = carried
 
     async def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """See `Episode.act`."""
-        return await self._policy.insist(lambda: self._carried.act(observation))
+        return await self._policy.run_with_retries(lambda: self._carried.act(observation))
 
     @property
     def outputs(self) -> Arrays:
-        """Of the last step, by name; empty if only the action was wanted."""
+        """The last step's outputs by name. Empty if the episode asked for the action only."""
         return self._carried.outputs

@@ -1,4 +1,4 @@
-"""What is said to a service and how its answers are read, whatever carries them.
+"""The client's requests and how their answers are read, independent of the HTTP library.
 
 An operation is a generator: it yields a `HttpRequest`, is sent the `HttpResponse`, and returns its result. The
 synchronous and the asynchronous client run the same operations.
@@ -27,7 +27,7 @@ class HttpRequest:
     path: str
     body: Any = None  # bytes-like
     headers: Mapping[str, str] = field(default_factory=dict)
-    repeatable: bool = True  # asked twice, it comes to the same
+    idempotent: bool = True  # safe to send again
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,33 @@ Operation = Generator[HttpRequest, HttpResponse, Result]
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a service says of one of its policies."""
+class PolicyDescription:
+    """A service's description of one of its policies."""
 
     name: str
     version: int
     runtime: str  # "onnx" or "pt2"
-    reason: str  # why that runtime
+    reason: str  # why the service chose this runtime
     signature: Signature
-    environment: Environment | None  # the game it plays, if it plays one
+    environment: Environment | None  # None: the policy plays no game
 
-    def by_name(self, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
-        """The function of this name, for this policy."""
-        return by_name(self.name, self.signature, observation)
+    def named_observations(self, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+        """See the function `named_observations`."""
+        return named_observations(self.name, self.signature, observation)
 
 
 @dataclass(frozen=True)
-class Step:
-    """Where a step belongs: the session, and its number there."""
+class SessionStep:
+    """A step of a session. `number` counts from 1."""
 
     session: str
     number: int
 
 
-def by_name(policy: str, signature: Signature, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
-    """An observation by name, if it is not yet. Raises `UsageError` where the policy has several."""
+def named_observations(
+    policy: str, signature: Signature, observation: Array | Mapping[str, Array]
+) -> Mapping[str, Array]:
+    """The observation as {name: array}. Raises `UsageError` for a bare array if the policy takes several tensors."""
     if isinstance(observation, Mapping):
         return observation
     names = [spec.name for spec in signature.observations]
@@ -75,29 +77,29 @@ def by_name(policy: str, signature: Signature, observation: Array | Mapping[str,
     return {names[0]: observation}
 
 
-def describe(policy: str | None) -> Operation[Description]:
-    """Of `policy`, or of the service's default one."""
+def describe(policy: str | None) -> Operation[PolicyDescription]:
+    """Describe `policy`; None: the service's default policy."""
     if policy is None:
         listed = read_json((yield HttpRequest("GET", "/policies")))
         policy = listed.get("default") if isinstance(listed, dict) else None
         if not isinstance(policy, str):
-            raise UsageError("the service names no default policy; say which")
+            raise UsageError("the service has no default policy; name one")
     answer = read_json((yield HttpRequest("GET", policy_path(policy))))
     try:
         manifest = answer["manifest"]
         signature = pydantic.TypeAdapter(Signature).validate_python(manifest["signature"])
         environment = pydantic.TypeAdapter(Environment | None).validate_python(manifest.get("environment"))
-        return Description(
+        return PolicyDescription(
             answer["name"], answer["version"], answer["runtime"], answer["reason"], signature, environment
         )
     except (KeyError, TypeError, AttributeError, pydantic.ValidationError) as error:
-        raise unintelligible("a description that this version of the client understands", error) from error
+        raise unexpected_answer("a policy description that this version of the client can read", error) from error
 
 
-def act(description: Description, observation: Array | Mapping[str, Array]) -> Operation[Any]:
+def act(description: PolicyDescription, observation: Array | Mapping[str, Array]) -> Operation[Any]:
     """The action for one observation (*shape), or the k actions for a batch (k, *shape)."""
     signature = description.signature
-    tensors, batched = _items(description.by_name(observation), signature.observations)
+    tensors, batched = _items(description.named_observations(observation), signature.observations)
     signature.validate_request(tensors)
     content_type, body = request_body(signature, tensors, batched)
     answer = read_json((yield HttpRequest("POST", act_path(description.name), body, {"Content-Type": content_type})))
@@ -110,20 +112,21 @@ def act(description: Description, observation: Array | Mapping[str, Array]) -> O
         shape = (size, *spec.shape) if batched else spec.shape  # a batch of one is answered as one item
         return np.asarray(action, spec.numpy_dtype).reshape(shape)
     except (KeyError, TypeError, ValueError) as error:
-        raise unintelligible(f"{spec.name!r} as {spec}", answer) from error
+        raise unexpected_answer(f"{spec.name!r} as {spec}", answer) from error
 
 
 def step(
-    description: Description,
+    description: PolicyDescription,
     tensors: Mapping[str, Array],
     outputs: Sequence[str],
     exploration: Exploration | None = None,
     seed: int | None = None,
-    within: Step | None = None,
+    session_step: SessionStep | None = None,
 ) -> Operation[Arrays]:
-    """Any inputs of the signature by name -> the action, `outputs`, and outside a session the new state, by name.
+    """Any inputs of the signature by name -> the action, `outputs` and the new state by name.
 
-    Each is one item (*shape), or each a batch (k, *shape); so is what is returned.
+    In a session (`session_step`) the service keeps the state and does not return it. Every input is one item (*shape),
+    or every input is a batch (k, *shape); the outputs have the same form.
     """
     signature = description.signature
     items, batched = _items(tensors, signature.request_inputs)
@@ -132,41 +135,41 @@ def step(
     given = {spec.name: spec for spec in signature.outputs}
     answered = [given[name] for name in names]
     headers = {"Accept": wire.SAFETENSORS}
-    if within is None:
+    if session_step is None:
         answered += [state.spec for state in signature.state]
     else:
-        headers |= {"X-Session": within.session, "X-Step": str(within.number)}
+        headers |= {"X-Session": session_step.session, "X-Step": str(session_step.number)}
     if exploration is None and seed is None and items.keys() == {spec.name for spec in signature.observations}:
         headers["Content-Type"], body = request_body(signature, items, batched)
     else:
         headers["Content-Type"] = wire.SAFETENSORS
         body = wire.encode_request(wire.SAFETENSORS, wire.Payload(items, batched, exploration, seed))
     path = f"{act_path(description.name)}?{urlencode({'outputs': ','.join(names)}, safe=',')}"
-    response = _good((yield HttpRequest("POST", path, body, headers)))
+    response = _checked((yield HttpRequest("POST", path, body, headers)))
     try:
         answer = wire.decode_answer(response.content_type, response.body, answered)
     except InvalidRequest as error:
-        raise unintelligible(", ".join(spec.name for spec in answered), error.message) from error
+        raise unexpected_answer(", ".join(spec.name for spec in answered), error.message) from error
     return {name: array if batched else array[0] for name, array in answer.tensors.items()}
 
 
 def begin_session(
-    description: Description, exploration: Exploration | None, seed: int | None, owner: str | None
+    description: PolicyDescription, exploration: Exploration | None, seed: int | None, owner: str | None
 ) -> Operation[str]:
-    """The new session's id."""
-    wishes = {"exploration": exploration, "seed": seed}
-    body = pydantic_core.to_json({name: wish for name, wish in wishes.items() if wish is not None})
+    """Begin a session and return its id."""
+    options = {"exploration": exploration, "seed": seed}
+    body = pydantic_core.to_json({name: value for name, value in options.items() if value is not None})
     headers = {"Content-Type": wire.JSON, **({"X-Owner": owner} if owner else {})}
     answer = read_json((yield HttpRequest("POST", sessions_path(description.name), body, headers)))
     try:
         return str(answer["session"])
     except (KeyError, TypeError) as error:
-        raise unintelligible("a session", answer) from error
+        raise unexpected_answer("a session", answer) from error
 
 
-def end_session(description: Description, session: str) -> Operation[None]:
+def end_session(description: PolicyDescription, session: str) -> Operation[None]:
     path = f"{sessions_path(description.name)}/{quote(session, safe='')}"
-    _good((yield HttpRequest("DELETE", path, headers={"X-Session": session})))  # by which a proxy may find its host
+    _checked((yield HttpRequest("DELETE", path, headers={"X-Session": session})))  # a proxy may route by it
 
 
 def act_path(name: str) -> str:
@@ -191,25 +194,25 @@ def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bo
 
 
 def little_endian(array: Array) -> Array:
-    """The array itself where its bytes are in that order already."""
+    """The same array if its bytes already have that order, else a copy."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def plain(action: Array) -> Any:
-    """An int for a single discrete action, else the array."""
+def unwrap_action(action: Array) -> Any:
+    """An int for a single discrete action, else the array itself."""
     return int(action) if action.ndim == 0 and action.dtype.kind in "iu" else action
 
 
 def _items(tensors: Mapping[str, Array], specs: Sequence[TensorSpec]) -> tuple[Arrays, bool]:
-    """-> ({name: (k, *shape)} row-major, whether it came as a batch). Unknown names are left to be refused."""
+    """-> ({name: (k, *shape)} row-major, whether it was a batch). Keeps unknown names; validation refuses them."""
     ranks = {spec.name: len(spec.shape) for spec in specs}
     batched = any(np.ndim(array) > ranks[name] for name, array in tensors.items() if name in ranks)
-    # A new leading axis keeps row-major arrays as they are; others are copied here.
+    # Adding a leading axis does not copy row-major arrays; other layouts are copied here.
     return {n: np.asarray(a if batched else np.asarray(a)[None], order="C") for n, a in tensors.items()}, batched
 
 
 def service_error(status: int, body: bytes) -> ServiceError:
-    """The service's own words, or what came instead of them."""
+    """The error in the answer `body`; for a body of another format, a `ServiceError` that quotes it."""
     try:
         document = pydantic_core.from_json(body)
     except ValueError:
@@ -222,20 +225,20 @@ def service_error(status: int, body: bytes) -> ServiceError:
     return ServiceError(status, error["code"], error["message"])
 
 
-def _good(response: HttpResponse) -> HttpResponse:
+def _checked(response: HttpResponse) -> HttpResponse:
     if response.status not in (200, 201, 204):
         raise service_error(response.status, response.body)
     return response
 
 
 def read_json(response: HttpResponse) -> Any:
-    """What a good answer says. Raises `ServiceError`."""
-    body = _good(response).body
+    """The JSON body of a successful answer. Raises `ServiceError`."""
+    body = _checked(response).body
     try:
         return pydantic_core.from_json(body)
     except ValueError:
-        raise unintelligible("JSON", body[:200].decode(errors="replace")) from None
+        raise unexpected_answer("JSON", body[:200].decode(errors="replace")) from None
 
 
-def unintelligible(expected: str, got: object) -> ServiceError:
+def unexpected_answer(expected: str, got: object) -> ServiceError:
     return ServiceError(200, "unintelligible", f"expected {expected}; got {got}"[:500])

@@ -1,4 +1,4 @@
-"""RemotePolicy: a policy served elsewhere, called like a local one. Needs neither torch nor FastAPI."""
+"""RemotePolicy: call a policy of a service like a local one. Needs neither torch nor FastAPI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from actserve.client import operations
-from actserve.client.operations import Description, Operation, Result, plain
+from actserve.client.operations import Operation, PolicyDescription, Result, unwrap_action
 from actserve.client.tensordicts import read_tensordict, write_tensordict
 from actserve.client.transport import HttpConnection
 from actserve.core.completion import step_seed
@@ -16,31 +16,31 @@ from actserve.core.environment import Environment
 from actserve.core.errors import ProxyFailed, ServiceUnreachable
 from actserve.core.signature import Array, Arrays, Exploration, Signature
 
-ATTEMPTS = 3  # at a step of an episode; a session's is taken once
-LOST = (ServiceUnreachable, ProxyFailed)  # no answer of the service's own
+MAX_ATTEMPTS = 3  # per step of an episode; a session takes a retried step once
+RETRIED_ERRORS = (ServiceUnreachable, ProxyFailed)  # the service itself did not answer
 
 
 class RemotePolicy:
-    """The policy `policy` (by default the service's default one) of the service at `url`, or at a Unix socket `uds`.
+    """One policy of the service at `url`, or at the Unix socket `uds`. `policy` None: the service's default policy.
 
-    `token` is sent with every request. The certificate of an https service is checked against those that this host
-    trusts, or against the file that SSL_CERT_FILE names.
-    A context manager over one kept connection, not to be shared between threads. Everything raises
-    `ServiceUnreachable` when there is no answer and `ServiceError` when the answer is an error.
+    Every request carries `token`. The client checks an https certificate against the host's trusted certificates, or
+    against the file in SSL_CERT_FILE.
+    A context manager that keeps one connection open. Do not share it between threads. Every method raises
+    `ServiceUnreachable` if there is no answer and `ServiceError` if the answer is an error.
     """
 
     def __init__(self, url: str, policy: str | None = None, uds: str | None = None, token: str | None = None) -> None:
         self.url = url
         self.uds = uds
         self.token = token
-        self._wanted = policy
+        self._policy_name = policy
         self._connection: HttpConnection | None = None
-        self._description: Description | None = None
+        self._description: PolicyDescription | None = None
 
     def __enter__(self) -> Self:
         self._connection = HttpConnection(self.url, self.uds, self.token)
         try:
-            self._description = self.run(operations.describe(self._wanted))
+            self._description = self.run(operations.describe(self._policy_name))
         except BaseException:
             self._connection.close()
             raise
@@ -55,8 +55,8 @@ class RemotePolicy:
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """The policy's action for one observation (*shape), or the k actions for a batch (k, *shape).
 
-        A single discrete action is an int; anything else an array (*action shape) or (k, *action shape). A policy
-        with several observations takes them by name. Raises `InvalidTensor` before anything is sent.
+        A single discrete action is an int; any other action is an array (*action shape) or (k, *action shape). A
+        policy with several observations takes them by name. Raises `InvalidTensor` before it sends anything.
         """
         return self.run(operations.act(self.description, observation))
 
@@ -70,8 +70,8 @@ class RemotePolicy:
     ) -> Arrays:
         """Any inputs of the signature by name -> the action, `outputs`, and the new state, all by name.
 
-        Each is one item (*shape), or each a batch (k, *shape). New state goes by the name of the input that it
-        replaces. Raises `InvalidTensor` before anything is sent.
+        Every input is one item (*shape), or every input is a batch (k, *shape). New state has the name of the input
+        that it replaces. Raises `InvalidTensor` before it sends anything.
         """
         return self.run(operations.step(self.description, tensors, outputs, exploration, seed))
 
@@ -87,7 +87,7 @@ class RemotePolicy:
     def episode(
         self, outputs: Sequence[str] = (), *, exploration: Exploration | None = None, seed: int | None = None
     ) -> Episode:
-        """One episode, of which the state is carried here. With `seed` everything random in it comes from that."""
+        """One episode whose state the client keeps. `seed` makes all its randomness reproducible."""
         return Episode(self, outputs, exploration, seed)
 
     def session(
@@ -98,13 +98,13 @@ class RemotePolicy:
         seed: int | None = None,
         owner: str | None = None,
     ) -> RemoteSession:
-        """One episode, of which the service keeps the state."""
+        """One episode whose state the service keeps."""
         id_ = self.run(operations.begin_session(self.description, exploration, seed, owner))
         return RemoteSession(self, id_, outputs)
 
     def run(self, operation: Operation[Result]) -> Result:
-        """One operation, over this policy's connection."""
-        assert self._connection is not None, "to be used in a with block"
+        """Run one operation over this policy's connection and return its result."""
+        assert self._connection is not None, "use RemotePolicy in a with block"
         try:
             request = next(operation)
             while True:
@@ -113,17 +113,17 @@ class RemotePolicy:
             result: Result = done.value
             return result
 
-    def insist(self, ask: Callable[[], Operation[Result]]) -> Result:
-        """The same operation, up to `ATTEMPTS` times, until there is an answer of the service itself."""
-        for _ in range(ATTEMPTS - 1):
-            with suppress(*LOST):
-                return self.run(ask())
-        return self.run(ask())
+    def run_with_retries(self, operation: Callable[[], Operation[Result]]) -> Result:
+        """Run the same operation up to `MAX_ATTEMPTS` times, until the service itself answers."""
+        for _ in range(MAX_ATTEMPTS - 1):
+            with suppress(*RETRIED_ERRORS):
+                return self.run(operation())
+        return self.run(operation())
 
     @property
-    def description(self) -> Description:
-        """As the service gave it when this was entered."""
-        assert self._description is not None, "to be used in a with block"
+    def description(self) -> PolicyDescription:
+        """The service's description of the policy, fetched by `__enter__`."""
+        assert self._description is not None, "use RemotePolicy in a with block"
         return self._description
 
     @property
@@ -147,78 +147,80 @@ class RemotePolicy:
         return self.description.environment
 
 
-class Carried:
-    """What an episode carries from one step to the next; the same for both clients."""
+class CarriedState:
+    """The state that an episode carries from one step to the next. Both clients use it."""
 
     def __init__(
-        self, description: Description, outputs: Sequence[str], exploration: Exploration | None, seed: int | None
+        self, description: PolicyDescription, outputs: Sequence[str], exploration: Exploration | None, seed: int | None
     ) -> None:
         self.description = description
         self.outputs: Arrays = {}  # of the last step, without the state
-        self.state: Arrays = {}  # what the next step is given; empty: it is the first
+        self.state: Arrays = {}  # the next step's input; empty before the first step
         self.steps = 0
-        self._wanted, self._exploration, self._seed = outputs, exploration, seed
+        self._output_names, self._exploration, self._seed = outputs, exploration, seed
 
     def act(self, observation: Array | Mapping[str, Array]) -> Operation[Any]:
         """The operation of the next step; its result is the action."""
         description, signature = self.description, self.description.signature
-        drawn = signature.noise and self._seed is not None
-        if not (signature.state or self._wanted or self._exploration or drawn):
+        uses_seed = signature.noise and self._seed is not None
+        if not (signature.state or self._output_names or self._exploration or uses_seed):
             action = yield from operations.act(description, observation)
             self.steps += 1
             return action
         seed = None if self._seed is None else step_seed(self._seed, self.steps + 1)
-        tensors = {**description.by_name(observation), **self.state}
-        outputs = yield from operations.step(description, tensors, self._wanted, self._exploration, seed)
+        tensors = {**description.named_observations(observation), **self.state}
+        outputs = yield from operations.step(description, tensors, self._output_names, self._exploration, seed)
         self.steps += 1
         self.state = {state.spec.name: outputs.pop(state.spec.name) for state in signature.state}
         self.outputs = outputs
-        return plain(outputs[signature.action.name])
+        return unwrap_action(outputs[signature.action.name])
 
 
 class Episode:
-    """One episode played with a `RemotePolicy`: `act` in order, with the state of the step before."""
+    """One episode played with a `RemotePolicy`. Call `act` in order: each step uses the state of the step before."""
 
     def __init__(
         self, policy: RemotePolicy, outputs: Sequence[str], exploration: Exploration | None, seed: int | None
     ) -> None:
         self._policy = policy
-        self._carried = Carried(policy.description, outputs, exploration, seed)
+        self._carried = CarriedState(policy.description, outputs, exploration, seed)
 
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """The action for one observation (*shape): an int if it is a single discrete one, else an array.
 
-        A step that fails moves nothing: one whose answer was lost is asked for again.
+        Retries a step whose answer was lost. A failed step does not advance the episode.
         """
-        return self._policy.insist(lambda: self._carried.act(observation))
+        return self._policy.run_with_retries(lambda: self._carried.act(observation))
 
     @property
     def outputs(self) -> Arrays:
-        """Of the last step, by name; empty if only the action was wanted."""
+        """The last step's outputs by name. Empty if the episode asked for the action only."""
         return self._carried.outputs
 
 
 class RemoteSession:
-    """One episode whose state the service keeps. A context manager: at its end the session is ended."""
+    """One episode whose state the service keeps. A context manager that ends the session."""
 
     def __init__(self, policy: RemotePolicy, id_: str, outputs: Sequence[str]) -> None:
         self.id = id_
         self.steps = 0
         self.outputs: Arrays = {}  # of the last step
         self._policy = policy
-        self._wanted = outputs
+        self._output_names = outputs
 
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
-        """As `Episode.act`. A step whose answer was lost is asked for again, and taken once."""
+        """See `Episode.act`. Retries a step whose answer was lost; the service takes it once."""
         description = self._policy.description
-        within = operations.Step(self.id, self.steps + 1)
-        tensors = description.by_name(observation)
-        self.outputs = self._policy.insist(lambda: operations.step(description, tensors, self._wanted, within=within))
+        step = operations.SessionStep(self.id, self.steps + 1)
+        tensors = description.named_observations(observation)
+        self.outputs = self._policy.run_with_retries(
+            lambda: operations.step(description, tensors, self._output_names, session_step=step)
+        )
         self.steps += 1
-        return plain(self.outputs[description.signature.action.name])
+        return unwrap_action(self.outputs[description.signature.action.name])
 
     def end(self) -> None:
-        """Tell the service that the session is over. Raises as `act` does."""
+        """End the session at the service. Raises the same errors as `act`."""
         self._policy.run(operations.end_session(self._policy.description, self.id))
 
     def __enter__(self) -> Self:

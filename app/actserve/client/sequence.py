@@ -1,6 +1,6 @@
-"""Sequence: an episode in the Open Inference Protocol's own terms, for whoever speaks nothing else.
+"""OipSequence: an episode over the Open Inference Protocol (OIP).
 
-Observations go out as binary tensor data, which costs nothing to write; outputs come back in JSON, as they are small.
+Observations are sent as binary tensor data, which needs no encoding. Outputs come back in JSON, because they are small.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from actserve.client.inference import binary_data, infer, inference
-from actserve.client.operations import Operation, plain, read_json, unintelligible
+from actserve.client.oip_request import binary_data, infer_request, request_json
+from actserve.client.operations import Operation, read_json, unexpected_answer, unwrap_action
 from actserve.client.remote_policy import RemotePolicy
 from actserve.core.signature import Array, Arrays, Exploration
 
 
 class OipSequence:
-    """One episode of `policy`, of which the service keeps the state under an id chosen here.
+    """One episode of `policy` whose state the service keeps under an id that the client chooses.
 
-    A context manager: at its end the sequence is ended, by an observation more, as the protocol has no other way.
+    A context manager that ends the sequence. To end it, the client sends the last observation again: the protocol has
+    no other message for it.
     """
 
     def __init__(
@@ -37,21 +38,21 @@ class OipSequence:
         self.outputs: Arrays = {}  # of the last step
         self._policy = policy
         self._names = policy.signature.select(list(dict.fromkeys((policy.signature.action.name, *outputs))))
-        beginning = {"exploration": exploration, "seed": seed}
-        self._beginning = {name: wish for name, wish in beginning.items() if wish is not None}
-        self._last: Mapping[str, Array] = {}
+        options = {"exploration": exploration, "seed": seed}
+        self._first_step_options = {name: value for name, value in options.items() if value is not None}
+        self._last: Mapping[str, Array] = {}  # the last observation
 
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """The action for one observation (*shape): an int if it is a single discrete one, else an array."""
-        tensors = self._policy.description.by_name(observation)
-        first = {"sequence_start": True, **self._beginning} if not self.steps else {}
+        tensors = self._policy.description.named_observations(observation)
+        first = {"sequence_start": True, **self._first_step_options} if not self.steps else {}
         self.outputs = self._policy.run(self._infer(tensors, first))
         self.steps += 1
         self._last = tensors
-        return plain(self.outputs[self._policy.signature.action.name])
+        return unwrap_action(self.outputs[self._policy.signature.action.name])
 
     def end(self) -> None:
-        """Tell the service that the sequence is over, if it has begun: by its last step, once more."""
+        """End the sequence at the service, if it has begun."""
         if self.steps:
             self._policy.run(self._infer(self._last, {"sequence_end": True}))
 
@@ -69,8 +70,8 @@ class OipSequence:
         items = {name: np.asarray(array)[None] for name, array in tensors.items()}
         policy.signature.validate_request(items)
         outputs = [{"name": name} for name in self._names]
-        document = inference(items, outputs, {"sequence_id": self.id, **parameters})
-        answer = read_json((yield infer(policy.name, document, binary_data(items))))
+        document = request_json(items, outputs, {"sequence_id": self.id, **parameters})
+        answer = read_json((yield infer_request(policy.name, document, binary_data(items))))
         specs = {spec.name: spec for spec in policy.signature.outputs}
         try:
             given = {output["name"]: output["data"] for output in answer["outputs"]}
@@ -78,4 +79,4 @@ class OipSequence:
                 name: np.array(given[name], specs[name].numpy_dtype).reshape(specs[name].shape) for name in self._names
             }
         except (KeyError, TypeError, ValueError) as error:
-            raise unintelligible(", ".join(self._names), answer) from error
+            raise unexpected_answer(", ".join(self._names), answer) from error

@@ -1,4 +1,4 @@
-"""Stream: an episode over a WebSocket, of which the service keeps the state."""
+"""Stream: an episode over a WebSocket. The service keeps its state."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ import pydantic_core
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect, unix_connect
 
-from actserve.client.operations import by_name, little_endian, plain, service_error
-from actserve.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, bearer, parse, stream_url
+from actserve.client.operations import little_endian, named_observations, service_error, unwrap_action
+from actserve.client.transport import (
+    ANSWER_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    authorization_header,
+    parse_service_url,
+    stream_url,
+)
 from actserve.core.environment import Environment
 from actserve.core.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
 from actserve.core.signature import Array, Arrays, Exploration, Signature
@@ -24,12 +30,14 @@ CLOSE_TIMEOUT_S = 2.0
 
 
 class Stream:
-    """One episode of `policy` (by default the service's default one), of its live version unless `version` is given.
+    """One episode of `policy`. Defaults: the service's default policy, and its live version.
 
-    A context manager over one connection, not to be shared between threads. With `outputs` the replies have these
-    beside the action; with `seed` everything random in the episode comes from that. Everything raises `ServiceError`
-    when the service answers with an error: then nothing has moved, and the stream goes on; and `ServiceUnreachable`
-    when there is no answer: then the episode is over, and `detail["close_code"]` is why, if the service said so.
+    A context manager over one connection. Do not share it between threads. The replies have `outputs` beside the
+    action. `seed` makes all the episode's randomness reproducible.
+
+    Every method raises `ServiceError` if the service answers with an error: the episode does not advance, and the
+    stream stays open. It raises `ServiceUnreachable` if there is no answer: the episode is over. If the service closed
+    the stream, `detail["close_code"]` has the close code.
     """
 
     def __init__(
@@ -44,12 +52,12 @@ class Stream:
         exploration: Exploration | None = None,
         seed: int | None = None,
     ) -> None:
-        self.unanswered = 0  # messages sent whose replies were not received yet
-        self.steps = 0  # taken so far, as the last reply has it
+        self.unanswered = 0  # messages sent whose replies are still to be received
+        self.steps = 0  # the step number in the last reply
         self.outputs: Arrays = {}  # of the last reply, each (*shape)
         query = {"outputs": ",".join(outputs) or None, "exploration": exploration, "seed": seed}
-        self._url, self._uds = stream_url(parse(url), policy, version, query), uds
-        self._headers = bearer(token)
+        self._url, self._uds = stream_url(parse_service_url(url), policy, version, query), uds
+        self._headers = authorization_header(token)
         self._stack = ExitStack()
         self._connection: ClientConnection | None = None
         self._hello: Hello | None = None
@@ -71,27 +79,27 @@ class Stream:
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """The action for one observation (*shape): an int if it is a single discrete one, else an array.
 
-        A policy with several observations takes them by name, as `{"pixels": ..., "is_init": np.array(True)}` begins
-        another episode. Raises `InvalidTensor` before anything is sent.
+        A policy with several observations takes them by name. `{"pixels": ..., "is_init": np.array(True)}` begins
+        another episode. Raises `InvalidTensor` before it sends anything.
         """
         if self.unanswered:
-            raise UsageError(f"receive the replies to what was sent ahead first: {self.unanswered} of them")
+            raise UsageError(f"receive the replies to the {self.unanswered} messages sent ahead before calling act")
         self.send(observation)
-        return plain(self.receive().outputs[self.signature.action.name])
+        return unwrap_action(self.receive().outputs[self.signature.action.name])
 
     def send(self, observation: Array | Mapping[str, Array]) -> None:
-        """Send ahead: at most `hello.window` messages may be unanswered. Raises as `act` does."""
+        """Send without waiting for the reply. At most `hello.window` messages may be unanswered. Raises like `act`."""
         if self.unanswered >= self.hello.window:
-            raise UsageError(f"{self.unanswered} messages are unanswered, the most that may be; receive first")
+            raise UsageError(f"{self.unanswered} messages are unanswered, the limit; receive a reply first")
         message = self._message(observation)
         with self._translated():
             self._socket.send(message)
         self.unanswered += 1
 
     def receive(self) -> Reply:
-        """The reply to the first message that is unanswered. Its outputs are `outputs`, too."""
+        """The reply to the oldest unanswered message. Also sets `outputs` and `steps`."""
         if not self.unanswered:
-            raise UsageError("there is nothing to receive: every message sent was answered")
+            raise UsageError("there is nothing to receive: every message has its reply")
         with self._translated():
             message = self._socket.recv(ANSWER_TIMEOUT_S)
             self.unanswered -= 1
@@ -101,13 +109,13 @@ class Stream:
 
     @property
     def hello(self) -> Hello:
-        """What the service said when this was entered."""
-        assert self._hello is not None, "to be used in a with block"
+        """The service's first message: policy, version, signature, window."""
+        assert self._hello is not None, "use Stream in a with block"
         return self._hello
 
     @property
     def signature(self) -> Signature:
-        """Of one message and its reply: without state, which the service keeps."""
+        """The signature of one message and its reply. It has no state: the service keeps it."""
         return self.hello.signature
 
     @property
@@ -116,7 +124,7 @@ class Stream:
 
     @property
     def _socket(self) -> ClientConnection:
-        assert self._connection is not None, "to be used in a with block"
+        assert self._connection is not None, "use Stream in a with block"
         return self._connection
 
     def _connect(self) -> AbstractContextManager[ClientConnection]:
@@ -134,8 +142,8 @@ class Stream:
         return tcp
 
     def _message(self, observation: Array | Mapping[str, Array]) -> memoryview | str:
-        """Raw bytes of a single observation; JSON for anything else."""
-        named = by_name(self.hello.policy, self.signature, observation)
+        """The message: raw bytes for a single tensor, JSON for several."""
+        named = named_observations(self.hello.policy, self.signature, observation)
         items = {name: np.ascontiguousarray(np.asarray(array)[None]) for name, array in named.items()}
         self.signature.validate_request(items)
         little = {name: little_endian(array) for name, array in items.items()}
@@ -145,7 +153,7 @@ class Stream:
         return pydantic_core.to_json({name: _b64(array[0]) for name, array in little.items()}).decode()
 
     def _read(self, text: str) -> Reply:
-        """A reply in JSON, or the error that came instead."""
+        """Read a JSON message: a reply, or an error, which is raised."""
         try:
             document = pydantic_core.from_json(text)
         except ValueError:
@@ -156,7 +164,7 @@ class Stream:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Let nothing out but our own errors."""
+        """Translate the errors of sockets and of the websockets library into ours."""
         try:
             yield
         except InvalidStatus as error:
@@ -166,8 +174,8 @@ class Stream:
             code, reason = (error.rcvd.code, error.rcvd.reason) if error.rcvd else (None, "the connection broke")
             over = f"the stream from {self._url} is over: {f'{code} ' if code else ''}{reason}"
             raise ServiceUnreachable(over, close_code=code) from error
-        except (OSError, WebSocketException) as error:  # a time-out is an OSError
-            self._stack.close()  # else the answer might come yet, and be taken for another message's
+        except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
+            self._stack.close()  # a late reply must not be taken for the next message's
             self.unanswered = 0
             raise ServiceUnreachable(f"no answer from {self._url}: {error}", close_code=None) from error
         except MalformedBody as error:

@@ -1,4 +1,4 @@
-"""TensorDicts -> named arrays and back, without torch: a tensor on the CPU says what it is to numpy."""
+"""TensorDicts -> named arrays and back, without torch: numpy can read a CPU tensor directly."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from actserve.core.signature import Arrays, Signature, TensorSpec
 
 
 def read_tensordict(tensordict: Any, signature: Signature) -> Arrays:
-    """What `signature` takes, each (*shape) or (k, *shape) as the batch size is [] or [k].
+    """The inputs of `signature` from `tensordict`: (*shape) for batch size [], (k, *shape) for [k].
 
-    Nested keys join with `_`. State and flags that are not there are left out. Raises `UsageError`.
+    Nested keys join with `_`. State and `is_init` may be missing. Raises `UsageError` for a missing observation.
     """
     batch = tuple(tensordict.batch_size)
     if len(batch) > 1:
         raise UsageError(f"expected a TensorDict of batch size [] or [k]; got {list(batch)}")
-    found = {_joined(key): key for key in tensordict.keys(include_nested=True, leaves_only=True)}
+    found = {_joined_key(key): key for key in tensordict.keys(include_nested=True, leaves_only=True)}
     missing = [spec.name for spec in signature.observations if spec.name not in found]
     if missing:
         raise UsageError(
             f"expected {', '.join(missing)} in the TensorDict; got {', '.join(sorted(found)) or 'nothing'}"
         )
     return {
-        spec.name: _array(tensordict[found[spec.name]], spec, batch) for spec in signature.request_inputs if spec.name in found
+        spec.name: _array(tensordict[found[spec.name]], spec, batch)
+        for spec in signature.request_inputs
+        if spec.name in found
     }
 
 
@@ -40,10 +42,10 @@ def write_tensordict(tensordict: Any, results: Arrays, signature: Signature) -> 
 def _array(tensor: Any, spec: TensorSpec, batch: tuple[int, ...]) -> Any:
     array = np.asarray(tensor.detach() if hasattr(tensor, "detach") else tensor)
     try:
-        return array.reshape((*batch, *spec.shape))  # TorchRL has its flags as (*batch, 1)
+        return array.reshape((*batch, *spec.shape))  # TorchRL's flags have the shape (*batch, 1)
     except ValueError:
         raise UsageError(f"{spec.name}: expected {spec} for batch size {list(batch)}; got {array.shape}") from None
 
 
-def _joined(key: str | tuple[str, ...]) -> str:
+def _joined_key(key: str | tuple[str, ...]) -> str:
     return key if isinstance(key, str) else "_".join(key)

@@ -1,4 +1,4 @@
-"""The only place that knows urllib3."""
+"""HTTP connections and addresses of a service. The client's only module that uses urllib3."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class HttpConnection:
-    """One kept-alive connection to the service at `url`, or at a Unix socket `uds`; opened when first used. `token`:
-    what lets in, where the service asks for one."""
+    """One keep-alive connection to the service at `url`, or at the Unix socket `uds`. Opened on first use.
+
+    Every request carries `token`, for services that require one.
+    """
 
     def __init__(self, url: str, uds: str | None, token: str | None = None) -> None:
-        self._headers = bearer(token)
-        self._where = url if uds is None else f"{url} through {uds}"
-        self._prefix = prefix(parse(url))
+        self._headers = authorization_header(token)
+        self._address = url if uds is None else f"{url} through {uds}"
+        self._path_prefix = path_prefix(parse_service_url(url))
         self._pool = _pool(url, uds)
         self._used = False
 
@@ -35,12 +37,12 @@ class HttpConnection:
             try:
                 response = self._send(request)
             except urllib3.exceptions.ProtocolError as error:
-                # The service closed the kept connection just as it was used again: once more, on a new one.
-                if not request.repeatable or not self._used or not isinstance(error.args[-1], ConnectionError):
+                # The service closed the idle connection while we reused it: retry once on a new connection.
+                if not request.idempotent or not self._used or not isinstance(error.args[-1], ConnectionError):
                     raise
                 response = self._send(request)
         except urllib3.exceptions.HTTPError as error:
-            raise ServiceUnreachable(f"no answer from {self._where}: {error}", url=self._where) from error
+            raise ServiceUnreachable(f"no answer from {self._address}: {error}", url=self._address) from error
         self._used = True
         return HttpResponse(response.status, response.headers.get("Content-Type", ""), response.data)
 
@@ -48,17 +50,17 @@ class HttpConnection:
         self._pool.close()
 
     def _send(self, request: HttpRequest) -> urllib3.BaseHTTPResponse:
-        path, headers = self._prefix + request.path, {**request.headers, **self._headers}
+        path, headers = self._path_prefix + request.path, {**request.headers, **self._headers}
         return self._pool.urlopen(request.method, path, request.body, headers, retries=False, redirect=False)
 
 
-def bearer(token: str | None) -> dict[str, str]:
-    """The header that has it, if there is one."""
+def authorization_header(token: str | None) -> dict[str, str]:
+    """The `Authorization` header, or no header without a token."""
     return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
-def parse(url: str) -> Url:
-    """Raises `UsageError` for what is no service's address."""
+def parse_service_url(url: str) -> Url:
+    """Raises `UsageError` if `url` is not the address of a service."""
     expected = f"expected a URL such as http://127.0.0.1:8000; got {url!r}"
     try:
         parsed = urllib3.util.parse_url(url)
@@ -69,16 +71,16 @@ def parse(url: str) -> Url:
     return parsed
 
 
-def prefix(url: Url) -> str:
-    """What comes before every path, where the service is below the root of its address."""
+def path_prefix(url: Url) -> str:
+    """The prefix of every path, for a service that is not at the root of its host. "" for none."""
     return (url.path or "").rstrip("/")
 
 
 def stream_url(service: Url, policy: str | None, version: int | None, query: Mapping[str, Any]) -> str:
-    """The address of a stream of `service`; what is None is not asked for. Raises `UsageError`."""
+    """The address of a stream of `service`. Query values of None are left out. Raises `UsageError`."""
     if version is not None and policy is None:
-        raise UsageError(f"version {version} of which policy?")
-    path = prefix(service)
+        raise UsageError(f"`version` requires `policy`; got version {version} and no policy")
+    path = path_prefix(service)
     path += policy_path(policy) if policy is not None else ""
     path += f"/versions/{version}" if version is not None else ""
     scheme = "wss" if service.scheme == "https" else "ws"

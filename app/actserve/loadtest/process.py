@@ -11,7 +11,7 @@ from functools import partial
 
 import urllib3
 
-from actserve.client.operations import Description
+from actserve.client.operations import PolicyDescription
 from actserve.core.errors import ServiceUnreachable
 from actserve.loadtest.backends import Backend, backend
 from actserve.loadtest.connection import HttpConnection, LoadConnection, Parts
@@ -28,7 +28,7 @@ class Job:
     url: str
     uds: str | None
     via: str  # one of `BACKENDS`
-    description: Description
+    description: PolicyDescription
     seed: int
     concurrency: int | None  # closed loop: connections
     rate: float | None  # open loop: requests a second

@@ -1,4 +1,4 @@
-"""What `actserve play` and `actserve load` do: connect, run, show."""
+"""The code of `actserve play` and `actserve load`: run games or a load test, and print the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from actserve.atari.film import Film
 from actserve.atari.play import Act, Report
 from actserve.atari.play import play as run_play
 from actserve.client.remote_policy import RemotePolicy
-from actserve.client.via import WAYS, Acting
+from actserve.client.state_carriers import STATE_CARRIERS, EpisodeClient
 from actserve.core.errors import UsageError
 from actserve.core.signature import Exploration
 from actserve.loadtest.generator import CONCURRENCY, LoadReport
@@ -42,32 +42,33 @@ def play(
 ) -> Report:
     """Play whole games through a service, with a live line on `console`.
 
-    `via`, one of `WAYS`, is how an episode's state is kept; what is random in it comes from the game's seed. `video`
-    gets every `speed`-th step; `on_game` each game's number, from 0, and its score. Raises `UsageError` if the
-    policy plays no game, another one than `game`, or not by `protocol`.
+    `via` is one of `STATE_CARRIERS`. The seed of a game also seeds the policy's randomness. The video at `video` shows
+    every `speed`-th step. `on_game` gets each finished game's number, from 0, and its score. Raises `UsageError` if the
+    policy plays no game, if it was trained on a game other than `game`, or if its environment breaks `protocol`.
     """
     with ExitStack() as stack:
         remote = stack.enter_context(RemotePolicy(url, policy, token=token))
         environment = remote.environment
         if environment is None:
             raise UsageError(
-                f"{remote.name} plays no game; it can be called, not watched. "
-                "A policy that was made for a game is exported with --game"
+                f"{remote.name} plays no game, so there is nothing to watch. "
+                "If it was trained on an Atari game, export it again with --game"
             )
         if game is not None and game != environment.game:
-            raise UsageError(f"{remote.name} was trained for {environment.game}, not for {game}")
+            raise UsageError(f"{remote.name} was trained on {environment.game}; got --game {game}")
         if protocol is not None:
             PROTOCOLS[protocol](environment)
         film = stack.enter_context(Film(video, remote, speed)) if video is not None else None
         status = stack.enter_context(console.status(f"{environment.id}: starting"))
-        acting = stack.enter_context(ExitStack())
-        episode: Acting | None = None
+        episodes_stack = stack.enter_context(ExitStack())
+        episode: EpisodeClient | None = None
 
         def begin(seed: int) -> Act:
             nonlocal episode
-            acting.close()
+            episodes_stack.close()  # ends the episode before
             outputs = film.outputs if film else ()
-            episode = acting.enter_context(WAYS[via](remote, outputs, exploration, seed))
+            started = STATE_CARRIERS[via](remote, outputs=outputs, exploration=exploration, seed=seed)
+            episode = episodes_stack.enter_context(started)
             return episode.act
 
         def show(number: int, game: AtariGame, action: int) -> None:
@@ -91,7 +92,7 @@ def play(
 
 
 def report_as_json(report: Report, evaluated: bool, other: Report | None) -> dict[str, Any]:
-    """The object that `play --json` prints: the report, and if asked for, its evaluation and its comparison."""
+    """The object that `play --json` prints: the report, and on request its evaluation and its comparison."""
     document = report.as_json()
     if evaluated:
         document["evaluation"] = evaluate(report.scores, report.game).as_json()
@@ -102,7 +103,7 @@ def report_as_json(report: Report, evaluated: bool, other: Report | None) -> dic
 
 
 def print_report(report: Report, evaluated: bool, other: Report | None) -> None:
-    """The same as tables."""
+    """Print the report, its evaluation and its comparison as tables."""
     out = Console()
     for played in (report, other) if other is not None else (report,):
         table = Table(title=f"{played.policy} on .{played.runtime}")
@@ -131,12 +132,12 @@ def load(
     via: str = "http",
     token: str | None = None,
 ) -> LoadReport:
-    """Load a service for a while, `via` one of `BACKENDS`; with neither, a closed loop of `CONCURRENCY` connections."""
+    """Run a load test. `via` is one of `BACKENDS`. Without a concurrency and a rate: `CONCURRENCY` connections."""
     if rate is None and concurrency is None:
         concurrency = CONCURRENCY
-    what = f"{rate:g} requests/s" if rate is not None else f"{concurrency} connections"
-    what += "" if via == "http" else f" via {via}"
-    with console.status(f"{what} for {duration_s:g} s") as status:
+    title = f"{rate:g} requests/s" if rate is not None else f"{concurrency} connections"
+    title += "" if via == "http" else f" via {via}"
+    with console.status(f"{title} for {duration_s:g} s") as status:
         return run_load(
             url,
             policy=policy,
@@ -147,13 +148,13 @@ def load(
             processes=processes,
             token=token,
             on_progress=lambda elapsed_s, answers: status.update(
-                f"{what}  {elapsed_s:.0f} of {duration_s:g} s  {answers:,} answers"
+                f"{title}  {elapsed_s:.0f} of {duration_s:g} s  {answers:,} answers"
             ),
         )
 
 
 def print_load(report: LoadReport) -> None:
-    """The report for people."""
+    """Print the report as text."""
     print(f"{report.requests:,} answers, {report.rate:,.0f} a second")
     print(_latency(report.latency_ms))
     for kind, count in report.errors.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pkgutil import resolve_name
 
-from actserve.client.operations import Description
+from actserve.client.operations import PolicyDescription
 from actserve.loadtest.backends.base import Backend
 
 BACKENDS = {
@@ -17,7 +17,7 @@ BACKENDS = {
 __all__ = ["BACKENDS", "Backend", "backend"]
 
 
-def backend(via: str, url: str, description: Description, seed: int, token: str | None = None) -> Backend:
+def backend(via: str, url: str, description: PolicyDescription, seed: int, token: str | None = None) -> Backend:
     """`via` is one of `BACKENDS`."""
     made: Backend = resolve_name(BACKENDS[via])(url, description, seed, token)
     return made

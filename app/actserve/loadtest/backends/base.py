@@ -12,8 +12,8 @@ import numpy as np
 import pydantic_core
 
 from actserve import wire
-from actserve.client.operations import Description, HttpRequest, request_body
-from actserve.client.transport import bearer, parse, prefix
+from actserve.client.operations import HttpRequest, PolicyDescription, request_body
+from actserve.client.transport import authorization_header, parse_service_url, path_prefix
 from actserve.core.signature import IS_INIT, Arrays
 from actserve.loadtest.connection import HttpConnection, LoadConnection, Owner, Parts
 
@@ -31,11 +31,11 @@ class Backend(ABC):
     first observation of each round: then the same question has the same answer on every connection.
     """
 
-    def __init__(self, url: str, description: Description, seed: int, token: str | None = None) -> None:
-        self.authorization = bearer(token)
+    def __init__(self, url: str, description: PolicyDescription, seed: int, token: str | None = None) -> None:
+        self.authorization = authorization_header(token)
         self.description = description
         self.signature = description.signature
-        self.url = parse(url)
+        self.url = parse_service_url(url)
         self.drawn = seed if self.signature.noise and self.signature.exploration[0] == "random" else None
         self.turns: Iterator[int] = itertools.cycle(range(OBSERVATIONS))  # of what may be asked by any connection
         self._seed = seed
@@ -99,7 +99,7 @@ class Backend(ABC):
             **request.headers,
             **self.authorization,
         }
-        path = prefix(self.url) + request.path
+        path = path_prefix(self.url) + request.path
         lines = [f"{request.method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), ""]
         return "\r\n".join(lines).encode()
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pydantic_core
 
-from actserve.client.inference import binary_data, infer, inference
-from actserve.client.operations import Description
+from actserve.client.oip_request import binary_data, infer_request, request_json
+from actserve.client.operations import PolicyDescription
 from actserve.loadtest.backends.base import Ask, Backend, Requests, Steps
 from actserve.loadtest.connection import LoadConnection
 
 
 class OipBackend(Backend):
-    def __init__(self, url: str, description: Description, seed: int, token: str | None = None) -> None:
+    def __init__(self, url: str, description: PolicyDescription, seed: int, token: str | None = None) -> None:
         super().__init__(url, description, seed, token)
         self._sequences: list[str] = []
 
@@ -53,5 +53,5 @@ class OipBackend(Backend):
         """All of a request before its binary tensor data, which is of one size in every step."""
         outputs = [{"name": self.signature.action.name, "parameters": {"binary_data": True}}]
         seed = {} if self.drawn is None else {"seed": self.drawn}
-        document = inference(self.steps[0], outputs, {**parameters, **seed})
-        return self.head(infer(self.description.name, document, self._tensors[0])) + b"\r\n" + document
+        document = request_json(self.steps[0], outputs, {**parameters, **seed})
+        return self.head(infer_request(self.description.name, document, self._tensors[0])) + b"\r\n" + document

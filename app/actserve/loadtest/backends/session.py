@@ -14,9 +14,9 @@ from functools import cached_property
 import pydantic_core
 
 from actserve.client.operations import (
-    Description,
     HttpRequest,
     HttpResponse,
+    PolicyDescription,
     act_path,
     begin_session,
     end_session,
@@ -38,7 +38,7 @@ class SessionState:
 
 
 class SessionBackend(Backend):
-    def __init__(self, url: str, description: Description, seed: int, token: str | None = None) -> None:
+    def __init__(self, url: str, description: PolicyDescription, seed: int, token: str | None = None) -> None:
         super().__init__(url, description, seed, token)
         self._sessions: list[SessionState] = []
         self._owner: str | None = None  # of all that were begun, even if the answer that told so was lost

@@ -14,8 +14,8 @@ from actserve.wire import RAW
 from actserve.wire.oip import DATATYPES, HEADER
 
 
-def inference(tensors: Arrays, outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> bytes:
-    """The JSON part of a request, for `tensors` {name: (k, *shape)} of which the data follows."""
+def request_json(tensors: Arrays, outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> bytes:
+    """The JSON part of a request for `tensors` {name: (k, *shape)}. `binary_data` follows it in the body."""
     inputs = [
         {
             "name": name,
@@ -29,11 +29,11 @@ def inference(tensors: Arrays, outputs: Sequence[Mapping[str, Any]], parameters:
 
 
 def binary_data(tensors: Arrays) -> bytes:
-    """What follows the JSON part."""
+    """The tensor data that follows the JSON part, in the same order."""
     return b"".join(little_endian(array).tobytes() for array in tensors.values())
 
 
-def infer(policy: str, document: bytes, data: bytes) -> HttpRequest:
-    """The request of both parts."""
+def infer_request(policy: str, document: bytes, data: bytes) -> HttpRequest:
+    """The HTTP request: `document` from `request_json`, `data` from `binary_data`."""
     headers = {"Content-Type": RAW, HEADER: str(len(document))}
-    return HttpRequest("POST", f"/v2/models/{quote(policy, safe='')}/infer", document + data, headers, repeatable=False)
+    return HttpRequest("POST", f"/v2/models/{quote(policy, safe='')}/infer", document + data, headers, idempotent=False)
