@@ -55,7 +55,7 @@ def test_a_request_carries_all_of_the_state_or_none() -> None:
 
 
 def test_the_same_seed_gives_an_item_the_same_noise_in_any_batch() -> None:
-    alone, crowd = draw_noise(NOISES, 7, 1), draw(NOISES, 7, 5)
+    alone, crowd = draw_noise(NOISES, 7, 1), draw_noise(NOISES, 7, 5)
     for name in alone:
         np.testing.assert_array_equal(alone[name][0], crowd[name][0])
         assert len(np.unique(crowd[name][:, 0])) == 5, "items differ"
