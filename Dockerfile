@@ -1,11 +1,11 @@
 # serve       the service with .onnx artifacts: no compiler, no torch, no emulator
 # serve-pt2   the same with torch and .pt2 artifacts beside the .onnx ones
-# client      what plays games through a service
+# client      the client that plays games through a service
 # demo        a service whose page can play games
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-# What every image runs, in a virtual environment of its own. Nothing is compiled to bytecode until the checks below run
-# it, so that the images have that of what serving imports and of nothing else.
+# The base of all images: actserve in its own virtual environment. pip compiles no bytecode. The checks below run the
+# service, which compiles exactly the modules that serving imports.
 FROM ${BASE_IMAGE} AS build
 ENV PATH=/opt/actserve/bin:$PATH ORT_DISABLE_TELEMETRY=1
 ENV PIP_PYTHON=/opt/actserve/bin/python PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -14,8 +14,8 @@ RUN python3 -m venv --without-pip /opt/actserve
 WORKDIR /src
 COPY .ci/constraints.txt pyproject.toml README.md LICENSE ./
 COPY app app
-# ONNX Runtime's Python module has its library inside: the second copy is for programs in C++. Its tools, NumPy's for Fortran
-# and C, and any package's tests, type stubs, sources and debug symbols are for development.
+# ONNX Runtime's Python module contains the library, so the separate copy for C++ programs is deleted. Its tools, NumPy's
+# Fortran and C tools, and all tests, type stubs, sources and debug symbols are only for development.
 RUN pip install --no-compile --constraint constraints.txt . \
  && pip uninstall --yes setuptools \
  && cd /opt/actserve/lib/python3*/site-packages \
@@ -26,8 +26,8 @@ RUN pip install --no-compile --constraint constraints.txt . \
  && find . -regex '.*\.\(a\|h\|pxd\|pyi\|pyx\)' -delete \
  && find . -name '*.cpython-*.so' -exec strip --strip-unneeded {} +
 
-# Both policies repeat their golden samples, and the service becomes ready, with what is left. What a .pt2 could be built
-# from is left out: nothing here builds one.
+# Check that both policies repeat their golden samples and that the service becomes ready. program.safetensors is only
+# needed to build a .pt2, so it is deleted.
 FROM build AS build-serve
 WORKDIR /srv
 COPY models_store models_store
@@ -35,8 +35,7 @@ RUN actserve verify pong && actserve verify pong-lstm \
  && rm models_store/*/*/program.safetensors \
  && { actserve serve & } && until python -m actserve.server.healthcheck; do kill -0 $! && sleep 0.5 || exit 1; done && kill $!
 
-# The emulator and PNG, without what makes films; of Pillow neither fonts nor colour profiles, and of formats what cannot be
-# told apart from its core.
+# The emulator and PNG, without video. Pillow's fonts, colour profiles and separate image formats are deleted.
 FROM build AS build-client
 RUN pip install --no-compile --constraint constraints.txt ale-py pillow \
  && cd /opt/actserve/lib/python3*/site-packages \
@@ -45,7 +44,7 @@ RUN pip install --no-compile --constraint constraints.txt ale-py pillow \
  && rm -f libavif-* libwebp* libsharpyuv-* libfreetype-* libharfbuzz-* libbrotli* libpng16-* liblcms2-*
 RUN python -c "import actserve.cli.main, actserve.server.app, actserve.cli.tools.play_and_load, actserve.loadtest.generator, PIL.PngImagePlugin, ale_py.roms"
 
-# AOTInductor's programs are native code: built here, they belong to root, which makes them trusted.
+# .pt2 programs are native code. Built here, they belong to root, so the service trusts them.
 FROM build AS build-pt2
 ARG TORCH=torch==2.13.0+cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -57,7 +56,7 @@ COPY models_store /srv/models_store
 RUN PYTHONPATH=/src/exporters actserve compile pong --store /srv/models_store \
  && PYTHONPATH=/src/exporters actserve compile pong-lstm --store /srv/models_store
 WORKDIR /srv
-# What was measured here says nothing about where the image will run.
+# Tuning results of the build host do not apply to the host that runs the image.
 RUN rm -rf /opt/actserve/lib/python3*/site-packages/torch/include models_store/*/*.tuning.json \
  && find /opt/actserve -name __pycache__ -prune -exec rm -rf {} + \
  && actserve verify pong && actserve verify pong-lstm \
@@ -86,7 +85,7 @@ FROM service AS serve-pt2
 COPY --from=build-pt2 /opt/actserve /opt/actserve
 COPY --from=build-pt2 /srv/models_store models_store
 
-# Last, and so what `docker build .` makes.
+# The last stage is the default of `docker build .`.
 FROM service AS serve
 COPY --from=build-serve /opt/actserve /opt/actserve
 COPY --from=build-serve /srv/models_store models_store

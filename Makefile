@@ -1,8 +1,8 @@
 # make demo    install, export the bundled policy, serve it, and play a game over HTTP with each runtime
 # make test    install and run every test
 # make check   lint, types, format
-# make docs    the Python API's reference, into build/api
-# make bench   what it costs, and what others do (half an hour): docs/cost.md
+# make docs    the Python API reference, into build/api
+# make bench   CPU time per action, for actserve and other servers (half an hour): docs/cost.md
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
@@ -50,7 +50,7 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 	$(PIP) --editable '.[all,peers]'
 	@touch $@
 
-# What wants other versions of what everything else needs has an environment of its own.
+# Tools with conflicting dependencies get their own virtual environment.
 .venv/%/installed: .ci/%.txt .venv/all
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/pip install --quiet --disable-pip-version-check --requirement .ci/$*.txt
