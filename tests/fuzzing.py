@@ -31,7 +31,7 @@ from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.heads import BodySize, HeadParser, may_become_a_head
 from actserve.server.protocols.oip import http
 from actserve.wire.accept_header import quality
-from actserve.wire.stream_messages import Hello, Replies
+from actserve.wire.stream_messages import Hello, ReplyCodec
 from tests.fake_policy import SIGNATURE
 from tests.lane_service import ITEM_BYTES, request
 
@@ -99,7 +99,7 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
     access = Access(folder / "tokens")
     heads = HeadParser({b"/act": "door"}, {b"/act": BodySize(ITEM_BYTES, 4)})
     guarded = HeadParser({b"/act": "door"}, {b"/act": BodySize(ITEM_BYTES, 4)}, access.find)
-    replies = Replies(MIXED.outputs)
+    replies = ReplyCodec(MIXED.outputs)
 
     def decoded(content_type: str, signature: Signature) -> Target:
         return lambda data: wire.decode(content_type, bytearray(data), signature)

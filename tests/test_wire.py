@@ -35,10 +35,10 @@ def decode_json(document: object, signature: Signature = ONE) -> wire.Payload:
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_raw_bytes_are_one_item_or_a_batch(count: int) -> None:
     batch = PIXELS.sample(np.random.default_rng(0), count)
-    items = wire.decode(wire.RAW, batch.tobytes(), ONE)
-    np.testing.assert_array_equal(items.tensors["pixels"], batch)
-    assert items.batched == (count > 1)
-    assert items.size == count
+    payload = wire.decode(wire.RAW, batch.tobytes(), ONE)
+    np.testing.assert_array_equal(payload.tensors["pixels"], batch)
+    assert payload.batched == (count > 1)
+    assert payload.size == count
 
 
 @pytest.mark.parametrize("length", [0, 1, 11, 13, 25])
@@ -61,16 +61,16 @@ def test_other_content_types_are_refused(content_type: str) -> None:
 def test_json_lists_and_base64_say_the_same() -> None:
     item = PIXELS.sample(np.random.default_rng(0), 1)[0]
     for value in (item.tolist(), b64(item)):
-        items = decode_json({"pixels": value})
-        np.testing.assert_array_equal(items.tensors["pixels"], item[None])
-        assert not items.batched
+        payload = decode_json({"pixels": value})
+        np.testing.assert_array_equal(payload.tensors["pixels"], item[None])
+        assert not payload.batched
 
 
 def test_json_carries_several_tensors_and_batches() -> None:
     document = {"pixels": np.zeros((2, 4, 3), int).tolist(), "speed": [[0, 0.5], [1, 2]], "on": [True, False]}
-    items = decode_json(document, TWO)
-    assert items.batched
-    assert {name: (a.shape, str(a.dtype)) for name, a in items.tensors.items()} == {
+    payload = decode_json(document, TWO)
+    assert payload.batched
+    assert {name: (a.shape, str(a.dtype)) for name, a in payload.tensors.items()} == {
         "pixels": ((2, 4, 3), "uint8"),
         "speed": ((2, 2), "float32"),
         "on": ((2,), "bool"),
@@ -78,9 +78,9 @@ def test_json_carries_several_tensors_and_batches() -> None:
 
 
 def test_a_scalar_is_one_item() -> None:
-    items = decode_json({"pixels": np.zeros((4, 3), int).tolist(), "speed": [0, 1], "on": True}, TWO)
-    assert not items.batched
-    assert items.tensors["on"].shape == (1,)
+    payload = decode_json({"pixels": np.zeros((4, 3), int).tolist(), "speed": [0, 1], "on": True}, TWO)
+    assert not payload.batched
+    assert payload.tensors["on"].shape == (1,)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +167,11 @@ def test_what_cannot_be_answered_is_refused(accept: str) -> None:
 @given(body=st.binary(max_size=200), content_type=st.sampled_from([wire.RAW, wire.JSON, "x"]))
 def test_any_bytes_are_items_or_a_clear_refusal(body: bytes, content_type: str) -> None:
     try:
-        items = wire.decode(content_type, body, ONE)
+        payload = wire.decode(content_type, body, ONE)
     except InvalidRequest as error:
         assert "expected" in error.message
     else:
-        ONE.validate(items.tensors)
+        ONE.validate(payload.tensors)
 
 
 _VALUES = st.recursive(

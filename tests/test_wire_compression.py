@@ -74,7 +74,7 @@ def test_a_frame_that_wants_a_large_window_is_refused() -> None:
 def test_the_end_must_be_there_and_nothing_after_it(coding: str) -> None:
     body = CODINGS[coding](bytes(range(256)))
     for length in range(len(body)):
-        with pytest.raises(MalformedBody, match="to its end; it stops after"):
+        with pytest.raises(MalformedBody, match=f"complete {coding} data; it stops after"):
             wire.expand(body[:length], coding, LIMIT)
     for more in (b"\0", body):
         with pytest.raises(MalformedBody, match=f"nothing after it; got {len(more)} bytes more"):

@@ -52,10 +52,10 @@ def decode(content: bytes, spec: TensorSpec = RGB) -> wire.Payload:
 
 
 def shown(content: bytes, spec: TensorSpec = RGB) -> Array:
-    items = decode(content, spec)
-    assert not items.batched
-    assert items.tensors["pixels"].flags.writeable  # some runtimes copy what is not
-    screen: Array = items.tensors["pixels"][0]
+    payload = decode(content, spec)
+    assert not payload.batched
+    assert payload.tensors["pixels"].flags.writeable  # some runtimes copy what is not
+    screen: Array = payload.tensors["pixels"][0]
     return screen
 
 
@@ -101,7 +101,7 @@ INTERLACED = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6,
     [
         (png(Image.new("RGB", (6, 5))), RGB, "an image of 6 rows and 5 columns; got 5 rows and 6 columns"),
         (by_hand(5, 6, 16, 2, bytes(31 * 6)), RGB, "at most 8 bits a channel; got 16"),
-        (INTERLACED, RGB, "not interlaced; got one that is"),
+        (INTERLACED, RGB, "not interlaced; got an interlaced one"),
         (png(Image.new("RGBA", (5, 6))), RGB, "opaque pixels; got transparent ones"),
         (png(Image.new("RGB", (5, 6)), transparency=(0, 0, 0)), RGB, "opaque pixels"),
         (png(Image.new("L", (5, 6)), transparency=0), GREY, "opaque pixels"),
@@ -126,9 +126,9 @@ GOOD = png(Image.fromarray(COLOURED))
         (GOOD[:-13], "expected a whole PNG"),
         (GOOD[:40] + bytes([GOOD[40] ^ 1]) + GOOD[41:], "chunk at byte 33 is damaged"),
         (GOOD + b"x", "expected one PNG; got 1 bytes more"),
-        (GOOD[:8] + chunk(b"IEND", b""), "one header and begins with it"),
+        (GOOD[:8] + chunk(b"IEND", b""), "one header chunk, at its start"),
         (GOOD[:8] + chunk(b"IHDR", b"") + GOOD[33:], "header of 13 bytes"),
-        (GOOD[:33] + GOOD[8:], "one header and begins with it"),  # a second header, which could have another size
+        (GOOD[:33] + GOOD[8:], "one header chunk, at its start"),  # a second header, which could have another size
         (by_hand(5, 6, 8, 2, bytes(16 * 5)), "96 bytes of pixels, filters included"),
         (by_hand(5, 6, 8, 2, bytes(16 * 7)), "96 bytes of pixels, filters included"),
         (by_hand(5, 6, 8, 2, b"")[:-12] + chunk(b"IDAT", b"x") + chunk(b"IEND", b""), "96 bytes of pixels"),

@@ -20,15 +20,15 @@ EVERY = [wire.JSON, wire.RAW, wire.SAFETENSORS]
 @given(data=st.data())
 def test_a_request(content_type: str, data: st.DataObject) -> None:
     signature = data.draw(signatures())
-    items = data.draw(requests(signature))
-    assert_same(wire.decode(content_type, wire.encode_request(content_type, items), signature), items)
+    payload = data.draw(requests(signature))
+    assert_same(wire.decode(content_type, wire.encode_request(content_type, payload), signature), payload)
 
 
 @given(specs(["x"]), st.integers(1, 3), st.integers(0, 100))
 def test_a_raw_request(observation: list[TensorSpec], size: int, seed: int) -> None:
-    items = wire.Payload(values(observation, size, seed), batched=size > 1)
-    content = wire.encode_request(wire.RAW, items)
-    assert_same(wire.decode_answer(wire.RAW, content, observation), items)
+    payload = wire.Payload(values(observation, size, seed), batched=size > 1)
+    content = wire.encode_request(wire.RAW, payload)
+    assert_same(wire.decode_answer(wire.RAW, content, observation), payload)
 
 
 @pytest.mark.parametrize("content_type", [wire.JSON, wire.SAFETENSORS])
@@ -59,9 +59,9 @@ def test_the_layout_in_memory_does_not_matter(content_type: str, array: Array) -
 
 def test_a_request_that_raw_bytes_cannot_say_is_refused() -> None:
     action = {"action": np.array([1])}
-    for items in (wire.Payload(action, False, seed=1), wire.Payload(action | {"x": np.array([1])}, False)):
+    for payload in (wire.Payload(action, False, seed=1), wire.Payload(action | {"x": np.array([1])}, False)):
         with pytest.raises(UnsupportedContentType, match="expected a Content-Type of application/json"):
-            wire.encode_request(wire.RAW, items)
+            wire.encode_request(wire.RAW, payload)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_request_that_raw_bytes_cannot_say_is_refused() -> None:
         (wire.JSON, b'{"action": [1, 2], "action_value": [[1, 2, 3]]}', InvalidTensor, "same number of items"),
         (wire.JSON, b'{"action": 1, "action_value": [1, 2, "3"]}', InvalidTensor, "expected numbers; got text"),
         (wire.JSON, b'{"action": 1, "action_value": [1, 2, 1e39]}', InvalidTensor, "got 1.0 to 1e\\+39"),
-        (wire.RAW, bytes(8), UnsupportedContentType, "can carry one tensor, and these are action, action_value"),
+        (wire.RAW, bytes(8), UnsupportedContentType, "carries one tensor, for action, action_value"),
     ],
 )
 def test_an_answer_that_is_not_what_was_asked_is_refused(

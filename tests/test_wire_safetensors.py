@@ -42,14 +42,14 @@ def decode(content: bytes | bytearray | memoryview) -> wire.Payload:
 
 @pytest.mark.parametrize("form", [bytes, bytearray, memoryview])
 def test_one_item_of_named_tensors(form: type) -> None:
-    items = decode(form(safetensors.numpy.save(TENSORS, {"seed": "7", "exploration": "random", "session": "a-b"})))
-    assert_same(items, wire.Payload({n: a[None] for n, a in TENSORS.items()}, False, "random", 7, "a-b"))
+    payload = decode(form(safetensors.numpy.save(TENSORS, {"seed": "7", "exploration": "random", "session": "a-b"})))
+    assert_same(payload, wire.Payload({n: a[None] for n, a in TENSORS.items()}, False, "random", 7, "a-b"))
 
 
 def test_a_batch_of_one_is_a_batch() -> None:
-    items = decode(safetensors.numpy.save({name: array[None] for name, array in TENSORS.items()}))
-    assert items.batched
-    assert items.size == 1
+    payload = decode(safetensors.numpy.save({name: array[None] for name, array in TENSORS.items()}))
+    assert payload.batched
+    assert payload.size == 1
 
 
 def test_tensors_are_views_of_the_body_but_for_those_at_odd_addresses() -> None:
@@ -57,9 +57,9 @@ def test_tensors_are_views_of_the_body_but_for_those_at_odd_addresses() -> None:
     assert all(array.base is not None for array in decode(content).tensors.values())
     header_bytes = int.from_bytes(content[:8], "little")
     shifted = bytearray(body(bytes(content[8 : 8 + header_bytes]) + b" ", bytes(content[8 + header_bytes :])))
-    items = decode(shifted)
-    assert_same(items, decode(content))
-    assert all(array.flags.aligned for array in items.tensors.values())
+    payload = decode(shifted)
+    assert_same(payload, decode(content))
+    assert all(array.flags.aligned for array in payload.tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_a_mixture_of_items_and_batches_is_refused() -> None:
 
 @given(st.data())
 def test_the_library_reads_what_we_write(data: st.DataObject) -> None:
-    items = data.draw(requests(data.draw(signatures())))
-    content = wire.encode_request(wire.SAFETENSORS, items)
+    payload = data.draw(requests(data.draw(signatures())))
+    content = wire.encode_request(wire.SAFETENSORS, payload)
     for name, array in safetensors.numpy.load(content).items():
-        np.testing.assert_array_equal(array, items.as_spoken()[name], strict=True)
+        np.testing.assert_array_equal(array, payload.wire_tensors()[name], strict=True)
 
 
 _VALID = wire.encode_request(wire.SAFETENSORS, decode(safetensors.numpy.save(TENSORS, {"seed": "7"})))
@@ -180,14 +180,14 @@ def _edited(edits: list[tuple[int, int, bytes]], mend: bool) -> bytes:
 @given(st.binary(max_size=200) | st.binary(max_size=200).map(body) | st.builds(_edited, _EDITS, st.booleans()))
 def test_any_bytes_are_items_that_the_library_reads_too_or_a_clear_refusal(content: bytes) -> None:
     try:
-        items = decode(content)
+        payload = decode(content)
     except InvalidRequest as error:
         assert "expected" in error.message
         assert len(error.message) < 1000
     else:
         theirs = safetensors.numpy.load(content)
-        assert theirs.keys() == items.tensors.keys()
-        for name, array in items.as_spoken().items():
+        assert theirs.keys() == payload.tensors.keys()
+        for name, array in payload.wire_tensors().items():
             np.testing.assert_array_equal(array, theirs[name], strict=True)
 
 

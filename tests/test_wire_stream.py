@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from actserve.core.errors import MalformedBody
 from actserve.core.signature import TensorSpec
-from actserve.wire.stream_messages import Hello, Replies, Reply
+from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
 from tests import tensors
 
 UINT32 = st.integers(0, 2**32 - 1)
@@ -18,7 +18,7 @@ def test_a_reply_survives_either_form(
     data: st.DataObject, specs: list[TensorSpec], step: int, queue_us: int, run_us: int
 ) -> None:
     outputs = {name: array[0] for name, array in tensors.values(specs, 1, data.draw(UINT32)).items()}
-    replies = Replies(specs)
+    replies = ReplyCodec(specs)
     reply = Reply(step, outputs, queue_us, run_us)
     for got in (replies.unpack(replies.pack(reply)), replies.from_json(replies.to_json(reply))):
         assert (got.step, got.queue_us, got.run_us) == (step, queue_us, run_us)
@@ -29,7 +29,7 @@ def test_a_reply_survives_either_form(
 
 def test_a_binary_reply_is_read_without_us() -> None:
     specs = [TensorSpec("action", "int64", ()), TensorSpec("flags", "bool", (3,)), TensorSpec("value", "float32", (2,))]
-    replies = Replies(specs)
+    replies = ReplyCodec(specs)
     outputs = {
         "action": np.array(-2, np.int64),
         "flags": np.array([True, False, True]),
@@ -49,7 +49,7 @@ def test_a_binary_reply_is_read_without_us() -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"action": [1, 2], "step": 1, "queue_us": 1, "run_us": 1}'])
 def test_another_reply_is_refused(text: str) -> None:
-    replies = Replies([TensorSpec("action", "int64", ())])
+    replies = ReplyCodec([TensorSpec("action", "int64", ())])
     with pytest.raises(MalformedBody, match="expected a reply with action"):
         replies.from_json(text)
     with pytest.raises(MalformedBody, match="expected a reply of 24 bytes"):

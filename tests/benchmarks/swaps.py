@@ -28,7 +28,7 @@ from websockets.asyncio.client import connect
 
 from actserve.cli.tools import local_service as local
 from actserve.store.local import ModelStore
-from actserve.wire.stream_messages import Hello, Replies
+from actserve.wire.stream_messages import Hello, ReplyCodec
 from tests.variants import Variants
 
 POLL_S = 0.1
@@ -132,7 +132,7 @@ class Crowd:
     async def _stream(self) -> None:
         async with connect(f"ws://127.0.0.1:{self._port}{self._path}/stream", compression=None) as socket:
             hello = Hello.from_json(str(await socket.recv()))
-            replies = Replies(hello.signature.outputs)
+            replies = ReplyCodec(hello.signature.outputs)
             for step, original in enumerate(self._episode):
                 await socket.send(self._bodies[step % len(self._bodies)])
                 message = await socket.recv()

@@ -24,7 +24,7 @@ from actserve.client.transport import (
 from actserve.core.environment import Environment
 from actserve.core.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
 from actserve.core.signature import Array, Arrays, Exploration, Signature
-from actserve.wire.stream_messages import Hello, Replies, Reply
+from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
 
 CLOSE_TIMEOUT_S = 2.0
 
@@ -61,14 +61,14 @@ class Stream:
         self._stack = ExitStack()
         self._connection: ClientConnection | None = None
         self._hello: Hello | None = None
-        self._replies = Replies(())
+        self._replies = ReplyCodec(())
 
     def __enter__(self) -> Self:
         with ExitStack() as stack, self._translated():
             self._connection = stack.enter_context(self._connect())
             self._hello = Hello.from_json(self._connection.recv(ANSWER_TIMEOUT_S, decode=True))
             self._stack = stack.pop_all()
-        self._replies = Replies(self.signature.outputs)
+        self._replies = ReplyCodec(self.signature.outputs)
         return self
 
     def __exit__(

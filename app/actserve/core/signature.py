@@ -191,7 +191,7 @@ def _validate(batch: Mapping[str, Array], known: Sequence[TensorSpec], needed: S
     names = [spec.name for spec in known]
     for name in batch:
         if name not in names:
-            raise InvalidTensor(name, f"one of the inputs {', '.join(names)}", "a name that is none of them")
+            raise InvalidTensor(name, f"one of the inputs {', '.join(names)}", "an unknown name")
     for spec in needed:
         if spec.name not in batch:
             raise InvalidTensor(spec.name, str(spec), "nothing")

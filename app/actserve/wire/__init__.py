@@ -1,7 +1,7 @@
-"""Request and response bodies <-> named arrays: the same code on both ends of the wire.
+"""Request and response bodies <-> named arrays. Service and client share this code.
 
-A body is one item, or a batch of k items with a leading axis. Payload in, items out; batch in, batch out. One file an
-encoding: each has `read(body, specs) -> Payload`, and `write(items) -> bytes` where we write it too.
+A body holds one item, or a batch of k items with a leading axis; the answer to a batch is a batch. Each encoding is one
+file, with `read(body, specs) -> Payload` and, if actserve writes that encoding, `write(payload) -> bytes`.
 """
 
 from __future__ import annotations
@@ -38,65 +38,68 @@ _READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Payload]] = {
     PNG: as_png.read,
 }
 _WRITERS: dict[str, Callable[[Payload], bytes]] = {
-    JSON: as_json.write,  # the first among equals in Accept
+    JSON: as_json.write,  # preferred when Accept ranks several equally
     RAW: as_raw.write,
     SAFETENSORS: as_safetensors.write,
 }
-_BARE = (RAW, PNG)  # one observation and nothing beside it
+_SINGLE_TENSOR = (RAW, PNG)  # one tensor without metadata
 
 
 def decode(content_type: str, body: Body, signature: Signature) -> Payload:
-    """A request body -> what a program takes. Raises an `InvalidRequest` that says what was expected and what came."""
-    essence = _essence(content_type)
-    reader = _READERS.get(essence)
+    """A request body -> its payload, validated against `signature`. Raises an `InvalidRequest`."""
+    media_type = _media_type(content_type)
+    reader = _READERS.get(media_type)
     if reader is None:
         raise UnsupportedContentType(content_type, list(_READERS))
-    items = reader(body, signature.observations if essence in _BARE else signature.request_inputs)
-    signature.validate_request(items.tensors)
-    return items
+    payload = reader(body, signature.observations if media_type in _SINGLE_TENSOR else signature.request_inputs)
+    signature.validate_request(payload.tensors)
+    return payload
 
 
 def encode(accept: str, outputs: Mapping[str, Array], batched: bool, seed: int | None = None) -> tuple[str, bytes]:
     """A policy's outputs, each (k, *shape) -> (content type, body), in the encoding that `accept` prefers.
 
-    `seed` is what anything random came from; JSON and safetensors carry it beside the outputs. Raises `NotAcceptable`.
+    `seed` is the seed of a random action; JSON and safetensors carry it as metadata. Raises `NotAcceptable`.
     """
     content_type = negotiate(accept, len(outputs))
     return content_type, _WRITERS[content_type](Payload(dict(outputs), batched, seed=seed))
 
 
-def encode_request(content_type: str, items: Payload) -> bytes:
-    """The client's side of `decode`. Raises `UnsupportedContentType` where that encoding cannot say it all."""
-    able = [known for known in _WRITERS if known not in _BARE or (len(items.tensors) == 1 and not items.metadata)]
-    if content_type not in able:
-        raise UnsupportedContentType(content_type, able)
-    return _WRITERS[content_type](items)
+def encode_request(content_type: str, payload: Payload) -> bytes:
+    """The client's side of `decode`. Raises `UnsupportedContentType` if that encoding cannot carry the payload."""
+    fits_raw = len(payload.tensors) == 1 and not payload.metadata
+    supported = [known for known in _WRITERS if known not in _SINGLE_TENSOR or fits_raw]
+    if content_type not in supported:
+        raise UnsupportedContentType(content_type, supported)
+    return _WRITERS[content_type](payload)
 
 
 def decode_answer(content_type: str, body: Body, specs: Sequence[TensorSpec]) -> Payload:
-    """The client's side of `encode`: an answer that has `specs` and nothing else, and the seed where it has one.
+    """The client's side of `encode`: an answer with exactly the tensors `specs`, and the seed if it has one.
 
-    Raises an `InvalidRequest` for anything else.
+    Raises an `InvalidRequest` for any other answer.
     """
-    essence = _essence(content_type)
-    if essence not in _WRITERS:
+    media_type = _media_type(content_type)
+    if media_type not in _WRITERS:
         raise UnsupportedContentType(content_type, list(_WRITERS))
-    items = _READERS[essence](body, specs)
-    check_complete(items, specs)
-    return items
+    payload = _READERS[media_type](body, specs)
+    check_complete(payload, specs)
+    return payload
 
 
-@lru_cache(64)  # a client's header is always the same
+@lru_cache(64)  # each client sends the same header every time
 def negotiate(accept: str, outputs: int) -> str:
-    """The encoding for an Accept header and so many outputs: the best quality, JSON first among equals. Raises
-    `NotAcceptable`."""
+    """The content type with the highest quality in `accept` for this number of outputs; JSON wins ties.
+
+    Raises `NotAcceptable`.
+    """
     best, content_type = max(((quality(accept, known), known) for known in _WRITERS), key=lambda pair: pair[0])
     if best <= 0:
         raise NotAcceptable(accept[:200], list(_WRITERS))
     if content_type == RAW and outputs != 1:
-        raise NotAcceptable(f"{RAW}, which can carry one output, and {outputs} were asked for", [JSON, SAFETENSORS])
+        raise NotAcceptable(f"{RAW}, which carries one output, for {outputs} outputs", [JSON, SAFETENSORS])
     return content_type
 
 
-def _essence(content_type: str) -> str:
+def _media_type(content_type: str) -> str:
     return content_type.split(";", 1)[0].strip().lower()

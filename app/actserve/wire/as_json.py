@@ -1,6 +1,6 @@
 """application/json: {"name": nested lists, or {"dtype", "shape", "b64"}}, and "exploration", "seed" and "session".
 
-Infinity and NaN, for which JSON has no numbers, are the words "Infinity", "-Infinity" and "NaN".
+JSON has no infinities and no NaN; they are written as the strings "Infinity", "-Infinity" and "NaN".
 """
 
 from __future__ import annotations
@@ -21,60 +21,61 @@ from actserve.wire.payload import (
     METADATA,
     Body,
     Payload,
-    check_json,
+    array_from_bytes,
+    build_payload,
+    check_json_size,
     check_shape,
-    find,
-    gather,
+    find_spec,
     read_metadata,
-    view,
 )
 
 
 def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     text = bytes(body)
-    check_json(text)
+    check_json_size(text)
     try:
         document = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
     if not isinstance(document, dict):
-        raise MalformedBody(f'expected a JSON object {{"{specs[0].name}": …}}; got {_kind(document)}')
+        raise MalformedBody(f'expected a JSON object {{"{specs[0].name}": …}}; got {_json_type(document)}')
     metadata = read_metadata({name: document.pop(name) for name in METADATA if name in document})
-    return gather({name: _array(value, find(name, specs)) for name, value in document.items()}, specs, metadata)
+    arrays = {name: _array(value, find_spec(name, specs)) for name, value in document.items()}
+    return build_payload(arrays, specs, metadata)
 
 
-def write(items: Payload) -> bytes:
-    document = {name: array.tolist() for name, array in items.as_spoken().items()}
-    return pydantic_core.to_json(document | items.metadata, inf_nan_mode="strings")
+def write(payload: Payload) -> bytes:
+    document = {name: array.tolist() for name, array in payload.wire_tensors().items()}
+    return pydantic_core.to_json(document | payload.metadata, inf_nan_mode="strings")
 
 
 def _array(value: Any, spec: TensorSpec) -> Array:
-    """One JSON value -> an array of the spec's dtype, (*shape) or (k, *shape). Never wraps, rounds or guesses."""
+    """One JSON value -> an array of the spec's dtype, (*shape) or (k, *shape). Values never wrap or round."""
     if isinstance(value, dict):
-        return _from_b64(value, spec)
-    array = from_lists(value, spec)
+        return _array_from_b64(value, spec)
+    array = array_from_lists(value, spec)
     check_shape(array.shape, spec)
     return array
 
 
-def from_lists(value: Any, spec: TensorSpec) -> Array:
+def array_from_lists(value: Any, spec: TensorSpec) -> Array:
     """Nested lists of any shape -> an array of the spec's dtype. Raises `InvalidTensor`.
 
-    Not by `np.array(value)`, which gives every element as much memory as the longest text among them has.
+    `np.array(value)` would be unsafe: it gives every element as much memory as the longest string needs.
     """
-    shape, flat, kinds = _flatten(value, spec)
+    shape, flat, types = _flatten(value, spec)
     kind = spec.numpy_dtype.kind
-    if kind == "f" and str in kinds:
-        flat = [_WORDS.get(element, element) if type(element) is str else element for element in flat]
-        kinds = set(map(type, flat))
-    wrong = kinds - _TAKEN[kind]
+    if kind == "f" and str in types:
+        flat = [_NON_FINITE.get(element, element) if type(element) is str else element for element in flat]
+        types = set(map(type, flat))
+    wrong = types - _ACCEPTED[kind]
     if wrong:
         got = _TYPE_NAMES.get(wrong.pop(), "mixed values") if len(wrong) == 1 else "mixed values"
-        raise InvalidTensor(spec.name, _TAKEN_NAMES[kind], got)
+        raise InvalidTensor(spec.name, _ACCEPTED_NAMES[kind], got)
     try:
         array: Array = np.array(flat, _WIDEST[kind])
     except OverflowError:
-        raise InvalidTensor(spec.name, _TAKEN_NAMES[kind], "one of more than 64 bits") from None
+        raise InvalidTensor(spec.name, _ACCEPTED_NAMES[kind], "one of more than 64 bits") from None
     if kind != "b":
         limits = np.iinfo(spec.numpy_dtype) if kind in "ui" else np.finfo(spec.numpy_dtype)
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
@@ -84,30 +85,30 @@ def from_lists(value: Any, spec: TensorSpec) -> Array:
 
 
 def _flatten(value: Any, spec: TensorSpec) -> tuple[list[int], list[Any], set[type]]:
-    """-> (shape, what is in it, row-major, the types of that). Raises `InvalidTensor` for lists of unequal length."""
+    """-> (shape, elements in row-major order, their types). Raises `InvalidTensor` for lists of unequal length."""
     shape: list[int] = []
-    flat, kinds = [value], {type(value)}
-    while kinds == {list}:
+    flat, types = [value], {type(value)}
+    while types == {list}:
         lengths = set(map(len, flat))
         if len(lengths) > 1:
             raise InvalidTensor(spec.name, f"{spec} as nested lists", "lists of unequal length")
         shape += lengths
         if len(shape) > _MAX_DEPTH:
-            raise InvalidTensor(spec.name, f"{spec} as nested lists", f"more than {_MAX_DEPTH} of them in each other")
+            raise InvalidTensor(spec.name, f"{spec} as nested lists", f"more than {_MAX_DEPTH} levels")
         flat = list(chain.from_iterable(flat))
-        kinds = set(map(type, flat))
-    return shape, flat, kinds
+        types = set(map(type, flat))
+    return shape, flat, types
 
 
 _MAX_DEPTH = 32
-_WORDS = {"Infinity": np.inf, "-Infinity": -np.inf, "NaN": np.nan}
+_NON_FINITE = {"Infinity": np.inf, "-Infinity": -np.inf, "NaN": np.nan}
 _WIDEST = {"b": np.bool_, "u": np.int64, "i": np.int64, "f": np.float64}
-_TAKEN: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
-_TAKEN_NAMES = {"b": "booleans", "u": "integers", "i": "integers", "f": "numbers"}
+_ACCEPTED: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
+_ACCEPTED_NAMES = {"b": "booleans", "u": "integers", "i": "integers", "f": "numbers"}
 _TYPE_NAMES: dict[type, str] = {bool: "booleans", int: "integers", float: "fractions", str: "text"}
 
 
-def _from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:
+def _array_from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:
     if set(value) != {"dtype", "shape", "b64"}:
         got = f"an object with {sorted(value)}"[:200]
         raise InvalidTensor(spec.name, 'nested lists or {"dtype", "shape", "b64"}', got)
@@ -118,14 +119,14 @@ def _from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:
         raise InvalidTensor(spec.name, "a shape as a list of whole numbers", f"{shape!r}"[:80])
     check_shape(shape, spec)
     try:
-        data = bytearray(base64.b64decode(b64, validate=True))  # writable, so that no runtime has to copy it
+        data = bytearray(base64.b64decode(b64, validate=True))  # writable, so that runtimes need no copy
     except (binascii.Error, ValueError, TypeError):
         raise InvalidTensor(spec.name, "base64 text in b64", "something else") from None
     size = spec.numpy_dtype.itemsize * math.prod(shape)
     if len(data) != size:
         raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}", f"{len(data):,} bytes")
-    return view(data, spec, shape)
+    return array_from_bytes(data, spec, shape)
 
 
-def _kind(value: object) -> str:
+def _json_type(value: object) -> str:
     return {list: "a list", str: "text", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

@@ -1,7 +1,7 @@
 """image/png: one screen, for a policy whose single observation is uint8[H, W, 3], or uint8[H, W(, 1)] in grey.
 
-Whatever has exactly the observation's pixels is accepted: palettes, fewer bits, an alpha channel that is opaque
-throughout, a grey image for a coloured observation, a coloured one without colour for a grey observation.
+Any PNG is accepted if its decoded pixels fit the observation exactly: palettes, fewer bits, a fully opaque alpha
+channel, a grey image for a colour observation, and a colour image with only grey pixels for a grey observation.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_SLACK_BYTES = 64 << 10  # what may come with the pixels: a palette, a colour profile, text
+_OVERHEAD_BYTES = 64 << 10  # allowed on top of the pixels: a palette, a colour profile, text
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type: grey, RGB, palette, grey with alpha, RGBA
-_OTHERS = [RAW, JSON, SAFETENSORS]
+_OTHER_TYPES = [RAW, JSON, SAFETENSORS]
 
 
 def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     if len(specs) != 1 or not _is_image(specs[0]):
-        taken = ", ".join(f"{spec.name} {spec}" for spec in specs)
-        raise UnsupportedContentType(f"{PNG}, which carries one image, and this policy takes {taken}", _OTHERS)
+        inputs = ", ".join(f"{spec.name} {spec}" for spec in specs)
+        raise UnsupportedContentType(f"{PNG}, which carries one image; this policy takes {inputs}", _OTHER_TYPES)
     spec = specs[0]
     height, width = spec.shape[:2]
-    most_bytes = 4 * height * (width + 1) + _SLACK_BYTES
-    if len(body) > most_bytes:
-        raise BodyTooLarge(most_bytes, len(body))
+    limit_bytes = 4 * height * (width + 1) + _OVERHEAD_BYTES
+    if len(body) > limit_bytes:
+        raise BodyTooLarge(limit_bytes, len(body))
     image = _decode(_pixel_chunks(bytes(body), spec))
     return Payload({spec.name: _pixels(image, spec).reshape(1, *spec.shape)}, batched=False)
 
@@ -45,14 +45,14 @@ def _is_image(spec: TensorSpec) -> bool:
 
 
 def _pixel_chunks(body: bytes, spec: TensorSpec) -> bytes:
-    """A PNG of the chunks that make the pixels and no other, after its size and every checksum have been checked.
+    """A PNG with only the chunks that define the pixels. Their size and all checksums have been checked.
 
-    Only this reaches the decoder, which would take missing rows for black ones, and expand whatever text it found.
+    Only this reaches the decoder, which would read missing rows as black, and decompress text chunks without a bound.
     """
     kept, compressed, size = [_SIGNATURE], list[bytes](), 0
     for number, (kind, chunk) in enumerate(_chunks(body)):
         if (kind == b"IHDR") != (number == 0):
-            raise MalformedBody("expected a PNG, which has one header and begins with it; got something else")
+            raise MalformedBody("expected a PNG, which has one header chunk, at its start; got something else")
         if kind == b"IHDR":
             size = _expanded_bytes(chunk[8:-4], spec)
         if kind == b"IDAT":
@@ -70,7 +70,7 @@ def _pixel_chunks(body: bytes, spec: TensorSpec) -> bytes:
 
 
 def _chunks(body: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, the whole chunk) of each chunk: length, kind, data, checksum."""
+    """(kind, chunk) of each chunk. The chunk is complete: length, kind, data, checksum."""
     if not body.startswith(_SIGNATURE):
         raise MalformedBody("expected a PNG; got something else")
     at, kind = len(_SIGNATURE), b""
@@ -89,7 +89,7 @@ def _chunks(body: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _expanded_bytes(header: bytes, spec: TensorSpec) -> int:
-    """How many bytes the pixels of an image with this header expand to: a row is its filter and its packed pixels."""
+    """The decompressed size of an image with this header. A row is one filter byte and its packed pixels."""
     if len(header) != 13:
         raise MalformedBody(f"expected a PNG header of 13 bytes; got {len(header)}")
     width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
@@ -99,7 +99,7 @@ def _expanded_bytes(header: bytes, spec: TensorSpec) -> int:
     if bits > 8:
         raise InvalidTensor(spec.name, "at most 8 bits a channel", f"{bits}")
     if interlaced:
-        raise InvalidTensor(spec.name, "an image that is not interlaced", "one that is")
+        raise InvalidTensor(spec.name, "an image that is not interlaced", "an interlaced one")
     if colour not in _CHANNELS:
         raise MalformedBody(f"expected a PNG colour type of {', '.join(map(str, _CHANNELS))}; got {colour}")
     return int(height * (1 + (width * bits * _CHANNELS[colour] + 7) // 8))
@@ -109,8 +109,8 @@ def _decode(png: bytes) -> Image:
     try:
         from PIL.PngImagePlugin import PngImageFile
     except ModuleNotFoundError:
-        needs = f'{PNG}, for which this service needs Pillow: pip install "actserve[png]"'
-        raise UnsupportedContentType(needs, _OTHERS) from None
+        needs = f'{PNG}, which needs Pillow on the service\'s host: pip install "actserve[png]"'
+        raise UnsupportedContentType(needs, _OTHER_TYPES) from None
     try:
         image = PngImageFile(io.BytesIO(png))
         image.load()

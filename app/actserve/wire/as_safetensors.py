@@ -1,7 +1,7 @@
-"""application/safetensors: any named tensors, and metadata beside them: a TensorDict on the wire.
+"""application/safetensors: named tensors and metadata, such as a TensorDict.
 
-A body is the header's length (8 bytes, little-endian), the header (JSON: dtype, shape and place of each tensor, and
-the metadata, text to text), and the tensors' bytes, back to back.
+A body is the header's length (8 bytes, little-endian), the header (JSON: dtype, shape and offsets of each tensor, and
+metadata, string to string), and the tensors' bytes, back to back.
 """
 
 from __future__ import annotations
@@ -15,33 +15,41 @@ import safetensors.numpy
 
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, TensorSpec
-from actserve.wire.payload import Body, Payload, check_shape, find, gather, read_metadata, view
+from actserve.wire.payload import (
+    Body,
+    Payload,
+    array_from_bytes,
+    build_payload,
+    check_shape,
+    find_spec,
+    read_metadata,
+)
 
 MAX_HEADER_BYTES = 64 << 10
 _DTYPES = {"uint8": "U8", "int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64", "bool": "BOOL"}
 
 
 def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
-    """The tensors are views of `body`: the library's reader would copy all of them twice, milliseconds for a batch."""
+    """The tensors are views of `body`. The library's reader copies them twice, which takes milliseconds per batch."""
     header, data = _split(memoryview(body))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedBody("expected safetensors metadata of text; got something else")
     arrays: dict[str, Array] = {}
     at = 0
-    for begin, end, name, dtype, shape in sorted(_place(name, entry) for name, entry in header.items()):
+    for begin, end, name, dtype, shape in sorted(_read_entry(name, entry) for name, entry in header.items()):
         if begin != at:
             raise MalformedBody(f"expected {name[:80]!r} to begin at byte {at} of the tensors; got {begin}"[:200])
         at = end
-        arrays[name] = _array(data[begin:end], dtype, shape, find(name, specs))
+        arrays[name] = _array(data[begin:end], dtype, shape, find_spec(name, specs))
     if at != len(data):
         raise MalformedBody(f"expected {at:,} bytes of tensors; got {len(data):,}")
-    return gather(arrays, specs, read_metadata(metadata))
+    return build_payload(arrays, specs, read_metadata(metadata))
 
 
-def write(items: Payload) -> bytes:
-    metadata = {name: str(value) for name, value in items.metadata.items()}
-    return safetensors.numpy.save(items.as_spoken(), metadata or None)
+def write(payload: Payload) -> bytes:
+    metadata = {name: str(value) for name, value in payload.metadata.items()}
+    return safetensors.numpy.save(payload.wire_tensors(), metadata or None)
 
 
 def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
@@ -49,9 +57,9 @@ def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
     if len(body) < 8:
         raise MalformedBody(f"expected safetensors, which begin with 8 bytes; got {len(body)}")
     header_bytes = int.from_bytes(body[:8], "little")
-    most = min(MAX_HEADER_BYTES, len(body) - 8)
-    if header_bytes > most:
-        raise MalformedBody(f"expected a safetensors header of at most {most:,} bytes; got {header_bytes:,}")
+    limit_bytes = min(MAX_HEADER_BYTES, len(body) - 8)
+    if header_bytes > limit_bytes:
+        raise MalformedBody(f"expected a safetensors header of at most {limit_bytes:,} bytes; got {header_bytes:,}")
     try:
         header = pydantic_core.from_json(bytes(body[8 : 8 + header_bytes]), allow_inf_nan=False)
     except ValueError as error:
@@ -61,8 +69,8 @@ def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
     return header, body[8 + header_bytes :]
 
 
-def _place(name: str, entry: Any) -> tuple[int, int, str, str, list[int]]:
-    """One tensor of the header -> (first byte, one beyond its last, name, dtype, shape)."""
+def _read_entry(name: str, entry: Any) -> tuple[int, int, str, str, list[int]]:
+    """One tensor's entry in the header -> (begin, end, name, dtype, shape)."""
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end], **others} if not others:
             if all(type(number) is int and number >= 0 for number in (*shape, begin, end)) and begin <= end:
@@ -77,5 +85,5 @@ def _array(data: memoryview, dtype: str, shape: list[int], spec: TensorSpec) -> 
     size = spec.numpy_dtype.itemsize * math.prod(shape)
     if len(data) != size:
         raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}"[:200], f"{len(data):,} bytes")
-    array = view(data, spec, shape)
-    return array if array.flags.aligned else array.copy()  # programs may not read numbers from odd addresses
+    array = array_from_bytes(data, spec, shape)
+    return array if array.flags.aligned else array.copy()  # programs need aligned memory

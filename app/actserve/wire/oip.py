@@ -1,6 +1,6 @@
-"""What both ends of the Open Inference Protocol call things."""
+"""Names of the Open Inference Protocol that service and client share."""
 
 from __future__ import annotations
 
-HEADER = "Inference-Header-Content-Length"  # where a body's JSON ends and its binary tensor data begins, in bytes
+HEADER = "Inference-Header-Content-Length"  # the length of a body's JSON; binary tensor data follows
 DATATYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float32": "FP32", "float64": "FP64", "bool": "BOOL"}

@@ -1,14 +1,14 @@
-"""What a stream says: a hello, then to each message, in order, a reply.
+"""The messages that the service sends on a stream: a hello, then one reply per message, in order.
 
-The reply to a binary message needs no parser. All of it is little-endian:
+The reply to a binary message has a fixed layout, all little-endian:
 
-    byte   0  uint64  step: how many steps the episode has taken with this one
+    byte   0  uint64  step: the episode's step count, this step included
     byte   8  uint32  queue_us: microseconds of waiting for the runtime
     byte  12  uint32  run_us: microseconds in the runtime
     byte  16          the outputs, row-major, each at its offset in the hello; offsets are multiples of 8
 
-The reply to a text message is JSON: the outputs by name, and `step`, `queue_us` and `run_us` beside them. An error is
-JSON in either case: `{"error": {"code", "message", "detail"}, "status", "step"}`, where `step` is the one not taken.
+The reply to a text message is JSON: the outputs by name, and `step`, `queue_us` and `run_us`. An error is JSON in
+either case: `{"error": {"code", "message", "detail"}, "status", "step"}`, where `step` is the step that failed.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from actserve.core.errors import MalformedBody
 from actserve.core.signature import Arrays, Exploration, Signature, TensorSpec
 
 _HEADER = struct.Struct("<QII")
-_ALIGNMENT = 8  # so that any output can be read in place, as JavaScript's typed arrays ask
+_ALIGNMENT = 8  # bytes; JavaScript's typed arrays can read any output in place
 _UINT32_MAX = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Hello:
-    """The first message of a stream, in JSON: what it is and what it takes."""
+    """The first message of a stream, in JSON. It describes the stream."""
 
     policy: str
     version: int
     runtime: str  # "onnx" or "pt2"
-    signature: Signature  # of one message and its reply: without state and noise, which stay with the service
-    offsets: dict[str, int]  # of each output in a binary reply
-    environment: Environment | None  # the game that the policy plays, if it plays one
+    signature: Signature  # of one message and its reply: without state and noise, which the service holds
+    offsets: dict[str, int]  # byte offset of each output in a binary reply
+    environment: Environment | None  # the game that the policy plays, if any
     exploration: Exploration
-    seed: int | None  # of everything random in the episode; None: nothing is
-    window: int  # messages that may be unanswered at a time
+    seed: int | None  # the episode's seed; None: deterministic
+    window: int  # the most unanswered messages
     max_message_bytes: int
-    idle_s: float  # without a message for so long, the stream is closed
+    idle_s: float  # the stream is closed after so long without a message
 
     def to_json(self) -> str:
         return _HELLO.dump_json(self).decode()
@@ -71,13 +71,13 @@ class Reply(NamedTuple):
     run_us: int
 
 
-class Replies:
-    """Replies with the outputs `specs` <-> messages."""
+class ReplyCodec:
+    """Encodes and decodes replies with the outputs `specs`."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._specs = specs
         self.offsets: dict[str, int] = {}
-        self._packed: list[tuple[str, np.dtype[Any], bytes]] = []  # name, dtype, the bytes before it
+        self._packed: list[tuple[str, np.dtype[Any], bytes]] = []  # name, dtype, padding before it
         end = _HEADER.size
         for spec in specs:
             offset = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -88,8 +88,8 @@ class Replies:
 
     def pack(self, reply: Reply) -> bytes:
         parts = [_HEADER.pack(reply.step, min(reply.queue_us, _UINT32_MAX), min(reply.run_us, _UINT32_MAX))]
-        for name, dtype, before in self._packed:
-            parts += (before, np.asarray(reply.outputs[name], dtype).tobytes())
+        for name, dtype, padding in self._packed:
+            parts += (padding, np.asarray(reply.outputs[name], dtype).tobytes())
         return b"".join(parts)
 
     def unpack(self, message: bytes) -> Reply:

@@ -17,7 +17,7 @@ from actserve.client.operations import service_error
 from actserve.client.transport import stream_url
 from actserve.loadtest.backends.base import Backend, Steps
 from actserve.loadtest.connection import LoadConnection, Owner, Parts
-from actserve.wire.stream_messages import Replies
+from actserve.wire.stream_messages import ReplyCodec
 
 
 class StreamBackend(Backend):
@@ -36,8 +36,8 @@ class StreamBackend(Backend):
         return self._replies.unpack(bytes(start) + answer).outputs
 
     @cached_property
-    def _replies(self) -> Replies:
-        return Replies((self.signature.action,))
+    def _replies(self) -> ReplyCodec:
+        return ReplyCodec((self.signature.action,))
 
     @cached_property
     def _uri(self) -> WebSocketURI:

@@ -18,7 +18,7 @@ from actserve.server.access.tokens import current
 from actserve.server.http import requests as common
 from actserve.server.http.error_responses import document, report, status_of
 from actserve.telemetry.counts import Tally
-from actserve.wire.stream_messages import Hello, Replies, Reply
+from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
 
 WINDOW = 8  # replies to so many fit into any socket's buffers, so that neither side waits for the other forever
 BINARY = (wire.RAW, wire.PNG, wire.SAFETENSORS)  # what binary messages can be, the first by default
@@ -40,7 +40,7 @@ class StreamEpisode:
             raise UnsupportedContentType(self._binary[:80], BINARY)
         # Of one message and its reply: state and noise stay here.
         self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=())
-        self._replies = Replies(outputs)
+        self._replies = ReplyCodec(outputs)
         self._policy = policy
         self._state: Arrays = {}  # each (1, *shape); none before the first step, or where the arena has it
         self.steps = 0

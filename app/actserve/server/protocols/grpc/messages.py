@@ -12,7 +12,7 @@ from actserve.core.signature import Array, Arrays, Signature, TensorSpec
 from actserve.server.protocols.oip import codec, schema
 from actserve.server.protocols.oip.infer import InferResponse
 from actserve.wire.oip import DATATYPES
-from actserve.wire.payload import check_count
+from actserve.wire.payload import check_value_count
 
 CONTENTS = {
     "uint8": "uint_contents",
@@ -74,7 +74,7 @@ def _from_contents(contents: Mapping[str, Any], shape: list[int], spec: TensorSp
     field = CONTENTS[spec.dtype]
     if list(contents) != [field]:
         raise InvalidTensor(spec.name, f"raw_input_contents or {field}", ", ".join(contents) or "neither")
-    check_count(len(contents[field]))
+    check_value_count(len(contents[field]))
     return codec.from_values(list(contents[field]), shape, spec)
 
 

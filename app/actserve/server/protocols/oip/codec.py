@@ -9,8 +9,8 @@ from typing import Any
 from actserve.core.errors import InvalidRequest, InvalidTensor, UnknownOutput
 from actserve.core.signature import Array, Signature, TensorSpec
 from actserve.server.protocols.oip import schema
-from actserve.wire import payload as items
-from actserve.wire.as_json import from_lists
+from actserve.wire.payload import Body, array_from_bytes, find_spec
+from actserve.wire.as_json import array_from_lists
 from actserve.wire.oip import DATATYPES
 
 
@@ -19,7 +19,7 @@ def matched(inputs: Iterable[schema.Input], signature: Signature) -> Iterator[tu
     surprised by its size. Raises `InvalidRequest`."""
     seen: set[str] = set()
     for given in inputs:
-        spec = items.find(given.name, signature.request_inputs)
+        spec = find_spec(given.name, signature.request_inputs)
         if spec.name in seen:
             raise InvalidTensor(spec.name, "one input of this name", "several")
         seen.add(spec.name)
@@ -32,18 +32,18 @@ def matched(inputs: Iterable[schema.Input], signature: Signature) -> Iterator[tu
 
 def from_values(values: Any, shape: Sequence[int], spec: TensorSpec) -> Array:
     """Lists, flat or nested -> an array of `shape`. Raises `InvalidTensor`."""
-    array = from_lists(values, spec)
+    array = array_from_lists(values, spec)
     if array.size != math.prod(shape):
         raise InvalidTensor(spec.name, f"{math.prod(shape):,} elements for shape {shape}", f"{array.size:,}")
     return array.reshape(shape)
 
 
-def from_bytes(data: items.Body, shape: Sequence[int], spec: TensorSpec) -> Array:
+def from_bytes(data: Body, shape: Sequence[int], spec: TensorSpec) -> Array:
     """Row-major, little-endian bytes -> an array of `shape`, without a copy. Raises `InvalidTensor`."""
     size = size_bytes(shape, spec)
     if len(data) != size:
         raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}", f"{len(data):,}")
-    return items.view(data, spec, shape)
+    return array_from_bytes(data, spec, shape)
 
 
 def to_bytes(array: Array) -> bytes:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actserve.core.errors import MalformedBody
 from actserve.core.signature import Arrays, Signature
-from actserve.wire.payload import check_json
+from actserve.wire.payload import check_json_size
 
 _Source = TypeVar("_Source")
 
@@ -81,7 +81,7 @@ class Asked(Protocol):
 
 def parse(document: bytes) -> InferRequest:
     """From JSON. Raises `MalformedBody`, which names the field."""
-    check_json(document)
+    check_json_size(document)
     return _validated(InferRequest.model_validate_json, document)
 
 
