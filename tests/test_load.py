@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load as load_tensors
 
 from actserve.core.errors import ServiceUnreachable, UsageError
-from actserve.loadtest import process as worker
+from actserve.loadtest import load_process
 from actserve.loadtest.generator import load
-from actserve.loadtest.tally import LoadTally
+from actserve.loadtest.load_statistics import LoadStatistics
 from tests.fake_service import SIGNATURE, FakeService, act, running
 
 
@@ -113,7 +113,7 @@ def test_a_stall_shows_in_the_open_loop_and_hides_in_the_closed_one(service: Fak
 
 
 def test_waiting_for_a_free_connection_counts(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actserve.loadtest.generator.MOST_CONNECTIONS", 2)
+    monkeypatch.setattr("actserve.loadtest.generator.MAX_CONNECTIONS", 2)
     service.stall_s = lambda number: 0.3 if number in (50, 51) else 0.0  # both connections
     report = load(service.url, rate=200, duration_s=0.6, processes=1)
     assert (report.requests, report.connections) == (120, 2)
@@ -141,7 +141,7 @@ def test_what_is_not_answered_in_time_is_given_up_and_the_end_is_the_end(service
 def test_a_request_that_waits_when_the_time_ends_still_gets_its_connection(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actserve.loadtest.generator.MOST_CONNECTIONS", 1)
+    monkeypatch.setattr("actserve.loadtest.generator.MAX_CONNECTIONS", 1)
     service.says_close = True
     service.stall_s = lambda _number: 0.1
     report = load(service.url, rate=50, duration_s=0.08, timeout_s=2, processes=1)
@@ -197,10 +197,11 @@ def test_several_processes_add_up(service: FakeService) -> None:
 
 
 def test_a_busy_pilot_asks_for_more_processes(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actserve.loadtest.generator.SATURATED", 0.0)
+    monkeypatch.setattr("actserve.loadtest.generator.SATURATED_CPU_SHARE", 0.0)
     monkeypatch.setattr("actserve.loadtest.generator._cores", lambda: 2)
     monkeypatch.setattr(
-        "actserve.loadtest.processes.work", lambda jobs, progress: [worker.work(job, progress) for job in jobs]
+        "actserve.loadtest.process_pool.run_jobs",
+        lambda jobs, progress: [load_process.run_job(job, progress) for job in jobs],
     )
     assert load(service.url, concurrency=2, duration_s=0.1).processes == 2
     assert load(service.url, concurrency=1, duration_s=0.1).processes == 1  # a process without a connection is none
@@ -229,15 +230,15 @@ def test_nobody_there_and_wrong_wishes() -> None:
 
 
 def test_tallies_add_up_and_notice_that_two_processes_were_told_different_things() -> None:
-    one, two = LoadTally(), LoadTally()
-    one.answer(0, 200, b'{"action":1}', 1000)
-    one.answer(1, 200, b'{"torque":[0.5,1e-9]}', 3000)
-    two.answer(0, 200, b'{"action":2}', 2000)
-    two.answer(1, 200, b'{"torque":[0.50001,0.0]}', 4000)  # a continuous action's last digits may differ
-    two.answer(1, 200, b'{"torque":[0.6,0.0]}', 4000)
-    total = LoadTally()
-    for tally in (one, two):
-        total.add(LoadTally.from_json(json.loads(json.dumps(tally.to_json()))))
+    one, two = LoadStatistics(), LoadStatistics()
+    one.record_answer(0, 200, b'{"action":1}', 1000)
+    one.record_answer(1, 200, b'{"torque":[0.5,1e-9]}', 3000)
+    two.record_answer(0, 200, b'{"action":2}', 2000)
+    two.record_answer(1, 200, b'{"torque":[0.50001,0.0]}', 4000)  # a continuous action's last digits may differ
+    two.record_answer(1, 200, b'{"torque":[0.6,0.0]}', 4000)
+    total = LoadStatistics()
+    for statistics in (one, two):
+        total.merge(LoadStatistics.from_json(json.loads(json.dumps(statistics.to_json()))))
     assert total.requests == 4
     assert total.errors == {"inconsistent": 2}
     assert total.latency_ms()["max"] == pytest.approx(4, rel=1e-3)

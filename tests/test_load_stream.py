@@ -11,12 +11,12 @@ from websockets.http11 import Request
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
-from actserve.loadtest.backends.stream import StreamConnection
+from actserve.loadtest.backends.stream import StreamLoadConnection
 from actserve.loadtest.connection import LoadConnection
 
 
 class Transport:
-    """What `StreamConnection` needs of one; the other end is the library's server."""
+    """What `StreamLoadConnection` needs of one; the other end is the library's server."""
 
     def __init__(self, refusing: bool = False) -> None:
         self.server = ServerProtocol()
@@ -46,15 +46,15 @@ class Transport:
 
 
 class Heard:
-    """The owner of a connection."""
+    """The listener of a connection."""
 
     def __init__(self) -> None:
         self.said: list[Any] = []
 
-    def answered(self, connection: LoadConnection, status: int, body: bytes) -> None:
+    def on_answer(self, connection: LoadConnection, status: int, body: bytes) -> None:
         self.said.append((status, body))
 
-    def lost(self, connection: LoadConnection, unanswered: bool) -> None:
+    def on_lost(self, connection: LoadConnection, unanswered: bool) -> None:
         self.said.append(unanswered)
 
 
@@ -64,14 +64,14 @@ class Greeting:
     def next(self) -> tuple[int, list[bytes]]:
         return 0, [b"question"]
 
-    def answered(self, status: int) -> bool:
+    def on_answer(self, status: int) -> bool:
         return True
 
 
 def test_a_stream_connection_takes_fragments_pings_errors_and_closing() -> None:
     async def scenario() -> None:
         owner, transport = Heard(), Transport()
-        connection = StreamConnection(owner, parse_uri("ws://x/stream"), 2)
+        connection = StreamLoadConnection(owner, parse_uri("ws://x/stream"), 2)
         connection.connection_made(cast(Any, transport))
         connection.script = Greeting()
 
@@ -86,15 +86,15 @@ def test_a_stream_connection_takes_fragments_pings_errors_and_closing() -> None:
         assert await hello == (200, b'{"policy": "p"}')
         hear(Frame(Opcode.BINARY, b"..not asked for"))
         assert owner.said == []
-        connection.ask()
+        connection.send_next()
         hear(Frame(Opcode.BINARY, b"..ans", fin=False), Frame(Opcode.PING, b"1"), Frame(Opcode.CONT, b"wer"))
         assert owner.said == [(200, b"answer")]
         assert transport.received == [(Opcode.BINARY, b"question"), (Opcode.PONG, b"1")]
-        connection.ask()
+        connection.send_next()
         hear(Frame(Opcode.TEXT, b'{"error": {"code": "overloaded"}, "status": 503}'))
         assert owner.said[1] == (503, b'{"error": {"code": "overloaded"}, "status": 503}')
         assert connection.usable
-        connection.ask()
+        connection.send_next()
         hear(Frame(Opcode.CLOSE, b"\x03\xf4"))
         assert not connection.usable
         connection.connection_lost(None)
@@ -106,7 +106,7 @@ def test_a_stream_connection_takes_fragments_pings_errors_and_closing() -> None:
 def test_a_handshake_that_fails_is_told() -> None:
     async def scenario() -> None:
         transport = Transport(refusing=True)
-        connection = StreamConnection(Heard(), parse_uri("ws://x/stream"), 2)
+        connection = StreamLoadConnection(Heard(), parse_uri("ws://x/stream"), 2)
         connection.connection_made(cast(Any, transport))
         refused = asyncio.ensure_future(connection.exchange())
         await asyncio.sleep(0)
@@ -114,7 +114,7 @@ def test_a_handshake_that_fails_is_told() -> None:
         assert (await refused)[0] == 503
         assert not connection.usable
 
-        connection = StreamConnection(Heard(), parse_uri("ws://x/stream"), 2)
+        connection = StreamLoadConnection(Heard(), parse_uri("ws://x/stream"), 2)
         connection.connection_made(cast(Any, Transport()))
         garbled = asyncio.ensure_future(connection.exchange())
         await asyncio.sleep(0)

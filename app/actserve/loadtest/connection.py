@@ -1,4 +1,4 @@
-"""A connection to the service that costs its client as little as can be: ready-made questions, one at a time."""
+"""A connection for load tests that costs little CPU: requests are encoded in advance and sent one at a time."""
 
 from __future__ import annotations
 
@@ -9,70 +9,70 @@ from typing import Protocol, cast
 
 import httptools
 
-SEND_BUFFER_BYTES = 1 << 20  # a request with a screen leaves in one call
+SEND_BUFFER_BYTES = 1 << 20  # a request with a screen fits, so that one system call sends it
 
-Parts = Sequence[bytes]  # of one request, to be sent one after the other; not joined, as that would copy 100 KB
-
-
-class Owner(Protocol):
-    """Who is told what became of a question. After either call the connection is not `busy`."""
-
-    def answered(self, connection: LoadConnection, status: int, body: bytes) -> None:
-        """The whole answer is here."""
-
-    def lost(self, connection: LoadConnection, unanswered: bool) -> None:
-        """The connection is gone, by the service's wish or by a fault; `unanswered`: with a question under way."""
+RequestParts = Sequence[bytes]  # of one request, sent in order; not joined, as that would copy 100 KB
 
 
-class Script(Protocol):
-    """What a connection asks, in order."""
+class ConnectionListener(Protocol):
+    """Gets the events of a `LoadConnection`. After either event the connection is not `busy`."""
 
-    def next(self) -> tuple[int, Parts]:
-        """The next question's number, which every question with the same answer has, and its request."""
+    def on_answer(self, connection: LoadConnection, status: int, body: bytes) -> None:
+        """The answer is complete."""
 
-    def answered(self, status: int) -> bool:
-        """How the last question was answered; whether the connection goes on."""
+    def on_lost(self, connection: LoadConnection, unanswered: bool) -> None:
+        """The service or an error closed the connection. `unanswered`: a request was waiting for its answer."""
+
+
+class RequestScript(Protocol):
+    """The requests of one connection, in order."""
+
+    def next(self) -> tuple[int, RequestParts]:
+        """The next request, with its key. Requests with the same key must get the same answer."""
+
+    def on_answer(self, status: int) -> bool:
+        """Take note of the last request's status. Returns whether the connection goes on."""
 
 
 class LoadConnection(asyncio.Protocol):
-    """`ask` what its script says next, and the owner is told of the answer. `since_ns` is the owner's own note."""
+    """Sends the requests of its `script` and reports the answers to its listener."""
 
-    script: Script  # to be set before the first `ask`
+    script: RequestScript  # set it before the first `send_next`
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, listener: ConnectionListener) -> None:
         self.busy = False
-        self.question = 0
-        self.since_ns = 0
-        self._owner = owner
+        self.request_key = 0
+        self.due_ns = 0  # latency counts from here; set by the listener
+        self._listener = listener
         self._transport: asyncio.WriteTransport | None = None
-        self._waiting: asyncio.Future[tuple[int, bytes]] | None = None
+        self._exchange: asyncio.Future[tuple[int, bytes]] | None = None
 
     @property
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def ask(self) -> None:
-        self.question, parts = self.script.next()
+    def send_next(self) -> None:
+        self.request_key, parts = self.script.next()
         self.busy = True
         self._send(parts)
 
     async def exchange(self, *parts: bytes) -> tuple[int, bytes]:
-        """One request outside of the script -> its answer's status and body. Raises OSError when none comes."""
+        """Send one request outside the script -> the answer's status and body. Raises OSError if none comes."""
         if not self.usable:
             raise ConnectionResetError("the service closed the connection")
-        self._waiting = asyncio.get_running_loop().create_future()
+        self._exchange = asyncio.get_running_loop().create_future()
         self.busy = True
         self._send(parts)
-        return await self._waiting
+        return await self._exchange
 
     def drop(self) -> None:
-        """Close at once and forget what is under way; the owner is not told."""
+        """Close at once and give up the current request. The listener is not called."""
         self.busy = False
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.abort()
 
-    # what asyncio calls
+    # callbacks of asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is not a subclass
@@ -81,51 +81,51 @@ class LoadConnection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._end()
+        self._on_closed()
 
-    # for those who know how to read
+    # hooks for subclasses
 
-    def _send(self, parts: Parts) -> None:
+    def _send(self, parts: RequestParts) -> None:
         assert self._transport is not None
         self._transport.writelines(parts)
 
-    def _received(self, status: int, body: bytes, more: bool = True) -> None:
-        """A whole answer; `more`: the connection takes further requests."""
-        if not self.busy:  # nothing was asked, or it was given up
+    def _on_answer(self, status: int, body: bytes, keep_alive: bool = True) -> None:
+        """Handle a complete answer. `keep_alive`: the service takes more requests on this connection."""
+        if not self.busy:  # an answer to no request, or to one that was given up
             return
         self.busy = False
-        waiting, self._waiting = self._waiting, None
-        goes_on = more and (waiting is not None or self.script.answered(status))
+        exchange, self._exchange = self._exchange, None
+        goes_on = keep_alive and (exchange is not None or self.script.on_answer(status))
         if not goes_on:
             self._close()
-        if waiting is None:
-            self._owner.answered(self, status, body)
-        elif not waiting.done():
-            waiting.set_result((status, body))
+        if exchange is None:
+            self._listener.on_answer(self, status, body)
+        elif not exchange.done():
+            exchange.set_result((status, body))
 
     def _close(self) -> None:
-        """When what was sent has left."""
+        """Close after the data in the send buffer has left."""
         if self._transport is not None:
             self._transport.close()
 
-    def _end(self) -> None:
+    def _on_closed(self) -> None:
         transport, self._transport = self._transport, None
         if transport is None:
             return
         transport.abort()
         unanswered, self.busy = self.busy, False
-        waiting, self._waiting = self._waiting, None
-        if waiting is None:
-            self._owner.lost(self, unanswered)
-        elif not waiting.done():
-            waiting.set_exception(ConnectionResetError("the service closed the connection"))
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            self._listener.on_lost(self, unanswered)
+        elif not exchange.done():
+            exchange.set_exception(ConnectionResetError("the service closed the connection"))
 
 
-class HttpConnection(LoadConnection):
+class HttpLoadConnection(LoadConnection):
     """HTTP/1.1."""
 
-    def __init__(self, owner: Owner) -> None:
-        super().__init__(owner)
+    def __init__(self, listener: ConnectionListener) -> None:
+        super().__init__(listener)
         self._parser = httptools.HttpResponseParser(self)
         self._body = b""
 
@@ -133,9 +133,9 @@ class HttpConnection(LoadConnection):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._end()
+            self._on_closed()
 
-    # what httptools calls
+    # callbacks of httptools
 
     def on_message_begin(self) -> None:
         self._body = b""
@@ -144,4 +144,4 @@ class HttpConnection(LoadConnection):
         self._body += body
 
     def on_message_complete(self) -> None:
-        self._received(self._parser.get_status_code(), self._body, self._parser.should_keep_alive())
+        self._on_answer(self._parser.get_status_code(), self._body, self._parser.should_keep_alive())

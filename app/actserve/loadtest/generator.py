@@ -1,7 +1,7 @@
-"""The load generator: how fast a policy is served, how long its answers take, and whether they are right.
+"""The load generator: measures the request rate, the latency and the errors of a served policy.
 
-Every answer is checked: status 200, and the same observation (of a policy with state: the same step of an episode) gets
-the same answer each time. A policy that is swapped during the run therefore shows as inconsistent.
+It checks every answer: the status is 200, and equal observations get equal answers. For a policy with state, equal
+steps of an episode get equal answers. If the policy is swapped during the test, its answers count as inconsistent.
 """
 
 from __future__ import annotations
@@ -12,35 +12,34 @@ from typing import Any
 
 from actserve.client.remote_policy import RemotePolicy
 from actserve.core.errors import UsageError
-from actserve.loadtest import process as worker
-from actserve.loadtest import processes as crew
-from actserve.loadtest.backends import BACKENDS, backend
-from actserve.loadtest.process import Job, ProcessResult
-from actserve.loadtest.tally import LoadTally
+from actserve.loadtest import load_process, process_pool
+from actserve.loadtest.backends import BACKENDS, create_backend
+from actserve.loadtest.load_process import LoadJob, LoadJobResult
+from actserve.loadtest.load_statistics import LoadStatistics
 
 CONCURRENCY = 8
-MOST_CONNECTIONS = 512  # of the open loop, all processes together; beyond it requests wait, and the wait counts
+MAX_CONNECTIONS = 512  # open loop, all processes together; further requests wait, and latency includes the wait
 TIMEOUT_S = 5.0
 PILOT_S = 0.5
-SATURATED = 0.9  # the CPU share of a load process from which on it may be what limits the rate
+SATURATED_CPU_SHARE = 0.9  # a load process above it may be the bottleneck
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What came of a load. Latencies are of good answers only."""
+    """The result of a load test. Latencies are of good answers only."""
 
     policy: str
     via: str
     requests: int  # good answers
-    rate: float  # good answers a second, of those that came within the duration
+    rate: float  # good answers a second, counted within the duration
     errors: dict[str, int]  # by kind: http_503:overloaded (via oip: http_503), connection, timeout, inconsistent
-    latency_ms: dict[str, float]  # p50, p90, p99, p999, max; in the open loop from when a request was due
+    latency_ms: dict[str, float]  # p50, p90, p99, p999, max; in the open loop from the due time of the request
     duration_s: float
     concurrency: int | None  # closed loop
     target_rate: float | None  # open loop, requests a second
-    connections: int  # the most that were open at a time
+    connections: int  # the most that were open at the same time
     processes: int
-    client_cpu: float  # the busiest load process's share of one core: near 1, the client was the limit
+    client_cpu: float  # the busiest load process's share of one core; near 1 the client was the bottleneck
 
     def as_json(self) -> dict[str, Any]:
         """The object that `actserve load --json` prints."""
@@ -61,27 +60,29 @@ def load(
     uds: str | None = None,
     token: str | None = None,
     timeout_s: float = TIMEOUT_S,
-    on_progress: worker.Progress | None = None,
+    on_progress: load_process.Progress = load_process.no_progress,
 ) -> LoadReport:
-    """Load one policy with random observations for `duration_s`, and at most `timeout_s` more for the last answers and
-    once more to end the sessions.
+    """Send random observations to one policy for `duration_s` seconds and report rate, latency and errors.
 
-    `via`: how the service is spoken to, one of `backends.BACKENDS`. http: each request is an episode of its own.
-    session, stream, oip: each connection is a session, a stream or (of a policy with state) a sequence.
-    `concurrency`: closed loop on so many connections; with neither, `CONCURRENCY`. `rate`: open loop, requests/s.
-    `processes`: by default one, or as many as there are cores when a pilot shows that one would be the limit.
-    Raises `ServiceUnreachable` or `ServiceError` when there is nothing to load, `UsageError` for a wrong wish.
+    The test may take `timeout_s` longer for the last answers, and `timeout_s` again to end the sessions.
+
+    `via`: the protocol, one of `backends.BACKENDS`. http: each request is its own episode. session, stream, oip: each
+    connection is a session, a stream or, for a policy with state, a sequence.
+    `concurrency`: closed loop over this many connections. `rate`: open loop, requests/s. Without both: a closed loop
+    over `CONCURRENCY` connections.
+    `processes`: default one, or one per core if a short pilot shows that one process would be the bottleneck.
+    Raises `ServiceUnreachable` or `ServiceError` if the test cannot start, `UsageError` for wrong arguments.
     """
     if via not in BACKENDS:
-        raise UsageError(f"expected to load via {', '.join(BACKENDS)}; got {via!r}")
+        raise UsageError(f"expected via to be one of {', '.join(BACKENDS)}; got {via!r}")
     if concurrency is not None and rate is not None:
-        raise UsageError("a concurrency (closed loop) and a rate (open loop) exclude each other")
+        raise UsageError("concurrency (closed loop) and rate (open loop) exclude each other; give one of them")
     if concurrency is None and rate is None:
         concurrency = CONCURRENCY
     if min(duration_s, timeout_s, 1 if concurrency is None else concurrency, 1 if rate is None else rate) <= 0:
-        raise UsageError("concurrency, rate, duration and timeout are positive numbers")
+        raise UsageError("expected concurrency, rate, duration and timeout to be positive numbers")
     with RemotePolicy(url, policy, uds, token) as remote:
-        job = Job(
+        job = LoadJob(
             url=url,
             uds=uds,
             via=via,
@@ -90,59 +91,61 @@ def load(
             concurrency=concurrency,
             rate=rate,
             phase_s=0.0,
-            most_connections=MOST_CONNECTIONS,
+            max_connections=MAX_CONNECTIONS,
             duration_s=duration_s,
             timeout_s=timeout_s,
             token=token,
         )
-    count = _enough_processes(job) if processes is None else processes
+    count = _needed_processes(job) if processes is None else processes
     count = max(1, min(count, concurrency or count))
-    progress = on_progress or worker.no_progress
-    outcomes = [worker.work(job, progress)] if count == 1 else crew.work(_shares(job, count), progress)
-    return _report(job, outcomes)
+    if count == 1:
+        results = [load_process.run_job(job, on_progress)]
+    else:
+        results = process_pool.run_jobs(_split(job, count), on_progress)
+    return _report(job, results)
 
 
-def _report(job: Job, outcomes: list[ProcessResult]) -> LoadReport:
-    total = LoadTally(backend(job.via, job.url, job.description, job.seed).read)
-    for outcome in outcomes:
-        total.add(outcome.tally)
+def _report(job: LoadJob, results: list[LoadJobResult]) -> LoadReport:
+    total = LoadStatistics(create_backend(job.via, job.url, job.description, job.seed).decode)
+    for result in results:
+        total.merge(result.statistics)
     return LoadReport(
         policy=job.description.name,
         via=job.via,
         requests=total.requests,
-        rate=sum(outcome.in_time for outcome in outcomes) / job.duration_s,
+        rate=sum(result.answers_in_time for result in results) / job.duration_s,
         errors=dict(total.errors),
         latency_ms=total.latency_ms(),
         duration_s=job.duration_s,
         concurrency=job.concurrency,
         target_rate=job.rate,
-        connections=sum(outcome.connections for outcome in outcomes),
-        processes=len(outcomes),
-        client_cpu=round(max(outcome.cpu for outcome in outcomes), 3),
+        connections=sum(result.peak_connections for result in results),
+        processes=len(results),
+        client_cpu=round(max(result.cpu_share for result in results), 3),
     )
 
 
-def _enough_processes(job: Job) -> int:
-    """One, or all cores if a pilot with one shows that it would be busy all the time."""
+def _needed_processes(job: LoadJob) -> int:
+    """One, or one per core if a pilot shows that one process would use a whole core."""
     if _cores() == 1:
         return 1
-    pilot = worker.work(replace(job, duration_s=min(PILOT_S, job.duration_s), timeout_s=min(PILOT_S, job.timeout_s)))
-    return _cores() if pilot.cpu > SATURATED else 1
+    short = replace(job, duration_s=min(PILOT_S, job.duration_s), timeout_s=min(PILOT_S, job.timeout_s))
+    return _cores() if load_process.run_job(short).cpu_share > SATURATED_CPU_SHARE else 1
 
 
 def _cores() -> int:
-    """Those that this process may run on, where the system tells."""
+    """The cores that this process may use; all of the host where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _shares(job: Job, count: int) -> list[Job]:
+def _split(job: LoadJob, count: int) -> list[LoadJob]:
     return [
         replace(
             job,
             concurrency=job.concurrency and job.concurrency // count + (index < job.concurrency % count),
             rate=job.rate and job.rate / count,
             phase_s=index / job.rate if job.rate else 0.0,
-            most_connections=max(1, job.most_connections // count),
+            max_connections=max(1, job.max_connections // count),
         )
         for index in range(count)
     ]

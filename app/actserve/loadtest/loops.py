@@ -1,8 +1,8 @@
-"""The two ways to load a service, each in one event loop.
+"""The closed and the open loop of a load test.
 
-Closed: N connections, each asks again as soon as it is answered; the service sets the pace. Open: requests fall due at
-a fixed rate whatever the service does, and latency counts from when they were due, so that a stall shows in every
-request that it delays and not only in those it caught (Tene, "How not to measure latency", 2015).
+Closed: each of N connections sends its next request as soon as it has the answer. The service sets the pace.
+Open: requests fall due at a fixed rate, even if the service is slow. Latency counts from the due time, so that a stall
+shows in every request that it delays (Tene, "How not to measure latency", 2015).
 """
 
 from __future__ import annotations
@@ -18,139 +18,139 @@ from weakref import WeakSet
 from actserve.core.errors import ServiceError
 from actserve.loadtest.backends import Backend
 from actserve.loadtest.connection import LoadConnection
-from actserve.loadtest.pacing import Metronome
-from actserve.loadtest.tally import LoadTally
+from actserve.loadtest.load_statistics import LoadStatistics
+from actserve.loadtest.pacing import Pacer
 
 Connect = Callable[[Callable[[], LoadConnection]], Coroutine[Any, Any, LoadConnection]]  # raises OSError, ServiceError
-RETRY_S = 0.05  # before asking a service again that takes no further connection
-FIRST_CONNECTIONS = 8  # of an open loop: before the clock starts, so that opening them is not what is measured
-LOOK_S = 0.02  # how often time-outs and the end are looked for
+RETRY_S = 0.05  # between two attempts to open a connection
+INITIAL_CONNECTIONS = 8  # an open loop opens these before the clock starts, so that it does not measure opening them
+POLL_S = 0.02  # between two checks for timeouts and for the end
 
 
-class Loop(ABC):
-    """What both ways share. `prepare`, then `run`, which ends at most `timeout_s` (and a look) after `duration_s`."""
+class LoadLoop(ABC):
+    """Call `prepare`, then `run`, which ends at most `timeout_s` (and one poll) after `duration_s`."""
 
     def __init__(self, connect: Connect, backend: Backend, duration_s: float, timeout_s: float) -> None:
-        self.tally = LoadTally(backend.read)
-        self.in_time = 0  # good answers that came within the duration
-        self.most_connections = 0
+        self.statistics = LoadStatistics(backend.decode)
+        self.answers_in_time = 0  # good answers within the duration
+        self.peak_connections = 0  # the most that were open at the same time
         self._connect = connect
         self._backend = backend
         self._duration_ns = int(duration_s * 1e9)
         self._timeout_ns = int(timeout_s * 1e9)
-        self._end_ns = 0  # from then on nothing new is asked
+        self._end_ns = 0  # no new requests from then on
         self._connections: set[LoadConnection] = set()
         self._opening: set[asyncio.Task[None]] = set()
-        self._made: WeakSet[LoadConnection] = WeakSet()  # also those that were given up while they were opened
+        self._created: WeakSet[LoadConnection] = WeakSet()  # includes connections cancelled while they were opening
 
     async def prepare(self) -> None:
-        """Open the connections that are wanted from the start. Raises OSError if the service cannot be reached, and
-        `ServiceError` if it refuses one."""
-        opening = (self._connect(self._protocol) for _ in range(self._at_first()))
+        """Open the initial connections. Raises OSError if the service is unreachable, `ServiceError` if it refuses."""
+        opening = (self._connect(self._protocol) for _ in range(self._initial_connections()))
         failed = None
         for opened in await asyncio.gather(*opening, return_exceptions=True):
             if not isinstance(opened, LoadConnection):
                 failed = opened
             elif opened.usable:
-                self._joined(opened)
+                self._add(opened)
             else:
-                failed = ConnectionResetError("the service closed it at once")
+                failed = ConnectionResetError("the service closed the new connection at once")
         if failed is not None:
             await self._close()
             raise failed
 
-    async def run(self, on_look: Callable[[], None]) -> None:
-        """From the first request to the last answer; `on_look` is called now and then."""
+    async def run(self, on_poll: Callable[[], None]) -> None:
+        """Run from the first request to the last answer. Calls `on_poll` every `POLL_S`."""
         started = perf_counter_ns()
         self._end_ns = started + self._duration_ns
         self._start(started)
         try:
             while not self._finished(perf_counter_ns()):
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_S)
                 self._expire(perf_counter_ns() - self._timeout_ns)
-                on_look()
+                on_poll()
         finally:
             await self._close()
 
-    # what a connection says
+    # the events of a connection (`ConnectionListener`)
 
-    def answered(self, connection: LoadConnection, status: int, body: bytes) -> None:
+    def on_answer(self, connection: LoadConnection, status: int, body: bytes) -> None:
         now = perf_counter_ns()
-        good = self.tally.answer(connection.question, status, body, (now - connection.since_ns) // 1000)
+        latency_us = (now - connection.due_ns) // 1000
+        good = self.statistics.record_answer(connection.request_key, status, body, latency_us)
         if good and now <= self._end_ns:
-            self.in_time += 1
-        if connection.usable:  # otherwise the service closes it, and `lost` is next
-            self._idle(connection, now)
+            self.answers_in_time += 1
+        if connection.usable:  # otherwise it is closing, and `on_lost` follows
+            self._on_idle(connection, now)
 
-    def lost(self, connection: LoadConnection, unanswered: bool) -> None:
+    def on_lost(self, connection: LoadConnection, unanswered: bool) -> None:
         if unanswered:
-            self.tally.errors["connection"] += 1
-        self._left(connection)
+            self.statistics.errors["connection"] += 1
+        self._on_gone(connection)
 
-    # what differs
+    # closed and open loops differ in these
 
     @abstractmethod
-    def _at_first(self) -> int:
-        """How many connections to open before the clock starts."""
+    def _initial_connections(self) -> int:
+        """The number of connections to open before the clock starts."""
 
     @abstractmethod
     def _start(self, now: int) -> None:
-        """The clock starts."""
+        """Start the clock: send or schedule the first requests."""
 
     @abstractmethod
-    def _idle(self, connection: LoadConnection, now: int) -> None:
-        """A connection can take the next request."""
+    def _on_idle(self, connection: LoadConnection, now: int) -> None:
+        """A connection is ready for the next request."""
 
     @abstractmethod
-    def _left(self, connection: LoadConnection) -> None:
-        """A connection is no more."""
+    def _on_gone(self, connection: LoadConnection) -> None:
+        """A connection was closed or dropped."""
 
-    def _asking(self, now: int) -> bool:
-        """There is, or will be, something to ask."""
+    def _has_requests(self, now: int) -> bool:
+        """Whether requests are waiting or will fall due."""
         return now < self._end_ns
 
     def _finished(self, now: int) -> bool:
-        """Nothing more to ask and nothing unanswered."""
-        return not self._asking(now) and not any(connection.busy for connection in self._connections)
+        """Whether all requests are sent and answered."""
+        return not self._has_requests(now) and not any(connection.busy for connection in self._connections)
 
-    def _expire(self, oldest: int) -> None:
-        """Give up what has been due since before `oldest`."""
-        for connection in [c for c in self._connections if c.busy and c.since_ns < oldest]:
-            self.tally.errors["timeout"] += 1
+    def _expire(self, due_before_ns: int) -> None:
+        """Give up the requests that fell due before `due_before_ns` and count them as timeouts."""
+        for connection in [c for c in self._connections if c.busy and c.due_ns < due_before_ns]:
+            self.statistics.errors["timeout"] += 1
             connection.drop()
-            self._left(connection)
+            self._on_gone(connection)
 
-    # what both use
+    # shared by both loops
 
     def _protocol(self) -> LoadConnection:
         connection = self._backend.connection(self)
-        self._made.add(connection)
+        self._created.add(connection)
         return connection
 
-    def _joined(self, connection: LoadConnection) -> None:
+    def _add(self, connection: LoadConnection) -> None:
         self._connections.add(connection)
-        self.most_connections = max(self.most_connections, len(self._connections))
+        self.peak_connections = max(self.peak_connections, len(self._connections))
 
-    def _send(self, connection: LoadConnection, since_ns: int) -> None:
-        connection.since_ns = since_ns
-        connection.ask()
+    def _send(self, connection: LoadConnection, due_ns: int) -> None:
+        connection.due_ns = due_ns
+        connection.send_next()
 
-    def _open_one(self) -> None:
-        """Open a connection in the background, again and again until it works or there is nothing more to ask."""
+    def _open_in_background(self) -> None:
+        """Open a connection in a task. Retry until it opens or no requests remain."""
         task = asyncio.get_running_loop().create_task(self._open())
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
     async def _open(self) -> None:
-        while self._asking(perf_counter_ns()):
+        while self._has_requests(perf_counter_ns()):
             try:
                 connection = await self._connect(self._protocol)
             except (OSError, ServiceError) as error:  # TimeoutError is an OSError
-                self.tally.unopened(error)
+                self.statistics.record_failed_open(error)
                 await asyncio.sleep(RETRY_S)
             else:
-                self._joined(connection)
-                self._idle(connection, perf_counter_ns())
+                self._add(connection)
+                self._on_idle(connection, perf_counter_ns())
                 return
 
     async def _close(self) -> None:
@@ -158,14 +158,14 @@ class Loop(ABC):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for connection in list(self._made):
+        for connection in list(self._created):
             connection.drop()
         self._connections.clear()
-        await asyncio.sleep(0)  # the transports close
+        await asyncio.sleep(0)  # lets the transports close
 
 
-class ClosedLoop(Loop):
-    """`concurrency` connections, each with one request under way all the time."""
+class ClosedLoop(LoadLoop):
+    """`concurrency` connections. Each always has one unanswered request."""
 
     def __init__(
         self, connect: Connect, backend: Backend, duration_s: float, timeout_s: float, concurrency: int
@@ -173,25 +173,25 @@ class ClosedLoop(Loop):
         super().__init__(connect, backend, duration_s, timeout_s)
         self._concurrency = concurrency
 
-    def _at_first(self) -> int:
+    def _initial_connections(self) -> int:
         return self._concurrency
 
     def _start(self, now: int) -> None:
         for connection in list(self._connections):
-            self._idle(connection, now)
+            self._on_idle(connection, now)
 
-    def _idle(self, connection: LoadConnection, now: int) -> None:
+    def _on_idle(self, connection: LoadConnection, now: int) -> None:
         if now < self._end_ns:
             self._send(connection, perf_counter_ns())
 
-    def _left(self, connection: LoadConnection) -> None:
+    def _on_gone(self, connection: LoadConnection) -> None:
         if connection in self._connections:
             self._connections.discard(connection)
-            self._open_one()
+            self._open_in_background()
 
 
-class OpenLoop(Loop):
-    """`rate` requests a second on as many connections as it takes, up to `most`; what finds none free waits in line."""
+class OpenLoop(LoadLoop):
+    """`rate` requests a second over at most `max_connections`. Without a free connection, requests wait in a queue."""
 
     def __init__(
         self,
@@ -201,68 +201,69 @@ class OpenLoop(Loop):
         timeout_s: float,
         rate: float,
         phase_s: float,
-        most: int,
+        max_connections: int,
     ) -> None:
         super().__init__(connect, backend, duration_s, timeout_s)
         self._interval_ns = 1e9 / rate
         self._total = max(1, round(rate * duration_s))
-        self._most = most
+        self._max_connections = max_connections
         self._phase_ns = int(phase_s * 1e9)
-        self._started_ns = 0  # when the first falls due
-        self._number = 0  # requests that have fallen due
-        self._due: deque[int] = deque()  # since when; not sent yet
-        self._free: list[LoadConnection] = []  # the last used first, so that a surplus stays unused
-        self._metronome = Metronome(self._tick)
+        self._started_ns = 0  # when the first request falls due
+        self._due_count = 0  # requests that have fallen due
+        self._queue: deque[int] = deque()  # the due times of requests that are not sent yet
+        self._free: list[LoadConnection] = []  # a stack: surplus connections stay unused
+        self._pacer = Pacer(self._on_due)
 
-    async def run(self, on_look: Callable[[], None]) -> None:
+    async def run(self, on_poll: Callable[[], None]) -> None:
         try:
-            await super().run(on_look)
+            await super().run(on_poll)
         finally:
-            self._metronome.stop()
+            self._pacer.stop()
 
-    def _at_first(self) -> int:
-        return min(FIRST_CONNECTIONS, self._most)
+    def _initial_connections(self) -> int:
+        return min(INITIAL_CONNECTIONS, self._max_connections)
 
     def _start(self, now: int) -> None:
         self._started_ns = now + self._phase_ns
         self._free.extend(self._connections)
-        self._metronome.start(self._started_ns, self._interval_ns, self._total)
+        self._pacer.start(self._started_ns, self._interval_ns, self._total)
 
-    def _tick(self) -> None:
-        """Put everything in line that is due by now."""
+    def _on_due(self) -> None:
+        """Queue every request that is due by now."""
         now = perf_counter_ns()
-        while self._number < self._total:
-            due = self._started_ns + int(self._number * self._interval_ns)
+        while self._due_count < self._total:
+            due = self._started_ns + int(self._due_count * self._interval_ns)
             if due > now:
                 break
-            self._due.append(due)
-            self._number += 1
-        self._serve()
+            self._queue.append(due)
+            self._due_count += 1
+        self._dispatch()
 
-    def _serve(self) -> None:
-        while self._due and self._free:
+    def _dispatch(self) -> None:
+        """Send queued requests on free connections; open more connections for the rest."""
+        while self._queue and self._free:
             connection = self._free.pop()
             if connection.usable:
-                self._send(connection, self._due.popleft())
-        wanted = min(len(self._due), self._most - len(self._connections))
+                self._send(connection, self._queue.popleft())
+        wanted = min(len(self._queue), self._max_connections - len(self._connections))
         for _ in range(wanted - len(self._opening)):
-            self._open_one()
+            self._open_in_background()
 
-    def _idle(self, connection: LoadConnection, now: int) -> None:
+    def _on_idle(self, connection: LoadConnection, now: int) -> None:
         self._free.append(connection)
-        self._serve()
+        self._dispatch()
 
-    def _left(self, connection: LoadConnection) -> None:
+    def _on_gone(self, connection: LoadConnection) -> None:
         self._connections.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
-        self._serve()
+        self._dispatch()
 
-    def _asking(self, now: int) -> bool:
-        return self._number < self._total or bool(self._due) or super()._asking(now)
+    def _has_requests(self, now: int) -> bool:
+        return self._due_count < self._total or bool(self._queue) or super()._has_requests(now)
 
-    def _expire(self, oldest: int) -> None:
-        while self._due and self._due[0] < oldest:
-            self._due.popleft()
-            self.tally.errors["timeout"] += 1
-        super()._expire(oldest)
+    def _expire(self, due_before_ns: int) -> None:
+        while self._queue and self._queue[0] < due_before_ns:
+            self._queue.popleft()
+            self.statistics.errors["timeout"] += 1
+        super()._expire(due_before_ns)

@@ -1,4 +1,4 @@
-"""How the load generator speaks to a service: one file a way."""
+"""The protocols that the load generator speaks, one per module."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BACKENDS = {
     "oip": "actserve.loadtest.backends.oip:OipBackend",
 }
 
-__all__ = ["BACKENDS", "Backend", "backend"]
+__all__ = ["BACKENDS", "Backend", "create_backend"]
 
 
-def backend(via: str, url: str, description: PolicyDescription, seed: int, token: str | None = None) -> Backend:
+def create_backend(via: str, url: str, description: PolicyDescription, seed: int, token: str | None = None) -> Backend:
     """`via` is one of `BACKENDS`."""
-    made: Backend = resolve_name(BACKENDS[via])(url, description, seed, token)
-    return made
+    backend: Backend = resolve_name(BACKENDS[via])(url, description, seed, token)
+    return backend

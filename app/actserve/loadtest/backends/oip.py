@@ -1,4 +1,7 @@
-"""Open Inference Protocol: binary tensor data both ways. Where a policy has state, each connection is a sequence."""
+"""OipBackend: the Open Inference Protocol, with binary tensor data in requests and answers.
+
+If the policy has state, each connection is a sequence.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,33 @@ import pydantic_core
 
 from actserve.client.oip_request import binary_data, infer_request, request_json
 from actserve.client.operations import PolicyDescription
-from actserve.loadtest.backends.base import Ask, Backend, Requests, Steps
+from actserve.loadtest.backends.base import Backend, EpisodeSteps, IndependentRequests, SendRequest
 from actserve.loadtest.connection import LoadConnection
 
 
 class OipBackend(Backend):
     def __init__(self, url: str, description: PolicyDescription, seed: int, token: str | None = None) -> None:
         super().__init__(url, description, seed, token)
-        self._sequences: list[str] = []
+        self._sequence_ids: list[str] = []
 
-    async def begin(self, connection: LoadConnection) -> None:
+    async def prepare(self, connection: LoadConnection) -> None:
         if not self.signature.state:
             head = self._head({})
-            connection.script = Requests(self.turns, [(head, tensors) for tensors in self._tensors])
+            connection.script = IndependentRequests(self.shared_keys, [(head, tensors) for tensors in self._tensors])
             return
         id_ = secrets.token_urlsafe(16)
         first, later = self._head({"sequence_id": id_, "sequence_start": True}), self._head({"sequence_id": id_})
-        self._sequences.append(id_)
-        connection.script = Steps(
-            self.turns_of_an_episode(), lambda index, step: (first if step == 1 else later, self._tensors[index])
+        self._sequence_ids.append(id_)
+        connection.script = EpisodeSteps(
+            self.episode_keys(), lambda index, step: (first if step == 1 else later, self._tensors[index])
         )
 
-    async def end(self, ask: Ask) -> None:
-        for id_ in self._sequences:
+    async def clean_up(self, send: SendRequest) -> None:
+        for id_ in self._sequence_ids:
             head = self._head({"sequence_id": id_, "sequence_end": True})
-            await ask((head, self._tensors[0]))  # a step more: the protocol has no other way
+            await send((head, self._tensors[0]))  # only an inference request can end a sequence
 
-    def read(self, answer: bytes) -> Mapping[str, Any]:
+    def decode(self, answer: bytes) -> Mapping[str, Any]:
         action = self.signature.action
         end = len(answer) - action.item_bytes
         (output,) = pydantic_core.from_json(answer[:end])["outputs"]
@@ -50,8 +53,8 @@ class OipBackend(Backend):
         return [binary_data(step) for step in self.steps]
 
     def _head(self, parameters: Mapping[str, Any]) -> bytes:
-        """All of a request before its binary tensor data, which is of one size in every step."""
+        """The part of a request before its binary tensor data, which has the same size in every step."""
         outputs = [{"name": self.signature.action.name, "parameters": {"binary_data": True}}]
-        seed = {} if self.drawn is None else {"seed": self.drawn}
+        seed = {} if self.noise_seed is None else {"seed": self.noise_seed}
         document = request_json(self.steps[0], outputs, {**parameters, **seed})
-        return self.head(infer_request(self.description.name, document, self._tensors[0])) + b"\r\n" + document
+        return self.encode_head(infer_request(self.description.name, document, self._tensors[0])) + b"\r\n" + document
