@@ -23,9 +23,9 @@ settings.load_profile("shared-machine")
 
 
 @pytest.fixture(scope="session")
-def cart_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    """A store with `cart`@1, exported to both programs. To be looked at, not changed."""
-    return exported(tmp_path_factory, "tests.policies:cart")
+def cart_store() -> ModelStore:
+    """A store with `cart`@1, both programs. Tests that change it use `own_store`."""
+    return exported("tests.policies:cart")
 
 
 @pytest.fixture

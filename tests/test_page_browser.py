@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
 from actserve.atari.emulator import AtariGame
 from actserve.server.access.tokens import add
 from actserve.server.arcade.game import encode_png
-from tests import browser
-from tests.browser import Tab
+from tests.browser import WITHIN_MS, Visit, chromium, needs_chromium, visit
 from tests.page_service import Service, running
 from tests.test_atari import PONG
 from tests.waiting import until
 
-pytestmark = pytest.mark.skipif(
-    browser.PATH is None, reason=f"no Chromium is installed ({', '.join(browser.NAMES)}): apt-get install chromium"
-)
+pytestmark = needs_chromium
+expect.set_options(timeout=WITHIN_MS)
+DROP = """([base64, name]) => {
+    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], name));
+    for (const type of ["dragenter", "dragover", "drop"])
+        document.body.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +36,32 @@ def service() -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def one_tab() -> Iterator[Tab]:
-    with browser.tab() as tab:
-        yield tab
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
-def tab(one_tab: Tab, service: Service) -> Iterator[Tab]:
-    """A fresh visit to the page, which asks nobody else for anything and never complains."""
-    one_tab.complaints.clear()
-    one_tab.requested.clear()
-    one_tab.open(f"{service.url}/")
-    one_tab.wait("!document.querySelector('#start').disabled")
-    yield one_tab
-    one_tab.open("about:blank")
+def visitor(browser: Browser) -> Iterator[Visit]:
+    with visit(browser, color_scheme="dark", viewport={"width": 1280, "height": 800}) as one:
+        yield one
+
+
+@pytest.fixture
+def page(visitor: Visit, service: Service) -> Iterator[Page]:
+    """A fresh visit to the page, which makes no request to another server and never complains."""
+    yield from visited(visitor, service)
+
+
+def visited(visitor: Visit, service: Service) -> Iterator[Page]:
+    visitor.page.goto(f"{service.url}/")
+    expect(visitor.page.locator("#start")).to_be_enabled()
+    yield visitor.page
+    visitor.page.goto("about:blank")
     until(lambda: service.seats.taken == 0)
-    assert one_tab.complaints == []
+    assert visitor.complaints == []
     own = (f"http://{service.address}/", f"ws://{service.address}/", "about:", "blob:")
-    assert [url for url in one_tab.requested if not url.startswith(own)] == []
+    assert [url for url in visitor.requested if not url.startswith(own)] == []
 
 
 @pytest.fixture
@@ -58,134 +74,140 @@ def screen(tmp_path: Path) -> Path:
     return file
 
 
-def number(tab: Tab, selector: str) -> float:
-    return float(tab.text(selector).replace(",", "").replace("−", "-").replace("–", "nan"))
+def number(page: Page, selector: str) -> float:
+    """NaN while there is none."""
+    text = page.inner_text(selector).replace(",", "").replace("−", "-")
+    return float(text) if re.fullmatch(r"-?[\d.]+", text) else float("nan")
 
 
-def ink(tab: Tab, canvas: str) -> str:
-    found: str = tab.evaluate(f"document.querySelector('{canvas}').toDataURL()")
+def ink(page: Page, canvas: str) -> str:
+    found: str = page.locator(canvas).evaluate("canvas => canvas.toDataURL()")
     return found
 
 
-def test_a_game_is_played_before_ones_eyes(tab: Tab) -> None:
-    before = {canvas: ink(tab, canvas) for canvas in ("#screen", "#latency", "#batches")}
-    tab.click("#start")
-    tab.wait("Number(document.querySelector('#step').innerText) > 3")
-    assert not tab.evaluate("document.querySelector('#veil').checkVisibility()")
-    seen = ink(tab, "#screen")
-    tab.evaluate("document.querySelector('#speed').value = '0'")
-    tab.evaluate("document.querySelector('#speed').dispatchEvent(new Event('change'))")
-    tab.wait("Number(document.querySelector('#score').innerText) >= 1")
-    tab.wait("Number(document.querySelector('#rate').innerText) > 20")
-    assert ink(tab, "#screen") != seen
-    until(lambda: all(ink(tab, canvas) != then for canvas, then in before.items()))
-    assert number(tab, "#p99") >= number(tab, "#p50") > 0
-    assert number(tab, "#batch") >= 1
-    assert "pong@1 · onnx · seed" in tab.text("#served")
-    assert tab.evaluate("document.querySelectorAll('#actions .chosen').length") == 1
-    assert len(tab.evaluate("[...document.querySelectorAll('#actions .value')].map(v => v.innerText)")) == 6
+def test_a_game_is_played_before_ones_eyes(page: Page) -> None:
+    before = {canvas: ink(page, canvas) for canvas in ("#screen", "#latency", "#batches")}
+    page.click("#start")
+    until(lambda: number(page, "#step") > 3)
+    expect(page.locator("#veil")).to_be_hidden()
+    seen = ink(page, "#screen")
+    page.select_option("#speed", "0")
+    until(lambda: number(page, "#score") >= 1)
+    until(lambda: number(page, "#rate") > 0)
+    assert ink(page, "#screen") != seen
+    until(lambda: all(ink(page, canvas) != then for canvas, then in before.items()))
+    assert number(page, "#p99") >= number(page, "#p50") > 0
+    assert number(page, "#batch") >= 1
+    expect(page.locator("#served")).to_contain_text("pong@1 · onnx · seed")
+    expect(page.locator("#actions .chosen")).to_have_count(1)
+    expect(page.locator("#actions .value")).to_have_count(6)
 
 
-def test_a_game_is_played_to_its_end_and_again(tab: Tab, service: Service) -> None:
-    tab.evaluate("document.querySelector('#speed').value = '0'")
-    tab.click("#start")
-    tab.wait("document.querySelector('#verdict').innerText.startsWith('Game over')", 60)
-    assert number(tab, "#score") > 0
+def test_a_game_is_played_to_its_end_and_again(page: Page, service: Service) -> None:
+    page.select_option("#speed", "0")
+    page.click("#start")
+    expect(page.locator("#verdict")).to_have_text(re.compile("^Game over"))
+    assert number(page, "#score") > 0
     until(lambda: service.seats.taken == 0)
-    assert tab.text("#start") == "Play again"
-    tab.evaluate("document.querySelector('#speed').value = '1'")
-    tab.click("#start")
-    tab.wait("document.querySelector('#score').innerText == '0' && document.querySelector('#step').innerText == '5'")
+    expect(page.locator("#start")).to_have_text("Play again")
+    page.select_option("#speed", "1")
+    page.click("#start")
+    expect(page.locator("#score")).to_have_text("0")
+    until(lambda: 0 < number(page, "#step") < 100)
 
 
-def test_the_keyboard_takes_over_while_a_key_is_held(tab: Tab) -> None:
-    tab.click("#start")
-    tab.wait("document.querySelector('#veil').hidden")
-    tab.key("ArrowDown", True)
-    tab.wait("!document.querySelector('#yours').hidden")
-    tab.wait("[...document.querySelectorAll('#actions .name')].some(n => n.textContent == 'LEFTyou')")  # Pong's down
-    tab.key("ArrowDown", False)
-    tab.wait("document.querySelector('#yours').hidden")
-    tab.click("#manual")
-    tab.wait("[...document.querySelectorAll('#actions .name')].some(n => n.textContent == 'NOOPyou')")
+def test_the_keyboard_takes_over_while_a_key_is_held(page: Page) -> None:
+    page.click("#start")
+    expect(page.locator("#veil")).to_be_hidden()
+    page.keyboard.down("ArrowDown")
+    expect(page.locator("#yours")).to_be_visible()
+    expect(page.locator("#actions .name", has_text="LEFTyou")).to_be_visible()  # Pong's down
+    page.keyboard.up("ArrowDown")
+    expect(page.locator("#yours")).to_be_hidden()
+    page.click("#manual")
+    expect(page.locator("#actions .name", has_text="NOOPyou")).to_be_visible()
 
 
-def test_another_policy_is_chosen_and_plays_with_its_state(tab: Tab) -> None:
-    tab.click("#start")
-    tab.wait("document.querySelector('#veil').hidden")
-    tab.evaluate("document.querySelector('#policy').value = 'pong-lstm'")
-    tab.evaluate("document.querySelector('#policy').dispatchEvent(new Event('change', {bubbles: true}))")
-    tab.wait("document.querySelector('#served').innerText.includes('pong-lstm@1 · onnx · seed')")
-    tab.wait("Number(document.querySelector('#step').innerText) > 10")
+def test_another_policy_is_chosen_and_plays_with_its_state(page: Page) -> None:
+    page.click("#start")
+    expect(page.locator("#veil")).to_be_hidden()
+    page.select_option("#policy", "pong-lstm")
+    expect(page.locator("#served")).to_contain_text("pong-lstm@1 · onnx · seed")
+    until(lambda: number(page, "#step") > 10)
 
 
-def test_a_pause_and_a_stop(tab: Tab, service: Service) -> None:
-    tab.click("#start")
-    tab.wait("Number(document.querySelector('#step').innerText) > 3")
-    tab.click("#pause")
-    assert tab.text("#pause") == "Go on"
-    tab.click("#stop")
-    assert tab.text("#start") == "Play"
+def test_a_pause_and_a_stop(page: Page, service: Service) -> None:
+    page.click("#start")
+    until(lambda: number(page, "#step") > 3)
+    page.click("#pause")
+    expect(page.locator("#pause")).to_have_text("Go on")
+    page.click("#stop")
+    expect(page.locator("#start")).to_have_text("Play")
     until(lambda: service.seats.taken == 0)
 
 
-def test_a_png_is_dropped_and_another_chosen(tab: Tab, screen: Path) -> None:
-    tab.drop_file(screen, 300, 300)
-    tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take ')")
-    chosen = tab.text("#opinion .chosen .name")
-    assert tab.text("#answer") == f"The policy would take {chosen}"
-    assert tab.evaluate("document.querySelectorAll('#opinion li').length") == 6
-    tab.click("#use")
-    tab.wait("performance.getEntriesByType('resource').some(entry => entry.name.endsWith('/page/sample.png'))")
-    tab.choose_file("#file", screen)
-    tab.wait(f"document.querySelector('#answer').innerText == 'The policy would take {chosen}'")
+def test_a_png_is_dropped_and_another_chosen(page: Page, screen: Path) -> None:
+    answer = page.locator("#answer")
+    page.evaluate(DROP, [base64.b64encode(screen.read_bytes()).decode(), screen.name])
+    expect(answer).to_have_text(re.compile("^The policy would take "))
+    chosen = page.inner_text("#opinion .chosen .name")
+    expect(answer).to_have_text(f"The policy would take {chosen}")
+    expect(page.locator("#opinion li")).to_have_count(6)
+    with page.expect_response(re.compile(r"/page/sample\.png$")):
+        page.click("#use")
+    page.set_input_files("#file", screen)
+    expect(answer).to_have_text(f"The policy would take {chosen}")
 
 
-def test_what_is_no_screen_is_said_to_be_none(tab: Tab, tmp_path: Path) -> None:
+def test_what_is_no_screen_is_said_to_be_none(page: Page, visitor: Visit, tmp_path: Path) -> None:
     (tmp_path / "note.png").write_text("not a picture")
-    tab.choose_file("#file", tmp_path / "note.png")
-    tab.wait("document.querySelector('#answer').innerText.startsWith('expected a PNG')")
-    # Of this the browser itself says that a request was refused.
-    assert len(tab.complaints) == 1
-    assert "400" in tab.complaints.pop()
+    page.set_input_files("#file", tmp_path / "note.png")
+    expect(page.locator("#answer")).to_have_text(re.compile("^expected a PNG"))
+    # The browser itself complains that a request was refused.
+    page.title()  # Playwright reports what happened meanwhile
+    assert len(visitor.complaints) == 1
+    assert "400" in visitor.complaints.pop()
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
-def test_it_fits_a_phone(tab: Tab, service: Service, width: int) -> None:
-    tab.open(f"{service.url}/", width, 844, "light", phone=True)
-    tab.wait("!document.querySelector('#start').disabled")
-    tab.click("#start")
-    tab.wait("document.querySelector('#veil').hidden")
-    assert tab.evaluate("document.documentElement.scrollWidth") == width
-    assert tab.evaluate("document.querySelector('#pad').checkVisibility()")
+def test_it_fits_a_phone(browser: Browser, service: Service, width: int) -> None:
+    phone = {"viewport": {"width": width, "height": 844}, "color_scheme": "light", "has_touch": True, "is_mobile": True}
+    with visit(browser, **phone) as visitor:
+        for page in visited(visitor, service):
+            page.click("#start")
+            expect(page.locator("#veil")).to_be_hidden()
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            expect(page.locator("#pad")).to_be_visible()
 
 
 def test_without_ale_it_says_so_and_still_answers_about_a_screen(
-    one_tab: Tab, service: Service, screen: Path, monkeypatch: pytest.MonkeyPatch
+    visitor: Visit, service: Service, screen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actserve.server.arcade.game.find_spec", lambda _name: None)
-    one_tab.open(f"{service.url}/")
-    one_tab.wait("document.querySelector('#note').innerText.startsWith('Games need ale-py on the service')")
-    assert one_tab.evaluate("document.querySelector('#start').disabled")
-    one_tab.wait("document.querySelector('#runtime').value !== ''")
-    one_tab.choose_file("#file", screen)
-    one_tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take ')")
-    assert one_tab.complaints == []
+    page = visitor.page
+    page.goto(f"{service.url}/")
+    expect(page.locator("#note")).to_have_text(re.compile("^Games need ale-py on the service"))
+    expect(page.locator("#start")).to_be_disabled()
+    expect(page.locator("#runtime")).not_to_have_value("")
+    page.set_input_files("#file", screen)
+    expect(page.locator("#answer")).to_have_text(re.compile("^The policy would take "))
+    assert visitor.complaints == []
 
 
-def test_a_service_that_wants_a_token_is_given_one(one_tab: Tab, tmp_path: Path) -> None:
+def test_a_service_that_wants_a_token_is_given_one(visitor: Visit, tmp_path: Path) -> None:
     token = add(tmp_path / "tokens", "visitor")
+    page = visitor.page
     with running(tokens=tmp_path / "tokens") as guarded:
-        one_tab.open(f"{guarded.url}/")
-        one_tab.wait("document.querySelector('#token').checkVisibility()")
-        assert "asks for a token" in one_tab.text("#note")
-        one_tab.evaluate(f"document.querySelector('#secret').value = '{token}'")
-        one_tab.click("#token button")
-        one_tab.wait("!document.querySelector('#start').disabled")
-        assert not one_tab.evaluate("document.querySelector('#token').checkVisibility()")
-        one_tab.click("#start")
-        one_tab.wait("Number(document.querySelector('#step').innerText) > 3")
-        one_tab.click("#use")
-        one_tab.wait("document.querySelector('#answer').innerText.startsWith('The policy would take')")
-        one_tab.open("about:blank")
+        page.goto(f"{guarded.url}/")
+        expect(page.locator("#token")).to_be_visible()
+        expect(page.locator("#note")).to_contain_text("asks for a token")
+        page.fill("#secret", token)
+        page.click("#token button")
+        expect(page.locator("#start")).to_be_enabled()
+        expect(page.locator("#token")).to_be_hidden()
+        page.click("#start")
+        until(lambda: number(page, "#step") > 3)
+        page.click("#use")
+        expect(page.locator("#answer")).to_have_text(re.compile("^The policy would take"))
+        page.goto("about:blank")
         until(lambda: guarded.seats.taken == 0)

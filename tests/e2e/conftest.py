@@ -21,37 +21,37 @@ def _patient() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pong_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pong_store() -> Path:
     """A store with `pong`@1, both programs, exported from the checkpoint that ships."""
-    return exported(tmp_path_factory, "pong").root
+    return exported("pong").root
 
 
 @pytest.fixture(scope="session")
-def lstm_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+def lstm_store() -> ModelStore:
     """A store with `pong-lstm`@1, both programs, exported from the checkpoint that ships."""
-    return exported(tmp_path_factory, "pong-lstm")
+    return exported("pong-lstm")
 
 
 @pytest.fixture(scope="session")
-def gru_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+def gru_store() -> ModelStore:
     """A store with `gru`@1, both programs: recurrent, with `observation` (4,) float32."""
-    return exported(tmp_path_factory, "tests.policies:gru")
-
-
-@pytest.fixture(scope="session", params=["onnx", "pt2"])
-def service(request: pytest.FixtureRequest, pong_store: Path) -> Iterator[local.LocalService]:
-    """The real service as a process of its own, once with each runtime."""
-    with local.serve(pong_store, "--runtime", request.param) as running:
-        yield running
+    return exported("tests.policies:gru")
 
 
 @pytest.fixture(scope="session")
 def both(pong_store: Path) -> Iterator[dict[str, local.LocalService]]:
+    """The real service as a process of its own, once with each runtime."""
     with (
         local.serve(pong_store, "--runtime", "onnx") as onnx,
         local.serve(pong_store, "--runtime", "pt2") as pt2,
     ):
         yield {"onnx": onnx, "pt2": pt2}
+
+
+@pytest.fixture(scope="session", params=["onnx", "pt2"])
+def service(request: pytest.FixtureRequest, both: dict[str, local.LocalService]) -> local.LocalService:
+    """The service with each runtime in turn."""
+    return both[request.param]
 
 
 @pytest.fixture(scope="session")

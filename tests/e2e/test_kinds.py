@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,38 +20,49 @@ from actserve.cli.tools import local_service as local
 from actserve.core.signature import Arrays, Exploration
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
-from actserve_export.publish import export
-from actserve_export.targets import load
 from tests import kinds, policies
+from tests.exported import exported, made_once, merged
+from tests.waiting import until
 
 ITEMS = 9
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    return ModelStore(tmp_path_factory.mktemp("kinds"))
+class Kinds:
+    """A service with each runtime over one store, to which each kind is published when a test first asks for it."""
+
+    def __init__(self, root: Path, urls: dict[str, str], http: urllib3.PoolManager) -> None:
+        self.urls = urls
+        self._root = root
+        self._http = http
+
+    def get(self, kind: str) -> Artifact:
+        """The artifact of a kind, once both services have it: both programs, each with its certificate."""
+        (made,) = (path for path in exported(f"tests.policies:{kind}").root.iterdir() if path.is_dir())
+        if not (self._root / "store" / made.name).exists():
+            shutil.copytree(made, self._root / "copying" / made.name)
+            (self._root / "copying" / made.name).rename(self._root / "store" / made.name)
+        for url in self.urls.values():
+            until(lambda: self._http.request("GET", f"{url}/policies/{made.name}").status == 200)  # noqa: B023
+        return ModelStore(self._root / "store").resolve(made.name)
 
 
 @pytest.fixture(scope="module")
-def artifacts(store: ModelStore) -> dict[str, Artifact]:
-    """Every kind, exported to both programs: each has its certificate, or this fails with its name."""
-    exported = {}
-    for kind in policies.KINDS:
-        name, source = load(f"tests.policies:{kind}")
-        exported[kind] = export(source, name, store, origin=f"tests.policies:{kind}").artifact
-    return exported
-
-
-@pytest.fixture(scope="module")
-def services(artifacts: dict[str, Artifact], store: ModelStore) -> Iterator[dict[str, str]]:
-    assert artifacts
-    with local.serve(store.root, "--runtime", "onnx") as onnx, local.serve(store.root, "--runtime", "pt2") as pt2:
-        yield {"onnx": onnx.url, "pt2": pt2.url}
+def published(
+    cart_store: ModelStore, tmp_path_factory: pytest.TempPathFactory, http: urllib3.PoolManager
+) -> Iterator[Kinds]:
+    root = tmp_path_factory.mktemp("kinds")
+    store = str(merged([cart_store], root / "store").root)
+    environment = {**os.environ, "ACTSERVE_POLL_S": "0.2"}
+    with (
+        local.serve(store, "--runtime", "onnx", environment=environment) as onnx,
+        local.serve(store, "--runtime", "pt2", environment=environment) as pt2,
+    ):
+        yield Kinds(root, {"onnx": onnx.url, "pt2": pt2.url}, http)
 
 
 @pytest.fixture(scope="module")
 def http() -> urllib3.PoolManager:
-    return urllib3.PoolManager(retries=False, timeout=30)
+    return urllib3.PoolManager(retries=False, timeout=120)
 
 
 def ask(http: urllib3.PoolManager, url: str, name: str, document: dict[str, Any], outputs: str) -> dict[str, Any]:
@@ -73,10 +85,8 @@ def observations(artifact: Artifact) -> Arrays:
 
 
 @pytest.mark.parametrize("kind", policies.KINDS)
-def test_a_kind_is_exported_certified_and_served(
-    artifacts: dict[str, Artifact], services: dict[str, str], http: urllib3.PoolManager, kind: str
-) -> None:
-    artifact = artifacts[kind]
+def test_a_kind_is_exported_certified_and_served(published: Kinds, http: urllib3.PoolManager, kind: str) -> None:
+    artifact = published.get(kind)
     signature, certificate = artifact.manifest.signature, artifact.manifest.certificate
     assert set(certificate["programs"]) == {"onnx", "pt2"}
     assert ("rollout" in certificate["programs"]["onnx"]) == bool(signature.state)
@@ -86,10 +96,11 @@ def test_a_kind_is_exported_certified_and_served(
     for exploration in signature.exploration:
         extra = {"exploration": exploration, "seed": 11}
         found = {
-            runtime: ask(http, url, artifact.manifest.name, batch | extra, outputs) for runtime, url in services.items()
+            runtime: ask(http, url, artifact.manifest.name, batch | extra, outputs)
+            for runtime, url in published.urls.items()
         }
         agree(found["onnx"], found["pt2"])
-        for runtime, url in services.items():
+        for runtime, url in published.urls.items():
             first = {name: values[0] for name, values in batch.items()}
             alone = ask(http, url, artifact.manifest.name, first | extra, outputs)
             agree(alone, {name: value[0] if name != "seed" else value for name, value in found[runtime].items()})
@@ -108,13 +119,20 @@ def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager
     import torch
     from tensordict import TensorDict
 
+    from actserve_export.publish import export
+    from actserve_export.targets import load
+
     shutil.copy(policies.__file__, tmp_path / "robot_policies.py")
     monkeypatch.chdir(tmp_path)
     name, source = load("robot_policies:tutorial_lstm")
-    export(source, name, ModelStore(tmp_path / "store"), origin="robot_policies:tutorial_lstm")
+
+    def make(folder: Path) -> None:
+        export(source, name, ModelStore(folder), origin="robot_policies:tutorial_lstm")
+
+    store = made_once("robot", make, [Path(policies.__file__)])
     rng = np.random.default_rng(0)
     for runtime in ("onnx", "pt2"):
-        with local.serve(tmp_path / "store", "--runtime", runtime) as service:
+        with local.serve(store, "--runtime", runtime) as service:
             ours: dict[str, Any] = {}
             theirs = {"hidden0": torch.zeros(2, 256), "hidden1": torch.zeros(2, 256)}
             for step in range(200):
@@ -132,14 +150,14 @@ def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager
 
 
 def test_a_thousand_seeded_requests_are_the_same_on_both_runtimes_singly_and_in_mixed_batches(
-    artifacts: dict[str, Artifact], services: dict[str, str], http: urllib3.PoolManager
+    published: Kinds, http: urllib3.PoolManager
 ) -> None:
-    name = artifacts["epsilon_greedy"].manifest.name
+    name = published.get("epsilon_greedy").manifest.name
     rng = np.random.default_rng(1)
     batches = rng.standard_normal((1000, 4)).astype(np.float32)
     mode: Exploration = "random"
     answers: dict[str, list[int]] = {"onnx": [], "pt2": []}
-    for runtime, url in services.items():
+    for runtime, url in published.urls.items():
         for seed, observation in enumerate(batches):
             document = {"observation": observation.tolist(), "exploration": mode, "seed": seed}
             answers[runtime].append(ask(http, url, name, document, "action")["action"])
@@ -147,19 +165,19 @@ def test_a_thousand_seeded_requests_are_the_same_on_both_runtimes_singly_and_in_
     sizes = [int(size) for size in rng.integers(1, 32, 40)]
     for seed, size in enumerate(sizes):
         document = {"observation": batches[seed : seed + 1].repeat(size, 0).tolist(), "exploration": mode, "seed": seed}
-        batched = {runtime: ask(http, url, name, document, "action")["action"] for runtime, url in services.items()}
+        batched = {
+            runtime: ask(http, url, name, document, "action")["action"] for runtime, url in published.urls.items()
+        }
         assert batched["onnx"] == batched["pt2"]
         assert batched["onnx"][0] == answers["onnx"][seed]
 
 
-def test_unseeded_the_rate_of_exploration_is_epsilon(
-    artifacts: dict[str, Artifact], services: dict[str, str], http: urllib3.PoolManager
-) -> None:
-    name = artifacts["epsilon_greedy"].manifest.name
+def test_unseeded_the_rate_of_exploration_is_epsilon(published: Kinds, http: urllib3.PoolManager) -> None:
+    name = published.get("epsilon_greedy").manifest.name
     document = {"observation": [[0.3, -0.2, 0.1, 0.5]] * 8000, "exploration": "random"}
-    answer = ask(http, services["onnx"], name, document, "action")
-    greedy = ask(http, services["onnx"], name, {"observation": [0.3, -0.2, 0.1, 0.5]}, "action")["action"]
-    other = ask(http, services["onnx"], name, document, "action")
+    answer = ask(http, published.urls["onnx"], name, document, "action")
+    greedy = ask(http, published.urls["onnx"], name, {"observation": [0.3, -0.2, 0.1, 0.5]}, "action")["action"]
+    other = ask(http, published.urls["onnx"], name, document, "action")
     assert answer["seed"] != other["seed"]
     rate = np.mean(np.array(answer["action"]) != greedy)
     assert abs(rate - 0.25 * 2 / 3) < 0.02, "epsilon 0.25, and one random action in three is the greedy one"

@@ -25,7 +25,8 @@ from actserve.client.remote_policy import RemotePolicy
 from actserve.core.errors import ServiceError, ServiceUnreachable
 from actserve.core.signature import Array
 from actserve.store.local import ModelStore
-from tests.policies import Fragile
+from tests import policies
+from tests.exported import made_once
 from tests.shipped import SHIPPED
 from tests.waiting import until
 
@@ -189,24 +190,28 @@ def test_a_port_in_use_ends_the_service_with_the_reason(capfd: pytest.CaptureFix
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capfd.readouterr().err
 
 
-def test_native_code_that_ends_its_process_takes_no_other_request_with_it(tmp_path: Path) -> None:
-    """By reading where it must not, for one observation only."""
+def export_fragile(store: Path) -> None:
     from torch._inductor import config
 
     from actserve_export.publish import export
     from actserve_export.targets import load
 
-    store = ModelStore(tmp_path)
+    source = load("tests.policies:fragile")[1]
     with config.patch(assert_indirect_indexing=False):
-        export(load("tests.policies:fragile")[1], "fragile", store, origin="tests.policies:fragile", runtimes=["pt2"])
-    with local.serve(tmp_path) as service, RemotePolicy(service.url) as remote:
+        export(source, "fragile", ModelStore(store), origin="tests.policies:fragile", runtimes=["pt2"])
+
+
+def test_native_code_that_ends_its_process_takes_no_other_request_with_it() -> None:
+    """By reading where it must not, for one observation only."""
+    store = made_once("fragile", export_fragile, [Path(policies.__file__), Path(__file__)])
+    with local.serve(store) as service, RemotePolicy(service.url) as remote:
         good = np.array(7, np.int64)
         assert remote.act(good) == 1
         for _ in range(2):
             (worker,) = service.workers
             began = time.monotonic()
             with pytest.raises((ServiceUnreachable, ServiceError)):  # the client may ask its successor
-                remote.act(np.array(Fragile.FATAL, np.int64))
+                remote.act(np.array(policies.Fragile.FATAL, np.int64))
             assert time.monotonic() - began < 10
             until(lambda: service.workers not in ([], [worker]))  # noqa: B023, it is called at once
             until(lambda: answers(int(service.url.rpartition(":")[2]), "/readyz"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium
@@ -22,28 +23,31 @@ from actserve.core.completion import complete
 from actserve.core.signature import Array
 from actserve.engine import golden
 from actserve.engine.runtimes.load import load
+from actserve.store.artifact import MANIFEST
 from actserve.store.local import ModelStore
 from actserve_export.publish import export
 from actserve_export.sources.sb3 import from_sb3
 from actserve_export.targets import find_source
-from tests.sb3_models import MODELS
+from tests import sb3_models, test_modules
+from tests.exported import made_once
 from tests.shipped import SHIPPED
-from tests.test_modules import QNetwork
 
 OBSERVATIONS = 200
 
 
 @pytest.fixture(scope="module")
-def cartpole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cartpole() -> Path:
     """A folder with `ppo_cartpole.zip`, trained for a few seconds, and `store`, to which the command exported it."""
-    folder = tmp_path_factory.mktemp("cartpole")
-    PPO("MlpPolicy", "CartPole-v1", n_steps=512, seed=0, device="cpu").learn(4096).save(folder / "ppo_cartpole.zip")
+    return made_once("cartpole", make_cartpole, [Path(__file__)])
+
+
+def make_cartpole(folder: Path) -> None:
     zipped, store = folder / "ppo_cartpole.zip", folder / "store"
+    PPO("MlpPolicy", "CartPole-v1", n_steps=512, seed=0, device="cpu").learn(4096).save(zipped)
     done = CliRunner().invoke(cli, ["export", str(zipped), "--store", str(store), "--json"])
     assert done.exit_code == 0, done.output
-    exported = json.loads(done.stdout)
-    assert (exported["name"], exported["published"]) == ("ppo-cartpole", True)
-    return folder
+    found = json.loads(done.stdout)
+    assert (found["name"], found["published"]) == ("ppo-cartpole", True)
 
 
 def played(model: PPO) -> Array:
@@ -90,26 +94,32 @@ def test_a_model_trained_with_stable_baselines3_acts_as_it_predicts(cartpole: Pa
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+def store() -> Path:
     """Images and forces of Stable-Baselines3, CleanRL's network, and a file, each as `.onnx`."""
-    folder = tmp_path_factory.mktemp("others")
-    store = ModelStore(folder / "store")
-    for kind, name in (("dqn, images", "images"), ("sac", "forces")):
-        MODELS[kind]().save(folder / f"{name}.zip")
-        source = from_sb3(folder / f"{name}.zip", channels_last=True)
-        export(source, name, store, origin=f"{name}.zip", runtimes=["onnx"])
-    _, module = find_source("tests.test_modules:q_network", action="argmax")
-    export(module, "values", store, origin="tests.test_modules:q_network", runtimes=["onnx"])
-    pong = ModelStore(SHIPPED).resolve("pong")
-    (folder / "pong.onnx").write_bytes(pong.read_program("onnx"))
-    _, file = find_source(str(folder / "pong.onnx"))
-    export(file, "file", store, origin="pong.onnx")
-    return store
+    sources = [Path(module.__file__) for module in (sb3_models, test_modules)]
+    return made_once(
+        "others", make_others, [Path(__file__), *sources, ModelStore(SHIPPED).resolve("pong").folder / MANIFEST]
+    )
+
+
+def make_others(folder: Path) -> None:
+    store = ModelStore(folder)
+    with TemporaryDirectory() as other:
+        files = Path(other)
+        for kind, name in (("dqn, images", "images"), ("sac", "forces")):
+            sb3_models.MODELS[kind]().save(files / f"{name}.zip")
+            source = from_sb3(files / f"{name}.zip", channels_last=True)
+            export(source, name, store, origin=f"{name}.zip", runtimes=["onnx"])
+        _, module = find_source("tests.test_modules:q_network", action="argmax")
+        export(module, "values", store, origin="tests.test_modules:q_network", runtimes=["onnx"])
+        (files / "pong.onnx").write_bytes(ModelStore(SHIPPED).resolve("pong").read_program("onnx"))
+        _, file = find_source(str(files / "pong.onnx"))
+        export(file, "file", store, origin="pong.onnx")
 
 
 @pytest.fixture(scope="module")
-def url(store: ModelStore) -> Iterator[str]:
-    with local.serve(store.root, "--runtime", "onnx") as service:
+def url(store: Path) -> Iterator[str]:
+    with local.serve(store, "--runtime", "onnx") as service:
         yield service.url
 
 
@@ -127,7 +137,7 @@ def ask(url: str, name: str, observations: Array) -> Any:
 
 @pytest.mark.parametrize(("kind", "name"), [("dqn, images", "images"), ("sac", "forces")])
 def test_what_stable_baselines3_does_around_the_network_is_in_the_program(url: str, kind: str, name: str) -> None:
-    model = MODELS[kind]()
+    model = sb3_models.MODELS[kind]()
     rng = np.random.default_rng(3)
     if name == "images":
         observations = (rng.integers(0, 256, (50, 40, 36, 3)) * rng.random((50, 1, 1, 1))).astype(np.uint8)
@@ -139,7 +149,7 @@ def test_what_stable_baselines3_does_around_the_network_is_in_the_program(url: s
 
 def test_cleanrls_network_is_served(url: str) -> None:
     observations = torch.randn(OBSERVATIONS, 4, generator=torch.Generator().manual_seed(1))
-    expected = QNetwork()(observations).argmax(1)
+    expected = test_modules.QNetwork()(observations).argmax(1)
     np.testing.assert_array_equal(ask(url, "values", observations.numpy()), expected.numpy())
 
 

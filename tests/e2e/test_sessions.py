@@ -24,9 +24,7 @@ from actserve.cli.tools import local_service as local
 from actserve.cli.tools.local_service import LocalService
 from actserve.core.errors import ServiceUnreachable
 from actserve.core.signature import Array
-from actserve.store.local import ModelStore
-from actserve_export.publish import export
-from actserve_export.targets import load
+from tests.exported import exported, merged
 from tests.publishing import republish
 
 SESSIONS = "/policies/gru/sessions"
@@ -37,10 +35,8 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`gru`@1 and @2, recurrent, and `epsilon-greedy`, random; as .onnx."""
-    made = ModelStore(tmp_path_factory.mktemp("sessions"))
-    for kind in ("gru", "epsilon_greedy"):
-        name, source = load(f"tests.policies:{kind}")
-        export(source, name, made, origin=f"tests.policies:{kind}", runtimes=["onnx"])
+    stores = [exported(f"tests.policies:{kind}", ["onnx"]) for kind in ("gru", "epsilon_greedy")]
+    made = merged(stores, tmp_path_factory.mktemp("sessions"))
     republish(made.resolve("gru"), made)
     return made.root
 

@@ -18,21 +18,15 @@ from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.errors import ServiceError, ServiceUnreachable
 from actserve.core.signature import Array
-from actserve.store.local import ModelStore
+from tests.exported import exported, merged
 from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
 def recurrent_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pixel-lstm`: small screens, a CNN, an LSTM; `ornstein-uhlenbeck`: noise that has a state."""
-    from actserve_export.publish import export
-    from actserve_export.targets import load
-
-    store = ModelStore(tmp_path_factory.mktemp("recurrent"))
-    for kind in ("pixel_lstm", "ornstein_uhlenbeck"):
-        name, source = load(f"tests.policies:{kind}")
-        export(source, name, store, origin=f"tests.policies:{kind}")
-    return store.root
+    stores = [exported(f"tests.policies:{kind}") for kind in ("pixel_lstm", "ornstein_uhlenbeck")]
+    return merged(stores, tmp_path_factory.mktemp("recurrent")).root
 
 
 @pytest.fixture(scope="module", params=["onnx", "pt2"])
