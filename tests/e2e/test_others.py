@@ -96,10 +96,8 @@ def test_a_model_trained_with_stable_baselines3_acts_as_it_predicts(cartpole: Pa
 @pytest.fixture(scope="module")
 def store() -> Path:
     """Images and forces of Stable-Baselines3, CleanRL's network, and a file, each as `.onnx`."""
-    sources = [Path(module.__file__) for module in (sb3_models, test_modules)]
-    return made_once(
-        "others", make_others, [Path(__file__), *sources, ModelStore(SHIPPED).resolve("pong").folder / MANIFEST]
-    )
+    modules = [Path(str(file)) for file in (__file__, sb3_models.__file__, test_modules.__file__)]
+    return made_once("others", make_others, [*modules, ModelStore(SHIPPED).resolve("pong").folder / MANIFEST])
 
 
 def make_others(folder: Path) -> None:
