@@ -178,8 +178,8 @@ def test_the_commands_write_what_the_service_reads(variants: Variants) -> None:
     assert done.stdout.splitlines() == [
         "cart serves version 1",
         "  champion is version 2",
-        "  version 2 acts on 20% of the requests",
-        "  version 2 is asked, too, and compared",
+        "  version 2 answers 20% of the requests",
+        "  version 2 runs as the shadow: its actions are only compared",
     ]
     done = actserve("alias", "cart", "champion", "1", "--json", *store)
     assert json.loads(done.stdout) == {"name": "cart", **expected}

@@ -15,7 +15,12 @@ ROOT = Path(__file__).parent.parent
 
 def actserve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "actserve", *arguments], capture_output=True, text=True, check=False, timeout=120, cwd=ROOT
+        [sys.executable, "-m", "actserve", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=ROOT,
     )
 
 
@@ -45,7 +50,7 @@ def test_inspect_and_verify(cart_store: ModelStore) -> None:
     shown = actserve("inspect", "cart@1", *store).stdout
     assert "float32[4]" in shown
     assert "requires opset 20" in shown
-    assert "what the policy chose: 0 in " in shown
+    assert "chosen actions: 0 in " in shown
     assert "torch.ops.aten.argmax" in actserve("inspect", "cart", "--graph", *store).stdout
     verified = json.loads(actserve("verify", "cart", "--json", *store).stdout)
     assert verified["programs"]["onnx"]["holds"]

@@ -63,13 +63,13 @@ def test_a_store_behind_a_url(own_store: ModelStore, tmp_path: Path, monkeypatch
     own_store.root.rename(tmp_path / "away")
     kept = actserve("inspect", "cart", "--store", url)
     assert (kept.returncode, "cart@1" in kept.stdout) == (0, True)
-    assert "there is no store where the remote store should be; this is about what was fetched before" in kept.stderr
+    assert "there is no store where the remote store should be; using the artifacts fetched before" in kept.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("serve", "--store", "models_store", "--require-signature"), "nobody is trusted"),
+        (("serve", "--store", "models_store", "--require-signature"), "no key is trusted"),
         (("serve", "--store", "models_store", "--trust", "README.md"), "README.md, line 3: expected a public key"),
         (("serve", "--store", "carrier-pigeon://x"), "no store can be opened at carrier-pigeon://"),
         (("export", "pong", "--store", "s3://bucket/x"), "a store behind a URL is read only"),

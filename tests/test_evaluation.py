@@ -10,7 +10,7 @@ import pytest
 from ale_py import roms
 from rich.console import Console
 
-from actserve.atari.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
+from actserve.atari.evaluation import PROTOCOLS, compare, print_comparison, print_summary, summarise
 from actserve.atari.human_scores import SCORES, normalised
 from actserve.atari.play import EpisodeResult, Report
 from actserve.core.errors import UsageError
@@ -23,7 +23,7 @@ def report(scores: list[float], runtime: str = "onnx", seed: int = 0, actions: s
 
 
 def test_the_figures_of_eight_games() -> None:
-    found = evaluate([21, 19, 20, 18, -3, 21, 15, 17], "pong")
+    found = summarise([21, 19, 20, 18, -3, 21, 15, 17], "pong")
     assert (found.games, found.lowest, found.highest, found.lost) == (8, -3, 21, 1)
     assert found.mean == pytest.approx(16)
     assert found.median == pytest.approx(18.5)
@@ -39,15 +39,15 @@ def test_the_figures_of_eight_games() -> None:
 def test_the_interval_is_the_bootstraps() -> None:
     rng = np.random.default_rng(3)
     scores = rng.normal(10, 2, 40)
-    found = evaluate(scores.tolist(), "pong")
+    found = summarise(scores.tolist(), "pong")
     means = rng.choice(scores, (20_000, 40)).mean(1)
     assert found.mean_interval == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.05)
-    assert evaluate(scores.tolist(), "pong") == found
+    assert summarise(scores.tolist(), "pong") == found
 
 
 def test_one_game_has_no_interval_and_equal_games_one_without_width() -> None:
-    assert evaluate([5.0], "pong").mean_interval is None
-    same = evaluate([5.0] * 4, "pong")
+    assert summarise([5.0], "pong").mean_interval is None
+    same = summarise([5.0] * 4, "pong")
     assert same.mean_interval == same.iqm_interval == (5.0, 5.0)
 
 
@@ -89,8 +89,8 @@ def test_human_scores_are_of_games_that_ale_has() -> None:
 
 def test_what_is_printed() -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    print_summary(evaluate([21, 19], "pong"), console)
-    print_summary(evaluate([5], "donkey_kong"), console)
+    print_summary(summarise([21, 19], "pong"), console)
+    print_summary(summarise([5], "donkey_kong"), console)
     print_comparison(compare(report([20, 18]), report([18, 18])), console)
     text = console.export_text()
     assert "2 games: mean +20.00 (+19.00 to +21.00), median +20.0" in text
@@ -102,4 +102,4 @@ def test_what_is_printed() -> None:
 def test_without_scipy_the_command_that_installs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(UsageError, match=r"pip install \"actserve\[evaluate\]\""):
-        evaluate([1.0, 2.0], "pong")
+        summarise([1.0, 2.0], "pong")

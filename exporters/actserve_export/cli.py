@@ -1,7 +1,7 @@
 """`actserve train`, `export`, `compile` and `bench`: the commands that this package adds to `actserve`.
 
-`actserve` finds them through the entry-point group `actserve.commands`. They need torch, and mostly TorchRL, which is
-imported when a command runs.
+`actserve` finds them through the entry-point group `actserve.commands`. They import torch and TorchRL only when a
+command runs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from actserve.cli.commands.certificate import print_certificate
-from actserve.cli.stores import DEFAULT_STORE, Label, SignOption, Store, find, publishing, reading
+from actserve.cli.certificate import print_certificate
+from actserve.cli.stores import DEFAULT_STORE, Label, SignOption, Store, find, open_for_publishing, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json, steps
 from actserve.core.errors import UsageError
 from actserve.core.imports import import_extra
@@ -56,22 +56,24 @@ def export(
         str,
         typer.Argument(
             metavar="NAME|MODULE:FACTORY|FILE",
-            help="A bundled policy, your own, a model of Stable-Baselines3 (.zip; opening it runs the Python in it: "
-            "only your own), or an .onnx file.",
+            help="A bundled policy, your own, a model of Stable-Baselines3 (.zip; opening it runs the Python in it, so "
+            "export only your own), or an .onnx file.",
         ),
     ],
     runtime: Annotated[str, typer.Option(help="Programs to build, comma-separated.")] = "onnx,pt2",
     store: Store = DEFAULT_STORE,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
-    name: Annotated[str | None, typer.Option(help="The artifact's name; by default the factory's or file's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The artifact's name; by default that of the factory or file.")
+    ] = None,
     action: Annotated[Action | None, typer.Option(help="What the output of a plain module or .onnx file is.")] = None,
-    native: Annotated[bool, flag("--native", says="Build the .pt2 for this CPU alone.")] = False,
+    native: Annotated[bool, flag("--native", says="Build the .pt2 for this CPU only.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
-    int8: Annotated[bool, flag("--int8", says="Publish NAME-int8 too, with a certificate of its own.")] = False,
+    int8: Annotated[bool, flag("--int8", says="Also publish NAME-int8, with its own certificate.")] = False,
     evaluate: Annotated[int, typer.Option(min=0, help="Games to play with each program, for the certificate.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first of these games.")] = 0,
     portable: Annotated[
-        bool, flag("--portable", says="Certify everything, publish what runs anywhere: no .pt2.")
+        bool, flag("--portable", says="Certify all programs, publish only those that run anywhere: no .pt2.")
     ] = False,
     game: Annotated[
         str | None, typer.Option(help="The Atari game that a policy of your own plays, such as pong.")
@@ -79,13 +81,13 @@ def export(
     sign: SignOption = None,
     json: Json = False,
 ) -> None:
-    """Export a policy to .onnx and .pt2, prove that they do what it does, and publish them into the store."""
+    """Export a policy to .onnx and .pt2, prove that they act the same, and publish them into the store."""
     runtimes = [part for part in runtime.split(",") if part]
     if int8 and "onnx" not in runtimes:
         raise UsageError("--int8 is made from the .onnx program: add onnx to --runtime")
     if not runtimes or set(runtimes) - set(PROGRAMS):
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
-    own = publishing(store, sign)
+    own = open_for_publishing(store, sign)
     from actserve.engine.tuning.tuned import tune_briefly
 
     with steps("importing torch") as progress:
@@ -128,14 +130,14 @@ def export(
 def compile_(
     label: Label,
     store: Store = DEFAULT_STORE,
-    native: Annotated[bool, flag("--native", says="For this CPU alone.")] = False,
+    native: Annotated[bool, flag("--native", says="For this CPU only.")] = False,
     sign: SignOption = None,
     json: Json = False,
 ) -> None:
-    """Build the .pt2 of an artifact for this host, from what the store holds, and publish it as the next version."""
+    """Build the .pt2 of a stored artifact for this host, and publish it as the next version."""
     from actserve.engine.tuning.tuned import tune_briefly
 
-    own = publishing(store, sign)
+    own = open_for_publishing(store, sign)
     with steps("importing torch") as progress:
         built = import_extra("export", "actserve_export.compile:compile")(find(own, label), own, progress, native)
         tune_briefly(built, progress)
@@ -153,9 +155,9 @@ def bench(
     steps: Annotated[int, typer.Option(min=10, help="Game steps for each.")] = 1000,
     json: Json = False,
 ) -> None:
-    """The tutorial's comparison: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
+    """The tutorial's comparison: TorchRL, .pt2 and .onnx play the same game, in process and through HTTP."""
     benchmark = import_extra("export", "actserve_export.bench")
-    rows = benchmark.run(find(reading(store), label), store, steps, console())
+    rows = benchmark.run(find(open_for_reading(store), label), store, steps, console())
     if json:
         print_json({"label": label, "steps": steps, "rows": [row.as_json() for row in rows]})
         return

@@ -62,7 +62,7 @@ class Comparison:
         return asdict(self)
 
 
-def evaluate(scores: Sequence[float], game: str) -> Summary:
+def summarise(scores: Sequence[float], game: str) -> Summary:
     """Sum up `scores`, at least one, of `game` (a ROM's name). Raises `UsageError` where scipy is not installed."""
     values = np.array(scores, np.float64)
     mean = float(values.mean())

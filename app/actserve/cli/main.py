@@ -1,9 +1,9 @@
-"""The `actserve` command. A command's dependencies are imported when it runs, so that serving starts fast.
+"""The `actserve` command. Each command imports its dependencies when it runs, so that `serve` starts fast.
 
-Other packages add commands: a `typer.Typer` in the entry-point group `actserve.commands`. They are loaded only when
-their command or the help is asked for.
+Other packages add commands: a `typer.Typer` in the entry-point group `actserve.commands`. It is loaded only for one of
+its commands or for the help.
 
-Exit code 0: the job was done; 1: it could not be, and stderr says why; 2: a usage error.
+Exit codes: 0 success; 1 failure, with the reason on stderr; 2 usage error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLUGINS = "actserve.commands"
 
 
 class Commands(TyperGroup):
-    """The commands of this package, then those of installed plugins."""
+    """The commands of this package, then the commands of installed plugins."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *_plugin_commands()]
@@ -37,14 +37,14 @@ class Commands(TyperGroup):
 
 
 def _plugin_commands() -> dict[str, Any]:
-    """By name. A plugin that is registered but not importable adds none: a wheel can be installed in part."""
+    """The plugins' commands by name. Skips a plugin that is registered but not installed."""
     found: dict[str, Any] = {}
     for plugin in entry_points(group=PLUGINS):
         try:
-            added = plugin.load()
+            commands = plugin.load()
         except ModuleNotFoundError:
             continue
-        group = typer.main.get_command(added)
+        group = typer.main.get_command(commands)
         assert isinstance(group, TyperGroup)
         found |= group.commands
     return found
@@ -53,7 +53,7 @@ def _plugin_commands() -> dict[str, Any]:
 cli = typer.Typer(
     name="actserve",
     cls=Commands,
-    help="Turn a TorchRL policy into a service, and play through it.",
+    help="Export a trained policy, serve it over HTTP, and play through it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -79,7 +79,7 @@ def _root(version: Annotated[bool, flag("--version", says="Print the version.")]
 
 
 def main() -> NoReturn:
-    """Run the command; turn every error that a user can mend into one line on stderr."""
+    """Run the command. Prints every `ActserveError` as one line on stderr."""
     try:
         cli()
         sys.exit(0)

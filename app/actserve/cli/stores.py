@@ -1,4 +1,4 @@
-"""The options that name a store, an artifact in it and the keys, and the stores that commands open with them."""
+"""The command-line options for stores, artifacts and keys, and the functions that open a store."""
 
 from __future__ import annotations
 
@@ -17,19 +17,26 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "models_store"
 
-Store = Annotated[str, typer.Option(help="The model store: a folder, or a URL to read from.", envvar="ACTSERVE_STORE")]
-Label = Annotated[str, typer.Argument(metavar="NAME[@VERSION]")]
+Store = Annotated[
+    str, typer.Option(help="Model store: a folder, or the URL of a read-only store.", envvar="ACTSERVE_STORE")
+]
+Label = Annotated[
+    str, typer.Argument(metavar="NAME[@VERSION]", help="Policy, and optionally its version; default: the highest.")
+]
 TrustOption = Annotated[
     Path | None,
-    typer.Option("--trust", help="Public keys, one a line, whose signatures are trusted.", envvar="ACTSERVE_TRUST"),
+    typer.Option(
+        "--trust", help="File of trusted public keys, one per line; checks signatures.", envvar="ACTSERVE_TRUST"
+    ),
 ]
 SignOption = Annotated[
-    Path | None, typer.Option("--sign", metavar="KEY", help="Sign what is published with this private key.")
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help="Private key file; signs the published artifact. Default: unsigned."),
 ]
 
 
-def reading(location: str, trust: Path | None = None) -> ModelStore:
-    """The store at a path or behind a URL; what it has is known, or else it was said that it does not answer."""
+def open_for_reading(location: str, trust: Path | None = None) -> ModelStore:
+    """The store at a path or a URL, refreshed. If a remote store does not answer, warn and use the cached artifacts."""
     from actserve.store.remote import open_store
     from actserve.store.trust import Trust
 
@@ -37,23 +44,23 @@ def reading(location: str, trust: Path | None = None) -> ModelStore:
     try:
         store.refresh()
     except StoreUnreachable as error:
-        console().print(f"{error.message}; this is about what was fetched before", soft_wrap=True)
+        console().print(f"{error.message}; using the artifacts fetched before", soft_wrap=True)
     return store
 
 
-def publishing(location: str, sign: Path | None = None) -> ModelStore:
-    """The store in a folder, to publish into. Raises `UsageError`."""
+def open_for_publishing(location: str, sign: Path | None = None) -> ModelStore:
+    """The store in the folder `location`, ready to publish into. Raises `UsageError` for a URL."""
     from actserve.store.local import ModelStore
 
     if "://" in location:
-        raise UsageError(f"expected --store to be a folder; a store behind a URL is read only; got {location}")
+        raise UsageError(f"expected --store to be a folder; got {location}: a store behind a URL is read only")
     key = import_extra("sign", "actserve.store.trust.signing:PrivateKey").read(sign) if sign else None
     return ModelStore(Path(location), key=key)
 
 
 def find(store: ModelStore, label: str) -> Artifact:
-    """The artifact for `NAME` or `NAME@VERSION`. Raises `UsageError`, `NotFound` or the `StoreError` it has."""
+    """The artifact `NAME` or `NAME@VERSION`. Raises `UsageError`, `NotFound` or `StoreError`."""
     name, _, version = label.partition("@")
     if version and not version.isdecimal():
-        raise UsageError(f"expected NAME or NAME@VERSION with a whole number; got {label!r}")
+        raise UsageError(f"expected NAME or NAME@VERSION, with a whole number as the version; got {label!r}")
     return store.resolve(name, int(version) if version else None)

@@ -1,4 +1,4 @@
-"""What commands print, and where: results on stdout, progress and messages on stderr."""
+"""Output of the commands: results on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def flag(*names: str, says: str) -> Any:
-    """An option that takes no value; typer's help would say <bool>."""
+    """An option without a value, whose help text is `says`. The empty metavar hides typer's <bool>."""
     return typer.Option(*names, metavar="", help=says)
 
 
@@ -24,7 +24,7 @@ Json = Annotated[bool, flag("--json", says="Print one JSON object on stdout and 
 
 @cache
 def console() -> Console:
-    """Of stderr."""
+    """The console on stderr."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -36,7 +36,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 @contextmanager
 def steps(first: str) -> Iterator[Callable[[str], None]]:
-    """A live line with the step under way; the steps done stay above it."""
+    """A live line with the current step. The finished steps stay above it."""
     with console().status(first) as status:
 
         def progress(step: str) -> None:

@@ -1,4 +1,4 @@
-"""`actserve inspect`, `verify`, `diff` and `doctor`: what is in a store, and what of it this host can run."""
+"""`actserve inspect`, `verify`, `diff` and `doctor`: show the artifacts of a store and check them on this host."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from actserve.cli.commands.certificate import print_certificate
-from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, reading
+from actserve.cli.certificate import print_certificate
+from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json
 from actserve.core.errors import UntrustedProgram
 
@@ -15,11 +15,11 @@ from actserve.core.errors import UntrustedProgram
 def inspect(
     label: Label,
     store: Store = DEFAULT_STORE,
-    graph: Annotated[bool, flag("--graph", says="Print the exported graph.")] = False,
+    graph: Annotated[bool, flag("--graph", says="Print only the exported graph.")] = False,
     json: Json = False,
 ) -> None:
     """Show an artifact: its signature, programs, environment and certificate."""
-    artifact = find(reading(store), label)
+    artifact = find(open_for_reading(store), label)
     manifest = artifact.manifest
     if graph:
         print(artifact.read("graph.txt").decode())
@@ -44,12 +44,12 @@ def inspect(
 
 
 def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None, json: Json = False) -> None:
-    """Hash every file of an artifact and run its golden samples through every program that this host can run."""
+    """Check an artifact: the hash of each file, and the golden samples on each program that this host can run."""
     from actserve.engine import golden
     from actserve.engine.runtimes import preflight
     from actserve.engine.runtimes.load import load
 
-    source = reading(store, trust)
+    source = open_for_reading(store, trust)
     artifact = find(source, label)
     source.verify(artifact)
     results: dict[str, Any] = {}
@@ -67,9 +67,9 @@ def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None
         manifest = artifact.manifest
         print_json({"name": manifest.name, "version": manifest.version, "signer": artifact.signer, "programs": results})
     else:
-        print(f"{artifact.label}: {len(artifact.manifest.files)} files are what was published")
+        print(f"{artifact.label}: all {len(artifact.manifest.files)} files match the manifest")
         if artifact.signer or trust:
-            print(f"  signed by {artifact.signer or 'none of the trusted keys'}")
+            print(f"  signed by {artifact.signer}" if artifact.signer else "  not signed by a trusted key")
         for runtime, found in results.items():
             print(f"  .{runtime}: {_verdict(found)}")
     if not all(found.get("holds", True) for found in results.values()):
@@ -83,10 +83,10 @@ def diff(
     trust: TrustOption = None,
     json: Json = False,
 ) -> None:
-    """Say what changed between two artifacts: signature, actions on golden samples, speed, size."""
+    """Compare two artifacts: signature, actions on golden samples, speed and size."""
     from actserve.cli.tools import diff as differ
 
-    source = reading(store, trust)
+    source = open_for_reading(store, trust)
     found = differ.diff(find(source, before), find(source, after))
     if json:
         print_json(found.as_json())
@@ -97,16 +97,16 @@ def diff(
 
 
 def doctor(
-    name: Annotated[str | None, typer.Argument(help="A policy; by default all of the store's.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Policy to check; default: every policy of the store.")] = None,
     store: Store = DEFAULT_STORE,
     trust: TrustOption = None,
     json: Json = False,
 ) -> None:
-    """Say what this host can run, and what it cannot and why."""
+    """List the programs that this host can run, and why it cannot run the others."""
     from actserve.cli.tools.doctor import diagnose, print_diagnosis
 
-    with console().status("looking"):
-        diagnosis = diagnose(reading(store, trust), name)
+    with console().status("checking the programs"):
+        diagnosis = diagnose(open_for_reading(store, trust), name)
     if json:
         print_json(diagnosis.as_json())
     else:
@@ -122,7 +122,7 @@ def _verdict(found: dict[str, Any]) -> str:
     if not found["ran"]:
         return f"not run here: {found['reason']}"
     if found["holds"]:
-        return f"repeats all {found['compared']} golden samples"
+        return f"agrees on all {found['compared']} golden samples"
     return (
         f"DISAGREES on {len(found['differing'])} of {found['compared']} golden samples; "
         f"beyond tolerance: {', '.join(found['exceeding']) or 'none'}"

@@ -1,4 +1,4 @@
-"""`actserve keys`, and `actserve sign`."""
+"""`actserve keys` and `actserve sign`: signing keys, and signing an artifact."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import Annotated, Any
 
 import typer
 
-from actserve.cli.stores import DEFAULT_STORE, Label, Store, find, publishing
+from actserve.cli.stores import DEFAULT_STORE, Label, Store, find, open_for_publishing
 from actserve.cli.terminal import Json, print_json
 from actserve.core.imports import import_extra
 
-keys = typer.Typer(help="Make and show the keys that sign artifacts.", no_args_is_help=True)
+keys = typer.Typer(help="Create and show the keys that sign artifacts.", no_args_is_help=True)
 
 
 @keys.command()
 def new(
-    path: Annotated[Path, typer.Argument(help="The private key; the public one is PATH.pub.")], json: Json = False
+    path: Annotated[Path, typer.Argument(help="File for the new private key; the public key goes to PATH.pub.")],
+    json: Json = False,
 ) -> None:
-    """Make a key: what signs stays at PATH, what others need to trust it is in PATH.pub."""
+    """Create a key pair. Keep PATH secret; give PATH.pub to the hosts that should trust your signatures."""
     key = import_extra("sign", "actserve.store.trust.signing:PrivateKey").create(path)
     _print([key.public], json)
 
 
 @keys.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="A private key, or a file of public keys.")], json: Json = False
+    path: Annotated[Path, typer.Argument(help="A private key file, or a file of public keys.")], json: Json = False
 ) -> None:
-    """Print public keys, one a line, each with its fingerprint."""
+    """Print the public keys of a file, one per line, each with its fingerprint."""
     _print(import_extra("sign", "actserve.store.trust.signing:read_keys")(path), json)
 
 
@@ -44,12 +45,12 @@ def _print(keys: Sequence[Any], json: bool) -> None:
 
 def sign(
     label: Label,
-    key: Annotated[Path, typer.Option(help="The private key.")],
+    key: Annotated[Path, typer.Option(help="Private key file, from `actserve keys new`.")],
     store: Store = DEFAULT_STORE,
     json: Json = False,
 ) -> None:
-    """Vouch for an artifact that is in the store: publish the same files as its next version, signed."""
-    opened = publishing(store, key)
+    """Sign an artifact of the store: publish the same files as the next version, with a signature."""
+    opened = open_for_publishing(store, key)
     artifact = find(opened, label)
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
         files = {name: Path(folder) / name for name in artifact.manifest.files}

@@ -1,4 +1,4 @@
-"""`actserve play` and `load`: to use a service, and to see what it can do."""
+"""`actserve play` and `load`: play games through a service, and measure it under load."""
 
 from __future__ import annotations
 
@@ -13,41 +13,57 @@ from actserve.core.errors import UsageError
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Protocol = Literal["machado"]
-Way = Literal["http", "session", "stream", "oip"]
-Exploring = Literal["deterministic", "random"]
-Url = Annotated[str, typer.Option(help="The service.", envvar="ACTSERVE_URL")]
-PolicyOption = Annotated[str | None, typer.Option(help="The policy's name; by default the service's default.")]
+Via = Literal["http", "session", "stream", "oip"]
+ExplorationMode = Literal["deterministic", "random"]
+Url = Annotated[str, typer.Option(help="Address of the service.", envvar="ACTSERVE_URL")]
+PolicyOption = Annotated[str | None, typer.Option(help="Name of the policy; default: the service's default policy.")]
 TokenOption = Annotated[
     str | None,
-    typer.Option(envvar="ACTSERVE_TOKEN", help="What the service lets in with. Better set by the variable."),
+    typer.Option(
+        envvar="ACTSERVE_TOKEN", help="Token for a service that requires one. Prefer the environment variable."
+    ),
 ]
 
 
 def play(
     url: Url = DEFAULT_URL,
     policy: PolicyOption = None,
-    game: Annotated[str | None, typer.Option(help="The game; must be the one that the policy was trained for.")] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="How many games.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first game; the next ones count up.")] = 0,
-    video: Annotated[Path | None, typer.Option(help="Write the games to this .mp4 or .gif.")] = None,
-    speed: Annotated[int, typer.Option(min=1, help="Film every n-th step only.")] = 1,
+    game: Annotated[
+        str | None, typer.Option(help="Expected game, such as pong; fails if the policy was trained on another.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Number of games.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first game; game i has SEED + i.")] = 0,
+    video: Annotated[Path | None, typer.Option(help="Write a video of the games to this .mp4 or .gif file.")] = None,
+    speed: Annotated[int, typer.Option(min=1, help="Show every n-th step in the video; 1 shows all.")] = 1,
     via: Annotated[
-        Way, typer.Option(help="Where the state is: carried here, in a session, a stream, an OIP sequence.")
+        Via,
+        typer.Option(
+            help="Where the policy's state is kept: http in this client, else in a session, stream or OIP sequence."
+        ),
     ] = "http",
     exploration: Annotated[
-        Exploring | None, typer.Option(help="Act as trained or as while training; by default as it can.")
+        ExplorationMode | None,
+        typer.Option(
+            help="deterministic: the best action; random: sample as in training. Default: the policy's first mode."
+        ),
     ] = None,
     protocol: Annotated[
         Protocol | None,
-        typer.Option(help="Evaluate by this protocol: Machado et al. 2018, Agarwal et al. 2021."),
+        typer.Option(
+            help="Check the environment against this protocol and print mean, IQM and intervals. Default: neither."
+        ),
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(metavar="NAME|URL", help="Play the same seeds with this policy, or this service.")
+        str | None,
+        typer.Option(
+            metavar="NAME|URL",
+            help="Also play the same seeds with another policy of the service, or with another service, and compare.",
+        ),
     ] = None,
     token: TokenOption = None,
     json: Json = False,
 ) -> None:
-    """Play Atari games on this machine with a policy served over HTTP."""
+    """Play Atari games on this machine; a service chooses the actions."""
     from actserve.cli.tools import play_and_load as commands
 
     def games(url: str, policy: str | None, video: Path | None) -> Any:
@@ -71,23 +87,26 @@ def play(
 def load(
     url: Url = DEFAULT_URL,
     policy: PolicyOption = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Closed loop: this many connections.")] = None,
-    rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop: this many requests a second.")] = None,
-    duration: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10.0,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Closed loop: number of connections. Default: 8, unless --rate is given.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop: requests per second.")] = None,
+    duration: Annotated[float, typer.Option(min=0.1, help="Duration of the test in seconds.")] = 10.0,
     via: Annotated[
-        Way, typer.Option(help="How to ask: single requests, or each connection a session, a stream, an OIP sequence.")
+        Via,
+        typer.Option(help="http: independent requests; else each connection is a session, stream or OIP sequence."),
     ] = "http",
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Load processes; by default as many as it takes.")
+        int | None, typer.Option(min=1, help="Number of load processes; default: 1, or one per core if 1 is too slow.")
     ] = None,
     token: TokenOption = None,
     json: Json = False,
 ) -> None:
-    """Load a service and report rate, latency and errors."""
+    """Send load to a service and report the rate, latency and errors."""
     from actserve.cli.tools import play_and_load as commands
 
     if concurrency is not None and rate is not None:
-        raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other")
+        raise UsageError("--concurrency (closed loop) and --rate (open loop) exclude each other; give one of them")
     report = commands.load(url, policy, concurrency, rate, duration, processes, console(), via, token)
     if json:
         print_json(report.as_json())

@@ -1,4 +1,4 @@
-"""`actserve serve`."""
+"""`actserve serve`: run the service."""
 
 from __future__ import annotations
 
@@ -27,39 +27,61 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def serve(
     store: Store = DEFAULT_STORE,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the port.", envvar="ACTSERVE_WORKERS")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free port.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of worker processes that share the port.", envvar="ACTSERVE_WORKERS")
+    ] = 1,
     runtime: Annotated[
-        Literal["auto", "onnx", "pt2"], typer.Option(help="Which program to run.", envvar="ACTSERVE_RUNTIME")
+        Literal["auto", "onnx", "pt2"],
+        typer.Option(
+            help="Program to run; auto: the fastest by `actserve tune`, else .pt2, else .onnx.",
+            envvar="ACTSERVE_RUNTIME",
+        ),
     ] = "auto",
-    policy: Annotated[str | None, typer.Option(help="The policy behind /act; by default the first by name.")] = None,
-    uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Policy that answers /act; default: the first by name.")] = None,
+    uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead of a port.")] = None,
     grpc_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port for the Open Inference Protocol over gRPC too.")
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Also serve the Open Inference Protocol over gRPC on this port. Default: off."
+        ),
     ] = None,
     admin_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port of 127.0.0.1 for administration; ACTSERVE_ADMIN_TOKEN opens it."),
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Serve administration on this port of 127.0.0.1; requires ACTSERVE_ADMIN_TOKEN. Default: off.",
+        ),
     ] = None,
     trust: TrustOption = None,
     require_signature: Annotated[
-        bool, flag("--require-signature", says="Serve nothing that no trusted key signed.")
+        bool, flag("--require-signature", says="Serve only artifacts that a trusted key signed; requires --trust.")
     ] = False,
-    log_format: Annotated[LogFormat | None, typer.Option(help="Lines for people, or one JSON object each.")] = None,
-    access_log: Annotated[bool, flag("--access-log", says="Log each request on the routes.")] = False,
-    tokens: Annotated[
-        Path | None, typer.Option(help="Let nobody in without a token of this file.", envvar="ACTSERVE_TOKENS")
+    log_format: Annotated[
+        LogFormat | None, typer.Option(help="Log lines as text (human) or as JSON objects. Default: human.")
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Speak TLS with this certificate chain (PEM).")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
+    access_log: Annotated[
+        bool, flag("--access-log", says="Log each request. The fast path of plain /act requests logs none.")
+    ] = False,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of tokens, from `actserve tokens new`; every client must send one. Default: no authentication.",
+            envvar="ACTSERVE_TOKENS",
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate chain (PEM file).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM file).")] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="Let pages of this origin ask from a browser; may be repeated.")
+        list[str] | None, typer.Option(help="Allow browser pages of this origin (CORS); may be repeated.")
     ] = None,
 ) -> None:
     """Serve every policy of a store over HTTP."""
-    gc.disable()  # there is no garbage yet, and looking for it is a tenth of what starting takes
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies no matrices here; its threads would not fork
+    gc.disable()  # imports make no garbage; collecting would take a tenth of the start time
+    # The service needs no parallel BLAS, and BLAS threads do not survive the fork of the workers.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from actserve.core.settings import PREFIX, Settings
     from actserve.server.app import check
     from actserve.server.processes.address import Address
@@ -86,13 +108,13 @@ def serve(
         "cors_origins": cors_origin and ",".join(cors_origin),
     }
     named = {PREFIX + name.upper(): str(value) for name, value in given.items() if value}
-    settings = Settings.from_environment({**os.environ, **named})  # a wrong value ends here, not in a worker
+    settings = Settings.from_environment({**os.environ, **named})  # a wrong value fails here, not in a worker
     check(settings)
     if settings.tokens is None and not (uds or host in LOOPBACK):
-        console().print("[yellow]whoever can connect may ask:[/] see --tokens")
+        console().print("[yellow]no authentication is configured[/]: every client may send requests; see --tokens")
     logging.config.dictConfig(logs.configuration(settings.log_format))
     address = Address(host, port, uds)
-    with _files(settings) as complete:
+    with _shared_files(settings) as complete:
         supervisor = Supervisor(address, workers, serving(complete.absolute()))
         log.info("listening on %s", address)
         code = supervisor.run()
@@ -100,9 +122,11 @@ def serve(
 
 
 @contextmanager
-def _files(settings: Settings) -> Iterator[Settings]:
-    """With the files that all workers share, and those after them: the ones named, which must be usable, or temporary
-    ones."""
+def _shared_files(settings: Settings) -> Iterator[Settings]:
+    """The settings, completed with the files that all workers share.
+
+    A file that the settings do not name is temporary. A named sessions file must be usable.
+    """
     from actserve.server.sessions import Limits, Sessions
 
     if settings.sessions is not None:

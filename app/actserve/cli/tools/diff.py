@@ -1,4 +1,4 @@
-"""What changed between two artifacts: their signatures, their actions on each other's golden samples, their speed."""
+"""Compares two artifacts: their signatures, their actions on both sets of golden samples, and their speed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALLS = 20  # per round and program
 
 @dataclass(frozen=True)
 class Change:
-    """A tensor that only one of the two has, or that is not the same in both."""
+    """A tensor of the signature that was added, removed or changed."""
 
     way: str  # "takes" or "gives"
     name: str
@@ -37,21 +37,21 @@ class Change:
 
 @dataclass(frozen=True)
 class ActionAgreement:
-    """Both programs on the golden samples of both artifacts."""
+    """The actions of both programs, compared on the golden samples of both artifacts."""
 
     samples: int
-    same: int  # items with the same action; a continuous action: within the tolerance of the certificates
-    largest_difference: dict[str, float]  # by floating-point output that both give
+    same: int  # items with the same action; continuous actions within the tolerance of certificates
+    largest_difference: dict[str, float]  # of each floating-point output that both programs have
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two artifacts, and how it ran here."""
+    """One of the two artifacts, and its speed on this host."""
 
     label: str
-    runtime: str | None  # the best one that this host can run; None: none of them
-    reason: str  # why that one, or why none
-    files: dict[str, int]  # bytes by name
+    runtime: str | None  # the best program that this host can run; None: it can run none
+    reason: str  # why this program, or why none
+    files: dict[str, int]  # size in bytes by name
     median_us: dict[int, float]  # microseconds per item, by batch size
 
     def as_json(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Diff:
     before: Side
     after: Side
     signature: tuple[Change, ...]
-    agreement: ActionAgreement | None  # None: they take different things, or one of them cannot run here
+    agreement: ActionAgreement | None  # None: their inputs differ, or one cannot run here
 
     def as_json(self) -> dict[str, Any]:
         """The object that `actserve diff --json` prints."""
@@ -78,14 +78,14 @@ class Diff:
 def diff(before: Artifact, after: Artifact) -> Diff:
     """Compare two artifacts. Raises a `StoreError`.
 
-    Takes about a second for small policies: each program is timed, in turns, so that a busy moment hits both.
+    Takes about a second for small policies. The programs are timed in turns, so that other load affects both.
     """
     artifacts = [before, after]
     samples = [golden.read(artifact)[0] for artifact in artifacts]
     opened = [_open(artifact) for artifact in artifacts]
     runtimes = [runtime for runtime, _ in opened]
     try:
-        medians = _race(runtimes, samples)
+        medians = _time_in_turns(runtimes, samples)
         agreement = _agreement(runtimes, samples)
     finally:
         for runtime in runtimes:
@@ -100,7 +100,7 @@ def diff(before: Artifact, after: Artifact) -> Diff:
 
 
 def show(found: Diff, console: Console) -> None:
-    """For people."""
+    """Print the comparison as text."""
     before, after = found.before, found.after
     console.print(f"{before.label} -> {after.label}", highlight=False)
     for change in found.signature:
@@ -109,7 +109,7 @@ def show(found: Diff, console: Console) -> None:
     if not found.signature:
         console.print("  the same signature")
     if found.agreement is None:
-        console.print("  actions not compared: the two take different things, or one cannot run here")
+        console.print("  actions not compared: the inputs differ, or one artifact cannot run here")
     else:
         share = found.agreement.same / found.agreement.samples
         differences = ", ".join(f"{k} by up to {v:.3g}" for k, v in found.agreement.largest_difference.items())
@@ -135,7 +135,7 @@ def _compared(before: float | None, after: float | None) -> tuple[str, str, str]
 
 
 def _open(artifact: Artifact) -> tuple[Runtime | None, tuple[preflight.Choice | None, str]]:
-    """The best runtime that opens here, and why it, or why none."""
+    """The best program that loads here, with the reason for choosing it, or for having none."""
     failed: dict[str, str] = {}
     while True:
         try:
@@ -185,7 +185,7 @@ def _agreement(runtimes: list[Runtime | None], samples: list[Arrays]) -> ActionA
 
 
 def _union(samples: list[Arrays]) -> Arrays:
-    """The items of both, those that are the same in every input once."""
+    """The golden samples of both artifacts, without duplicates."""
     joined = {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
     items: dict[bytes, int] = {}
     for number in range(len(next(iter(joined.values())))):
@@ -194,8 +194,8 @@ def _union(samples: list[Arrays]) -> Arrays:
     return {name: array[chosen] for name, array in joined.items()}
 
 
-def _race(runtimes: list[Runtime | None], samples: list[Arrays]) -> list[dict[int, float]]:
-    """Median microseconds per item, by batch size, of each runtime on its own samples, in turns."""
+def _time_in_turns(runtimes: list[Runtime | None], samples: list[Arrays]) -> list[dict[int, float]]:
+    """The median microseconds per item of each runtime on its own samples, by batch size. Timed in turns."""
     medians: list[dict[int, float]] = [{} for _ in runtimes]
     for size in BATCHES:
         calls: dict[int, Callable[[], Any]] = {}
@@ -222,5 +222,5 @@ def _timed(call: Callable[[], Any]) -> float:
 
 
 def _repeat(array: Array, size: int) -> Array:
-    """`size` items, from the first on, over again where there are fewer."""
+    """The first `size` items; starts again at the first if there are fewer."""
     return np.ascontiguousarray(array[np.arange(size) % len(array)])

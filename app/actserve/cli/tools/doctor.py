@@ -1,4 +1,4 @@
-"""What this host can run, and why not: `actserve doctor`."""
+"""The code of `actserve doctor`: which programs of a store can this host run?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from actserve.core.errors import ActserveError
 from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.preflight import Host
-from actserve.engine.runtimes.probe import proven
+from actserve.engine.runtimes.probe import probed_copy
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
 
@@ -21,7 +21,7 @@ RUNS = "this host can run it"
 
 @dataclass(frozen=True)
 class ProgramStatus:
-    """One program of one version, or, with `runtime` None, a version that cannot be read at all."""
+    """One program of one version. `runtime` None: the version itself cannot be read."""
 
     policy: str  # name@version
     runtime: str | None
@@ -44,9 +44,9 @@ def diagnose(
     host: Host | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Diagnosis:
-    """Look at every version of `name`, or of every policy, the newest first. Raises `UnknownPolicy`.
+    """Check every version of `name`, or of every policy, the newest first. Raises `UnknownPolicy`.
 
-    Files are hashed, and a `.pt2` that nothing speaks against is tried in a process of its own.
+    Hashes the files. Loads a `.pt2` in a separate process, if nothing in its manifest rules it out.
     """
     host = host or preflight.this_host()
     rows: list[ProgramStatus] = []
@@ -72,7 +72,7 @@ def _objection(runtime: str, artifact: Artifact, host: Host) -> str | None:
         return reason
     try:
         if runtime == "pt2":
-            with proven(artifact):
+            with probed_copy(artifact):
                 return None
         artifact.read_program(runtime)
     except ActserveError as error:

@@ -1,4 +1,4 @@
-"""The games that an artifact plays before it is published: through HTTP, on every runtime, by a protocol."""
+"""Evaluates an artifact before it is published: each program plays games through HTTP."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 
 from rich.console import Console
 
-from actserve.atari.evaluation import evaluate as summarise
+from actserve.atari.evaluation import summarise
 from actserve.atari.play import Report
-from actserve.cli.tools import local_service as local
-from actserve.cli.tools import play_and_load as commands
+from actserve.cli.tools import local_service, play_and_load
 from actserve.store.artifact import Artifact
 
 PROTOCOL = "machado"
 
 
 def evaluate(artifact: Artifact, episodes: int, seed: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """`episodes` games with each program of `artifact`, the i-th seeded `seed + i`; JSON-able, for the certificate.
+    """Play `episodes` games with each program of `artifact`; game i has the seed `seed + i`.
 
-    Raises `UsageError` if the artifact plays no game, or not by the protocol.
+    Returns JSON for the certificate. Raises `UsageError` if the artifact plays no game, or if its environment breaks
+    the protocol.
     """
     name = artifact.manifest.name
     store = artifact.folder.parent.parent
     reports: list[Report] = []
     for runtime in artifact.manifest.programs:
         progress(f"playing {episodes} games through HTTP on .{runtime}")
-        with local.serve(store, "--runtime", runtime) as service:
+        with local_service.serve(store, "--runtime", runtime) as service:
             reports.append(
-                commands.play(
+                play_and_load.play(
                     service.url,
                     name,
                     console=Console(quiet=True),

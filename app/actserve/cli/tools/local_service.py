@@ -1,4 +1,4 @@
-"""A service of one's own for the length of a `with`: for the demo, the benchmarks and the tests."""
+"""Runs a service in a child process during a `with` block: for the demo, the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from actserve.core.errors import ServiceUnreachable
 @dataclass(frozen=True)
 class LocalService:
     url: str
-    pid: int  # of the supervisor
+    pid: int  # process id of the supervisor
 
     @property
     def workers(self) -> list[int]:
-        """Their process ids."""
+        """The workers' process ids."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
@@ -33,10 +33,10 @@ class LocalService:
 def serve(
     store: Path | str, *options: str, environment: Mapping[str, str] | None = None, ready_within_s: float = 60.0
 ) -> Iterator[LocalService]:
-    """Run `actserve serve` on a free port of 127.0.0.1 until the block ends; entered once it is ready.
+    """Run `actserve serve` on a free port of 127.0.0.1 until the block ends. Enters the block once it is ready.
 
     `options` are further command-line arguments; `environment` replaces the inherited one. Raises
-    `ServiceUnreachable` with the end of the log when the service does not come up.
+    `ServiceUnreachable` with the end of the log if the service does not become ready.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -44,9 +44,11 @@ def serve(
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
-            if not _wait(process, url, ready_within_s):
+            if not _wait_until_ready(process, url, ready_within_s):
                 log.seek(0)
-                raise ServiceUnreachable(f"the service did not come up:\n{log.read().decode(errors='replace')[-2000:]}")
+                raise ServiceUnreachable(
+                    f"the service did not become ready:\n{log.read().decode(errors='replace')[-2000:]}"
+                )
             yield LocalService(url, process.pid)
         finally:
             process.terminate()
@@ -57,7 +59,7 @@ def serve(
                 process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, seconds: float) -> bool:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     with urllib3.PoolManager(retries=False) as http:
         while time.monotonic() < deadline and process.poll() is None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actserve.atari.emulator import AtariGame
-from actserve.atari.evaluation import PROTOCOLS, compare, evaluate, print_comparison, print_summary
+from actserve.atari.evaluation import PROTOCOLS, compare, print_comparison, print_summary, summarise
 from actserve.atari.film import Film
 from actserve.atari.play import Act, Report
 from actserve.atari.play import play as run_play
@@ -95,7 +95,7 @@ def report_as_json(report: Report, evaluated: bool, other: Report | None) -> dic
     """The object that `play --json` prints: the report, and on request its evaluation and its comparison."""
     document = report.as_json()
     if evaluated:
-        document["evaluation"] = evaluate(report.scores, report.game).as_json()
+        document["evaluation"] = summarise(report.scores, report.game).as_json()
     if other is not None:
         document["other"] = other.as_json()
         document["comparison"] = compare(report, other).as_json()
@@ -113,7 +113,7 @@ def print_report(report: Report, evaluated: bool, other: Report | None) -> None:
             table.add_row(str(episode.seed), f"{episode.score:+.0f}", f"{episode.steps:,}")
         out.print(table)
         if evaluated:
-            print_summary(evaluate(played.scores, played.game), out)
+            print_summary(summarise(played.scores, played.game), out)
         else:
             print(f"mean score {sum(played.scores) / len(played.scores):+.1f}")
         print(_latency(played.latency_ms))

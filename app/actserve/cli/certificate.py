@@ -1,4 +1,4 @@
-"""A certificate, for people to read."""
+"""Prints a certificate as text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     print(f"compared with {certificate['reference']}")
     rollouts = {found["rollout"]["steps"] for found in certificate["programs"].values() if "rollout" in found}
     if rollouts:
-        print(f"and over {max(rollouts)} steps in a row, the state fed back, with resets: no action differs")
+        print(f"rollout of {max(rollouts)} steps with carried state and resets: no action differs")
     if "original" in certificate:
         original = certificate["original"]
-        print(f"which was compared with {original['name']}: {original['compared']} actions, none differs")
+        print(f"the reference was compared with {original['name']}: {original['compared']} actions, none differs")
     for runtime, found in certificate.get("evaluation", {}).get("programs", {}).items():
         low, high = found["mean_interval"] or (found["mean"], found["mean"])
         print(
@@ -32,11 +32,11 @@ def print_certificate(certificate: dict[str, Any]) -> None:
         )
     if "int8" in certificate:
         print(
-            f"int8: {certificate['int8']['agreement']:.2%} of the actions are the original's; "
+            f"int8: {certificate['int8']['agreement']:.2%} of the actions equal the original's; "
             f"scores {certificate['int8'].get('scores')}"
         )
     if counts := certificate.get("actions"):
         shares = ", ".join(f"{action} in {count / samples:.0%}" for action, count in counts.items())
-        print(f"what the policy chose: {shares}" + ("; always the same, which proves little" * (len(counts) == 1)))
+        print(f"chosen actions: {shares}" + ("; always the same action, which proves little" * (len(counts) == 1)))
     if certificate["smallest_margin"] is not None:
-        print(f"smallest lead of a chosen action: {certificate['smallest_margin']:.3g}")
+        print(f"smallest margin of a chosen action: {certificate['smallest_margin']:.3g}")
