@@ -22,9 +22,9 @@ from actserve.engine.runtimes.preflight import refusal, this_host
 from actserve.store.artifact import Artifact, Program
 from actserve.store.local import ModelStore
 from actserve_export import compile as compiling
-from actserve_export.capture import Captured, capture
+from actserve_export.capture import TracedPolicy, capture
 from actserve_export.programs import aoti
-from actserve_export.programs.elf import read_needs
+from actserve_export.programs.elf import read_requirements
 from actserve_export.programs.exported import PROGRAM, load_program, save_program
 from actserve_export.programs.references import SMALLEST_BYTES
 from actserve_export.publish import export
@@ -37,12 +37,12 @@ ONNX = "policy.onnx"
 
 
 @pytest.fixture(scope="module")
-def captured() -> Captured:
+def captured() -> TracedPolicy:
     return capture(cart_source())
 
 
 @pytest.fixture(scope="module")
-def stored(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def stored(captured: TracedPolicy, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("program") / PROGRAM
     save_program(captured.program, path)
     return path.read_bytes()
@@ -66,7 +66,7 @@ def forbid(*_: Any, **__: Any) -> NoReturn:
 
 
 def test_the_program_is_stored_and_loaded_without_pickle(
-    captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    captured: TracedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in (
         (pickle, "Unpickler"), (pickle, "Pickler"), (pickle, "loads"), (pickle, "load"), (pickle, "dumps"),
@@ -98,7 +98,7 @@ def test_no_folder_of_the_exporting_machine_is_in_it(stored: bytes) -> None:
     assert b"stack_trace" not in stored
 
 
-def test_the_batch_stays_symbolic(captured: Captured, stored: bytes) -> None:
+def test_the_batch_stays_symbolic(captured: TracedPolicy, stored: bytes) -> None:
     program = load_program(stored)
     assert [str(v) for v in program.range_constraints.values()] == [
         str(v) for v in captured.program.range_constraints.values()
@@ -226,7 +226,9 @@ def test_compile_takes_the_weights_from_the_onnx(wide: Artifact, tmp_path: Path)
         load_program(artifact.read(PROGRAM), artifact.read)
 
 
-def test_a_program_with_all_its_weights_is_stored_as_ever(captured: Captured, stored: bytes, tmp_path: Path) -> None:
+def test_a_program_with_all_its_weights_is_stored_as_ever(
+    captured: TracedPolicy, stored: bytes, tmp_path: Path
+) -> None:
     save_program(captured.program, tmp_path / PROGRAM, {ONNX: b"another program"})
     assert metadata_of((tmp_path / PROGRAM).read_bytes()) == metadata_of(stored)
     assert metadata_of(stored)["format"] == "1"
@@ -290,7 +292,7 @@ def test_the_requirements_are_what_the_library_says(cart: Artifact) -> None:
     requires = cart.manifest.programs["pt2"].requires
     with zipfile.ZipFile(cart.folder / "policy.pt2") as package:
         (name,) = [name for name in package.namelist() if name.endswith(".so")]
-        needs = read_needs(package.read(name))
+        needs = read_requirements(package.read(name))
     assert requires["glibc"] == needs.versions["GLIBC"]
     assert requires["glibcxx"] == needs.versions["GLIBCXX"]
     assert requires["glibcxx"].startswith("3.4.")

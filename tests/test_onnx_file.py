@@ -44,7 +44,7 @@ def test_it_is_certified_against_itself_and_published(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "store")
     artifact = export(source, name, store, origin="My_Policy.onnx", progress=said.append).artifact
     manifest = artifact.manifest
-    assert "no .pt2: the policy can be built for onnx alone" in said
+    assert "no .pt2: the policy can be built for onnx only" in said
     assert [f"{spec.name} {spec}" for spec in manifest.signature.observations] == ["obs float32[4]"]
     assert [f"{spec.name} {spec}" for spec in manifest.signature.outputs] == ["action int64[]", "q float32[3]"]
     assert manifest.signature.max_batch == 256
@@ -112,7 +112,7 @@ NAMED_ACTION = [
     ("how", "options", "message"),
     [
         ({"inputs": [("obs", [8, 4])]}, {}, r"the batch first, of any size or of 1; the file's shape is \[8, 4"),
-        ({"inputs": [("obs", ["n", "m"])]}, {}, "expected fixed sizes behind the batch"),
+        ({"inputs": [("obs", ["n", "m"])]}, {}, "expected fixed sizes after the batch"),
         ({"nodes": [helper.make_node("Relu", ["seed"], ["q"])], "inputs": [("seed", ["n", 3])]}, {}, "requests use"),
         ({"dtype": TensorProto.DOUBLE}, {}, "ONNX Runtime refused the file"),
         ({}, {"outputs": ("a",)}, "no output named 'a'; the file gives q"),

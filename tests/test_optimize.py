@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actserve_export.capture import Captured, capture
+from actserve_export.capture import TracedPolicy, capture
 from actserve_export.programs import onnx
 from actserve_export.programs.onnx_session import open_session
 from actserve_export.programs.rewrites.optimize import optimize
@@ -52,16 +52,16 @@ class Pictures(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def captured() -> Captured:
+def captured() -> TracedPolicy:
     return capture(pong())
 
 
 @pytest.fixture(scope="module")
-def optimized(captured: Captured) -> Captured:
+def optimized(captured: TracedPolicy) -> TracedPolicy:
     return replace(captured, program=optimize(captured.program)[0])
 
 
-def test_the_rewrites_are_named(captured: Captured) -> None:
+def test_the_rewrites_are_named(captured: TracedPolicy) -> None:
     _, applied = optimize(captured.program)
     assert "pick pixels before converting them: 210x160 -> 84x84" in applied
     assert "columns, scale and greyscale in one product: 120 -> 21" in applied
@@ -71,7 +71,7 @@ def test_the_rewrites_are_named(captured: Captured) -> None:
     assert not any(name.startswith(("pick", "columns")) for name in tidied)
 
 
-def test_the_batch_stays_symbolic_and_the_signature_as_it_was(captured: Captured, optimized: Captured) -> None:
+def test_the_batch_stays_symbolic_and_the_signature_as_it_was(captured: TracedPolicy, optimized: TracedPolicy) -> None:
     before, after = captured.program, optimized.program
     assert after.graph_signature.user_inputs == before.graph_signature.user_inputs
     assert [(r.lower, r.upper) for r in after.range_constraints.values()] == [(1, 256)]
@@ -82,7 +82,7 @@ def test_the_batch_stays_symbolic_and_the_signature_as_it_was(captured: Captured
 
 
 @pytest.mark.parametrize("count", [1, 2, 33])
-def test_the_graph_gives_the_same_answers(captured: Captured, optimized: Captured, count: int) -> None:
+def test_the_graph_gives_the_same_answers(captured: TracedPolicy, optimized: TracedPolicy, count: int) -> None:
     batch = screens(count)
     action, values = optimized.program.module()(batch)
     expected = captured.run_reference({"pixels": batch.numpy()})
@@ -198,7 +198,7 @@ def test_a_policy_without_pictures_is_only_tidied() -> None:
     np.testing.assert_array_equal(values.detach().numpy(), expected["action_value"])
 
 
-def test_nothing_is_left_for_a_second_time(optimized: Captured) -> None:
+def test_nothing_is_left_for_a_second_time(optimized: TracedPolicy) -> None:
     assert optimize(optimized.program) == (optimized.program, [])
 
 
@@ -211,6 +211,19 @@ def test_what_is_computed_twice_is_shared() -> None:
     program, applied = optimize(export(Twice(), screens(4)))
     assert applied == ["share what is computed twice: 2"]
     assert torch.equal(program.module()(screens(2)), Twice()(screens(2)))
+
+
+class IntegerAndFloat(nn.Module):
+    """1 and 1.0 are equal in Python, and give another dtype here; torch's `CSEPass` merges the two sums."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return pixels + 1, pixels + 1.0
+
+
+def test_numbers_of_another_type_are_not_the_same() -> None:
+    program, applied = optimize(export(IntegerAndFloat(), screens(4)))
+    assert applied == []
+    assert [result.dtype for result in program.module()(screens(2))] == [torch.uint8, torch.float32]
 
 
 class WrittenTo(nn.Module):
@@ -237,7 +250,7 @@ def test_random_numbers_are_not_shared() -> None:
     assert program.module()(screens(2)).abs().max() > 0
 
 
-def test_the_program_agrees_with_the_policy(captured: Captured, optimized: Captured, tmp_path: Path) -> None:
+def test_the_program_agrees_with_the_policy(captured: TracedPolicy, optimized: TracedPolicy, tmp_path: Path) -> None:
     """The `.onnx`, which is rewritten the most; `.pt2` and all the certificate says: `tests/e2e`."""
     onnx.convert_program(optimized.program, optimized.signature, tmp_path / "policy.onnx")
     session = open_session((tmp_path / "policy.onnx").read_bytes())

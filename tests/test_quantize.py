@@ -10,7 +10,7 @@ import pytest
 
 from actserve.core.errors import CaptureFailed, Disagreement
 from actserve.core.signature import Array, Arrays
-from actserve_export.capture import Captured, capture
+from actserve_export.capture import TracedPolicy, capture
 from actserve_export.programs.onnx import convert_program
 from actserve_export.programs.quantize import compensate
 from actserve_export.programs.quantize import quantize as quantization
@@ -40,13 +40,13 @@ def screens() -> Array:
 
 
 @pytest.fixture(scope="module")
-def captured() -> Captured:
+def captured() -> TracedPolicy:
     found = capture(pong())
     return replace(found, program=optimize(found.program)[0])
 
 
 @pytest.fixture(scope="module")
-def folder(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(captured: TracedPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
     convert_program(captured.program, captured.signature, folder / "policy.onnx")
     return folder
@@ -54,7 +54,7 @@ def folder(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("full_range", [True, False])
 def test_int8_does_what_the_policy_does(
-    captured: Captured, folder: Path, screens: Array, full_range: bool, monkeypatch: pytest.MonkeyPatch
+    captured: TracedPolicy, folder: Path, screens: Array, full_range: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "AGREEMENT", FEW)
     target = folder / "int8.onnx"
@@ -78,7 +78,7 @@ def test_int8_does_what_the_policy_does(
     assert certificate["scores"]["int8"] == certificate["scores"]["original"]
 
 
-def test_a_program_that_disagrees_gets_no_certificate(captured: Captured, folder: Path, screens: Array) -> None:
+def test_a_program_that_disagrees_gets_no_certificate(captured: TracedPolicy, folder: Path, screens: Array) -> None:
     original = runner(folder / "policy.onnx")
 
     def wrong(batch: Arrays) -> Arrays:
@@ -111,9 +111,9 @@ def test_what_is_off_on_average_is_made_good(folder: Path, screens: Array, tmp_p
         return float(np.abs(values[0] - values[1]).mean())
 
     before = off()
-    compensate.correct(original, draft, layers[1:-1], calibration)
+    compensate.correct_biases(original, draft, layers[1:-1], calibration)
     corrected = off()
-    compensate.refit(original, draft, layers[-1], calibration)
+    compensate.refit_last_layer(original, draft, layers[-1], calibration)
     assert off() < corrected < before
 
 

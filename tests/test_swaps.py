@@ -17,15 +17,15 @@ from torchrl.modules.tensordict_module.exploration import AdditiveGaussianModule
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays
-from actserve_export.capture import Captured, capture
-from actserve_export.sources.keys import join, named
+from actserve_export.capture import TracedPolicy, capture
+from actserve_export.sources.keys import key_name, keys_by_name
 from actserve_export.sources.policy_source import PolicySource
 from tests import policies
 
 STEPS, ROWS = 200, 6
 
 
-def steps(captured: Captured, seed: int = 0) -> list[Arrays]:
+def steps(captured: TracedPolicy, seed: int = 0) -> list[Arrays]:
     rng = np.random.default_rng(seed)
     made = []
     for step in range(STEPS):
@@ -34,7 +34,7 @@ def steps(captured: Captured, seed: int = 0) -> list[Arrays]:
     return made
 
 
-def roll(captured: Captured, sequence: list[Arrays]) -> list[Arrays]:
+def roll(captured: TracedPolicy, sequence: list[Arrays]) -> list[Arrays]:
     signature = captured.signature
     state = {s.spec.name: s.spec.zeros(ROWS) for s in signature.state}
     results = []
@@ -44,7 +44,7 @@ def roll(captured: Captured, sequence: list[Arrays]) -> list[Arrays]:
     return results
 
 
-def roll_torchrl(policy: Any, captured: Captured, sequence: list[Arrays]) -> list[Any]:
+def roll_torchrl(policy: Any, captured: TracedPolicy, sequence: list[Arrays]) -> list[Any]:
     """The policy as TorchRL runs it, one tensordict after the other, state under its own keys."""
     carried: dict[Any, torch.Tensor] = {}
     results = []
@@ -216,13 +216,13 @@ def test_a_transform_that_keeps_state_of_its_own_is_refused_by_name() -> None:
 )
 def test_key_collisions_are_refused_by_name(keys: list[Any], message: str) -> None:
     with pytest.raises(CaptureFailed, match=message):
-        named(keys, "input")
+        keys_by_name(keys, "input")
 
 
 def test_keys_join_with_an_underscore() -> None:
-    assert join(("group0", "agent0", "obs")) == "group0_agent0_obs"
-    assert join(("next", "h")) == "h"
-    assert join("x") == "x"
+    assert key_name(("group0", "agent0", "obs")) == "group0_agent0_obs"
+    assert key_name(("next", "h")) == "h"
+    assert key_name("x") == "x"
 
 
 def test_random_numbers_that_cannot_be_lifted_are_refused_by_name() -> None:

@@ -14,7 +14,14 @@ from actserve.core.errors import UsageError
 from actserve_export.training import distill
 from actserve_export.training.dqn import Recipe, train
 from actserve_export.training.games import CODES, Games
-from actserve_export.training.pong import WEIGHTS, Head, begin_as, pong, recurrent_network, value_network
+from actserve_export.training.pong import (
+    WEIGHTS,
+    Head,
+    copy_feed_forward_weights,
+    pong,
+    recurrent_network,
+    value_network,
+)
 from actserve_export.training.recurrent import RecurrentRecipe, RecurrentStudent
 from actserve_export.training.run import Run, draw, optimizer_tensors, restore_optimizer
 from actserve_export.training.student import ACTIONS, Student, StudentRecipe, centre, centred, uncentre
@@ -224,7 +231,7 @@ def test_a_student_with_memory_starts_as_the_one_without() -> None:
     weights = load_file(WEIGHTS["pong"])
     network = recurrent_network()
     with torch.no_grad():
-        begin_as(network, weights)
+        copy_feed_forward_weights(network, weights)
     feed_forward = value_network()
     feed_forward.load_state_dict(weights)
     pixels = torch.rand(3, 1, 84, 84)
@@ -246,7 +253,7 @@ def test_a_window_is_learned_from_as_it_was_played() -> None:
     values = student.playing(student.network)
     steps = []
     for number in range(8):
-        games.begun[:] = number in (0, 5)
+        games.restarted[:] = number in (0, 5)
         step = values(games)
         steps.append(step.set("target", step["values"].softmax(-1)))
         games.step(CODES[[1, 2]])

@@ -1,6 +1,6 @@
 """actserve, offline: turns a policy into a verified artifact in a model store.
 
-What a factory returns, and what makes it: `PolicySource`, `from_module`, `from_sb3`, `OnnxSource`.
+A factory returns a `PolicySource` or an `OnnxSource`; `from_module` and `from_sb3` make a `PolicySource`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tutorial's comparison, completed: TorchRL, .pt2 and .onnx drive the same game, in process and through HTTP."""
+"""The tutorial's comparison, and more: TorchRL, .pt2 and .onnx play the same game, in process and through HTTP."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Act = Callable[[Array], int]
 
 @dataclass(frozen=True)
 class Measurement:
-    """`steps` of the game with one way of asking the policy. Times are wall time on one thread."""
+    """The steps of the game with one way of running the policy. Times are wall time on one thread."""
 
     way: str
-    total_ms: float  # the game's own time included, as in the tutorial
-    act_us: float  # median of one question
-    actions_sha256: str  # equal when two ways played the same game
+    total_ms: float  # includes the game's own time, as in the tutorial
+    act_us: float  # median time of one action
+    actions_sha256: str  # equal for two ways that played the same game
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def run(artifact: Artifact, store: str, steps: int, console: Console) -> list[Measurement]:
-    """Measure every way that this host can run. Raises `UsageError` if the artifact plays no game."""
+    """Measure every program that this host can run. Raises `UsageError` if the artifact plays no game."""
     manifest = artifact.manifest
     if manifest.environment is None:
-        raise UsageError(f"{artifact.label} plays no game: there is nothing to compare on")
+        raise UsageError(f"{artifact.label} plays no game; expected an artifact with an environment")
     runtimes = [name for name in ("pt2", "onnx") if not preflight.refusal(name, manifest, preflight.this_host())]
     rows: list[Measurement] = []
     with console.status("TorchRL") as status:
@@ -67,7 +67,7 @@ def _in_process(name: str, artifact: Artifact) -> Act:
 
 def _measure(way: str, act: Act, artifact: Artifact, steps: int) -> Measurement:
     assert artifact.manifest.environment is not None
-    _play(act, artifact, 20)  # warm
+    _play(act, artifact, 20)  # warm-up
     started = time.perf_counter()
     report = _play(act, artifact, steps)
     total_ms = (time.perf_counter() - started) * 1000

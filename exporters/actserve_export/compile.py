@@ -1,4 +1,4 @@
-"""Build the `.pt2` for this host from what the store holds, with torch and a C++ compiler: no TorchRL, no user code."""
+"""Build the `.pt2` for this host from a stored artifact, with torch and a C++ compiler: no TorchRL, no user code."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def compile(  # noqa: A001, the command's name
     progress: Callable[[str], None] = lambda step: None,
     native: bool = False,
 ) -> Artifact:
-    """Publish `artifact` with a `.pt2` for this host as its name's next version, if it repeats the golden samples.
+    """Publish `artifact` with a `.pt2` for this host as the next version, if it repeats the golden samples.
 
-    Returns the version that has such a `.pt2` already where there is one. `native`: for this CPU alone. Raises
-    `CaptureFailed`, `Disagreement` or `StoreError`.
+    If a version of the same export already has such a `.pt2`, returns that version. `native` builds for this CPU only.
+    Raises `CaptureFailed`, `Disagreement` or `StoreError`.
     """
     manifest = artifact.manifest
     if PROGRAM not in manifest.files:
@@ -57,7 +57,7 @@ def compile(  # noqa: A001, the command's name
 
 
 def _existing(artifact: Artifact, store: ModelStore, native: bool) -> Artifact | None:
-    """A good version of the same export whose `.pt2` is for this host and this wish."""
+    """A version of the same export whose `.pt2` runs here and was built with the same `native`."""
     fingerprint = artifact.manifest.provenance.get("fingerprint")
     for found in store.find(artifact.manifest.name, fingerprint) if fingerprint else []:
         program = found.manifest.programs.get("pt2")
@@ -69,7 +69,7 @@ def _existing(artifact: Artifact, store: ModelStore, native: bool) -> Artifact |
 
 
 def _copies(artifact: Artifact, folder: Path) -> dict[str, Path]:
-    """Every file of the artifact but its `.pt2`, verified, in `folder`."""
+    """Copies of the artifact's files without its `.pt2`, verified, in `folder`."""
     old = artifact.manifest.programs.get("pt2")
     files: dict[str, Path] = {}
     for name in artifact.manifest.files:

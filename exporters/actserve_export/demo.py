@@ -1,4 +1,4 @@
-"""`make demo`: export the bundled policy, serve it with each runtime, play one whole game through each."""
+"""`make demo`: export the bundled policy, serve it with each runtime, and play one whole game with each."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ POLICY = "pong"
 
 
 def main() -> None:
-    """Prints the scores and latencies, and what to try next."""
+    """Print scores, latencies and the next commands."""
     console = Console()
 
     def say(line: str) -> None:
         console.print(f"   {line}")
 
-    console.rule(f"1. export {POLICY} to .onnx and .pt2, and prove that they act as it does")
+    console.rule(f"1. export {POLICY} to .onnx and .pt2, and prove that they act the same")
     _, source = load(POLICY)
     done = export(source, POLICY, ModelStore(STORE), origin=POLICY, progress=say)
     tune_briefly(done.artifact, say)

@@ -1,8 +1,8 @@
-"""An artifact's `.onnx` program in int8, published beside it as `<name>-int8` with a certificate of its own.
+"""An artifact's `.onnx` program in int8, published as another artifact, `<name>-int8`, with its own certificate.
 
-int8 is not the policy to the last bit, so it is another artifact: its certificate says how often its actions are the
-original's on screens it was not calibrated on, and what a game played with each came to. Its golden samples are its
-own answers: what a host must repeat.
+An int8 program gives slightly different results. Its certificate says how often its actions equal the original's on
+held-out screens, and the scores of a game played with each. A host must repeat the int8 program's results, so these are
+its golden samples.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from actserve_export.certify import certify
 from actserve_export.programs.quantize.quantize import Run, certify_int8, is_x86, quantize
 from actserve_export.publish import Export
 from actserve_export.sources import samples
-from actserve_export.sources.interfaces import Source
+from actserve_export.sources.interfaces import ExportSource
 
-SAMPLES = 4096  # half to calibrate, half held out; hundreds cannot tell 99.4 % from 99.7 %
+SAMPLES = 4096  # half to calibrate, half held out; fewer cannot tell 99.4 % from 99.7 %
 ONNX = "policy.onnx"
 
 Play = Callable[[Run, Environment], Sequence[float]]  # plays the same games each time; their scores
 
 
 def export_int8(
-    original: Artifact, source: Source, store: ModelStore, play: Play, progress: Callable[[str], None]
+    original: Artifact, source: ExportSource, store: ModelStore, play: Play, progress: Callable[[str], None]
 ) -> Export:
     """Quantise `original`'s `.onnx` and publish it. Raises `CaptureFailed` or `Disagreement` below 99.5 % agreement."""
     manifest = original.manifest
@@ -70,7 +70,7 @@ def _first_certified(
     folder: Path,
     progress: Callable[[str], None],
 ) -> tuple[Manifest, Runtime]:
-    """The fastest int8 program that is certified: its manifest, itself, loaded, and its file in `folder`."""
+    """The manifest and the loaded runtime of the fastest int8 program that passes; its file is in `folder`."""
     theirs = load("onnx", original)
     float32 = folder / "float32.onnx"
     float32.write_bytes(original.read_program("onnx"))
@@ -86,11 +86,11 @@ def _first_certified(
             evidence = certify_int8(draft.signature, ours.run, theirs.run, held_out, games)
         except Disagreement as error:
             ours.close()
-            refused = error  # the next one has more in floats
+            refused = error  # the next program has more layers in floats
         else:
             theirs.close()
             return replace(draft, certificate=_certificate(draft, made, evidence)), ours
-    assert refused is not None  # `quantize` says so itself when it finds none
+    assert refused is not None  # `quantize` raises if it finds no program
     raise refused
 
 
@@ -108,7 +108,7 @@ def _draft(original: Artifact, made: Mapping[str, Any]) -> Manifest:
 
 
 def _certificate(draft: Manifest, made: Mapping[str, Any], evidence: Mapping[str, Any]) -> dict[str, Any]:
-    """In the form of every certificate, with what int8 has to say beside it."""
+    """A certificate in the usual form, with the entry "int8"."""
     compared = {
         "compared": evidence["samples"],
         "action_disagreements": round((1 - evidence["agreement"]) * evidence["samples"]),

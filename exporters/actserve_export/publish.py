@@ -1,4 +1,4 @@
-"""The whole export, in order: capture, build, certify, publish."""
+"""The whole export: capture, build, certify, publish."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from actserve.store.artifact import FORMAT, GOLDEN, Artifact, Manifest
 from actserve.store.local import ModelStore
 from actserve_export.capture import capture
 from actserve_export.certify import certify
-from actserve_export.sources.interfaces import Exportable, Source
+from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 
 HOST_BOUND = ("pt2",)  # native code
-EVALUATION = "evaluation"  # of the certificate: the games that the policy played
+EVALUATION = "evaluation"  # the certificate's entry on the games that the policy played
 GRAPH = "graph.txt"
 _TOOLS = ("torch", "torchrl", "tensordict", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
-# An artifact that serves as it will be published, and where to tell the progress -> {EVALUATION: JSON-able}.
+# (an artifact with the programs as they will be published, a progress callback) -> {EVALUATION: JSON-able}
 Evaluate = Callable[[Artifact, Callable[[str], None]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Export:
-    """What an export came to. `published` is False when the store already held the same thing for this host."""
+    """The result of an export. `published` is False if the store already held the same export for this host."""
 
     artifact: Artifact
     published: bool
 
 
 def export(
-    source: Source,
+    source: ExportSource,
     name: str,
     store: ModelStore,
     *,
@@ -54,18 +54,19 @@ def export(
     evaluate: Evaluate | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Export:
-    """Publish `source` as the next version of `name`, if and only if its programs agree with it.
+    """Publish `source` as the next version of `name`, if its programs agree with it.
 
-    `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU alone,
-    `device` for "cpu" or "cuda". `portable` leaves out, once it is certified, what only hosts like this one can run.
-    What `evaluate` finds becomes part of the certificate; without it, what was found of the same export before does.
-    Raises `CaptureFailed`, `Disagreement`, `StoreError`, and what `evaluate` raises.
+    `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU only, and
+    `device` for "cpu" or "cuda". `portable` certifies all programs, and publishes only the portable ones.
+    The result of `evaluate` becomes part of the certificate. Without `evaluate`, an earlier version of the same export
+    provides it.
+    Raises `CaptureFailed`, `Disagreement`, `StoreError`, and the errors of `evaluate`.
     """
     progress("capturing the policy")
-    torch.set_num_threads(1)  # small batches gain nothing from more, and lose much where cores are busy
+    torch.set_num_threads(1)  # small batches gain nothing from more, and lose much on a busy machine
     captured = capture(source)
     runtimes = _possible(runtimes, captured, progress)
-    target = {"native": native, "device": device}  # what the .pt2 is built for
+    target = {"native": native, "device": device}  # of the .pt2
     fingerprint = _fingerprint(captured, source, target)
     existing = store.find(name, fingerprint)
     kept = [runtime for runtime in runtimes if not (portable and runtime in HOST_BOUND)]
@@ -101,7 +102,7 @@ def export(
         files = {program.file: folder / program.file for program in programs.values()}
         files |= {GRAPH: folder / GRAPH, **captured.save(folder, programs)}
         files[GRAPH].write_text(captured.graph())
-        # The draft is an artifact in a store of its own: what is certified is opened as what is served will be.
+        # A draft in a temporary store, so that certifying opens the programs in the same way as serving.
         draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
         evidence = certify.certify(captured, source, draft, progress)
         files[GOLDEN] = folder / GOLDEN
@@ -118,26 +119,26 @@ def export(
 
 
 def _evaluation(existing: Sequence[Artifact]) -> dict[str, Any]:
-    """What the same export scored before, for a certificate."""
+    """The evaluation in an earlier version of the same export, as part of a certificate."""
     for artifact in existing:
         if EVALUATION in artifact.manifest.certificate:
             return {EVALUATION: artifact.manifest.certificate[EVALUATION]}
     return {}
 
 
-def _possible(runtimes: Sequence[str], captured: Exportable, progress: Callable[[str], None]) -> list[str]:
-    """Of `runtimes` those that the captured policy can be built for; `UsageError` for none."""
+def _possible(runtimes: Sequence[str], captured: CapturedPolicy, progress: Callable[[str], None]) -> list[str]:
+    """The `runtimes` that the captured policy can be built for. Raises `UsageError` if there are none."""
     possible = [runtime for runtime in runtimes if runtime in captured.runtimes]
     if not possible:
         raise UsageError(f"this policy can be built for {', '.join(captured.runtimes)}; got {', '.join(runtimes)}")
     for runtime in runtimes:
         if runtime not in possible:
-            progress(f"no .{runtime}: the policy can be built for {', '.join(captured.runtimes)} alone")
+            progress(f"no .{runtime}: the policy can be built for {', '.join(captured.runtimes)} only")
     return possible
 
 
-def _fingerprint(captured: Exportable, source: Source, target: dict[str, Any]) -> str:
-    """What makes two exports the same thing: graph, weights, contract, and the tools that build them."""
+def _fingerprint(captured: CapturedPolicy, source: ExportSource, target: dict[str, Any]) -> str:
+    """The hash of an export: graph, weights, signature, environment, target, and the versions of the tools."""
     identity = {
         "graph": captured.graph(),
         "weights": captured.weights_sha256(),

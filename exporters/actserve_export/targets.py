@@ -1,4 +1,4 @@
-"""What a user names on the command line -> a source: a known policy, a ``module:factory``, or a file."""
+"""The target on the command line -> a source: a known policy, a ``module:factory``, or a file."""
 
 from __future__ import annotations
 
@@ -21,45 +21,47 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.errors import CaptureFailed, UsageError
 from actserve.core.signature import Array
-from actserve_export.sources.interfaces import Source
-from actserve_export.sources.keys import join
+from actserve_export.sources.interfaces import ExportSource
+from actserve_export.sources.keys import key_name
 from actserve_export.sources.modules import from_module
 from actserve_export.sources.onnx_source import OnnxSource
 from actserve_export.sources.policy_source import PolicySource
 from actserve_export.training import atari
-from actserve_export.training.known import expected, find
+from actserve_export.training.known import find_policy, known_names
 
 _FILES = {".zip": "actserve_export.sources.sb3:from_sb3", ".onnx": "actserve_export.sources.onnx_source:OnnxSource"}
 
 
 def load(target: str, checkpoint: Path | None = None) -> tuple[str, PolicySource]:
-    """`find_source` for what is known to be a policy of TorchRL's or of PyTorch's."""
+    """`find_source` for a target that must be a policy of TorchRL or PyTorch. Raises `CaptureFailed` for an `.onnx`."""
     name, source = find_source(target, checkpoint)
     if not isinstance(source, PolicySource):
         raise CaptureFailed(f"{target}: expected a policy; got a {type(source).__name__}")
     return name, source
 
 
-def playing(source: Source, game: str) -> Source:
-    """`source` as a policy for a game of the Arcade Learning Environment, a ROM's name, whose screen is its only
-    observation that is an image. Raises `UsageError`."""
+def playing(source: ExportSource, game: str) -> ExportSource:
+    """`source` as a policy for `game`, the name of an ALE ROM. The screen is its only observation that is an image.
+
+    Raises `UsageError`.
+    """
     world = atari.environment(game)
     if not isinstance(source, PolicySource):
         raise UsageError("--game is for policies of TorchRL and PyTorch")
     entries = source.example.items(include_nested=True, leaves_only=True)
-    screens = [join(key) for key, value in entries if value.dtype == torch.uint8 and value.ndim == 3]
+    screens = [key_name(key) for key, value in entries if value.dtype == torch.uint8 and value.ndim == 3]
     if len(screens) != 1:
         raise UsageError(f"expected one observation of a screen, uint8 (height, width, 3); got {len(screens)}")
     return replace(source, environment=replace(world, screen=screens[0]))
 
 
-def find_source(target: str, checkpoint: Path | None = None, action: str | None = None) -> tuple[str, Source]:
-    """(artifact name, source) for a known policy's name, a ``module:factory``, or a file: Stable-Baselines3's `.zip`,
-    `.onnx`. `checkpoint` are weights for a policy; `action` says what a plain module's or an `.onnx` file's output is.
+def find_source(target: str, checkpoint: Path | None = None, action: str | None = None) -> tuple[str, ExportSource]:
+    """(artifact name, source) for a known policy's name, a ``module:factory``, or a file (`.zip` of SB3, `.onnx`).
 
-    Raises `UsageError` for what cannot be found and `CaptureFailed` for a factory that gives something else.
+    `checkpoint` has the weights of a policy. `action` says what the output of a plain module or an `.onnx` file is.
+    Raises `UsageError` for a target that cannot be found, and `CaptureFailed` for another result of a factory.
     """
-    sys.path.insert(0, str(Path.cwd()))  # the user's own modules are where the user stands
+    sys.path.insert(0, str(Path.cwd()))  # the user's modules are in the current folder
     try:
         name, made = _make_from_file(Path(target)) if Path(target).suffix in _FILES else _make(target, checkpoint)
     finally:
@@ -80,10 +82,10 @@ def _make_from_file(path: Path) -> tuple[str, object]:
 
 
 def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
-    known = find(target)
+    known = find_policy(target)
     path = known.factory if known else target
     if not path.partition(":")[2]:
-        raise UsageError(f"expected {expected()}, module:factory, or a file ({', '.join(_FILES)}); got {target!r}")
+        raise UsageError(f"expected {known_names()}, module:factory, or a file ({', '.join(_FILES)}); got {target!r}")
     if known and not known.weights_ship and checkpoint is None:
         raise UsageError(
             f"no weights of {target} ship: train it (actserve train {target}), then export it with --checkpoint"
@@ -92,13 +94,13 @@ def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
         made = resolve_name(path)(*(known.arguments if known else ()))
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{target!r} cannot be imported: {error}") from error
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # the user's own code
         raise UsageError(f"{target} raised {type(error).__name__}: {error}{_place(error)}") from error
     return target if known else path.partition(":")[2], made
 
 
 def _place(error: Exception) -> str:
-    """Where in the user's own code."""
+    """The file and line of an error in the user's code, for a message."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
 
@@ -139,9 +141,9 @@ def _restore(source: PolicySource | OnnxSource, checkpoint: Path) -> None:
 
 
 def actor(target: str) -> Callable[[Array], int]:
-    """The policy as TorchRL runs it, called with one observation after the other of one episode; for comparisons.
+    """The policy as TorchRL runs it, for comparisons: observation -> action.
 
-    Each without a batch axis. What the policy writes for its next step it is given there.
+    Call it with the observations of one episode, in order, each without a batch axis. It carries the policy's state.
     """
     _, source = load(target)
     torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from actserve.atari.play import play
 from actserve.core.environment import Environment
 from actserve.core.signature import Array, Arrays
 from actserve.engine import golden
-from actserve_export.capture import Captured, capture
+from actserve_export.capture import TracedPolicy, capture
 from actserve_export.programs import aoti, onnx
 from actserve_export.programs.quantize.quantize import certify_int8, quantize
 from actserve_export.programs.rewrites.optimize import optimize
@@ -77,7 +77,7 @@ def race(programs: dict[str, Run], screens: Array) -> dict[str, dict[int, float]
     return medians
 
 
-def build(captured: Captured, calibration: Array, folder: Path, pt2: bool) -> tuple[dict[str, Run], list[str], Any]:
+def build(captured: TracedPolicy, calibration: Array, folder: Path, pt2: bool) -> tuple[dict[str, Run], list[str], Any]:
     """The programs by name, the first one the tutorial's; the rewrites; what the quantiser says."""
     optimized, applied = optimize(captured.program)
     onnx.convert_program(captured.program, captured.signature, folder / "tutorial.onnx")

@@ -1,7 +1,9 @@
-"""Randomness, lifted out: while a policy runs under `Lifted`, torch's random functions take the program's noise inputs.
+"""Random functions as functions of noise inputs: while a policy runs under `NoiseFromInputs`, torch draws nothing.
 
-Each call becomes a function of standard noise: the inverse of the distribution function, or, for a choice among
-probabilities, the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014), so that equal noise gives equal actions.
+Each call of a random function of torch, with a result of (B, ...), asks `StepIO` for standard noise of that shape
+("uniform" in 0..1, "normal", "exponential" or "gumbel", float32) and transforms it with the inverse of the distribution
+function. A choice among probabilities uses the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014). Equal noise gives
+equal actions.
 """
 
 from __future__ import annotations
@@ -21,53 +23,53 @@ from torchrl.modules.distributions import TruncatedNormal, truncated_normal
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Distribution
-from actserve_export.capture.ports import Ports
+from actserve_export.capture.step_io import StepIO
 
 
-class Lifted(TorchFunctionMode):
-    """Serves random functions from `ports`. Raises `CaptureFailed` for those that cannot be lifted, by name."""
+class NoiseFromInputs(TorchFunctionMode):
+    """Replaces random functions. Raises `CaptureFailed` with the name of a function that has no replacement."""
 
-    def __init__(self, ports: Ports) -> None:
+    def __init__(self, io: StepIO) -> None:
         super().__init__()
-        self._ports = ports
+        self._io = io
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        lifted = _LIFTED.get(func)
-        if lifted is not None:
-            return lifted(self._draw, *args, **kwargs)
+        replacement = _REPLACEMENTS.get(func)
+        if replacement is not None:
+            return replacement(self._draw, *args, **kwargs)
         if func in _REFUSED:
             raise CaptureFailed(
                 f"{resolve_name(func)} draws random numbers that cannot be made an input of the program; "
                 "export the deterministic policy, or draw from uniform, normal or categorical distributions"
             )
         if torch.compiler.is_exporting() and _constant(func, args, kwargs):
-            # What depends on no input is computed now, so that a check on it (low < high, say) is no branch.
+            # Computed while tracing, so that a check of constants (low < high, say) becomes no branch in the graph.
             with _disable_current_modes():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _draw(self, distribution: Distribution, shape: Any) -> Tensor:
-        """Noise of `shape`, which must have the batch first, after axes of 1 at most."""
+        """Noise of `shape`. The batch must be the first axis that is not 1."""
         ones = 0
         for extent in shape:
-            if isinstance(extent, int) and extent == 1 and self._ports.batch != 1:
+            if isinstance(extent, int) and extent == 1 and self._io.batch != 1:
                 ones += 1
                 continue
             break
         item = tuple(int(extent) for extent in shape[ones + 1 :])
-        if ones == len(shape) or (isinstance(shape[ones], int) and shape[ones] != self._ports.batch):
+        if ones == len(shape) or (isinstance(shape[ones], int) and shape[ones] != self._io.batch):
             raise CaptureFailed(
-                f"the policy draws random numbers of shape {tuple(shape)} for a batch of {self._ports.batch}: "
+                f"the policy draws random numbers of shape {tuple(shape)} for a batch of {self._io.batch}: "
                 "expected the batch first, so that each item has its own"
             )
-        noise = self._ports.noise(distribution, item)
+        noise = self._io.noise(distribution, item)
         return noise if ones == 0 else noise.reshape(shape)
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
-    """While tracing, TruncatedNormal branches on no values: it checks no bounds, and masks what needs no mask."""
+def without_value_checks() -> Iterator[None]:
+    """While tracing, `TruncatedNormal` must not branch on values: it skips its checks and always applies its masks."""
     base = truncated_normal.TruncatedNormal
     branching = TruncatedNormal.log_prob, base.icdf, FakeTensor.tolist
     TruncatedNormal.log_prob, base.icdf = _truncated_log_prob, _truncated_icdf
@@ -88,13 +90,13 @@ def _truncated_log_prob(self: Any, value: Tensor) -> Tensor:
 
 
 def _truncated_icdf(self: Any, value: Tensor) -> Tensor:
-    """The base distribution's `icdf`, without writing behind autograd's back."""
+    """The base distribution's `icdf`, without its write to `.data`."""
     sample = self._from_std_rv(truncated_normal.TruncatedStandardNormal.icdf(self, value))
     return torch.maximum(torch.minimum(sample, self._non_std_b), self._non_std_a)
 
 
 def _constant(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call takes tensors, all of them plain ones, and changes none."""
+    """Whether a call takes tensors, none of them traced, and changes none in place."""
     name = getattr(func, "__name__", "_")
     values = tree_leaves((args, kwargs))
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -172,7 +174,7 @@ def _randint(draw: Draw, *arguments: Any, **named: Any) -> Tensor:
     return (low + (draw("uniform", size) * (high - low)).floor()).to(dtype)
 
 
-# Giles 2010, "Approximating the erfinv function": single precision, the centre and the tails.
+# Giles 2010, "Approximating the erfinv function", in single precision: the polynomials of the centre and the tails.
 _CENTRE = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 2.1858087e-04, -1.25372503e-03,
            -4.17768164e-03, 0.246640727, 1.50140941)  # fmt: skip
 _TAIL = (-2.00214257e-04, 1.00950558e-04, 1.34934322e-03, -3.67342844e-03, 5.73950773e-03, -7.6224613e-03,
@@ -180,7 +182,7 @@ _TAIL = (-2.00214257e-04, 1.00950558e-04, 1.34934322e-03, -3.67342844e-03, 5.739
 
 
 def _erfinv(_: Draw, x: Tensor) -> Tensor:
-    """The inverse error function, which ONNX does not have."""
+    """The inverse error function; ONNX has no operator for it."""
     w = -torch.log((1 - x) * (1 + x))
     return x * torch.where(w < 5, _polynomial(_CENTRE, w - 2.5), _polynomial(_TAIL, torch.sqrt(w) - 3))
 
@@ -192,7 +194,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return result
 
 
-_LIFTED: dict[Any, Callable[..., Tensor]] = {
+_REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     torch.rand: _rand,
     torch.randn: _randn,
     torch.rand_like: _rand_like,

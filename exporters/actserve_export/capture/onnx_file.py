@@ -1,7 +1,7 @@
-"""An `.onnx` file that is there already -> a program with a Signature; the policy that it was made from is not needed.
+"""An `.onnx` file -> a program with a Signature. The model that the file was exported from is not needed.
 
-The signature is read off the graph and one run. What can be proven is less than with a policy at hand: that the program
-in the store gives what the file gives, and that a batch gives what its items give alone.
+The signature comes from the graph and from one run. The certificate proves less than it does for a policy: the program
+in the store gives the same results as the file, and a batch gives the same results as its items alone.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from actserve.store.artifact import Program
 from actserve_export.capture.trace import MAX_BATCH
 from actserve_export.programs.onnx_graph import (
     add_argmax,
-    declare,
     dtype_of,
-    forget_source,
     inputs_of,
     opset_of,
     outputs_of,
-    read,
+    read_model,
     refuse_random,
+    remove_source_traces,
+    write_signature,
 )
 from actserve_export.programs.onnx_session import open_session
 from actserve_export.sources import samples
@@ -40,9 +40,11 @@ from actserve_export.sources.onnx_source import OnnxSource
 log = logging.getLogger("actserve")
 
 
-class OnnxFile:
-    """`model` is the program; `session` is the file as it was given, which gives the reference; of its output `scores`,
-    where there is one, the action is the largest."""
+class OnnxPolicy:
+    """`model` is the program, and `session` runs the user's file unchanged, as the reference.
+
+    If `scores` names an output, the action is the index of its largest value.
+    """
 
     runtimes: ClassVar[tuple[str, ...]] = ("onnx",)
 
@@ -53,7 +55,7 @@ class OnnxFile:
         self._rewrites = tuple(rewrites)
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
-        """What the file gives for each item alone."""
+        """The results of the file for each item alone."""
         results = _one_by_one(self._session, self._names, inputs)
         if self._scores is not None:
             results["action"] = results[self._scores].argmax(-1)
@@ -71,7 +73,7 @@ class OnnxFile:
         return text
 
     def weights_sha256(self) -> str:
-        """Of the whole program, which the weights are a part of."""
+        """The hash of the whole program, which includes the weights."""
         return hashlib.sha256(self._data()).hexdigest()
 
     def _data(self) -> bytes:
@@ -87,11 +89,11 @@ class OnnxFile:
         return Program(file, {"opset": opset_of(self._model)}, self._rewrites)
 
 
-def capture_onnx_file(source: OnnxSource) -> OnnxFile:
-    """Read the file, and off it the signature. Raises `UsageError` for a file that cannot be read, `CaptureFailed`."""
+def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
+    """Read the file and derive its signature. Raises `UsageError` for an unreadable file, and `CaptureFailed`."""
     if source.action not in ACTIONS:
         raise CaptureFailed(f"expected an action of {' or '.join(ACTIONS)}; got {source.action!r}")
-    model = read(Path(source.path))
+    model = read_model(Path(source.path))
     refuse_random(model.graph)
     session = _session(model)
     inputs, single = inputs_of(model.graph)
@@ -113,11 +115,13 @@ def capture_onnx_file(source: OnnxSource) -> OnnxFile:
         state=tuple(State(spec, source.state[spec.name]) for spec in inputs if spec.name in source.state),
     )
     if not single and not _batches(session, names, samples.collect(source, signature, 3)):
-        log.warning("exported one item at a time, because the file gives other answers, or none, for a batch")
+        log.warning(
+            "exported one item at a time: for a batch the file fails, or its results differ from those of single items"
+        )
         signature = replace(signature, max_batch=1)
-    declare(model.graph, signature)
-    forget_source(model.graph)
-    return OnnxFile(model, session, signature, scores, rewrites)
+    write_signature(model.graph, signature)
+    remove_source_traces(model.graph)
+    return OnnxPolicy(model, session, signature, scores, rewrites)
 
 
 def _session(model: Any) -> Any:
@@ -145,7 +149,7 @@ def _one_by_one(session: Any, names: Sequence[str], inputs: Mapping[str, Array])
 
 
 def _batches(session: Any, names: Sequence[str], batch: Arrays) -> bool:
-    """Whether a batch gives what its items give alone."""
+    """Whether a batch gives the same results as its items alone."""
     try:
         together = _run(session, names, batch)
     except CaptureFailed:

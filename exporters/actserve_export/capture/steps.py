@@ -1,7 +1,17 @@
-"""One step of each TorchRL module that hides state or draws, item by item.
+"""Replacements for the TorchRL modules that hide state or draw random numbers. Each does one step, item by item.
 
-What it keeps between calls, and what it draws, comes through `Ports`, and so becomes inputs and outputs of the program.
-Each does the arithmetic of the module that it replaces; `tests/test_swaps.py` holds them against it.
+A replacement takes a tensordict of (B, ...) tensors and writes its result there, under the same keys. State and noise
+go through `StepIO`, and so become inputs and outputs of the program:
+
+    RecurrentStep         is_init (B,), state (B, layers, hidden) per key, float32 -> the new state
+    FrameStack            is_init (B,), frames (B, ..., N * C, ...) -> the new frames
+    EpsilonGreedy         noise (B, 1 + width) uniform, epsilon (B,)
+    GaussianNoise         noise (B, *action) normal, sigma (B,)
+    OrnsteinUhlenbeck     is_init (B,), ou_noise (B, *action), ou_steps (B,) int64, noise (B, *action) normal,
+                          epsilon (B,) -> the new ou_noise and ou_steps
+    FixedObservationNorm, FixedVecNorm, LeftOut: nothing
+
+Each does the arithmetic of the module that it replaces. `tests/test_swaps.py` compares the two.
 """
 
 from __future__ import annotations
@@ -19,18 +29,18 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule, LSTMModule, OrnsteinUhlenbeckProcessModule
 
 from actserve.core.errors import CaptureFailed
-from actserve_export.capture.ports import Ports
-from actserve_export.sources.keys import join, leaf
+from actserve_export.capture.step_io import StepIO
+from actserve_export.sources.keys import key_name, last_part
 
 
 class StepModule(TensorDictModuleBase):
-    """A replacement: same keys, no batch-size plumbing."""
+    """A replacement with the keys of the original."""
 
-    def __init__(self, original: Any, ports: Ports) -> None:
+    def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__()
         self.in_keys = list(original.in_keys)
         self.out_keys = list(original.out_keys)
-        self.__dict__["ports"] = ports
+        self.__dict__["io"] = io
 
     @property
     def exploring(self) -> bool:
@@ -38,11 +48,11 @@ class StepModule(TensorDictModuleBase):
 
 
 class RecurrentStep(StepModule):
-    """One step of an `LSTMModule` or `GRUModule`: state (B, layers, hidden), zeroed where `is_init`."""
+    """One step of an `LSTMModule` or `GRUModule`. State is zeroed where `is_init`."""
 
-    def __init__(self, original: Any, ports: Ports) -> None:
-        super().__init__(original, ports)
-        fused = original.make_cudnn_based()  # torch's own cell, which both program builders know
+    def __init__(self, original: Any, io: StepIO) -> None:
+        super().__init__(original, io)
+        fused = original.make_cudnn_based()  # torch's own cell, which both runtimes support
         self.cell: Any = fused.lstm if isinstance(original, LSTMModule) else fused.gru
         self.state_keys = self.in_keys[1 : 3 if isinstance(original, LSTMModule) else 2]
         self.in_keys, self.out_keys = self.in_keys[:1], self.out_keys[:1]
@@ -50,11 +60,11 @@ class RecurrentStep(StepModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         features = tensordict.get(self.in_keys[0])
         shape = (self.cell.num_layers, self.cell.hidden_size)
-        started = self.ports.is_init().reshape(-1, 1, 1)
+        starts = self.io.is_init().reshape(-1, 1, 1)
         states = []
         for key in self.state_keys:
-            state = self.ports.state(join(key), shape, features.dtype)  # (B, layers, hidden)
-            states.append(torch.where(started, torch.zeros_like(state), state).transpose(0, 1).contiguous())
+            state = self.io.state(key_name(key), shape, features.dtype)  # (B, layers, hidden)
+            states.append(torch.where(starts, torch.zeros_like(state), state).transpose(0, 1).contiguous())
         steps = features.reshape(-1, 1, features.shape[-1])
         if len(states) == 2:
             result, new = self.cell(steps, (states[0], states[1]))
@@ -63,33 +73,33 @@ class RecurrentStep(StepModule):
             new = (new_state,)
         tensordict.set(self.out_keys[0], result.reshape(*features.shape[:-1], result.shape[-1]))
         for key, tensor in zip(self.state_keys, new, strict=True):
-            # Contiguous, because what comes out is fed back in, and a program takes strides on trust.
-            self.ports.replace(join(key), tensor.transpose(0, 1).contiguous())
+            # Contiguous, because the result is an input of the next step, and a program does not check strides.
+            self.io.set_next_state(key_name(key), tensor.transpose(0, 1).contiguous())
         return tensordict
 
 
 class FrameStack(StepModule):
-    """`CatFrames`: the last N observations along an axis are state; `padding` as trained fills it on `is_init`."""
+    """`CatFrames`: the last N observations along an axis are state. `padding` fills it on `is_init`, as in training."""
 
-    def __init__(self, original: Any, ports: Ports) -> None:
-        super().__init__(original, ports)
+    def __init__(self, original: Any, io: StepIO) -> None:
+        super().__init__(original, io)
         self.count, self.dim = original.N, original.dim
         self.padding, self.fill = original.padding, float(original.padding_value)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        started = self.ports.is_init()
+        starts = self.io.is_init()
         for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
             latest = tensordict.get(in_key)
-            name = "frames" if len(self.in_keys) == 1 else f"{join(in_key)}_frames"
+            name = "frames" if len(self.in_keys) == 1 else f"{key_name(in_key)}_frames"
             thick = latest.shape[self.dim]
             shape = list(latest.shape[1:])
             shape[self.dim] = thick * self.count
-            frames = self.ports.state(name, tuple(shape), latest.dtype, self.fill)
+            frames = self.io.state(name, tuple(shape), latest.dtype, self.fill)
             moved = torch.cat([frames.narrow(self.dim, thick, thick * (self.count - 1)), latest], self.dim)
             before = latest if self.padding == "same" else torch.full_like(latest, self.fill)
             fresh = torch.cat([before] * (self.count - 1) + [latest], self.dim)
-            stacked = torch.where(started.reshape(-1, *[1] * (latest.ndim - 1)), fresh, moved)
-            self.ports.replace(name, stacked)
+            stacked = torch.where(starts.reshape(-1, *[1] * (latest.ndim - 1)), fresh, moved)
+            self.io.set_next_state(name, stacked)
             tensordict.set(out_key, stacked)
         return tensordict
 
@@ -98,10 +108,10 @@ class FrameStack(StepModule):
 
 
 class EpsilonGreedy(StepModule):
-    """`EGreedyModule`, with a coin for each item: u[0] < epsilon takes the action that u[1:] picks."""
+    """`EGreedyModule` per item: with noise u, the action comes from u[1:] if u[0] < epsilon."""
 
-    def __init__(self, original: EGreedyModule, ports: Ports) -> None:
-        super().__init__(original, ports)
+    def __init__(self, original: EGreedyModule, io: StepIO) -> None:
+        super().__init__(original, io)
         self.key, self.mask_key = original.action_key, original.action_mask_key
         spec = original.spec
         self.spec: Any = spec[original.action_key] if isinstance(spec, Composite) else spec
@@ -111,10 +121,10 @@ class EpsilonGreedy(StepModule):
         if not self.exploring:
             return tensordict
         action = tensordict.get(self.key)
-        epsilon = self.ports.parameter("epsilon", self.epsilon, 0.0, 1.0)
+        epsilon = self.io.parameter("epsilon", self.epsilon, 0.0, 1.0)
         inner = tuple(int(extent) for extent in action.shape[1:])
         width = math.prod(inner) if isinstance(self.spec, (Bounded, MultiCategorical)) else 1
-        noise = self.ports.noise("uniform", (1 + width,))
+        noise = self.io.noise("uniform", (1 + width,))
         mask = tensordict.get(self.mask_key) if self.mask_key is not None else None
         drawn = self._random(noise[:, 1:], mask, inner).to(action.dtype)
         take = (noise[:, 0] < epsilon).reshape(-1, *[1] * len(inner))
@@ -122,7 +132,7 @@ class EpsilonGreedy(StepModule):
         return tensordict
 
     def _random(self, u: Tensor, mask: Tensor | None, inner: tuple[int, ...]) -> Tensor:
-        """(B, width) uniform -> (B, *inner) actions, uniform over the spec, or over what the mask allows."""
+        """(B, width) uniform -> (B, *inner) actions, uniform over the spec or the allowed actions."""
         if isinstance(self.spec, MultiCategorical):
             counts = torch.tensor([box.n for box in self.spec.space.boxes])
             return (u * counts).floor().reshape(-1, *inner)
@@ -133,7 +143,7 @@ class EpsilonGreedy(StepModule):
             raise CaptureFailed(f"epsilon-greedy over {type(self.spec).__name__} cannot be exported")
         index = (u[:, 0] * self.spec.space.n).floor().long()
         if mask is not None:
-            rank = (u[:, 0] * mask.sum(-1)).floor()  # the rank-th of the allowed
+            rank = (u[:, 0] * mask.sum(-1)).floor()  # the index among the allowed actions
             index = (mask.cumsum(-1) > rank.unsqueeze(-1)).long().argmax(-1)
         if isinstance(self.spec, OneHot):
             return torch.nn.functional.one_hot(index, self.spec.space.n)
@@ -141,10 +151,10 @@ class EpsilonGreedy(StepModule):
 
 
 class GaussianNoise(StepModule):
-    """`AdditiveGaussianModule`: the action plus sigma times normal noise, clamped to the spec."""
+    """`AdditiveGaussianModule`: adds sigma times normal noise to the action, and clamps it to the spec."""
 
-    def __init__(self, original: AdditiveGaussianModule, ports: Ports) -> None:
-        super().__init__(original, ports)
+    def __init__(self, original: AdditiveGaussianModule, io: StepIO) -> None:
+        super().__init__(original, io)
         self.key = original.action_key
         self.spec: Any = original.spec[original.action_key]
         self.sigma, self.mean, self.std = float(original.sigma), float(original.mean), float(original.std)
@@ -153,8 +163,8 @@ class GaussianNoise(StepModule):
         if not self.exploring:
             return tensordict
         action = tensordict.get(self.key)
-        sigma = self.ports.parameter("sigma", self.sigma, 0.0).reshape(-1, *[1] * (action.ndim - 1))
-        noise = self.ports.noise("normal", tuple(int(extent) for extent in action.shape[1:]))
+        sigma = self.io.parameter("sigma", self.sigma, 0.0).reshape(-1, *[1] * (action.ndim - 1))
+        noise = self.io.noise("normal", tuple(int(extent) for extent in action.shape[1:]))
         tensordict.set(self.key, _clamped(action + (noise * self.std + self.mean) * sigma, self.spec))
         return tensordict
 
@@ -162,8 +172,8 @@ class GaussianNoise(StepModule):
 class OrnsteinUhlenbeck(StepModule):
     """`OrnsteinUhlenbeckProcessModule`: the noise process and its age are state (Uhlenbeck & Ornstein 1930)."""
 
-    def __init__(self, original: OrnsteinUhlenbeckProcessModule, ports: Ports) -> None:
-        super().__init__(original, ports)
+    def __init__(self, original: OrnsteinUhlenbeckProcessModule, io: StepIO) -> None:
+        super().__init__(original, io)
         self.process: Any = original.ou
         self.key = original.ou.key
         self.spec: Any = original.spec[original.ou.key]
@@ -177,27 +187,27 @@ class OrnsteinUhlenbeck(StepModule):
         action = tensordict.get(self.key)
         inner = tuple(int(extent) for extent in action.shape[1:])
         wide = [1] * len(inner)
-        started = self.ports.is_init()
-        before = self.ports.state("ou_noise", inner, action.dtype)
-        age = self.ports.state("ou_steps", (), torch.int64)
-        before = torch.where(started.reshape(-1, *wide), torch.zeros_like(before), before) + process.x0
-        age = torch.where(started, torch.zeros_like(age), age)
+        starts = self.io.is_init()
+        before = self.io.state("ou_noise", inner, action.dtype)
+        age = self.io.state("ou_steps", (), torch.int64)
+        before = torch.where(starts.reshape(-1, *wide), torch.zeros_like(before), before) + process.x0
+        age = torch.where(starts, torch.zeros_like(age), age)
         sigma = (process.m * age + process.c).clamp_min(process.sigma_min).reshape(-1, *wide)
         drift = process.theta * (process.mu - before) * process.dt
-        after = before + drift + sigma * math.sqrt(process.dt) * self.ports.noise("normal", inner)
-        self.ports.replace("ou_noise", after - process.x0)
-        self.ports.replace("ou_steps", age + 1)
-        epsilon = self.ports.parameter("epsilon", self.epsilon, 0.0).reshape(-1, *wide)
+        after = before + drift + sigma * math.sqrt(process.dt) * self.io.noise("normal", inner)
+        self.io.set_next_state("ou_noise", after - process.x0)
+        self.io.set_next_state("ou_steps", age + 1)
+        epsilon = self.io.parameter("epsilon", self.epsilon, 0.0).reshape(-1, *wide)
         moved = action + epsilon * after
         tensordict.set(self.key, _clamped(moved, self.spec) if self.safe else moved)
         return tensordict
 
 
-class Affine(StepModule):
+class FixedObservationNorm(StepModule):
     """`ObservationNorm`, its statistics as constants."""
 
-    def __init__(self, original: ObservationNorm, ports: Ports) -> None:
-        super().__init__(original, ports)
+    def __init__(self, original: ObservationNorm, io: StepIO) -> None:
+        super().__init__(original, io)
         if not original.initialized:
             raise CaptureFailed("ObservationNorm has no statistics: call .init_stats() or give loc and scale")
         self.standard_normal = original.standard_normal
@@ -213,28 +223,30 @@ class Affine(StepModule):
         return tensordict
 
 
-class Nothing(StepModule):
-    """A transform that only concerns training (counters, rewards, primers): left out."""
+class LeftOut(StepModule):
+    """A transform that only training needs (counters, rewards, primers)."""
 
-    def __init__(self, original: Any, ports: Ports) -> None:
-        super().__init__(original, ports)
+    def __init__(self, original: Any, io: StepIO) -> None:
+        super().__init__(original, io)
         self.in_keys, self.out_keys = [], []
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         return tensordict
 
 
-class FrozenNorm(StepModule):
-    """A frozen `VecNorm`: an affine map with constants, (x - loc) / scale for each key."""
+class FixedVecNorm(StepModule):
+    """A frozen `VecNorm`: (x - loc) / scale for each key, with constants."""
 
-    def __init__(self, original: Any, ports: Ports) -> None:
-        super().__init__(original, ports)
+    def __init__(self, original: Any, io: StepIO) -> None:
+        super().__init__(original, io)
         if not original.frozen:
             raise CaptureFailed(
-                f"{type(original).__name__} still gathers statistics: call .freeze() on it before the export, so that "
-                "what acts is what was trained"
+                f"{type(original).__name__} still gathers statistics: call .freeze() on it before the export, "
+                "so that the exported policy acts as the trained one"
             )
-        self.in_keys = [key for key in original.in_keys if leaf(key) != "reward" and key in original.loc.keys(True)]
+        self.in_keys = [
+            key for key in original.in_keys if last_part(key) != "reward" and key in original.loc.keys(True)
+        ]
         self.out_keys = [original.out_keys[original.in_keys.index(key)] for key in self.in_keys]
         for index, key in enumerate(self.in_keys):
             self.register_buffer(f"loc_{index}", original.loc.get(key).detach().clone())

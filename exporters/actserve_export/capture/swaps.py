@@ -1,5 +1,8 @@
-"""TorchRL modules that hide state or flip one coin for a whole batch -> modules that do one step, item by item, which
-are in `actserve_export.capture.steps`."""
+"""A policy -> a copy whose modules with hidden state or batch-wide randomness are replaced.
+
+The replacements are in `actserve_export.capture.steps`; the table is `_SWAPS`. `swap` takes and returns a module, and
+the replacements ask the given `StepIO` for their state and noise, (B, ...) each.
+"""
 
 from __future__ import annotations
 
@@ -31,47 +34,46 @@ from torchrl.envs.transforms import (
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule, GRUModule, LSTMModule, OrnsteinUhlenbeckProcessModule
 
 from actserve.core.errors import CaptureFailed
-from actserve_export.capture.ports import Ports
+from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.steps import (
-    Affine,
     EpsilonGreedy,
+    FixedObservationNorm,
+    FixedVecNorm,
     FrameStack,
-    FrozenNorm,
     GaussianNoise,
-    Nothing,
+    LeftOut,
     OrnsteinUhlenbeck,
     RecurrentStep,
 )
 
 
-def swap(policy: nn.Module, ports: Ports) -> nn.Module:
-    """A copy of `policy` with every such module replaced. Raises `CaptureFailed` for what has no replacement."""
-    uncopied = {  # an empty frame buffer cannot be copied, and need not be
+def swap(policy: nn.Module, io: StepIO) -> nn.Module:
+    """A copy of `policy` with replacements. Raises `CaptureFailed` for a module with state and no replacement."""
+    uncopied = {  # an empty frame buffer cannot be copied; its module is replaced anyway
         id(module): module
         for module in policy.modules()
         if any(isinstance(buffer, UninitializedBuffer) for buffer in module._buffers.values())
     }
-    return _swap(copy.deepcopy(policy, uncopied), ports)
+    return _swap(copy.deepcopy(policy, uncopied), io)
 
 
-def _swap(module: nn.Module, ports: Ports) -> nn.Module:
+def _swap(module: nn.Module, io: StepIO) -> nn.Module:
     for kind, make in _SWAPS.items():
         if isinstance(module, kind):
-            return make(module, ports)
+            return make(module, io)
     for name, child in module.named_children():
-        replacement = _swap(child, ports)
+        replacement = _swap(child, io)
         if replacement is not child:
             module._modules[name] = replacement
     return module
 
 
-def _flatten_compose(original: Compose, ports: Ports) -> nn.Module:
-    """A `Compose` runs its transforms in turn; so does this, whatever they were replaced with."""
-    steps = [_swap(transform, ports) for transform in original.transforms]
-    return _SwappedChain(steps)
+def _swap_compose(original: Compose, io: StepIO) -> nn.Module:
+    """A `Compose` whose transforms are replaced."""
+    return _SwappedCompose([_swap(transform, io) for transform in original.transforms])
 
 
-class _SwappedChain(TensorDictModuleBase):
+class _SwappedCompose(TensorDictModuleBase):
     def __init__(self, steps: list[nn.Module]) -> None:
         super().__init__()
         self.steps = nn.ModuleList(steps)
@@ -84,7 +86,7 @@ class _SwappedChain(TensorDictModuleBase):
 
 
 def reads_and_writes(steps: Any) -> tuple[list[Any], list[Any]]:
-    """(keys read before any of `steps` wrote them, keys written), each once and in order."""
+    """(keys read before a step wrote them, keys written), each once, in order."""
     reads: list[Any] = []
     writes: list[Any] = []
     for step in steps:
@@ -93,29 +95,29 @@ def reads_and_writes(steps: Any) -> tuple[list[Any], list[Any]]:
     return reads, writes
 
 
-def _refuse(original: Any, _: Ports) -> nn.Module:
+def _refuse(original: Any, _: StepIO) -> nn.Module:
     raise CaptureFailed(
         f"{type(original).__name__} keeps state that cannot be made an input of the program; leave it out of the "
-        "policy that is exported, or do its work in the observation"
+        "exported policy, or apply it to the observations"
     )
 
 
-_SWAPS: dict[type, Callable[[Any, Ports], nn.Module]] = {
+_SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {
     LSTMModule: RecurrentStep,
     GRUModule: RecurrentStep,
     CatFrames: FrameStack,
-    ObservationNorm: Affine,
+    ObservationNorm: FixedObservationNorm,
     EGreedyModule: EpsilonGreedy,
     AdditiveGaussianModule: GaussianNoise,
     OrnsteinUhlenbeckProcessModule: OrnsteinUhlenbeck,
-    VecNorm: FrozenNorm,
-    VecNormV2: FrozenNorm,
+    VecNorm: FixedVecNorm,
+    VecNormV2: FixedVecNorm,
     **dict.fromkeys((EndOfLifeTransform, FrameSkipTransform, NoopResetEnv, TimeMaxPool), _refuse),
-    StepCounter: Nothing,
-    InitTracker: Nothing,
-    RewardSum: Nothing,
-    RewardScaling: Nothing,
-    RewardClipping: Nothing,
-    TensorDictPrimer: Nothing,
-    Compose: _flatten_compose,
+    StepCounter: LeftOut,
+    InitTracker: LeftOut,
+    RewardSum: LeftOut,
+    RewardScaling: LeftOut,
+    RewardClipping: LeftOut,
+    TensorDictPrimer: LeftOut,
+    Compose: _swap_compose,
 }

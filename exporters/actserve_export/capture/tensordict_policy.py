@@ -1,4 +1,4 @@
-"""TorchRL module -> ExportedProgram with a Signature: what is traced is a function of named arrays, batch first."""
+"""TorchRL module -> ExportedProgram with a Signature. The traced function takes and returns tensors, batch first."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from actserve.core.errors import CaptureFailed, one_line
 from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
-from actserve_export.capture.noise import Lifted
-from actserve_export.capture.ports import Ports, dtype_name
+from actserve_export.capture.noise import NoiseFromInputs
+from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import reads_and_writes, swap
 from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.programs.exported import PROGRAM, save_program
 from actserve_export.programs.rewrites.optimize import optimize
-from actserve_export.sources.keys import Key, join, leaf, named
+from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
 from actserve_export.sources.policy_source import PolicySource
 
 log = logging.getLogger("actserve")
-TRACED_BATCH = 64  # a traced batch of 1 is taken for a constant, and AOTInductor picks branches by the example
-# Outputs that are given beside the action where a policy writes them.
+TRACED_BATCH = 64  # tracing takes a batch of 1 for a constant, and AOTInductor chooses branches by the example
+# Outputs that the program returns besides the action, if the policy writes them.
 KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
 MODES: dict[Exploration, Any] = {"deterministic": ExplorationType.DETERMINISTIC, "random": ExplorationType.RANDOM}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a program's tensors live in the policy's tensordict."""
+    """The keys of the program's tensors in the policy's tensordict."""
 
     observations: dict[str, Key]  # by name
     states: dict[str, tuple[Key, Key]]  # name -> (the key read, the key written)
@@ -50,53 +50,53 @@ class Layout:
 
 
 class StepProgram(nn.Module):
-    """A tensordict policy as a function of tensors: the signature's inputs, (B, ...) each, to its results."""
+    """A tensordict policy as a function of tensors: the signature's inputs -> its results, (B, ...) each."""
 
-    def __init__(self, policy: nn.Module, ports: Ports, layout: Layout, modes: tuple[Exploration, ...]) -> None:
+    def __init__(self, policy: nn.Module, io: StepIO, layout: Layout, modes: tuple[Exploration, ...]) -> None:
         super().__init__()
         self.policy = policy
         self.layout = layout
         self.modes = modes
-        self.__dict__["ports"] = ports
+        self.__dict__["io"] = io
 
     def bind(self, names: tuple[str, ...]) -> StepProgram:
-        """Fix the order of the inputs; torch.export names the program's inputs after the parameters of forward."""
+        """Fix the order of the inputs. torch.export names the inputs after the parameters of forward."""
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         signature = inspect.Signature(parameters)
 
         def forward(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-            return self.run(dict(signature.bind(*args, **kwargs).arguments), noting=False)
+            return self.run(dict(signature.bind(*args, **kwargs).arguments), recording=False)
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
         return self
 
-    def run(self, inputs: Mapping[str, Tensor], noting: bool) -> tuple[Tensor, ...]:
-        """All results; with `noting` the ports note what the policy asks for beside the observations."""
+    def run(self, inputs: Mapping[str, Tensor], recording: bool) -> tuple[Tensor, ...]:
+        """All results, (B, ...) each. With `recording`, the `StepIO` records the policy's requests."""
         batch = next(iter(inputs.values())).shape[0]
-        self.ports.begin(batch, None if noting else inputs)
-        runs = [self._act(mode, inputs, batch, noting) for mode in self.modes]
+        self.io.begin(batch, None if recording else inputs)
+        runs = [self._act(mode, inputs, batch, recording) for mode in self.modes]
         if len(runs) == 1:
             return runs[0]
-        explore = torch.zeros(batch, dtype=torch.bool) if noting else inputs[EXPLORE.name]
-        # Contiguous, because a program's reader takes strides on trust.
+        explore = torch.zeros(batch, dtype=torch.bool) if recording else inputs[EXPLORE.name]
+        # Contiguous, because a runtime does not check strides.
         return tuple(_choose(explore, random, sure).contiguous() for sure, random in zip(*runs, strict=True))
 
-    def _act(self, mode: Exploration, inputs: Mapping[str, Tensor], batch: Any, noting: bool) -> tuple[Tensor, ...]:
+    def _act(self, mode: Exploration, inputs: Mapping[str, Tensor], batch: Any, recording: bool) -> tuple[Tensor, ...]:
         tensordict = TensorDict({}, batch_size=[batch])
         for name, key in self.layout.observations.items():
             tensordict.set(key, inputs[name])
         for name, (key, _) in self.layout.states.items():
             tensordict.set(key, inputs[name])
         if self.layout.is_init:
-            tensordict.set(IS_INIT.name, self.ports.is_init().reshape(-1, *self.layout.is_init_shape))
-        self.ports.given = {}
-        with set_exploration_type(MODES[mode]), Lifted(self.ports):
+            tensordict.set(IS_INIT.name, self.io.is_init().reshape(-1, *self.layout.is_init_shape))
+        self.io.next_states = {}
+        with set_exploration_type(MODES[mode]), NoiseFromInputs(self.io):
             result: TensorDictBase = self.policy(tensordict)
         outputs = [_get(result, key) for key in self.layout.outputs.values()]
         outputs += [_get(result, written) for _, written in self.layout.states.values()]
-        if not noting:  # a deterministic step leaves the noise process where it is
-            outputs += [self.ports.given.get(name, inputs[name]) for name in self.ports.states]
+        if not recording:  # a deterministic step does not change the state of a noise process
+            outputs += [self.io.next_states.get(name, inputs[name]) for name in self.io.states]
         return tuple(tensor.contiguous() for tensor in outputs)
 
 
@@ -115,8 +115,8 @@ def _get(result: TensorDictBase, key: Key) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Captured:
-    """`program` is what is compiled; `reference` is the policy itself, run eagerly: what the program must repeat."""
+class TracedPolicy:
+    """`program` is the traced policy; `reference` runs the policy eagerly. The program must repeat its results."""
 
     program: torch.export.ExportedProgram
     reference: nn.Module
@@ -125,14 +125,14 @@ class Captured:
     runtimes: ClassVar[tuple[str, ...]] = ("onnx", "pt2")
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
-        """The policy's own answers, eagerly. `inputs` by name, each (B, *shape)."""
+        """The results of the policy, run eagerly. `inputs` by name, each (B, *shape)."""
         tensors = [torch.from_numpy(inputs[spec.name]) for spec in self.signature.inputs]
         with torch.no_grad(), set_composite_lp_aggregate(False):
             outputs = self.reference(*tensors)
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)}
 
     def graph(self) -> str:
-        """The graph as torch prints it, without the folders of the machine that it was traced on."""
+        """The graph as torch prints it, without the machine's folders."""
         text: str = self.program.graph_module.print_readable(print_output=False)
         return re.sub(r"# File: (?:[^\s:]*/(?:site|dist)-packages/|[^\s:]*/)", "# File: ", text)
 
@@ -169,58 +169,58 @@ class Captured:
         return Program(file, requires, tuple(rewrites))
 
 
-def capture_policy(source: PolicySource) -> Captured:
-    """Trace one step of the policy with a symbolic batch of 1 to `MAX_BATCH`; what resists, one item at a time.
+def capture_policy(source: PolicySource) -> TracedPolicy:
+    """Trace one step of the policy with a symbolic batch of 1 to `MAX_BATCH`, or if that fails, for one item at a time.
 
     Raises `CaptureFailed`.
     """
-    ports = Ports()
-    policy = swap(source.policy, ports).eval()
+    io = StepIO()
+    policy = swap(source.policy, io).eval()
     layout = _layout(source, policy)
     items = {name: source.example.get(key) for name, key in layout.observations.items()}
     items |= {name: source.example.get(read) for name, (read, _) in layout.states.items()}
     with torch.no_grad(), set_composite_lp_aggregate(False):
-        program = StepProgram(policy, ports, layout, _modes(policy, ports, layout, items, source.exploration))
-        results = _note(program, items)
+        program = StepProgram(policy, io, layout, _modes(policy, io, layout, items, source.exploration))
+        results = _record(program, items)
         signature = _signature(program, items, results)
         program.bind(tuple(spec.name for spec in signature.inputs))
         try:
             exported = trace(program, signature, TRACED_BATCH)
         except CaptureFailed as error:
-            log.warning("exported one item at a time, because with a batch %s", error.message)
+            log.warning("exported one item at a time; with a batch the export failed: %s", error.message)
             signature = replace(signature, max_batch=1)
             exported = trace(program, signature, 1)
-    return Captured(exported, program, signature, layout)
+    return TracedPolicy(exported, program, signature, layout)
 
 
 def _layout(source: PolicySource, policy: nn.Module) -> Layout:
     """Sort the policy's keys into observations, state and outputs."""
-    steps = leaves(policy)
+    steps = modules_in_order(policy)
     reads, writes = reads_and_writes(steps)
-    # A transform that writes what it read prepares an observation; a module that does carries state.
+    # A transform that writes the key it reads prepares an observation. A module that does so carries state.
     carried = {key for step in steps if not isinstance(step, (Transform, StepModule)) for key in step.out_keys}
     present = set(source.example.keys(include_nested=True, leaves_only=True))
-    needed = [key for key in reads if leaf(key) != IS_INIT.name]
+    needed = [key for key in reads if last_part(key) != IS_INIT.name]
     if missing := [key for key in needed if key not in present]:
         raise CaptureFailed(f"the policy reads {missing}, which the example lacks; it has {sorted(map(str, present))}")
     written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
-    names = named(needed, "input")
+    names = keys_by_name(needed, "input")
     init = source.example.get(IS_INIT.name, None)
     return Layout(
         observations={name: key for name, key in names.items() if key not in written},
         states={name: (key, written[key]) for name, key in names.items() if key in written},
-        outputs=named(source.outputs or _outputs(source.policy, steps, set(written.values())), "output"),
+        outputs=keys_by_name(source.outputs or _outputs(source.policy, steps, set(written.values())), "output"),
         is_init=len(needed) < len(reads),
         is_init_shape=() if init is None else tuple(init.shape),
     )
 
 
-def leaves(policy: nn.Module) -> list[Any]:
+def modules_in_order(policy: nn.Module) -> list[Any]:
     """The tensordict modules that a policy runs, in order."""
     children = policy.module if isinstance(policy, TensorDictSequential) else getattr(policy, "steps", None)
     if children is None:
         return [policy]
-    return [found for child in children for found in leaves(child)]
+    return [found for child in children for found in modules_in_order(child)]
 
 
 def _next(key: Key) -> Key:
@@ -228,36 +228,36 @@ def _next(key: Key) -> Key:
 
 
 def _outputs(policy: Any, steps: list[Any], state: set[Key]) -> list[Key]:
-    """The action first, then what is known to be of use; of a policy without an action, all that it gives."""
+    """The action first, then `KNOWN_OUTPUTS`. A policy without an action gives all its outputs."""
     state = state | {key for step in steps for key in getattr(step, "state_keys", ())}
-    given = [key for key in policy.out_keys if key not in state and join(key) not in map(join, state)]
-    actions = [key for key in given if leaf(key) == "action"]
-    return [*actions, *(key for key in given if leaf(key) in KNOWN_OUTPUTS)] if actions else given
+    written = [key for key in policy.out_keys if key not in state and key_name(key) not in map(key_name, state)]
+    actions = [key for key in written if last_part(key) == "action"]
+    return [*actions, *(key for key in written if last_part(key) in KNOWN_OUTPUTS)] if actions else written
 
 
 def _modes(
-    policy: nn.Module, ports: Ports, layout: Layout, items: Mapping[str, Tensor], wanted: tuple[Exploration, ...] | None
+    policy: nn.Module, io: StepIO, layout: Layout, items: Mapping[str, Tensor], wanted: tuple[Exploration, ...] | None
 ) -> tuple[Exploration, ...]:
-    """How the policy can act: at random only if it then draws, deterministically only if that is defined."""
+    """The policy's modes: random only if it then draws, deterministic only if the policy defines it."""
     if wanted is not None:
         return wanted
-    _note(StepProgram(policy, ports, layout, ("random",)), items)
-    if not ports.noises:
+    _record(StepProgram(policy, io, layout, ("random",)), items)
+    if not io.noises:
         return ("deterministic",)
     try:
-        _note(StepProgram(policy, ports, layout, ("deterministic",)), items)
+        _record(StepProgram(policy, io, layout, ("deterministic",)), items)
     except CaptureFailed as error:
-        log.warning("this policy only acts at random: deterministically %s", error.message)
+        log.warning("this policy only acts at random; deterministic mode failed: %s", error.message)
         return ("random",)
     return ("deterministic", "random")
 
 
-def _note(program: StepProgram, items: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """One eager call: lazy layers are made, the ports note what is asked for, and outputs show their shapes."""
-    program.ports.clear()
+def _record(program: StepProgram, items: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The results of one eager call. It initialises lazy layers and records the requests to `StepIO`."""
+    program.io.clear()
     examples = {name: item.expand(TRACED_BATCH, *item.shape).contiguous() for name, item in items.items()}
     try:
-        results = program.run(examples, noting=True)
+        results = program.run(examples, recording=True)
     except CaptureFailed:
         raise
     except Exception as error:
@@ -269,17 +269,17 @@ def _note(program: StepProgram, items: Mapping[str, Tensor]) -> tuple[Tensor, ..
 
 
 def _signature(program: StepProgram, items: Mapping[str, Tensor], results: tuple[Tensor, ...]) -> Signature:
-    layout, ports = program.layout, program.ports
+    layout, io = program.layout, program.io
     states = [State(_spec(name, items[name]), f"next_{name}") for name in layout.states]
     return Signature(
         observations=tuple(_spec(name, items[name]) for name in layout.observations),
         outputs=tuple(_spec(name, tensor[0]) for name, tensor in zip(layout.outputs, results, strict=False)),
         max_batch=MAX_BATCH,
-        state=(*states, *ports.states.values()),
-        is_init=ports.takes_is_init,
+        state=(*states, *io.states.values()),
+        is_init=io.uses_is_init,
         exploration=program.modes,
-        parameters=tuple(ports.parameters.values()),
-        noise=tuple(ports.noises),
+        parameters=tuple(io.parameters.values()),
+        noise=tuple(io.noises),
     )
 
 

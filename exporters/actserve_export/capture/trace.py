@@ -1,4 +1,4 @@
-"""torch.export of one step, and what must hold of its result: a symbolic batch, no randomness of its own."""
+"""torch.export of one step, with checks: the batch is symbolic, and the graph draws no random numbers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from torch import nn
 
 from actserve.core.errors import CaptureFailed, one_line
 from actserve.core.signature import Signature
-from actserve_export.capture.noise import unchecked
+from actserve_export.capture.noise import without_value_checks
 
 MAX_BATCH = 256
 
 
 def trace(program: nn.Module, signature: Signature, batch: int) -> torch.export.ExportedProgram:
-    """Export `program`, a function of the signature's inputs, with a symbolic batch, or for single items where `batch`
-    is 1. Raises `CaptureFailed`."""
+    """Export `program`, a function of the signature's inputs, with a symbolic batch; with `batch` 1, for single items.
+
+    Raises `CaptureFailed`.
+    """
     examples = tuple(torch.from_numpy(spec.zeros(batch)) for spec in signature.inputs)
     dynamic = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch > 1 else None
     try:
-        with unchecked(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*_flat_weights")  # torch's LSTM renews its own list of weights
+        with without_value_checks(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*_flat_weights")  # torch's LSTM rebuilds its list of weights
             exported = torch.export.export(
                 program, examples, dynamic_shapes=tuple(dynamic for _ in examples), strict=False
             )
@@ -36,7 +38,7 @@ def trace(program: nn.Module, signature: Signature, batch: int) -> torch.export.
 
 
 def _assert_symbolic(program: torch.export.ExportedProgram) -> None:
-    """torch.export can silently fix the batch at the example's size: look at the graph, not at what was asked for."""
+    """Check the graph, because torch.export can silently fix the batch at the example's size."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     for name in (*program.graph_signature.user_inputs, *program.graph_signature.user_outputs):
         extent = values[str(name)].shape[0]
@@ -51,9 +53,9 @@ _DROPOUT = {torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.
 
 
 def _assert_deterministic(program: torch.export.ExportedProgram) -> None:
-    """No random node may be left: its numbers could neither be seeded nor be the same in both runtimes."""
+    """Refuse random nodes: they cannot be seeded, and the two runtimes would draw different numbers."""
     for node in program.graph.nodes:
-        if node.target in _DROPOUT:  # tagged for the dropout that they do in training only
+        if node.target in _DROPOUT:  # tagged as random for their dropout, which only training uses
             continue
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CaptureFailed(f"{node.target} is random, and was not made an input of the program")

@@ -1,4 +1,4 @@
-"""The proof that the programs do what the policy does, and the golden samples that let anyone repeat it."""
+"""The certificate: the programs give the policy's results. The golden samples let every host check them again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
 from actserve_export.certify import distributions as statistics
 from actserve_export.sources import samples
-from actserve_export.sources.interfaces import Exportable, Original, Source
+from actserve_export.sources.interfaces import CapturedPolicy, ExportSource, OriginalPolicy
 
 BATCH_SIZES = (1, 3, 8, 32)
 SAMPLES = 512
@@ -35,10 +35,12 @@ class Evidence:
     golden: bytes  # golden.safetensors
 
 
-def certify(captured: Exportable, source: Source, draft: Artifact, progress: Callable[[str], None]) -> Evidence:
-    """Hold every program of `draft` against the eager policy: single steps at several batch sizes, and rollouts.
+def certify(
+    captured: CapturedPolicy, source: ExportSource, draft: Artifact, progress: Callable[[str], None]
+) -> Evidence:
+    """Compare every program of `draft` with the eager policy: single steps at several batch sizes, and rollouts.
 
-    Raises `Disagreement`, which says which program, at which batch size or step, on which items.
+    Raises `Disagreement`, which names the program, the batch size or step, and the items.
     """
     signature = captured.signature
     progress(f"collecting {SAMPLES} samples")
@@ -52,7 +54,7 @@ def certify(captured: Exportable, source: Source, draft: Artifact, progress: Cal
         "reference": source.reference,
         "batch_sizes": sizes,
         "tolerance": asdict(TOLERANCE),
-        "smallest_margin": smallest_margin(signature, references[sizes[0]]),
+        "smallest_margin": smallest_score_margin(signature, references[sizes[0]]),
         "actions": count_actions(signature, references[sizes[0]]),
         "programs": {},
     }
@@ -78,8 +80,8 @@ def certify(captured: Exportable, source: Source, draft: Artifact, progress: Cal
     return Evidence(certificate, golden.save(*picked))
 
 
-def _compare_original(captured: Exportable, original: Original, inputs: Arrays) -> dict[str, Any]:
-    """Hold what was captured against the library that it came from, item by item."""
+def _compare_original(captured: CapturedPolicy, original: OriginalPolicy, inputs: Arrays) -> dict[str, Any]:
+    """Compare the captured policy with its training library, item by item."""
     signature = captured.signature
     if EXPLORE.name in inputs:
         inputs = inputs | {EXPLORE.name: np.zeros(SAMPLES, bool)}
@@ -117,13 +119,13 @@ def _summary(agreements: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Rollout:
-    """Episodes of `ROLLOUT_STEPS` steps in several rows at once, with resets in some; state is fed back."""
+    """`ROLLOUT_STEPS` steps in several rows at once, with resets in some. State is fed back."""
 
-    steps: list[Arrays]  # the inputs of each step but for the state
-    reference: list[Arrays]  # the policy's own results, its own state fed back
+    steps: list[Arrays]  # the inputs of each step without the state
+    reference: list[Arrays]  # the policy's results, with its own state fed back
 
     @classmethod
-    def of(cls, captured: Exportable, inputs: Arrays) -> _Rollout:
+    def of(cls, captured: CapturedPolicy, inputs: Arrays) -> _Rollout:
         signature = captured.signature
         rows = min(ROLLOUT_ROWS, signature.max_batch)
         states = {state.spec.name for state in signature.state}
@@ -134,11 +136,11 @@ class _Rollout:
             if signature.is_init:
                 taken[IS_INIT.name] = taken[IS_INIT.name] | (step == 0)
             steps.append(taken | draw_noise(signature.noise, step, rows))
-        return cls(steps, _roll(captured.run_reference, signature, steps))
+        return cls(steps, _run_steps(captured.run_reference, signature, steps))
 
     def certify(self, name: str, runtime: Runtime) -> dict[str, Any]:
         found = []
-        results = _roll(runtime.run, runtime.signature, self.steps)
+        results = _run_steps(runtime.run, runtime.signature, self.steps)
         for step, (ours, theirs) in enumerate(zip(results, self.reference, strict=True)):
             found.append(golden.compare(runtime.signature, ours, theirs, TOLERANCE))
             if not found[-1].holds:
@@ -146,7 +148,7 @@ class _Rollout:
         return {"steps": len(self.steps), **_summary(found)}
 
 
-def _roll(run: Callable[[Arrays], Arrays], signature: Signature, steps: list[Arrays]) -> list[Arrays]:
+def _run_steps(run: Callable[[Arrays], Arrays], signature: Signature, steps: list[Arrays]) -> list[Arrays]:
     rows = len(next(iter(steps[0].values())))
     state = {s.spec.name: np.full((rows, *s.spec.shape), s.initial, s.spec.numpy_dtype) for s in signature.state}
     results = []
@@ -174,16 +176,18 @@ def _disagreement(
 
 
 def count_actions(signature: Signature, outputs: Mapping[str, Array]) -> dict[str, int] | None:
-    """How often the policy chose each action, by its number: one that always does the same proves little. None: its
-    actions are no single numbers."""
+    """How often the policy chose each action, by its number; None if an action is not a single integer.
+
+    Agreement proves little for a policy that always chooses the same action.
+    """
     actions = outputs[signature.action.name]
     if actions.dtype.kind not in "iu" or actions.ndim != 1:
         return None
     return {str(action): int(count) for action, count in zip(*np.unique(actions, return_counts=True), strict=True)}
 
 
-def smallest_margin(signature: Signature, outputs: Mapping[str, Array]) -> float | None:
-    """The smallest lead of a chosen action over the next best: what noise must stay below. None: no scores."""
+def smallest_score_margin(signature: Signature, outputs: Mapping[str, Array]) -> float | None:
+    """The smallest lead of a chosen action over the next best. A smaller error changes no action. None: no scores."""
     for name in _SCORES:
         if name in signature.output_names:
             ordered: Array = np.sort(outputs[name], axis=-1)

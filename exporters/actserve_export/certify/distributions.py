@@ -1,7 +1,7 @@
-"""Random actions against the policy's own: is what the program draws from lifted noise what the policy would draw?
+"""Statistical tests: the program's actions from noise inputs have the same distribution as the policy's own draws.
 
-Two-sample tests on many draws for one observation: the chi-square test of homogeneity for discrete actions, the
-Kolmogorov-Smirnov test for each component of continuous ones.
+These are two-sample tests on many draws for one observation: the chi-square test of homogeneity for discrete actions,
+and the Kolmogorov-Smirnov test for each component of continuous actions.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from actserve.core.completion import complete
 from actserve.core.errors import Disagreement
 from actserve.core.signature import Array, Arrays, Exploration
-from actserve_export.capture.tensordict_policy import Captured
-from actserve_export.sources.interfaces import Exportable, Source
+from actserve_export.capture.tensordict_policy import TracedPolicy
+from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 from actserve_export.sources.policy_source import PolicySource
 
 DRAWS = 4096
-LEVEL = 1e-4  # a true policy is refused once in ten thousand exports
+LEVEL = 1e-4  # a correct export fails once in ten thousand times
 
 
-def compare(captured: Exportable, source: Source, inputs: Arrays) -> dict[str, Any]:
-    """Draw `DRAWS` actions for one observation both ways and test. Raises `Disagreement` below `LEVEL`."""
+def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays) -> dict[str, Any]:
+    """Draw `DRAWS` actions for one observation both ways, and test. Raises `Disagreement` if p is below `LEVEL`."""
     signature = captured.signature
     one = {spec.name: np.repeat(inputs[spec.name][:1], DRAWS, 0) for spec in signature.observations}
     mode: Exploration = "random"
@@ -43,9 +43,9 @@ def compare(captured: Exportable, source: Source, inputs: Arrays) -> dict[str, A
     return {"test": test, "draws": DRAWS, "level": LEVEL, "p": value}
 
 
-def _own(captured: Exportable, source: Source, full: Arrays) -> Array:
-    """`DRAWS` actions of the policy as TorchRL runs it, its own randomness included."""
-    assert isinstance(captured, Captured)  # nothing else has noise
+def _own(captured: CapturedPolicy, source: ExportSource, full: Arrays) -> Array:
+    """`DRAWS` actions of the policy as TorchRL runs it, with its own randomness."""
+    assert isinstance(captured, TracedPolicy)  # an .onnx file has no noise
     assert isinstance(source, PolicySource)
     layout = captured.layout
     tensordict = TensorDict({}, batch_size=[DRAWS])

@@ -1,6 +1,6 @@
 """ExportedProgram -> a `.pt2` package through AOTInductor: native code for one kind of host.
 
-Portable by default: the compiler's own default, -march=native, dies on an older CPU. `native` asks for it.
+The default is portable code. The compiler's own default, -march=native, crashes on an older CPU; `native` selects it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from actserve.core.errors import CaptureFailed, one_line
-from actserve_export.programs.elf import Needs, read_needs
+from actserve_export.programs.elf import ElfRequirements, read_requirements
 
 NATIVE = "native"
-_PORTABLE = {  # hosts of the last decade: (march, bits of a vector)
+_PORTABLE = {  # hosts of the last decade: (march, vector width in bits)
     "x86_64": ("x86-64-v3", 256),
     "aarch64": ("armv8-a", 128),
 }
-# Where the compiler's name for a feature is not the kernel's.
+# CPU features whose name in the compiler differs from the kernel's.
 _ALIASES = {"lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "bmi": "bmi1", "sha": "sha_ni", "rdrnd": "rdrand",
             "lahf_sahf": "lahf_lm", "prfchw": "3dnowprefetch"}  # fmt: skip
 
@@ -34,15 +34,15 @@ _ALIASES = {"lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "bmi": "bmi1",
 def compile_program(
     program: torch.export.ExportedProgram, target: Path, native: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Compile `program` into `target`; returns what it requires of its host. Raises `CaptureFailed`.
+    """Compile `program` into `target`; returns its requirements on the host. Raises `CaptureFailed`.
 
-    `native`: for this host's CPU, rather than for any of the last decade. `device`: "cpu", or "cuda", which moves the
-    program there first and needs a CUDA build of torch and a device. Takes 4 to 20 seconds and a C++ compiler.
+    `native` builds for this host's CPU instead of any CPU of the last decade. `device` is "cpu" or "cuda"; for "cuda"
+    the program moves to the GPU first, which needs a CUDA build of torch. Takes 4 to 20 seconds and a C++ compiler.
     """
     march, options = _options(native)
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Inductor imports deprecated parts of torch itself
+            warnings.simplefilter("ignore")  # Inductor itself imports deprecated parts of torch
             if device != "cpu":
                 from torch.export.passes import move_to_device_pass
 
@@ -80,7 +80,7 @@ def _options(native: bool) -> tuple[str, dict[str, Any]]:
 
 
 def cpu_flags(march: str, options: dict[str, Any]) -> list[str]:
-    """The CPU features, as Linux spells them, that the compiler may use for `march`: what its own macros say."""
+    """The CPU features, by their Linux names, that the compiler may use for `march`, from its predefined macros."""
     with inductor.patch(options):
         isa = str(pick_vec_isa().build_arch_flags()).split()
     command = [get_cpp_compiler(), f"-march={march}", *isa, "-dM", "-E", "-x", "c++", "/dev/null"]
@@ -91,7 +91,7 @@ def cpu_flags(march: str, options: dict[str, Any]) -> list[str]:
 
 
 def _plain(flag: str) -> str:
-    return flag.replace("_", "")  # avx512_vnni is AVX512VNNI to the compiler
+    return flag.replace("_", "")  # the compiler writes AVX512VNNI for avx512_vnni
 
 
 def _host_flags() -> set[str]:
@@ -100,9 +100,9 @@ def _host_flags() -> set[str]:
     return set(line.partition(":")[2].split())
 
 
-def _needs(package: Path) -> Needs:
+def _needs(package: Path) -> ElfRequirements:
     with zipfile.ZipFile(package) as archive:
         libraries = [name for name in archive.namelist() if name.endswith(".so")]
         if len(libraries) != 1:
             raise CaptureFailed(f"expected one .so in the package that AOTInductor wrote; got {len(libraries)}")
-        return read_needs(archive.read(libraries[0]))
+        return read_requirements(archive.read(libraries[0]))

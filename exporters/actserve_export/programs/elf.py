@@ -1,4 +1,4 @@
-"""What a shared library asks of the host that loads it, read from its ELF headers."""
+"""The requirements of a shared library on its host, from its ELF headers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _VERSION = re.compile(r"(GLIBC|GLIBCXX|CXXABI)_(\d+(?:\.\d+)*)")
 
 
 @dataclass(frozen=True)
-class Needs:
-    """`libraries` are the DT_NEEDED entries; `versions` the newest symbol version by name, as ``"3.4.30"``."""
+class ElfRequirements:
+    """`libraries` are the DT_NEEDED entries. `versions` has the newest symbol version by name, such as ``"3.4.30"``."""
 
     libraries: tuple[str, ...]
     versions: dict[str, str]
 
 
-def read_needs(library: bytes) -> Needs:
-    """Raises `elftools.common.exceptions.ELFError` for what is no ELF file."""
+def read_requirements(library: bytes) -> ElfRequirements:
+    """Raises `elftools.common.exceptions.ELFError` if `library` is not an ELF file."""
     libraries: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
     for section in ELFFile(io.BytesIO(library)).iter_sections():
@@ -37,4 +37,4 @@ def read_needs(library: bytes) -> Needs:
                     if match := _VERSION.fullmatch(version.name):
                         numbers = tuple(map(int, match[2].split(".")))
                         found[match[1]] = max(found.get(match[1], ()), numbers)
-    return Needs(tuple(libraries), {name: ".".join(map(str, numbers)) for name, numbers in found.items()})
+    return ElfRequirements(tuple(libraries), {name: ".".join(map(str, numbers)) for name, numbers in found.items()})

@@ -12,15 +12,15 @@ import torch
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
-from actserve_export.programs.onnx_graph import forget_source, opset_of
+from actserve_export.programs.onnx_graph import opset_of, remove_source_traces
 
 
 def convert_program(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> dict[str, Any]:
-    """Write `program` to `target`; returns what it requires of its host. Raises `CaptureFailed`."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent; nothing needs it
+    """Write `program` to `target`; returns its requirements on the host. Raises `CaptureFailed`."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent, which is not used
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations; its result is checked below and certified
-        # From an ExportedProgram: exporting the module with dynamic_shapes silently fixes the batch.
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        # From an ExportedProgram, because exporting the module with dynamic_shapes silently fixes the batch.
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -32,7 +32,7 @@ def convert_program(program: torch.export.ExportedProgram, signature: Signature,
     assert exported is not None
     exported.save(str(target), external_data=False)
     model = onnx.load(str(target))
-    forget_source(model.graph)
+    remove_source_traces(model.graph)
     onnx.save(model, str(target))
     onnx.checker.check_model(model)
     for value in (*model.graph.input, *model.graph.output):

@@ -1,4 +1,4 @@
-"""The graph of an `.onnx` file: what it takes and gives, and what is changed of that for the store."""
+"""The graph of an `.onnx` file: reading its inputs and outputs, and changing it for the store."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from google.protobuf.message import DecodeError
 
 from actserve.core.errors import CaptureFailed, UsageError, one_line
 from actserve.core.signature import DType, Signature, TensorSpec
-from actserve_export.sources.keys import named
+from actserve_export.sources.keys import keys_by_name
 
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 
-def read(path: Path) -> Any:
-    """The model, with weights that are in files of their own. Raises `UsageError`."""
+def read_model(path: Path) -> Any:
+    """The model, including weights in external files. Raises `UsageError`."""
     try:
         return onnx.load(str(path))
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
@@ -39,8 +39,8 @@ def refuse_random(graph: Any) -> None:
             )
 
 
-def forget_source(graph: Any) -> None:
-    """Drop what exporters note of where each node came from, which names folders of the machine."""
+def remove_source_traces(graph: Any) -> None:
+    """Remove the notes of exporters on each node's origin, which name folders of the machine."""
     for node in _nodes(graph):
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -55,16 +55,16 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def inputs_of(graph: Any) -> tuple[list[TensorSpec], bool]:
-    """(what the graph takes, whether only one item at a time). Raises `CaptureFailed`."""
+    """(the inputs of the graph, whether it takes only one item at a time). Raises `CaptureFailed`."""
     weights = {tensor.name for tensor in graph.initializer}
     values = {value.name: value.type.tensor_type for value in graph.input if value.name not in weights}
     specs, single = [], False
-    for name in named(values, "input"):
+    for name in keys_by_name(values, "input"):
         sizes: list[Any] = [axis.dim_value or axis.dim_param or "?" for axis in values[name].shape.dim]
         if not sizes or (isinstance(sizes[0], int) and sizes[0] != 1):
             raise CaptureFailed(f"{name}: expected the batch first, of any size or of 1; the file's shape is {sizes}")
         if any(isinstance(size, str) for size in sizes[1:]):
-            raise CaptureFailed(f"{name}: expected fixed sizes behind the batch; the file's shape is {sizes}")
+            raise CaptureFailed(f"{name}: expected fixed sizes after the batch; the file's shape is {sizes}")
         single = single or sizes[0] == 1
         dtype = onnx.helper.tensor_dtype_to_np_dtype(values[name].elem_type)
         specs.append(TensorSpec(name, dtype_of(name, dtype), tuple(sizes[1:])))
@@ -72,9 +72,9 @@ def inputs_of(graph: Any) -> tuple[list[TensorSpec], bool]:
 
 
 def outputs_of(graph: Any, asked: Sequence[str], state: Mapping[str, str]) -> list[str]:
-    """Those of the graph's outputs that the program gives: the ones asked for (none: all), then new state.
+    """The names of the program's outputs: those in `asked` (if empty, all of the graph's), then new state.
 
-    Raises `CaptureFailed` for a name that the graph has not.
+    `state` maps state inputs to the outputs that replace them. Raises `CaptureFailed` for an unknown name.
     """
     there = [value.name for value in graph.output]
     taken = [value.name for value in graph.input]
@@ -86,11 +86,11 @@ def outputs_of(graph: Any, asked: Sequence[str], state: Mapping[str, str]) -> li
     for name in wanted:
         if name not in there:
             raise CaptureFailed(f"no output named {name!r}; the file gives {', '.join(there)}")
-    return list(named(wanted, "output"))
+    return list(keys_by_name(wanted, "output"))
 
 
 def dtype_of(name: str, dtype: np.dtype[Any]) -> DType:
-    """numpy's dtype as a signature spells it. Raises `CaptureFailed` for one that no client can send."""
+    """The signature's name for a numpy dtype. Raises `CaptureFailed` for a dtype that no client can send."""
     for known in get_args(DType):
         if dtype == known:
             result: DType = known
@@ -99,7 +99,7 @@ def dtype_of(name: str, dtype: np.dtype[Any]) -> DType:
 
 
 def add_argmax(graph: Any, scores: TensorSpec) -> TensorSpec:
-    """Let the graph give `action`, the index of the largest of `scores`, (B, ..., n)."""
+    """Add the output `action`: the index of the largest of `scores`, (B, ..., n)."""
     if not scores.shape:
         raise CaptureFailed(f"{scores.name}: expected a value for each action; got one number")
     if any("action" in (*node.input, *node.output) for node in graph.node):
@@ -110,8 +110,8 @@ def add_argmax(graph: Any, scores: TensorSpec) -> TensorSpec:
     return TensorSpec("action", "int64", scores.shape[:-1])
 
 
-def declare(graph: Any, signature: Signature) -> None:
-    """Write the signature into the graph: a file may leave shapes open, and give more than is asked for."""
+def write_signature(graph: Any, signature: Signature) -> None:
+    """Declare the signature's inputs and outputs in the graph. A file may leave shapes open, and have more outputs."""
     batch = "batch" if signature.max_batch > 1 else 1
     weights = {tensor.name for tensor in graph.initializer}
     defaults = [value for value in graph.input if value.name in weights]

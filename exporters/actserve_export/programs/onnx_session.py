@@ -1,4 +1,4 @@
-"""ONNX Runtime with one thread, as programs are served; for what is looked at offline."""
+"""ONNX Runtime with one thread, as in serving, for programs that the export runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnxruntime as ort
 
 
 def open_session(model: bytes) -> Any:
-    """Raises whatever ONNX Runtime raises: many types, with no common base."""
+    """ONNX Runtime raises many types, with no common base."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -42,7 +42,7 @@ class Reference:
 def replace_by_references(
     tensors: Mapping[str, Tensor], files: Mapping[str, bytes]
 ) -> tuple[dict[str, Tensor], dict[str, Reference]]:
-    """Split `tensors` into those to store and references to those that `files`, by name, hold."""
+    """(the tensors to store, references to the tensors that `files` hold). `files` has contents by name."""
     references = {}
     for name, tensor in tensors.items():
         if (reference := _find(tensor, files)) is not None:

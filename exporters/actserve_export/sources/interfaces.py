@@ -1,4 +1,4 @@
-"""What publishing needs to know of a source and of what was captured of it, wherever the policy comes from."""
+"""The protocols between the steps of an export: the user's policy, and the captured policy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from actserve.store.artifact import Program
 
 
 @dataclass(frozen=True)
-class Original:
-    """A policy as the library that trained it acts, deterministically: what is captured is held against it.
+class OriginalPolicy:
+    """The policy in its training library, acting deterministically. The captured policy is compared with it.
 
-    `act` takes every input by name, each (B, *shape), and gives the action and new state by name. `name` says, for the
-    certificate, what was called.
+    `act` takes every input by name, each (B, *shape), and returns the action and new state by name. `name` is the call
+    that it makes, for the certificate.
     """
 
     name: str
     act: Callable[[Arrays], Arrays]
 
 
-class Source(Protocol):
+class ExportSource(Protocol):
     """A policy to export."""
 
     @property
@@ -32,37 +32,37 @@ class Source(Protocol):
 
     @property
     def reference(self) -> str:
-        """What programs are compared with, for the certificate."""
+        """The name of the policy that programs are compared with, for the certificate."""
 
     @property
-    def original(self) -> Original | None: ...
+    def original(self) -> OriginalPolicy | None: ...
 
     @property
     def samples_from(self) -> str:
-        """What the certificate's observations are, for the certificate."""
+        """The origin of `observations`, for the certificate."""
 
     def observations(self, count: int) -> Arrays | None:
-        """`count` real observations by name, each (count, *shape); None: there are none."""
+        """`count` real observations by name, each (count, *shape), or None."""
 
-    def highest(self, name: str) -> int:
-        """The largest number that an integer observation is known to have: it may be an index."""
+    def largest_value(self, name: str) -> int:
+        """The largest value that the integer observation `name` is known to take; it may be an index."""
 
 
-class Exportable(Protocol):
-    """A captured policy: what programs are built from and compared with."""
+class CapturedPolicy(Protocol):
+    """The policy that programs are built from and compared with."""
 
     @property
     def signature(self) -> Signature: ...
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """Those that it can be built for."""
+        """The runtimes that it can be built for."""
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
-        """The policy's own answers. `inputs` by name, each (B, *shape)."""
+        """The results of the policy itself. `inputs` by name, each (B, *shape)."""
 
     def graph(self) -> str:
-        """The graph, for people."""
+        """The graph as readable text."""
 
     def weights_sha256(self) -> str: ...
 

@@ -1,4 +1,4 @@
-"""TensorDict keys <-> the names that a program and the wire use: nested keys join with `_`."""
+"""TensorDict keys -> the names that a program and requests use: the parts of a nested key are joined with `_`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ Key = Any  # str or a tuple of them
 RESERVED = ("is_init", "explore", "exploration", "seed", "session")
 
 
-def join(key: Key) -> str:
+def key_name(key: Key) -> str:
     """``("group0", "agent0", "obs")`` -> ``group0_agent0_obs``; ``("next", "h")`` is h's own next value."""
     parts = (key,) if isinstance(key, str) else tuple(key)
     return "_".join(parts[1:] if parts[0] == "next" and len(parts) > 1 else parts)
 
 
-def leaf(key: Key) -> str:
+def last_part(key: Key) -> str:
     return key if isinstance(key, str) else str(key[-1])
 
 
-def named(keys: Iterable[Key], what: str) -> dict[str, Key]:
-    """name -> key. Raises `CaptureFailed` when two keys would get one name, or one would get a reserved name."""
+def keys_by_name(keys: Iterable[Key], kind: str) -> dict[str, Key]:
+    """name -> key. Raises `CaptureFailed` if two keys have one name, or if a name is reserved.
+
+    `kind` ("input", "output") says in errors what the keys are.
+    """
     names: dict[str, Key] = {}
     for key in keys:
-        name = join(key)
+        name = key_name(key)
         if name in names and names[name] != key:
-            raise CaptureFailed(f"the {what}s {names[name]!r} and {key!r} would both be named {name!r}; rename one")
+            raise CaptureFailed(f"the {kind}s {names[name]!r} and {key!r} would both be named {name!r}; rename one")
         if name in RESERVED:
-            raise CaptureFailed(f"the {what} {key!r} would be named {name!r}, which requests use; rename it")
+            raise CaptureFailed(f"the {kind} {key!r} would be named {name!r}, which requests use; rename it")
         names[name] = key
     return names

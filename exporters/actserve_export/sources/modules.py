@@ -1,4 +1,4 @@
-"""Any `torch.nn.Module` -> PolicySource: CleanRL's agents and networks, and whatever else is a function of tensors."""
+"""Any `torch.nn.Module` -> PolicySource: CleanRL's agents and networks, and other functions of tensors."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def from_module(
     call: Callable[..., Any] | None = None,
     sample: Callable[..., Tensor] | None = None,
 ) -> PolicySource:
-    """A policy that gives `module`'s output as an action.
+    """A policy that turns the output of `module` into an action.
 
-    `example` is one item without a batch axis: a tensor, which is then named "observation", or tensors by name, which
-    the module takes in this order, each (B, *shape).
-    `action` says what the output is: "argmax" for one value (or logit) for each action, (B, n), which are given as
-    `action_value` beside the best one; "identity" for the action itself; or a function of the output to the action,
-    (B, ...).
-    `call(module, *inputs)` is for modules whose forward is not the policy; `sample(module, *inputs)` gives random
-    actions, (B, ...), where the policy has any: the artifact then acts both ways.
+    `example` is one item without a batch axis: a tensor, which is named "observation", or tensors by name. The module
+    takes them in this order, each (B, *shape).
+    `action` says how the output becomes the action. "argmax": the output is one value or logit per action, (B, n); the
+    policy returns the best action and the values, as `action_value`. "identity": the output is the action. A function:
+    output -> action, (B, ...).
+    `call(module, *inputs)` replaces the module's forward. `sample(module, *inputs)` returns random actions, (B, ...);
+    with it, the artifact acts deterministically or at random.
     Raises `CaptureFailed` for another `action`.
     """
     if not callable(action) and action not in ACTIONS:
         raise CaptureFailed(f"expected an action of {', '.join(ACTIONS)} or a function; got {action!r}")
     items = {"observation": example} if isinstance(example, Tensor) else dict(example)
     out_keys = ["action", "action_value"] if action == "argmax" else ["action"]
-    policy = TensorDictModule(_Acting(module, action, call, sample), in_keys=list(items), out_keys=out_keys)
+    policy = TensorDictModule(_ModulePolicy(module, action, call, sample), in_keys=list(items), out_keys=out_keys)
     return PolicySource(policy, TensorDict(items), weights=module, library="PyTorch")
 
 
-class _Acting(nn.Module):
-    """`module` as a function of inputs to what `from_module` promises."""
+class _ModulePolicy(nn.Module):
+    """inputs -> action, or (action, action_value) for "argmax"."""
 
     def __init__(
         self, module: nn.Module, action: str | Callable[[Any], Tensor], call: Any, sample: Callable[..., Tensor] | None

@@ -1,4 +1,4 @@
-"""OnnxSource: a policy that is an `.onnx` file already; the policy that it was made from is not needed."""
+"""OnnxSource: a policy from an `.onnx` file. The model that the file was exported from is not needed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from actserve.core.signature import Arrays
 class OnnxSource:
     """A policy that is an `.onnx` file.
 
-    Every input has the batch first: of any size, or 1, and then it takes one item at a time.
-    `outputs` are those that the program gives, the action first; by default all of them, in the graph's order.
-    `action` "argmax": the first output has one value for each action, (B, n), and the best one is given before it, as
-    `action`. `state` maps inputs to the outputs that replace them in the next step; they begin at zero.
-    `observe(n)` gives n real observations by name, each (n, *shape); `environment` is what a client must reproduce.
+    The first axis of every input is the batch. If the file fixes it at 1, the policy takes one item at a time.
+    `outputs` names the outputs of the program, the action first; by default all of the file's, in the graph's order.
+    `action` "argmax": the first output has one value per action, (B, n); the program returns the best action before it,
+    as `action`. "identity": the first output is the action.
+    `state` maps inputs to the outputs that replace them in the next step. State starts at zero.
+    `observe(n)` returns n real observations by name, each (n, *shape). A client must reproduce `environment`.
     """
 
     path: Path | str
@@ -45,6 +46,6 @@ class OnnxSource:
         """`count` real observations by name, each (count, *shape); None without `observe`."""
         return None if self.observe is None else self.observe(count)
 
-    def highest(self, name: str) -> int:
-        """The largest number that an integer observation is known to have: it may be an index."""
+    def largest_value(self, name: str) -> int:
+        """1: an `.onnx` file does not say which values are valid."""
         return 1

@@ -1,4 +1,4 @@
-"""What the exporter starts from: a trained policy and what must be known about it."""
+"""PolicySource: a trained policy with everything that the export needs to know about it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import nn
 
 from actserve.core.environment import Environment
 from actserve.core.signature import Arrays, Exploration
-from actserve_export.sources.interfaces import Original
-from actserve_export.sources.keys import join
+from actserve_export.sources.interfaces import OriginalPolicy
+from actserve_export.sources.keys import key_name
 
 
 @dataclass(frozen=True)
 class PolicySource:
     """A policy to export.
 
-    `policy` takes and gives tensordicts; its in_keys are the observations.
-    `example` holds one item's inputs, without a batch axis; an entry's dtype and shape become the signature's.
-    `outputs` are the keys that the program gives, the action first; by default the action, and of action values,
-    logits, distribution parameters and log-probabilities what the policy writes.
-    `exploration` says how the exported policy can act; by default every way that it can.
-    `observe(n)` gives a TensorDict of n real observations, batch size [n], for the certificate; without it random
-    inputs within each dtype's range are used. `observed_in` says where they come from.
-    `environment` is what a client must reproduce to play; None where there is no game.
+    `policy` takes and returns tensordicts; its in_keys are the observations.
+    `example` holds the inputs of one item, without a batch axis. The signature takes dtypes and shapes from it.
+    `outputs` are the keys that the program returns, the action first. By default these are the action and, if the
+    policy writes them, action values, logits, distribution parameters and log-probabilities.
+    `exploration` lists the modes of the exported policy; by default every mode that it supports.
+    `observe(n)` returns a TensorDict of n real observations, batch size [n], for the certificate. `observed_in`
+    says where they come from. Without `observe`, the certificate uses random inputs within each dtype's range.
+    `environment` is the contract that a client must reproduce to play; None if the policy plays no game.
     `weights` is the part of `policy` that a checkpoint fills; by default all of it.
-    `library` is what ran the policy in training; where that is not TorchRL, `original` acts as it did there.
+    `library` is the library that trained the policy. If that is not TorchRL, `original` runs the policy there.
     """
 
     policy: TensorDictModuleBase
@@ -39,7 +39,7 @@ class PolicySource:
     environment: Environment | None = None
     weights: nn.Module | None = None
     library: str = "TorchRL"
-    original: Original | None = None
+    original: OriginalPolicy | None = None
     observed_in: str = "environment"
 
     @property
@@ -54,10 +54,12 @@ class PolicySource:
         """`count` real observations by name, each (count, *shape); None without `observe`."""
         return None if self.observe is None else _named(self.observe(count))
 
-    def highest(self, name: str) -> int:
-        """The largest number that an integer observation is known to have: it may be an index."""
+    def largest_value(self, name: str) -> int:
+        """The largest value of the integer observation `name` in the example; it may be an index."""
         return int(_named(self.example)[name].max())
 
 
 def _named(tensordict: TensorDict) -> Arrays:
-    return {join(key): tensordict.get(key).numpy() for key in tensordict.keys(include_nested=True, leaves_only=True)}
+    return {
+        key_name(key): tensordict.get(key).numpy() for key in tensordict.keys(include_nested=True, leaves_only=True)
+    }

@@ -1,4 +1,4 @@
-"""What a certificate is made on: inputs for everything that a program takes."""
+"""The samples of a certificate: values for every input of a program."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import numpy as np
 
 from actserve.core.completion import draw_noise
 from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Signature, TensorSpec
-from actserve_export.sources.interfaces import Source
+from actserve_export.sources.interfaces import ExportSource
 
 EPISODES_BEGIN = 0.1  # the share of items on the first step of an episode
-BOUNDARY = 8  # one item in so many has an observation of all lowest or all highest values
+BOUNDARY = 8  # two of every 8 random items are at the boundary: all lowest and all highest values
 
 
-def collect(source: Source, signature: Signature, count: int) -> Arrays:
+def collect(source: ExportSource, signature: Signature, count: int) -> Arrays:
     """`count` items of every input, each (count, *shape); the same every time.
 
-    Observations are real where the source can observe, else random, with boundary values among them. State is the
-    initial one where an episode begins and random elsewhere.
+    Observations are real if the source can observe, else random, with boundary values among them. State is the initial
+    state where an episode begins, and random elsewhere.
     """
     rng = np.random.default_rng(0)
     inputs = observations(source, signature, count, rng)
@@ -38,7 +38,7 @@ def collect(source: Source, signature: Signature, count: int) -> Arrays:
     return {spec.name: (inputs | draw_noise(signature.noise, 0, count))[spec.name] for spec in signature.inputs}
 
 
-def observations(source: Source, signature: Signature, count: int, rng: np.random.Generator) -> Arrays:
+def observations(source: ExportSource, signature: Signature, count: int, rng: np.random.Generator) -> Arrays:
     """(count, *shape) of each observation."""
     observed = source.observations(count)
     if observed is not None:
@@ -46,13 +46,13 @@ def observations(source: Source, signature: Signature, count: int, rng: np.rando
     return {spec.name: _random(spec, source, count, rng) for spec in signature.observations}
 
 
-def _random(spec: TensorSpec, source: Source, count: int, rng: np.random.Generator) -> Array:
-    if spec.dtype in ("int32", "int64"):  # most likely an index, of which nothing is known but the example
-        highest = max(1, source.highest(spec.name))
-        return rng.integers(0, highest, (count, *spec.shape), spec.numpy_dtype, endpoint=True)
+def _random(spec: TensorSpec, source: ExportSource, count: int, rng: np.random.Generator) -> Array:
+    if spec.dtype in ("int32", "int64"):  # most likely an index: only values that the source knows are safe
+        largest = max(1, source.largest_value(spec.name))
+        return rng.integers(0, largest, (count, *spec.shape), spec.numpy_dtype, endpoint=True)
     values = spec.sample(rng, count)
     if spec.dtype == "bool" and "mask" in spec.name:
-        values[..., 0] |= ~values.any(-1)  # a mask that allows nothing is no observation
+        values[..., 0] |= ~values.any(-1)  # a mask allows at least one action
     elif spec.dtype in ("uint8", "bool"):
         values[::BOUNDARY], values[1::BOUNDARY] = (0, 255) if spec.dtype == "uint8" else (False, True)
     return values

@@ -1,6 +1,13 @@
-"""`predict` of Stable-Baselines3's policies as modules of tensors: observation -> action, (B, ...) each.
+"""`predict` of Stable-Baselines3's policies as torch modules.
 
-Each also acts by the library's own `predict`, for the certificate to compare with.
+    Predict           observations, (B, *shape) each, in the order of the space
+                      -> action (B, *action shape), and for discrete actions logits or action_value (B, n)
+    RecurrentPredict  observations, hidden and cell (B, layers, units) each, is_init (B,) bool
+                      -> action, the new hidden and cell, and logits as above
+
+A `Predict` first applies its `Observations` (raw observation -> the network's input), then the network, then its
+`Actions` (the network's action -> the action of the environment). `Predict.original` calls the library's own `predict`
+on numpy arrays, and the certificate compares the two.
 """
 
 from __future__ import annotations
@@ -22,17 +29,19 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from actserve.core.signature import IS_INIT, Array, Arrays
 
 _OBSERVATION = "observation"
-_FAR = 1e6  # a bound beyond this is none
+_FAR = 1e6  # a bound beyond this counts as no bound
 
 
 class Observations(nn.Module):
-    """What comes before a policy's own preprocessing: `VecNormalize`, and channels to the front."""
+    """The preprocessing before the policy's own: `VecNormalize`, then images from (H, W, C) to (C, H, W)."""
 
     def __init__(self, space: spaces.Space[Any], statistics: VecNormalize | None, channels_last: bool) -> None:
         super().__init__()
         self.by_name = isinstance(space, spaces.Dict)
         self.spaces: dict[str, Any] = dict(space.spaces) if isinstance(space, spaces.Dict) else {_OBSERVATION: space}
-        self.turned = [name for name, space in self.spaces.items() if channels_last and is_image_space(space)]
+        self.channels_last_keys = [
+            name for name, space in self.spaces.items() if channels_last and is_image_space(space)
+        ]
         self.statistics = statistics
         self.normalized: list[str] = []
         if statistics is None or not statistics.norm_obs:
@@ -46,23 +55,23 @@ class Observations(nn.Module):
             self.register_buffer(f"std_{name}", torch.from_numpy(np.sqrt(found.var + statistics.epsilon)))
 
     def forward(self, *inputs: Tensor) -> Any:
-        """What the policy takes: a tensor, or tensors by name."""
+        """(B, *shape) each -> the policy's observation: a tensor, or tensors by name."""
         given = dict(zip(self.spaces, inputs, strict=True))
         for name in self.normalized:
             scaled = (given[name].double() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
             given[name] = scaled.clamp(-self.limit, self.limit).float()
-        for name in self.turned:
+        for name in self.channels_last_keys:
             given[name] = given[name].permute(0, 3, 1, 2)
         return given if self.by_name else given[_OBSERVATION]
 
     def prepare(self, inputs: Arrays) -> Any:
-        """The same by the library's own code."""
+        """The same with the library's own code, on numpy arrays."""
         given: Any = {name: inputs[name] for name in self.spaces} if self.by_name else inputs[_OBSERVATION]
         if self.statistics is not None:
             given = self.statistics.normalize_obs(given)
         if not self.by_name:
-            return np.moveaxis(given, -1, 1) if self.turned else given
-        return given | {name: np.moveaxis(given[name], -1, 1) for name in self.turned}
+            return np.moveaxis(given, -1, 1) if self.channels_last_keys else given
+        return given | {name: np.moveaxis(given[name], -1, 1) for name in self.channels_last_keys}
 
     def sample(self, count: int) -> TensorDict:
         """Random observations, (count, ...) each; the same every time."""
@@ -78,14 +87,14 @@ class Observations(nn.Module):
             bounded = _bounded(space)
             bounded.seed(0)
             values = np.stack([bounded.sample() for _ in range(count)])
-            if is_image_space(space):  # of any brightness: to a network one noise is much like another
+            if is_image_space(space):  # of different brightness: plain noise always has the same mean
                 values = values * np.random.default_rng(0).random((count, 1, 1, 1))
-            values = np.moveaxis(values, 1, -1) if name in self.turned else values
+            values = np.moveaxis(values, 1, -1) if name in self.channels_last_keys else values
         return np.ascontiguousarray(values.astype(_dtype(space)))
 
 
 def _bounded(space: Any) -> Any:
-    """A copy of a space without bounds that nothing comes near, which would be sampled up to."""
+    """A copy of a space without huge bounds, so that sampling it gives values of ordinary size."""
     if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
         return deepcopy(space)
     low, high = np.where(space.low < -_FAR, -np.inf, space.low), np.where(space.high > _FAR, np.inf, space.high)
@@ -93,7 +102,7 @@ def _bounded(space: Any) -> Any:
 
 
 def _dtype(space: Any) -> str:
-    """What a client sends for one of a space's numbers."""
+    """The dtype that a client sends."""
     found = np.dtype(space.dtype)
     if isinstance(space, spaces.MultiBinary):
         return "bool"
@@ -103,7 +112,7 @@ def _dtype(space: Any) -> str:
 
 
 class Actions(nn.Module):
-    """What `predict` does to the network's action: clip it to the space, or scale it to that from -1 to 1."""
+    """The network's action -> the action of the environment: clipped to the space, or scaled to it from -1..1."""
 
     def __init__(self, policy: Any) -> None:
         super().__init__()
@@ -125,7 +134,7 @@ class Actions(nn.Module):
 
 
 class Predict(nn.Module):
-    """A policy without memory. Beside the action it gives what the policy chose by: logits or action values."""
+    """A policy without memory. Besides the action it returns the logits or action values behind the choice, if any."""
 
     def __init__(self, acting: Any, observations: Observations, actions: Actions) -> None:
         super().__init__()
@@ -143,7 +152,7 @@ class Predict(nn.Module):
         observation = self.observations(*inputs)
         if isinstance(self.acting, ActorCriticPolicy):
             return self._choose(self.acting.get_distribution(observation))
-        if self._scores():  # a QNetwork gives values, (B, n); a QuantileNetwork quantiles of them, (B, quantiles, n)
+        if self._scores():  # a QNetwork returns values (B, n), a QuantileNetwork quantiles of them (B, quantiles, n)
             values = self.acting(observation)
             values = values if values.ndim == 2 else values.mean(1)
             return self.actions(values.argmax(1)), values
@@ -158,7 +167,7 @@ class Predict(nn.Module):
         return {name: tensor[0] for name, tensor in self.observations.sample(1).items()}
 
     def original(self, policy: Any) -> Callable[[Arrays], Arrays]:
-        """`policy.predict` on arrays by name."""
+        """`policy.predict` as a function of arrays by name, (B, *shape) each."""
 
         def act(inputs: Arrays) -> Arrays:
             action, _ = policy.predict(self.observations.prepare(inputs), deterministic=True)
@@ -168,7 +177,7 @@ class Predict(nn.Module):
 
 
 class RecurrentPredict(Predict):
-    """A policy with an LSTM (`RecurrentPPO`). Its state is `hidden` and `cell`, each (B, layers, units)."""
+    """A policy with an LSTM (`RecurrentPPO`). Its state is `hidden` and `cell`."""
 
     def __init__(self, acting: Any, observations: Observations, actions: Actions) -> None:
         super().__init__(acting, observations, actions)

@@ -1,4 +1,4 @@
-"""What policies for the games of the Arcade Learning Environment have in common: the tutorial's parts, for any game."""
+"""The parts of policies for any game of the Arcade Learning Environment, as in TorchRL's tutorial."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ def environment(game: str) -> Environment:
 
 
 def screen(game: str) -> tuple[int, int, int]:
-    """The shape of `game`'s RGB screen; not every one is 210 high."""
+    """The shape of `game`'s RGB screen; the height differs between games."""
     height, width = _emulator(game).getScreenDims()
     return (height, width, 3)
 
 
 def _emulator(game: str) -> Any:
-    ALEInterface.setLoggerMode(LoggerMode.Error)  # no banner among the steps of an export
+    ALEInterface.setLoggerMode(LoggerMode.Error)  # no banner in the output
     ale = ALEInterface()
     path = roms.get_rom_path(game)
-    if ale.isSupportedROM(path) is None:  # loading it would end the process
-        raise UsageError(f"{game} is for two players: ale-py has its ROM and cannot play it")
+    if ale.isSupportedROM(path) is None:  # loading it would exit the process
+        raise UsageError(f"{game} is for two players; ale-py has its ROM but cannot play it")
     ale.loadROM(path)
     return ale
 
 
 def preprocessing(*more: Transform) -> Compose:
-    """(..., H, W, 3) uint8 -> (..., 1, 84, 84) float32 in 0..1, as the tutorial does it; then `more`."""
+    """(..., H, W, 3) uint8 -> (..., 1, 84, 84) float32 in 0..1, as in the tutorial; then `more`."""
     return Compose(ToTensorImage(in_keys=["pixels"]), NearestResize(84, 84), GrayScale(in_keys=["pixels"]), *more)
 
 
 def make_env(environment: Environment) -> TransformedEnv:
-    """The training environment: `pixels` are what `preprocessing` gives."""
+    """The training environment; its `pixels` are preprocessed."""
     return TransformedEnv(GymEnv(environment.id, categorical_action_encoding=True), preprocessing(StepCounter()))
 
 
 def value_network(actions: int) -> nn.Module:
-    """The Nature CNN (Mnih et al. 2015), (B, 1, 84, 84) -> (B, actions), with its lazy layers made."""
+    """The Nature CNN (Mnih et al. 2015), (B, 1, 84, 84) -> (B, actions), with its lazy layers initialised."""
     network = ConvNet.default_atari_dqn(num_actions=actions)
     with torch.no_grad():
         network(torch.zeros(1, 1, 84, 84))
@@ -68,7 +68,7 @@ def greedy(network: nn.Module, actions: int) -> TensorDictSequential:
 
 
 def source(game: str) -> PolicySource:
-    """`game`'s policy as `actserve train` makes it, taking raw screens; its weights are a checkpoint's."""
+    """The policy that `actserve train` makes for `game`, for raw screens. A checkpoint fills its weights."""
     world = environment(game)
     network = value_network(len(world.actions)).requires_grad_(False)
     return PolicySource(
@@ -84,8 +84,8 @@ def source(game: str) -> PolicySource:
 def observe(world: Environment, network: nn.Module, count: int, games: int = 4) -> TensorDict:
     """`count` real screens, (count, H, W, 3) uint8, from several seeded games, half of the actions random.
 
-    At most every third screen of a game is taken, so that they spread over play, and none twice: a weak policy's games
-    look alike. The same count gives the same screens.
+    It takes at most every third screen, to cover more of a game, and no screen twice, because the games of a weak
+    policy look alike. The same count gives the same screens.
     """
     ALEInterface.setLoggerMode(LoggerMode.Error)
     policy, resize = greedy(network, len(world.actions)), preprocessing()

@@ -1,4 +1,4 @@
-"""How the bundled weights were made: a teacher by PPO on a few numbers, then a student who learns from it by DAgger."""
+"""The training of the bundled weights: a teacher learns by PPO on a few numbers, a student from it by DAgger."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from actserve_export.training.teacher import Teacher, TeacherRecipe
 
 
 def train(run: Run, seed: int, teacher: TeacherRecipe | None = None, student: StudentRecipe | None = None) -> None:
-    """`pong`, both stages, into `run`; goes on from its checkpoint if there is one. The best is `best.safetensors`."""
+    """Train `pong` in both stages, and resume from the run's checkpoint. `best.safetensors` has the best weights."""
     _train(run, seed, Student, teacher or TeacherRecipe(), student or StudentRecipe())
 
 
 def train_recurrent(
     run: Run, seed: int, teacher: TeacherRecipe | None = None, student: RecurrentRecipe | None = None
 ) -> None:
-    """`pong-lstm`, likewise; its teacher knows how the ball moves."""
+    """Train `pong-lstm` in the same way. Its teacher also knows the ball's movement."""
     teacher = teacher or TeacherRecipe(total_steps=10_000_000, movement=True)
     _train(run, seed, RecurrentStudent, teacher, student or RecurrentRecipe())
 
 
 def _train(run: Run, seed: int, kind: type[Student], teacher: TeacherRecipe, student: StudentRecipe) -> None:
     torch.manual_seed(seed)
-    teacher, student = _shared_out(run.total_frames, teacher, student)
+    teacher, student = _scale_steps(run.total_frames, teacher, student)
     tensors = run.restore()
     run.describe(game="pong", seed=seed, method="distill", teacher=asdict(teacher), student=asdict(student))
     with progress_bar() as bar:
@@ -49,10 +49,10 @@ def _train(run: Run, seed: int, kind: type[Student], teacher: TeacherRecipe, stu
         stages.distil(seed)
 
 
-def _shared_out(
+def _scale_steps(
     total: int | None, teacher: TeacherRecipe, student: StudentRecipe
 ) -> tuple[TeacherRecipe, StudentRecipe]:
-    """The recipes with `total` steps between them, in the same proportion."""
+    """The recipes scaled to `total` steps together."""
     if total is None:
         return teacher, student
     first = total * teacher.total_steps // (teacher.total_steps + student.total_steps)
@@ -60,7 +60,7 @@ def _shared_out(
 
 
 class _Stages:
-    """The two stages, with what they leave in the run's folder."""
+    """Runs the two stages, and writes their history and checkpoints."""
 
     def __init__(self, run: Run, bar: Progress, teacher: Teacher, student: Student) -> None:
         self.run, self.bar, self.teacher, self.student = run, bar, teacher, student
@@ -135,7 +135,7 @@ class _Stages:
             self.run.keep("best.safetensors", self.student.weights())
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(weights, everything that going on needs); the optimiser is that of the stage in progress."""
+        """(weights, tensors for resuming). The optimiser is that of the current stage."""
         training = (
             prefixed("teacher.policy", self.teacher.policy.state_dict())
             | prefixed("teacher.value", self.teacher.value.state_dict())

@@ -38,7 +38,7 @@ class Recipe:
 
 
 def train(run: Run, seed: int, game: str = "pong", recipe: Recipe | None = None) -> None:
-    """Double DQN with TorchRL's parts, into `run`; goes on from its checkpoint if there is one."""
+    """Double DQN from TorchRL's parts. Resumes from the run's checkpoint."""
     recipe = recipe or Recipe()
     torch.manual_seed(seed)
     environment = atari.environment(game)
@@ -116,7 +116,7 @@ class _Learner:
         )
 
     def learn(self, data: Any) -> float:
-        """Keep a batch of steps, then update; returns the last loss, or 0 while warming up."""
+        """Store a batch of steps, then update; returns the last loss, or 0 during warm-up."""
         self.replay.extend(_pack(data.select(*_KEPT).reshape(-1)))
         if len(self.replay) < min(self.recipe.warm_up, self.recipe.buffer_size):
             return 0.0
@@ -130,7 +130,7 @@ class _Learner:
         return float(loss.detach())
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(weights, everything that going on needs)."""
+        """(weights, tensors for resuming)."""
         weights = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         target = self.loss.target_value_network_params.flatten_keys(".").to_dict()
         training = prefixed("network", weights) | prefixed("target", target) | optimizer_tensors(self.optimizer)
@@ -147,7 +147,7 @@ class _Learner:
 
 
 def _pack(data: Any) -> Any:
-    """Frames as bytes: a quarter of the memory; 1/510 is the most that a pixel moves."""
+    """Frames as bytes, which take a quarter of the memory. A pixel changes by at most 1/510."""
     for key in ("pixels", ("next", "pixels")):
         data.set(key, (data.get(key) * 255).round().to(torch.uint8))
     return data

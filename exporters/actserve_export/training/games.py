@@ -1,4 +1,4 @@
-"""Games of Pong for training, played side by side on the emulator itself."""
+"""Games of Pong for training, played side by side on the emulator."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from numpy.typing import NDArray
 
-CODES = np.array((0, 3, 4))  # NOOP, RIGHT, LEFT, as ALE numbers them
+CODES = np.array((0, 3, 4))  # ALE's codes of NOOP, RIGHT, LEFT
 PALETTE = {
     0: (0, 0, 0),
     14: (236, 236, 236),
     34: (144, 72, 17),
     56: (213, 130, 74),
     200: (92, 186, 92),
-    # these four only before the first step of a game
+    # the next four appear only before the first step of a game
     138: (101, 111, 228),
     210: (53, 95, 24),
     228: (109, 118, 43),
@@ -25,14 +25,14 @@ PALETTE = {
 Screens = NDArray[np.uint8]
 
 
-def picked() -> NDArray[np.int64]:
-    """Which pixels of a flat 210x160 screen a nearest-neighbour resize to 84x84 takes, (84 * 84,)."""
+def picked_pixels() -> NDArray[np.int64]:
+    """The flat indices of the pixels that a nearest-neighbour resize of 210x160 to 84x84 keeps, (84 * 84,)."""
     rows, columns = np.arange(84) * 210 // 84, np.arange(84) * 160 // 84
     flat: NDArray[np.int64] = (rows[:, None] * 160 + columns).ravel()
     return flat
 
 
-def greys() -> Screens:
+def grey_table() -> Screens:
     """Palette index -> the tutorial's grey, 0 to 255 rounded, (256,)."""
     table = np.zeros(256, np.uint8)
     for index, (red, green, blue) in PALETTE.items():
@@ -43,8 +43,8 @@ def greys() -> Screens:
 class Games:
     """`count` games of Pong side by side, played as Gymnasium's v5 plays them: frame skip 4, sticky actions 0.25.
 
-    `screens` is (count, 84, 84) uint8, the picked pixels as indices into ALE's palette, and `before` what they were a
-    step ago. A game that is over starts anew, with both the same; `begun` (count,) says which have just done so.
+    `screens` (count, 84, 84) uint8 has the picked pixels as indices into ALE's palette; `before` has those of the last
+    step. A finished game restarts, with both the same; `restarted` (count,) bool marks the games that just did.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -52,11 +52,11 @@ class Games:
         self.games = [_game((seed * 1000 + i) % 2**31) for i in range(count)]  # ALE takes 31 bits
         self.screens: Screens = np.zeros((count, 84, 84), np.uint8)
         self.before = self.screens.copy()
-        self.begun = np.ones(count, bool)
+        self.restarted = np.ones(count, bool)
         self.scores = np.zeros(count)
-        self.finished: list[float] = []  # the scores of the games that are over
+        self.finished: list[float] = []  # the scores of finished games
         self._flat = self.screens.reshape(count, -1)
-        self._picked = picked()
+        self._picked_pixels = picked_pixels()
         for i in range(count):
             self._look(i)
         self.before[:] = self.screens
@@ -65,7 +65,7 @@ class Games:
         """Act in every game; the points won (1) and lost (-1), (count,)."""
         points = np.zeros(len(self.games), np.float32)
         self.before[:] = self.screens
-        self.begun[:] = False
+        self.restarted[:] = False
         for i, game in enumerate(self.games):
             points[i] = game.act(int(codes[i]))
             self.scores[i] += points[i]
@@ -73,13 +73,13 @@ class Games:
                 self.finished.append(float(self.scores[i]))
                 self.scores[i] = 0
                 game.reset_game()
-                self.begun[i] = True
+                self.restarted[i] = True
             self._look(i)
-        self.before[self.begun] = self.screens[self.begun]
+        self.before[self.restarted] = self.screens[self.restarted]
         return points
 
     def _look(self, i: int) -> None:
-        self.games[i].getScreen().ravel().take(self._picked, out=self._flat[i], mode="clip")
+        self.games[i].getScreen().ravel().take(self._picked_pixels, out=self._flat[i], mode="clip")
 
 
 def _game(seed: int) -> Any:

@@ -1,4 +1,4 @@
-"""The policies that `actserve train` and `export` know by name. This table imports none of them."""
+"""The policies that `actserve train` and `export` know by name. The table imports none of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ale_py import roms
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownPolicy:
     """A policy's factory and its training methods, as names for `pkgutil.resolve_name`.
 
     `factory(*arguments)` returns a `PolicySource`. Each function in `train`, by method, is called with a `Run`, a seed
@@ -22,22 +22,22 @@ class Known:
 
 
 BUNDLED = {
-    "pong": Known(
+    "pong": KnownPolicy(
         "actserve_export.training.pong:pong",
         {"distill": "actserve_export.training.distill:train", "dqn": "actserve_export.training.dqn:train"},
     ),
-    "pong-lstm": Known(
+    "pong-lstm": KnownPolicy(
         "actserve_export.training.pong:pong_lstm", {"distill": "actserve_export.training.distill:train_recurrent"}
     ),
 }
 
 
-def find(name: str) -> Known | None:
-    """A bundled policy, or for the name of any other game of ale-py the tutorial's DQN, whose weights do not ship."""
+def find_policy(name: str) -> KnownPolicy | None:
+    """A bundled policy; for any other game of ale-py, the tutorial's DQN, whose weights do not ship; else None."""
     game = name.replace("-", "_")
     if name in BUNDLED or game not in roms.get_all_rom_ids():
         return BUNDLED.get(name)
-    return Known(
+    return KnownPolicy(
         "actserve_export.training.atari:source",
         {"dqn": "actserve_export.training.dqn:train"},
         (game,),
@@ -45,6 +45,6 @@ def find(name: str) -> Known | None:
     )
 
 
-def expected() -> str:
-    """What `find` finds, for messages."""
+def known_names() -> str:
+    """The names that `find_policy` knows, for error messages."""
     return f"{', '.join(BUNDLED)}, a game of ale-py (breakout, …)"

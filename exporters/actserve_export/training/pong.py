@@ -1,4 +1,4 @@
-"""The bundled policies: `pong` acts on one raw screen, `pong-lstm` on one raw screen and what it remembers."""
+"""The bundled policies: `pong` acts on one raw screen, `pong-lstm` on one raw screen and its LSTM state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from actserve_export.sources.policy_source import PolicySource
 from actserve_export.training import atari
 
 WEIGHTS = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("pong", "pong-lstm")}
-CODES = (0, 1, 3, 4, 11, 12)  # NOOP, FIRE, RIGHT, LEFT, RIGHTFIRE, LEFTFIRE, as ALE numbers them
-MEMORY = 256  # of h, and of c
+CODES = (0, 1, 3, 4, 11, 12)  # ALE's codes of NOOP, FIRE, RIGHT, LEFT, RIGHTFIRE, LEFTFIRE
+MEMORY = 256  # the size of h and of c
 FEATURES = 512
 
 
@@ -27,7 +27,7 @@ def value_network() -> nn.Module:
 
 
 def pong() -> PolicySource:
-    """The feed-forward policy, with the weights that ship, taking raw screens."""
+    """The feed-forward policy for raw screens, with the bundled weights."""
     source = atari.source("pong")
     assert source.weights is not None
     source.weights.load_state_dict(load_file(WEIGHTS["pong"]))
@@ -47,7 +47,7 @@ class Head(nn.Module):
 
 
 def recurrent_network() -> TensorDictSequential:
-    """pixels (B, 1, 84, 84) and LSTM state -> action_value (B, 6): the Nature CNN, an LSTM, and a layer on both."""
+    """pixels (B, 1, 84, 84) and LSTM state -> action_value (B, 6): the Nature CNN, an LSTM, a layer on both."""
     values = value_network()
     features = nn.Sequential(values[0], *list(values[1])[:-1])
     return TensorDictSequential(
@@ -57,8 +57,8 @@ def recurrent_network() -> TensorDictSequential:
     )
 
 
-def begin_as(network: TensorDictSequential, weights: dict[str, Tensor]) -> None:
-    """Give a recurrent network the weights of a feed-forward one, so that at first it acts as that one does."""
+def copy_feed_forward_weights(network: TensorDictSequential, weights: dict[str, Tensor]) -> None:
+    """Give a recurrent network the weights of a feed-forward one, so that it first acts in the same way."""
     feed_forward = value_network()
     feed_forward.load_state_dict(weights)
     features, _, head = network
@@ -70,12 +70,12 @@ def begin_as(network: TensorDictSequential, weights: dict[str, Tensor]) -> None:
 
 
 def pong_lstm() -> PolicySource:
-    """The recurrent policy, with the weights that ship, taking raw screens."""
+    """The recurrent policy for raw screens, with the bundled weights."""
     world = atari.environment("pong")
     network = recurrent_network().requires_grad_(False)
     network.load_state_dict(load_file(WEIGHTS["pong-lstm"]))
-    eyes = pong().weights  # certificates are made on screens that a policy gets to
-    assert eyes is not None
+    player = pong().weights  # plays the games whose screens the certificate uses
+    assert player is not None
     choose = QValueModule(spec=Categorical(len(CODES)))
     return PolicySource(
         policy=TensorDictSequential(atari.preprocessing(), *network, choose),
@@ -88,7 +88,7 @@ def pong_lstm() -> PolicySource:
             }
         ),
         outputs=("action", "action_value"),
-        observe=lambda count: atari.observe(world, eyes, count),
+        observe=lambda count: atari.observe(world, player, count),
         environment=world,
         weights=network,
     )

@@ -1,7 +1,7 @@
-"""`pong-lstm`'s network while it learns from a teacher: as `student.py`, over windows of consecutive screens.
+"""The training of the network of `pong-lstm`: as in `student.py`, but on windows of consecutive screens.
 
-It starts from the feed-forward student, whose features it keeps seeing beside its memory: at first it plays as that one
-does, and then learns what remembering adds.
+The network starts with the weights of the feed-forward student, and its last layer sees features and memory. It first
+plays like that student, and then learns to use the memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ STATE = ("recurrent_state_h", "recurrent_state_c")
 
 @dataclass(frozen=True)
 class RecurrentRecipe(StudentRecipe):
-    """A round of one game is a window, kept with the state that it began with."""
+    """A round of one game is a window, stored with the LSTM state at its start."""
 
     total_steps: int = 800_000
     steps_per_round: int = 24
-    burn_in: int = 6  # steps at a window's begin that are not learned from: the state that was kept has aged
+    burn_in: int = 6  # steps at a window's start without loss, because its stored state comes from older weights
     updates_per_round: int = 4
     batch_size: int = 12
     buffer_size: int = 6_000
@@ -38,14 +38,14 @@ class RecurrentRecipe(StudentRecipe):
 
 
 class RecurrentStudent(Student):
-    """One who remembers."""
+    """A student with an LSTM."""
 
     recipe: RecurrentRecipe
 
     def make(self) -> nn.Module:
         network = pong.recurrent_network()
         with torch.no_grad():
-            pong.begin_as(network, load_file(pong.WEIGHTS["pong"]))
+            pong.copy_feed_forward_weights(network, load_file(pong.WEIGHTS["pong"]))
         centre(network)
         return network.to(memory_format=torch.channels_last)
 
@@ -57,13 +57,13 @@ class RecurrentStudent(Student):
             count = len(games.games)
             before = {key: state.get(key, torch.zeros(count, *shape)) for key in STATE}
             pixels = torch.from_numpy(GREYS[games.screens])
-            begun = torch.from_numpy(games.begun.copy())[:, None]
-            step = TensorDict({"pixels": centred(pixels), "is_init": begun, **before}, batch_size=[count])
+            restarted = torch.from_numpy(games.restarted.copy())[:, None]
+            step = TensorDict({"pixels": centred(pixels), "is_init": restarted, **before}, batch_size=[count])
             with torch.no_grad():
                 network(step)
             state.update({key: step["next", key] for key in STATE})
             found = step["action_value"][:, ACTIONS]
-            return TensorDict({"pixels": pixels, "is_init": begun, "values": found, **before}, batch_size=[count])
+            return TensorDict({"pixels": pixels, "is_init": restarted, "values": found, **before}, batch_size=[count])
 
         return values
 

@@ -1,11 +1,11 @@
-"""What training any bundled policy has in common: a run folder with checkpoints, a history, a curve, and progress.
+"""The run folder of a training: checkpoints, history, learning curve, progress.
 
-    <run>/checkpoint.safetensors   weights: what `actserve export --checkpoint` takes
-    <run>/training.safetensors     the optimiser, the counters, and whatever else going on needs
+    <run>/checkpoint.safetensors   weights, for `actserve export --checkpoint`
+    <run>/training.safetensors     optimiser, counters and other tensors for resuming
     <run>/recipe.json              hyperparameters, seed, versions
     <run>/history.csv  curve.png   the learning curve, as numbers and as a picture
 
-The replay buffer is not kept: a resumed run fills it again before it goes on learning.
+The replay buffer is not saved: a resumed run fills it again before it learns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOOLS = ("torch", "torchrl", "tensordict", "ale-py", "gymnasium", "numpy")
 
 
 class Run:
-    """One training run's folder and its progress. A trainer calls `restore` once, then `step` as it goes on."""
+    """The folder and the progress of one run. A trainer calls `restore` once, then `step` after every few steps."""
 
     def __init__(self, folder: Path, total_frames: int | None, resume: bool) -> None:
         self.folder = folder
@@ -42,21 +42,21 @@ class Run:
         self._ticked_at = self._saved_at
 
     def restore(self) -> dict[str, Tensor]:
-        """The tensors of the last checkpoint, by the names they were saved under; empty for a new run."""
+        """The tensors of the last checkpoint by name; empty for a new run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         training = self.folder / "training.safetensors"
         if not self.resume or not training.exists():
-            # All of it: what is left would be taken for this run's, should it be stopped before it first saves.
+            # Remove all files of an old run: a run that stops before its first save would seem to own them.
             for name in ("training.safetensors", "checkpoint.safetensors", "recipe.json", "history.csv", "curve.png"):
                 (self.folder / name).unlink(missing_ok=True)
             return {}
         with safe_open(training, "pt") as file:
             self.counters = json.loads(file.metadata()["counters"])
-        self._forget_what_was_not_saved()
+        self._drop_unsaved_history()
         return load_file(training)
 
-    def _forget_what_was_not_saved(self) -> None:
-        """Drop the history's rows after the checkpoint: those steps are done again."""
+    def _drop_unsaved_history(self) -> None:
+        """Remove the history's rows after the checkpoint: the run repeats those steps."""
         history = self.folder / "history.csv"
         if history.exists():
             head, *rows = history.read_text().splitlines(keepends=True)
@@ -64,16 +64,16 @@ class Run:
             _write(history, lambda path: path.write_text("".join((head, *kept))))
 
     def save(self, weights: Mapping[str, Tensor], training: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint; a reader, or a crash, sees the old one or the new one."""
-        # As bytes: safetensors' own writing makes a file that only its owner may read. The counters are in the file
-        # that they count for, because two files cannot be replaced at once.
+        """Write a checkpoint. After a crash, each file is either the old or the new one."""
+        # As bytes, because safetensors writes files that only their owner may read. The counters are in the same file
+        # as the tensors, because two files cannot be replaced atomically.
         kept = save(dict(training), metadata={"counters": json.dumps(self.counters)})
         self.keep("checkpoint.safetensors", weights)
         _write(self.folder / "training.safetensors", lambda path: path.write_bytes(kept))
         self._saved_at = time.monotonic()
 
     def keep(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Write weights into the run folder, whole or not at all."""
+        """Write weights into the run folder atomically."""
         _write(self.folder / name, lambda path: path.write_bytes(save(dict(weights))))
 
     @property
@@ -81,7 +81,7 @@ class Run:
         return time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S
 
     def step(self, frames: int, episodes: int) -> None:
-        """Count."""
+        """Add to the counters."""
         now = time.monotonic()
         self.counters["frames"] += frames
         self.counters["episodes"] += episodes
@@ -89,7 +89,7 @@ class Run:
         self._ticked_at = now
 
     def describe(self, **recipe: Any) -> None:
-        """Write down what makes this run: `recipe` (JSON-able) and the versions of the tools."""
+        """Write `recipe.json`: `recipe` (JSON-able) and the versions of the tools."""
         versions = {tool: metadata.version(tool).partition("+")[0] for tool in _TOOLS}
         text = json.dumps({**recipe, "versions": versions}, indent=1) + "\n"
         _write(self.folder / "recipe.json", lambda path: path.write_text(text))
@@ -158,13 +158,13 @@ def draw(history: Path, target: Path, title: str) -> None:
 
 
 class Meter:
-    """Steps a second, over the time since it was made or last read."""
+    """Measures steps per second."""
 
     def __init__(self) -> None:
         self._at = time.monotonic()
 
     def read(self, steps: int) -> float:
-        """What `steps` more steps came to."""
+        """The rate of `steps` steps since the last call."""
         now = time.monotonic()
         rate = steps / (now - self._at)
         self._at = now

@@ -1,7 +1,7 @@
-"""`pong`'s network while it learns from a teacher by DAgger (Ross et al. 2011).
+"""The training of the network of `pong` from a teacher by DAgger (Ross et al. 2011).
 
-The student plays, the teacher says what it would have done on the screens that the student gets to, and the student
-learns the teacher's probabilities (KL).
+The student plays, the teacher gives its action probabilities for the student's screens, and the student learns them
+(KL divergence).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from actserve_export.training import pong
-from actserve_export.training.games import CODES, Games, greys
+from actserve_export.training.games import CODES, Games, grey_table
 from actserve_export.training.teacher import Teacher
 
-ACTIONS = torch.tensor([pong.CODES.index(int(code)) for code in CODES])  # the teacher's actions among the policy's
-CENTRE, SPREAD = 87.0, 64.0  # the grey of the background, and about the distance of the rest from it
-GREYS = greys()
+ACTIONS = torch.tensor([pong.CODES.index(int(code)) for code in CODES])  # the policy's indices of the teacher's actions
+CENTRE, SPREAD = 87.0, 64.0  # the grey of the background, and the typical distance of other greys from it
+GREYS = grey_table()
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class StudentRecipe:
     games: int = 16
     steps_per_round: int = 8  # in each game
     updates_per_round: int = 4
-    batch_size: int = 256  # of what one round of one game is: a screen, or a window of a round's length
+    batch_size: int = 256  # screens; for a recurrent student, windows of one round
     buffer_size: int = 150_000
     warm_up: int = 2_000  # steps before learning
     learning_rate: float = 5e-4  # linear to 2 %
-    teacher_steps: int = 20_000  # over which the teacher's share of the actions falls from 1 to 0
+    teacher_steps: int = 20_000  # steps in which the teacher's share of the actions falls from 1 to 0
     random_share: float = 0.02
-    average_over: int = 1_000  # updates: the weights that are kept are an exponential moving average
+    average_over: int = 1_000  # updates in the exponential moving average of the saved weights
     evaluate_every: int = 100_000
     evaluation_games: int = 24
 
 
 class Student:
-    """One who sees one screen at a time and remembers nothing.
+    """A student without memory.
 
-    It learns on centred screens; `weights` folds that into the first convolution.
+    It learns on centred screens; `weights` folds the centring into the first convolution.
     """
 
     def __init__(self, recipe: StudentRecipe, seed: int) -> None:
@@ -70,13 +70,13 @@ class Student:
         )
 
     def make(self) -> nn.Module:
-        """The network as it starts."""
+        """A new network."""
         return pong.value_network().to(memory_format=torch.channels_last)
 
     def train(self, games: Games, teacher: Teacher, after_round: Callable[[], None]) -> None:
-        """Learn until the recipe's steps are done. While one round is played, another thread learns from those before.
+        """Learn for the recipe's steps. While one round is played, another thread learns from the rounds before.
 
-        The player's weights are therefore one round old, and the result does not depend on which of the two is faster.
+        The player's weights are therefore one round old. The result does not depend on the speed of the two threads.
         """
         self.player.load_state_dict(self.network.state_dict())
         values = self.playing(self.player)
@@ -91,7 +91,7 @@ class Student:
                 after_round()
 
     def playing(self, network: nn.Module) -> Callable[[Games], TensorDict]:
-        """What plays with `network`: games -> `values` (games, 3) of the next action, and what else learning needs."""
+        """A function: games -> `values` (games, 3) of the next action by `network`, with the inputs of learning."""
 
         def values(games: Games) -> TensorDict:
             pixels = torch.from_numpy(GREYS[games.screens])
@@ -102,11 +102,11 @@ class Student:
         return values
 
     def arrange(self, data: TensorDict) -> TensorDict:
-        """One round, (games, steps), -> what the replay buffer holds."""
+        """One round, (games, steps) -> entries of the replay buffer."""
         return data.select("pixels", "target").reshape(-1)
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """(the student's logits of all six actions, the teacher's probabilities of its three), for a sampled batch."""
+        """(the student's logits of its six actions, the teacher's probabilities of its three) for a sampled batch."""
         with torch.autocast("cpu", torch.bfloat16):
             values = self.network(centred(batch["pixels"]))
         return values.float(), batch["target"]
@@ -146,19 +146,19 @@ class Student:
             self.loss = float(loss.detach())
 
     def evaluate(self, seed: int) -> list[float]:
-        """The scores of whole games, -21 to 21, played greedily."""
+        """The scores of whole games with greedy actions, -21 to 21."""
         playing = Games(self.recipe.evaluation_games, seed)
         values = self.playing(self.average.module)
         scores: dict[int, float] = {}
         while len(scores) < len(playing.games):
             before = playing.scores.copy()
             points = playing.step(CODES[values(playing)["values"].argmax(-1).numpy()])
-            for i in np.flatnonzero(playing.begun):
+            for i in np.flatnonzero(playing.restarted):
                 scores.setdefault(int(i), float(before[i] + points[i]))
         return list(scores.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The same function of greys in 0..1, for a checkpoint."""
+        """The weights for greys in 0..1, for a checkpoint."""
         network = copy.deepcopy(self.average.module).to(memory_format=torch.contiguous_format)
         uncentre(network)
         return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -174,7 +174,7 @@ def _first(network: nn.Module) -> nn.Conv2d:
 
 
 def uncentre(network: nn.Module) -> None:
-    """Make a network of centred screens one of greys in 0..1, exactly: the first convolution has no padding."""
+    """Change a network for centred screens into one for greys in 0..1. Exact: the first convolution has no padding."""
     first = _first(network)
     with torch.no_grad():
         first.bias -= CENTRE / SPREAD * first.weight.sum((1, 2, 3))

@@ -1,8 +1,8 @@
-"""Pong's teacher: PPO (Schulman et al. 2017) on a few numbers read off the 84x84 screen.
+"""Pong's teacher: PPO (Schulman et al. 2017) on a few numbers that are read from the 84x84 screen.
 
 The numbers are the ball's x and y, both paddles' y, and the ball's height over the own paddle. A teacher with
-`movement` also knows how far the ball and the own paddle moved since the last screen; one for a student who sees a
-single screen does not, as the student should not be asked for what that screen does not show.
+`movement` also gets the movement of the ball and the own paddle since the last screen. A student without memory cannot
+see movement, so its teacher does not get it either.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from torchrl.objectives.value import GAE
 
 from actserve_export.training.games import CODES, Games, Screens
 
-BALL, ENEMY, OWN = 14, 56, 200  # by ALE's index into the palette
+BALL, ENEMY, OWN = 14, 56, 200  # indices into ALE's palette
 FIELD = slice(14, 78)  # the rows of the 84 between the walls
 ENEMY_COLUMN, OWN_COLUMN = 9, 75
-NEAR = 40  # how far over the own paddle the ball's height is told exactly, in half rows
-SIZES: tuple[int, ...] = (85, 128, 128, 128, 2 * NEAR + 2)  # bins of each number, "not to be seen" included
-MOVES = (12, 40, 24)  # how far the ball's x and y and the own paddle's y are followed from one screen to the next
+NEAR = 40  # the ball's height over the own paddle is exact up to this many half rows
+SIZES: tuple[int, ...] = (85, 128, 128, 128, 2 * NEAR + 2)  # bins of each number, including "not visible"
+MOVES = (12, 40, 24)  # the largest exact movement of the ball's x and y and the own paddle's y
 MOVE_SIZES = tuple(2 * most + 2 for most in MOVES)
 
 
@@ -61,7 +61,7 @@ def features(screens: Screens, before: Screens | None = None) -> Tensor:
 
 
 def _places(screens: Screens) -> tuple[NDArray[np.int64], ...]:
-    """The ball's x (84: not to be seen) and y, the own paddle's y and the other's, in half rows (127: not there)."""
+    """The ball's x (84: not visible) and y, the own paddle's y and the other's, in half rows (127: not visible)."""
     field = screens[:, FIELD]
     ball = field == BALL
     seen, ball_y = _middle(ball.any(2))
@@ -72,7 +72,7 @@ def _places(screens: Screens) -> tuple[NDArray[np.int64], ...]:
 
 
 def _middle(rows: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(N, 64) -> whether there is anything, and its middle in half rows, 127 if there is nothing."""
+    """(N, 64) -> whether any row is set, (N,), and the middle of the set rows in half rows, else 127."""
     seen = np.asarray(rows.any(axis=1))
     middle = rows.argmax(1) + 63 - rows[:, ::-1].argmax(1)
     return seen, np.where(seen, middle, 127)
@@ -81,7 +81,7 @@ def _middle(rows: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int6
 class Points(EnvBase):
     """`Games` as a TorchRL environment, batch size [games]: an action is an index into `CODES`, a point an episode.
 
-    A game goes on after a point, so resetting does nothing.
+    A game continues after a point, so resetting does nothing.
     """
 
     def __init__(self, games: Games, movement: bool) -> None:
@@ -103,24 +103,24 @@ class Points(EnvBase):
         return TensorDict(after, batch_size=self.batch_size)
 
     def _set_seed(self, seed: int | None) -> None:
-        """The games have theirs."""
+        """The games have their own seeds."""
 
     def _see(self) -> Tensor:
         return features(self.games.screens, self.games.before if self.movement else None)
 
 
 def network(outputs: int, movement: bool) -> nn.Module:
-    """Bins, (N, 5) or with movement (N, 8) -> (N, outputs): one-hots times 192 (looked up), then 128."""
+    """Bins (N, 5), with movement (N, 8) -> (N, outputs). The hidden layers have 192 (a table of the bins) and 128."""
     table = nn.EmbeddingBag(sum(SIZES + MOVE_SIZES if movement else SIZES), 192, mode="sum")
     nn.init.normal_(table.weight, std=0.3)
     last = nn.Linear(128, outputs)
     nn.init.orthogonal_(last.weight, 0.01 if outputs > 1 else 1.0)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(_Leading(table), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), last)
+    return nn.Sequential(_SumOfEmbeddings(table), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), last)
 
 
-class _Leading(nn.Module):
-    """An EmbeddingBag over the last axis, whatever leads it."""
+class _SumOfEmbeddings(nn.Module):
+    """An EmbeddingBag over the last axis, (..., bins) -> (..., 192)."""
 
     def __init__(self, table: nn.EmbeddingBag) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class TeacherRecipe:
     batch_size: int = 1024
     learning_rate: float = 7e-4  # constant for 40 %, then linear to 5 %
     gamma: float = 0.99
-    late_gamma: float = 0.999  # from 70 % on: quick points come first, and then those that a longer rally would win
+    late_gamma: float = 0.999  # from 70 % on: learn quick points first, then points after long rallies
     lmbda: float = 0.95
     clip: float = 0.2
     entropy: float = 0.01  # falls linearly to 10 %
@@ -178,14 +178,14 @@ class Teacher:
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=recipe.learning_rate, eps=1e-5)
 
     def probabilities(self, games: Games) -> Tensor:
-        """(games, 3), of NOOP, RIGHT, LEFT."""
+        """(games, 3): the probabilities of NOOP, RIGHT, LEFT."""
         with torch.no_grad():
             bins = features(games.screens, games.before if self.recipe.movement else None)
             probabilities: Tensor = self.policy(bins).softmax(-1)
         return probabilities
 
     def train(self, games: Games, after_round: Callable[[float], None]) -> None:
-        """Learn until the recipe's steps are done. `after_round` gets each round's points per 1,000 steps."""
+        """Learn for the recipe's steps. `after_round` gets each round's points per 1,000 steps."""
         size = self.recipe.games * self.recipe.steps_per_round
         replay = TensorDictReplayBuffer(
             storage=LazyTensorStorage(size), sampler=SamplerWithoutReplacement(), batch_size=self.recipe.batch_size

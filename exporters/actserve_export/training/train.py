@@ -1,4 +1,4 @@
-"""`actserve train`: run the training of a policy that is known by name."""
+"""`actserve train`: train a policy by its name."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from actserve.core.errors import UsageError
-from actserve_export.training.known import expected, find
+from actserve_export.training.known import find_policy, known_names
 from actserve_export.training.run import Run, draw
 
 
 def train(
     name: str, *, out: Path, total_frames: int | None, seed: int, resume: bool = True, method: str | None = None
 ) -> Path:
-    """Train the policy known as `name` in the folder `out`; returns the checkpoint's path. Raises `UsageError`.
+    """Train the policy `name` in the folder `out`; returns the checkpoint's path. Raises `UsageError`.
 
-    `method`: one of the policy's; None: its first.
+    `method` is one of the policy's training methods, by default its first.
     """
-    known = find(name)
+    known = find_policy(name)
     if known is None:
-        raise UsageError(f"expected {expected()}; got {name!r}")
+        raise UsageError(f"expected {known_names()}; got {name!r}")
     method = method or next(iter(known.train))
     if method not in known.train:
         raise UsageError(f"{name} can be trained by {', '.join(known.train)}; got {method!r}")
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notes would break the live line
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # its messages would break the progress line
     training = Run(out, total_frames, resume)
     resolve_name(known.train[method])(training, seed, *known.arguments)
     if (out / "history.csv").exists():

@@ -1,4 +1,4 @@
-"""Transforms that TorchRL has only with torchvision."""
+"""A transform that TorchRL has only with torchvision."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchrl.envs.transforms import ObservationTransform
 class NearestResize(ObservationTransform):
     """(..., C, H, W) -> (..., C, height, width) by nearest neighbour.
 
-    Equal to torchrl's ``Resize(height, width, interpolation="nearest")``, whose torchvision calls the same function of
-    torch: row i of the result is row floor(i * H / height).
+    Equal to torchrl's ``Resize(height, width, interpolation="nearest")``, which calls the same torch function through
+    torchvision: row i of the result is row floor(i * H / height).
     """
 
     def __init__(self, height: int, width: int, in_keys: Sequence[str] = ("pixels",)) -> None:

@@ -1,7 +1,7 @@
-"""What rounding to bytes does to an `.onnx` program, made good in what stays in floats.
+"""Compensation of the rounding errors of an int8 `.onnx` program. Each function changes a file in place.
 
-`equalize` before, so that one scale for all channels fits each; `correct` and `refit` after, from what the layers of
-the int8 program give on real inputs.
+`equalize_channels` runs before quantisation, so that one scale fits all channels. `correct_biases` and
+`refit_last_layer` run after it, and compare the layers' outputs in both programs on real inputs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from actserve_export.programs.onnx_session import open_session
 CALIBRATION_BATCH = 8
 
 
-def equalize(prepared: Path, layers: Sequence[str], calibration: Mapping[str, Array]) -> None:
-    """Give every channel between two layers the same range, by scaling weights before and after: in place.
+def equalize_channels(prepared: Path, layers: Sequence[str], calibration: Mapping[str, Array]) -> None:
+    """Give every channel between two layers the same range, by scaling the weights before and after it.
 
-    relu(x / s) * s is relu(x), so the program stays what it is; but one scale for all channels, which is what bytes
-    have, then fits each (Nagel et al. 2019, Data-Free Quantization, with measured ranges). For `pong` it takes a
-    quarter off the error of the linear layer, and half off those of the convolutions.
+    relu(x / s) * s equals relu(x), so the program computes the same. Quantisation has one scale for all channels, which
+    then fits each of them (Nagel et al. 2019, Data-Free Quantization, with measured ranges). For `pong` this reduces
+    the error of the linear layer by a quarter, and that of the convolutions by half.
     """
     model = onnx.load(str(prepared))
     nodes = {node.name: node for node in model.graph.node}
@@ -44,13 +44,13 @@ def equalize(prepared: Path, layers: Sequence[str], calibration: Mapping[str, Ar
             value = numpy_helper.to_array(weights[name])
             _set(weights[name], value / scale.reshape(-1, *[1] * (value.ndim - 1)))
         value = numpy_helper.to_array(weights[after.input[1]])
-        by_channel = value.reshape(len(value), len(scale), -1)  # a flattened picture has its channels one by one
+        by_channel = value.reshape(len(value), len(scale), -1)  # flattening keeps each channel together
         _set(weights[after.input[1]], (by_channel * scale[None, :, None]).reshape(value.shape))
     onnx.save(model, str(prepared))
 
 
 def _only_relu_between(graph: Any, before: Any, after: Any) -> str | None:
-    """The ReLU's output, if that and perhaps a reshape is all between two layers whose weights are (out, in, ...)."""
+    """The output of the ReLU, if only it and reshapes are between two layers with weights (out, in, ...); else None."""
     users: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
@@ -73,12 +73,11 @@ def _only_relu_between(graph: Any, before: Any, after: Any) -> str | None:
     return relu if users.get(name) == [after] else None
 
 
-def correct(prepared: Path, target: Path, layers: Sequence[str], calibration: Mapping[str, Array]) -> None:
-    """Add to each bias what its layer's outputs are off on average, channel by channel, from the first layer on: in
-    place.
+def correct_biases(prepared: Path, target: Path, layers: Sequence[str], calibration: Mapping[str, Array]) -> None:
+    """Correct each bias by the mean error of its layer's outputs, channel by channel, from the first layer on.
 
-    Most of a screen is always the same, and what rounding does to that is no noise: it is always the same, too
-    (empirical bias correction, Nagel et al. 2019). For `pong` it halves the error of the second convolution.
+    Most of a screen never changes, so most of the rounding error does not either (empirical bias correction, Nagel et
+    al. 2019). For `pong` this halves the error of the second convolution.
     """
     original, model = onnx.load(str(prepared)), onnx.load(str(target))
     outputs = {node.name: node.output[0] for node in original.graph.node}
@@ -87,12 +86,12 @@ def correct(prepared: Path, target: Path, layers: Sequence[str], calibration: Ma
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = _means(original, [outputs[name] for name in layers], calibration)
     for name, mean in zip(layers, wanted, strict=True):
-        node = nodes.get(f"{name}_add", nodes[name])  # what `_use_integer_products` has put in place of a linear layer
+        node = nodes.get(f"{name}_add", nodes[name])  # `_use_integer_products` replaces a linear layer
         bias = node.input[-1] if node.op_type == "Add" or len(node.input) == 3 else None
         if bias is None:
             continue
         off = mean - _means(model, [node.output[0]], calibration)[0]
-        if bias in made_by:  # of a convolution, in whole multiples of its scale
+        if bias in made_by:  # a convolution's bias is a whole multiple of its scale
             bias, scale, *_ = made_by[bias].input
             off = np.rint(off / numpy_helper.to_array(constants[scale]))
         tensor = constants[bias]
@@ -101,11 +100,11 @@ def correct(prepared: Path, target: Path, layers: Sequence[str], calibration: Ma
     onnx.save(model, str(target))
 
 
-def refit(prepared: Path, target: Path, layer: str, calibration: Mapping[str, Array]) -> None:
-    """Fit the last layer, which is in floats, to the features that it now gets: in place.
+def refit_last_layer(prepared: Path, target: Path, layer: str, calibration: Mapping[str, Array]) -> None:
+    """Fit the last layer, which is in floats, to the features that the int8 layers give.
 
-    Ridge regression of what the original's outputs are more, on the features, so that the weights stay near what they
-    were; one squared feature vector is the weight of that. For `pong` it takes a tenth off the error that is left.
+    Ridge regression of the remaining error on the features keeps the weights near their old values. The weight of the
+    penalty is the mean squared norm of a feature vector. For `pong` this reduces the remaining error by a tenth.
     """
     original, model = onnx.load(str(prepared)), onnx.load(str(target))
     node = next(node for node in model.graph.node if node.name == layer)
@@ -124,7 +123,7 @@ def refit(prepared: Path, target: Path, layer: str, calibration: Mapping[str, Ar
 
 
 def _values(model: Any, names: Sequence[str], calibration: Mapping[str, Array]) -> list[Array]:
-    """(N, channels) of each of the named tensors, which have no other axes, in float64."""
+    """The named tensors, which must be (N, channels), in float64."""
     return [np.hstack(seen).T.astype(np.float64) for seen in _observe(model, names, calibration, lambda value: value)]
 
 
@@ -135,15 +134,15 @@ def _means(model: Any, names: Sequence[str], calibration: Mapping[str, Array]) -
 
 
 def _largest(model: Any, names: Sequence[str], calibration: Mapping[str, Array]) -> list[Array]:
-    """The largest value that each channel of the named tensors takes."""
+    """The largest value of each channel of the named tensors."""
     largest = _observe(model, names, calibration, lambda value: value.max(axis=1))
     return [np.max(seen, axis=0) for seen in largest]
 
 
 def _observe(
-    model: Any, names: Sequence[str], calibration: Mapping[str, Array], see: Callable[[Array], Array]
+    model: Any, names: Sequence[str], calibration: Mapping[str, Array], reduce: Callable[[Array], Array]
 ) -> Iterator[tuple[Array, ...]]:
-    """What `see` makes of each of the named tensors, given as (channels, anything), batch by batch."""
+    """For each named tensor, `reduce` of it as (channels, other values), batch by batch."""
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
     for name in names:
@@ -151,7 +150,7 @@ def _observe(
             observed.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = open_session(observed.SerializeToString())
     runs = (session.run(list(names), batch) for batch in batches(calibration))
-    return zip(*([see(_channels_first(value)) for value in values] for values in runs), strict=True)
+    return zip(*([reduce(_channels_first(value)) for value in values] for values in runs), strict=True)
 
 
 def _channels_first(value: Array) -> Array:

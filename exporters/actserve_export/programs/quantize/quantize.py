@@ -1,16 +1,17 @@
-"""int8 programs: an `.onnx` of which the layers in the middle compute with bytes. Smaller and faster, and not the same.
+"""int8 programs: an `.onnx` whose middle layers compute with bytes. It is smaller, faster and slightly different.
 
-Static quantisation by ONNX Runtime: activations as uint8, with ranges that real inputs had; weights as int8, with a
-scale per channel. It is never taken on trust: `certify_int8` holds the result to inputs that it was not calibrated on.
+ONNX Runtime quantises statically: activations as uint8, with the ranges measured on real inputs, and weights as int8,
+with a scale per channel. `certify_int8` then compares the result with the original on held-out inputs.
 
-What stays in floats, for `pong` (agreement on 2,048 held-out screens; speed against the tutorial's graph at batch 8):
+Layers that stay in floats, for `pong` (agreement on 2,048 held-out screens; speed against the tutorial's graph at
+batch 8):
 
     the first convolution and the last layer       99.6 %   4.5x
     the second convolution as well                 99.8 %   3.2x
     all convolutions                               99.9 %   2.3x
 
-With the first convolution in bytes it is 92 to 98 %: the ball is a few pixels, a little brighter than the ground. What
-disagrees otherwise are ties: 1 % of the screens have two actions within 0.1 of each other.
+With the first convolution in bytes, 92 to 98 % agree: the ball is a few pixels, slightly brighter than the background.
+The other disagreements are near ties: on 1 % of the screens, the two best actions are within 0.1 of each other.
 """
 
 from __future__ import annotations
@@ -35,12 +36,18 @@ from actserve.core.signature import Array, Arrays, Signature
 from actserve.engine import golden
 from actserve.engine.golden import Tolerance
 from actserve_export.programs.onnx_session import open_session
-from actserve_export.programs.quantize.compensate import CALIBRATION_BATCH, batches, correct, equalize, refit
+from actserve_export.programs.quantize.compensate import (
+    CALIBRATION_BATCH,
+    batches,
+    correct_biases,
+    equalize_channels,
+    refit_last_layer,
+)
 
-AGREEMENT = 0.995  # the share of actions that must be the original's
+AGREEMENT = 0.995  # the required share of actions that equal the original's
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _DEQUANTIZE = "DequantizeLinear"
-_BETWEEN = ("Relu", "Reshape", "Flatten", "Unsqueeze", "MaxPool")  # quantised where they stand between two layers
+_BETWEEN = ("Relu", "Reshape", "Flatten", "Unsqueeze", "MaxPool")  # quantised if they are between two layers
 
 Run = Callable[[Arrays], Arrays]
 
@@ -48,16 +55,16 @@ Run = Callable[[Arrays], Arrays]
 def quantize(
     onnx_path: Path, calibration: Mapping[str, Array], *, full_range: bool = False
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """int8 versions of the program whose actions agree in at least `AGREEMENT`, from the fastest on, each with what was
-    done, JSON-able, for the manifest.
+    """int8 programs that agree in at least `AGREEMENT` of the actions, the fastest first.
 
-    `calibration`: every input by name, each (N, *shape), real ones: every fourth item gives the ranges, the others say
-    how well the actions agree. The first and the last layer stay in floats; in the next version the second layer does
-    too, and so on. Take a few thousand items: a hundred cannot tell 99.4 % from 99.7 %.
-    `full_range` gives all 8 bits to weights and activations. Without VNNI, x86 adds two products of bytes in 16 bits,
-    which 8 bits can overflow and 7 cannot: a program with 8 is for CPUs that have it ("requires" in what is returned).
-    With 7, the error is about twice as large.
-    Raises `CaptureFailed` when no layer is left that could be quantised with that agreement.
+    Each comes with a JSON-able description of its quantisation, for the manifest.
+    `calibration` holds real values of every input by name, each (N, *shape). Every fourth item calibrates the ranges;
+    the others measure the agreement. Take a few thousand items: a hundred cannot tell 99.4 % from 99.7 %.
+    The first and the last layer stay in floats. In the second program the second layer does too, and so on.
+    `full_range` uses all 8 bits for weights and activations, else 7, with about twice the error. An x86 CPU without
+    VNNI adds two products of bytes in 16 bits, which overflow with 8 bits and not with 7. The description's "requires"
+    names the CPU feature.
+    Raises `CaptureFailed` if no choice of layers reaches the agreement.
     """
     every_fourth = np.arange(len(next(iter(calibration.values())))) % 4 == 0
     ranges = {name: array[every_fourth] for name, array in calibration.items()}
@@ -69,13 +76,15 @@ def quantize(
         quant_pre_process(str(onnx_path), str(prepared), skip_symbolic_shape=True)
         layers = _layers(prepared)
         if len(layers) < 3:
-            raise CaptureFailed(f"int8: first and last layer stay in floats, and the program has {len(layers)} in all")
-        equalize(prepared, layers, ranges)
+            raise CaptureFailed(
+                f"int8: the first and the last layer stay in floats; expected 3 layers or more, got {len(layers)}"
+            )
+        equalize_channels(prepared, layers, ranges)
         wanted = _actions(onnx_path, others)
         for first in range(1, len(layers) - 1):
             _quantize(prepared, draft, layers[first:-1], ranges, full_range)
-            correct(prepared, draft, layers[first:-1], ranges)
-            refit(prepared, draft, layers[-1], ranges)
+            correct_biases(prepared, draft, layers[first:-1], ranges)
+            refit_last_layer(prepared, draft, layers[-1], ranges)
             agreement = float(np.mean(_same(_actions(draft, others), wanted)))
             best = max(best, agreement)
             if agreement >= AGREEMENT:
@@ -99,11 +108,11 @@ def certify_int8(
     held_out: Mapping[str, Array],
     play: Callable[[Run], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """The int8 program's own certificate, JSON-able: how its actions agree with the original program's.
+    """The certificate of an int8 program, JSON-able: how often its actions equal the original program's.
 
-    `held_out`: every input by name, each (N, *shape), none of which `quantize` has seen. `play` plays games (the same
-    ones each time) with a program and returns their scores; without it the certificate has none.
-    Raises `Disagreement` when fewer than `AGREEMENT` of the actions are the original's.
+    `held_out` holds every input by name, each (N, *shape), without items that `quantize` saw. `play` plays the same
+    games with each program and returns their scores; without it, the certificate has no scores.
+    Raises `Disagreement` if fewer than `AGREEMENT` of the actions are equal.
     """
     size = min(CALIBRATION_BATCH, signature.max_batch)
     ours, theirs = golden.in_batches(run, held_out, size), golden.in_batches(original, held_out, size)
@@ -131,7 +140,7 @@ def certify_int8(
 def _quantize(
     prepared: Path, target: Path, layers: Sequence[str], calibration: Mapping[str, Array], full_range: bool
 ) -> None:
-    """Quantise `layers` and what stands between them."""
+    """Quantise `layers` and the nodes between them."""
     nodes = onnx.load(str(prepared)).graph.node
     others = [node.name for node in nodes if node.op_type in _LAYERS and node.name not in layers]
     products = {node.output[0] for node in nodes if node.op_type == "Gemm"}
@@ -156,8 +165,8 @@ def _quantize(
 def _use_integer_products(prepared: Path, target: Path) -> None:
     """Give linear layers float outputs: bytes in, 32-bit sums, scaled once.
 
-    Rounding their outputs to bytes as well is a third of the whole error and saves nothing. ONNX Runtime has no fused
-    operation for what its quantiser writes then, a Gemm between conversions, so it is spelled out here.
+    Rounding their outputs to bytes too would cause a third of the whole error and save nothing. For float outputs, ONNX
+    Runtime's quantiser writes a Gemm between conversions, which it cannot fuse. This function writes the products out.
     """
     biases = {node.name: node.input[2:] for node in onnx.load(str(prepared)).graph.node if node.op_type == "Gemm"}
     model = onnx.load(str(target))
@@ -205,7 +214,7 @@ def _use_integer_products(prepared: Path, target: Path) -> None:
 
 
 def _prune(graph: Any) -> None:
-    """Remove conversions whose result is no longer used, then constants."""
+    """Remove unused conversions, then unused constants."""
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     for node in [node for node in graph.node if node.op_type == _DEQUANTIZE and node.output[0] not in used]:
         graph.node.remove(node)
@@ -215,12 +224,12 @@ def _prune(graph: Any) -> None:
 
 
 def is_x86() -> bool:
-    """Such CPUs multiply bytes in 16 bits unless they have VNNI."""
+    """x86 CPUs without VNNI multiply bytes in 16 bits."""
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _layers(path: Path) -> list[str]:
-    """The layers with weights, in the graph's order. Products before the first convolution prepare the picture."""
+    """The names of the layers with weights, in order. Products before the first convolution are preprocessing."""
     graph = onnx.load(str(path)).graph
     weights = {tensor.name for tensor in graph.initializer}
     nodes = [node for node in graph.node if node.op_type in _LAYERS and len(weights.intersection(node.input)) > 0]
@@ -239,21 +248,21 @@ class _Reader(ortq.CalibrationDataReader):
 
 
 def _actions(path: Path, inputs: Mapping[str, Array]) -> Array:
-    """The program's first output, which is the action, for all of `inputs`."""
+    """The program's first output, the action, for all `inputs`."""
     session = open_session(path.read_bytes())
     action = session.get_outputs()[0].name
     return np.concatenate([session.run([action], batch)[0] for batch in batches(inputs)])
 
 
 def _same(ours: Array, theirs: Array) -> Array:
-    """(N,) whether each item's action is the same; one made of real numbers, whether it is within 1 %."""
+    """(N,) bool: whether each item's action is equal, or for float actions within 1 %."""
     same = np.isclose(ours, theirs, rtol=0.01, atol=0.01) if ours.dtype.kind == "f" else ours == theirs
     return np.asarray(same.reshape(len(same), -1).all(axis=1))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """ONNX Runtime's quantiser advises, through the root logger, to prepare models that were prepared."""
+    """Silences the quantiser, which advises on the root logger to prepare models that are prepared already."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,9 +1,9 @@
 """Rewrites of the exported graph that make a program faster and keep its answers.
 
-Both runtimes get the rewrites in `tidy`; ONNX Runtime also gets the one in `pick`. AOTInductor needs no
-`pick`: it fuses everything before the first convolution into one loop over the pixels that are wanted. Picked
-first, its programs are slower (µs a frame at batch 1 / 8 / 32: 323 / 204 / 218 before, 335 / 221 / 243 after), and the
-product doubles their time.
+Both runtimes get the rewrites in `simplify`. ONNX Runtime also gets `pick_pixels`. AOTInductor does not need it: it
+fuses everything before the first convolution into one loop over the pixels that the resize keeps. With the pixels
+picked first, its programs are slower (µs per frame at batch 1 / 8 / 32: 323 / 204 / 218 before, 335 / 221 / 243
+after), and the matrix product doubles their time.
 """
 
 from __future__ import annotations
@@ -15,31 +15,37 @@ from typing import Any
 import torch
 from torch import fx
 
-from actserve_export.programs.rewrites.pick import pick_first
-from actserve_export.programs.rewrites.tidy import drop, share, tidy
+from actserve_export.programs.rewrites.pick_pixels import pick_pixels_first
+from actserve_export.programs.rewrites.simplify import (
+    merge_common_subexpressions,
+    remove_dead_code,
+    remove_redundant_conversions,
+)
 
-_REWRITES: dict[str, tuple[Callable[[fx.GraphModule], list[str]], ...]] = {"onnx": (pick_first,), "pt2": ()}
+Rewrite = Callable[[fx.GraphModule], list[str]]  # changes the graph in place; the names of the changes
+_FOR_ALL: tuple[Rewrite, ...] = (remove_redundant_conversions, merge_common_subexpressions, remove_dead_code)
+_FOR_RUNTIME: dict[str, tuple[Rewrite, ...]] = {"onnx": (pick_pixels_first,), "pt2": ()}
 
 
 def optimize(
     program: torch.export.ExportedProgram, runtime: str = "onnx"
 ) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """A program that gives the same answers faster in `runtime`, and what was done to it, for the manifest.
+    """A program that gives the same answers faster in `runtime`, and the names of the rewrites, for the manifest.
 
-    Values may move by float rounding (about 1e-7), which the certificate has to accept. The symbolic batch axis, the
-    inputs and the outputs stay as they are. Where nothing applies, or the result cannot be exported again, the program
-    itself is returned with an empty list.
+    Values may change by float rounding (about 1e-7); the certificate decides whether that is acceptable. The symbolic
+    batch axis, the inputs and the outputs do not change. If no rewrite applies, or the result cannot be exported again,
+    returns the program itself and an empty list.
     """
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        return program, []  # what a graph changes in place can be neither shared nor dropped
+        return program, []  # a tensor that the graph writes to can be neither shared nor removed
     module = program.module(check_guards=False)
     applied: list[str] = []
-    for rewrite in (tidy, share, drop, *_REWRITES[runtime]):
+    for rewrite in (*_FOR_ALL, *_FOR_RUNTIME[runtime]):
         applied += rewrite(module)
     if not applied:
         return program, []
-    drop(module)  # what the rewrites put out of use
+    remove_dead_code(module)  # left over from the last rewrites
     module.graph.lint()
     module.recompile()
     again = _export(module, program)
@@ -47,13 +53,13 @@ def optimize(
 
 
 def _export(module: fx.GraphModule, program: torch.export.ExportedProgram) -> torch.export.ExportedProgram | None:
-    """The module exported with the inputs and the symbolic axes of `program`; None if that does not work out."""
+    """The module exported with the inputs and the symbolic axes of `program`; None if that fails."""
     args, kwargs = program.example_inputs
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             again = torch.export.export(module, args, kwargs, dynamic_shapes=_symbolic_axes(program), strict=False)
-    except Exception:  # torch.export raises a dozen types, with no common base; the program at hand will do
+    except Exception:  # torch.export raises a dozen types, with no common base
         return None
     before, after = program.graph_signature, again.graph_signature
     same = before.user_inputs == after.user_inputs and len(before.user_outputs) == len(after.user_outputs)

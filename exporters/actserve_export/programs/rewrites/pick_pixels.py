@@ -1,17 +1,17 @@
-"""The rewrite for ONNX Runtime: of a screen that is made smaller, only the pixels that are kept are converted.
+"""The rewrite for ONNX Runtime: pick the pixels that a nearest-neighbour resize keeps before converting the screen.
 
 ONNX Runtime runs the operations one by one. Measured with `python -m tests.benchmarks.programs` and its
-forerunners (one thread, µs a frame at batch 1 / 8 / 32, all in one run on a busy machine):
+predecessors (one thread, µs per frame at batch 1 / 8 / 32, all in one run on a busy machine):
 
     the tutorial's graph: convert, transpose, resize, greyscale        187 / 152 / 293
     rows, then columns picked as bytes; then scale and greyscale       162 / 114 / 115 to 170
-    rows picked; columns, scale and greyscale in one small product     147 /  98 /  92    <- what is done here
-    the network alone, on frames prepared before                       131 /  75 /  76
+    rows picked; columns, scale and greyscale in one small product     147 /  98 /  92    <- this rewrite
+    the network alone, on prepared frames                              131 /  75 /  76
 
-Tried, and slower than the second line: greyscale as a 1x1 convolution (174 / 139 / 263) or as a product with one column
-(162 / 114 / 170), greyscale folded into a first convolution with three channels (172 / 126 / 178, it triples the
-largest layer's work), greyscale before columns (169 / 129 / 185), columns picked from planes, byte by byte (200 / 165 /
-221).
+Other variants were slower than the second line: greyscale as a 1x1 convolution (174 / 139 / 263) or as a product with
+one column (162 / 114 / 170); greyscale folded into a first convolution with three channels (172 / 126 / 178, because it
+triples the work of the largest layer); greyscale before columns (169 / 129 / 185); columns picked from planes, byte by
+byte (200 / 165 / 221).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, fx
 
 _aten = torch.ops.aten
-WIDEST_PRODUCT = 256  # rows of the matrix that picks columns; beyond, multiplying by its zeros costs more than it saves
+WIDEST_PRODUCT = (
+    256  # rows of the matrix that picks columns; with more, the products with its zeros cost more than they save
+)
 
 _UPSAMPLE = (_aten.upsample_nearest2d.vec, _aten.upsample_nearest2d.default)
 _ALIKE = (_aten.relu.default, _aten.neg.default, _aten.abs.default, _aten.clone.default)  # elementwise, one argument
@@ -36,12 +38,12 @@ _TO_DTYPE = (_aten.to.dtype, _aten._to_copy.default)
 
 @dataclass
 class _ResizeChain:
-    """How a picture came from `source`: elementwise steps and permutations, the earliest first."""
+    """The elementwise steps and permutations from `source` to a picture, in order."""
 
     source: fx.Node
     steps: list[fx.Node]
-    axes: list[int]  # of the picture, as axes of the source
-    factor: float | None = 1.0  # the picture is the source times this, as float32; None: it is something else
+    axes: list[int]  # the source's axis for each axis of the picture
+    factor: float | None = 1.0  # picture = source * factor, in float32; None: another function
 
 
 @dataclass
@@ -52,10 +54,10 @@ class _Blend:
     weights: dict[int, float] = field(default_factory=dict)
 
 
-def pick_first(module: fx.GraphModule) -> list[str]:
-    """Take the pixels that a nearest-neighbour resize keeps from the bytes, before anything is computed with them.
+def pick_pixels_first(module: fx.GraphModule) -> list[str]:
+    """Move the picking of pixels by a nearest-neighbour resize before the elementwise steps.
 
-    Exact, because an elementwise step gives for a picked pixel what it gives for that pixel among others.
+    The result is exactly the same, because elementwise steps treat each pixel alone.
     """
     applied: list[str] = []
     for node in list(module.graph.nodes):
@@ -65,15 +67,15 @@ def pick_first(module: fx.GraphModule) -> list[str]:
 
 
 def _trace(picture: fx.Node) -> _ResizeChain | None:
-    """Follow a picture back to the integers that it was converted from, through steps that a pick may overtake."""
+    """The chain from a picture back to the integers that it was converted from, through elementwise steps."""
     steps: list[fx.Node] = []
     node = picture
     while len(node.users) == 1 and _is_step(node):
         steps.insert(0, node)
         node = node.args[0]
-    source, value = node, node.meta.get("val")  # a step of an earlier rewrite has none: there is nothing to gain then
+    source, value = node, node.meta.get("val")  # a node of an earlier rewrite has none
     if not steps or value is None or value.dtype.is_floating_point or value.dtype.is_complex:
-        return None  # nothing is converted after all: little to gain
+        return None  # no conversion: little to gain
     axes = list(range(value.dim()))
     factor: float | None = 1.0
     for step in steps:
@@ -106,12 +108,12 @@ def _pick(module: fx.GraphModule, resize: fx.Node, chain: _ResizeChain) -> list[
         return []
     rows, columns = _kept(resize, height, width)
     if len(rows) > height or len(columns) > width:
-        return []  # it enlarges: there is less to compute before than after
+        return []  # enlarging: there are fewer pixels before it than after
     name = f"pick pixels before converting them: {height}x{width} -> {len(rows)}x{len(columns)}"
     insert = _Inserter(module, resize)
     picked = insert(_aten.index_select.default, chain.source, chain.axes[-2], insert.constant("rows", rows))
     blend = _blend(resize) if chain.factor is not None and len(chain.axes) == 4 else None
-    # (B, rows, width, channels): a line's pixels lie one after the other, the channels of each side by side
+    # (B, rows, width, channels): the pixels of a row are contiguous, and so are the channels of a pixel
     if blend is not None and chain.axes == [0, 3, 1, 2]:
         weights = torch.zeros(_value(resize).shape[1], dtype=torch.float64)
         for channel, weight in blend.weights.items():
@@ -122,10 +124,10 @@ def _pick(module: fx.GraphModule, resize: fx.Node, chain: _ResizeChain) -> list[
             grey = insert(_aten.reshape.default, product, [-1, len(rows), len(columns)])
             blend.result.replace_all_uses_with(grey)
             return [name, f"columns, scale and greyscale in one product: {matrix.shape[0]} -> {matrix.shape[1]}"]
-    if chain.axes[-1] == len(chain.axes) - 1:  # planes: gathering single bytes costs more than it saves
+    if chain.axes[-1] == len(chain.axes) - 1:  # planes: gathering single bytes is too slow
         sizes = [len(rows), len(columns)]
         if resize.args[1] != sizes or any(scale is not None for scale in resize.args[2:]):
-            return []  # given as a factor, it would shrink the rows again
+            return []  # a resize by factor would shrink the rows again
         resize.replace_all_uses_with(insert(resize.target, _replay(insert, chain, picked), *resize.args[1:]))
         return [f"pick rows before converting them: {height} -> {len(rows)}"]
     picked = insert(_aten.index_select.default, picked, chain.axes[-1], insert.constant("columns", columns))
@@ -146,7 +148,7 @@ def _multiply(insert: _Inserter, picked: fx.Node, matrix: Tensor) -> fx.Node:
 
 
 def _kept(resize: fx.Node, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The rows and columns that `resize` keeps: not from a formula, but from resizing a picture of its coordinates."""
+    """The rows and columns that `resize` keeps, found by resizing a picture of coordinates."""
 
     def resized(picture: Tensor) -> Tensor:
         return resize.target(picture[None, None].contiguous(), *resize.args[1:], **resize.kwargs)[0, 0].long()
@@ -157,9 +159,9 @@ def _kept(resize: fx.Node, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _picking(columns: Tensor, width: int, weights: Tensor) -> Tensor | None:
-    """The matrix that takes a block of a line's values to the block of `columns` in it, channels weighed and summed.
+    """The matrix from a block of a row's values to the kept `columns` of that block, a weighted sum of channels each.
 
-    Columns repeat with a period: every 40 columns of 160 give 21 of 84. None if the period is too long to pay.
+    Columns repeat with a period: 40 columns of 160 give 21 of 84. None if the period is too long to be faster.
     """
     blocks = math.gcd(width, len(columns))
     before, after = width // blocks, len(columns) // blocks
@@ -172,7 +174,7 @@ def _picking(columns: Tensor, width: int, weights: Tensor) -> Tensor | None:
 
 
 def _blend(resize: fx.Node) -> _Blend | None:
-    """The one weighted sum of channels that everything after `resize` uses of it, or None."""
+    """The weighted sum of channels, if it is all that the graph uses of `resize`, or None."""
     if len(resize.users) != 1:
         return None
     (unbind,) = resize.users
@@ -191,7 +193,7 @@ def _blend(resize: fx.Node) -> _Blend | None:
             if user not in sums and (weights := _weigh(user, sums)) is not None:
                 sums[user] = weights
                 pending.append(user)
-    # the last sum: the one that nothing else was made of, and beside which nothing leaks out
+    # The last sum: no other sum uses it, and nothing outside uses the others.
     ends = [node for node in sums if node not in inside and all(user not in sums for user in node.users)]
     if len(ends) != 1 or any(user not in sums for node in sums if node is not ends[0] for user in node.users):
         return None
@@ -199,7 +201,7 @@ def _blend(resize: fx.Node) -> _Blend | None:
 
 
 def _weigh(node: fx.Node, sums: dict[fx.Node, dict[int, float]]) -> dict[int, float] | None:
-    """The weights of `node` as a sum of channels, if it is one made of nodes that are."""
+    """The weights of the channels if `node` is a weighted sum of nodes in `sums`, or None."""
     if node.op != "call_function" or node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
@@ -214,7 +216,7 @@ def _weigh(node: fx.Node, sums: dict[fx.Node, dict[int, float]]) -> dict[int, fl
 
 
 class _Inserter:
-    """Adds nodes and constants before a node, with the values that say their shapes."""
+    """Adds nodes and constants before a node."""
 
     def __init__(self, module: fx.GraphModule, before: fx.Node) -> None:
         self.module = module
@@ -234,5 +236,5 @@ class _Inserter:
 
 
 def _value(node: Any) -> Any:
-    """What torch.export knows of a node's tensor: dtype and shape. Only asked of nodes that the export made."""
+    """The fake tensor of a node that torch.export made: dtype and shape."""
     return node.meta["val"]

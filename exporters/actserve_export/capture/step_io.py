@@ -1,7 +1,8 @@
-"""Ports: what a program takes and gives beside observations and outputs: state, the reset flag, noise, parameters.
+"""StepIO: the inputs and outputs of a program besides observations and actions.
 
-One mechanism for all of them. A module inside the policy asks for what it needs; the first, eager run notes what was
-asked for, which becomes the signature; in every later run, traced or eager, what it gets are the program's inputs.
+These are state, the reset flag `is_init`, noise and parameters. A module inside the policy asks `StepIO` for each one
+that it needs. The first, eager run records the requests, and they become the signature. In every later run, traced or
+eager, `StepIO` returns the inputs of the program.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT, Distribution, DType, Noise, Parameter, State, TensorSpec
 
 
-class Ports:
-    """Asked by the policy's modules as it runs. `begin` before each run; `given` after it has the new state."""
+class StepIO:
+    """The policy's modules call it during a run. `begin` starts a run; `next_states` has the new state after it."""
 
     def __init__(self) -> None:
         self.states: dict[str, State] = {}
         self.parameters: dict[str, Parameter] = {}
         self.noises: list[Noise] = []
-        self.takes_is_init = False
-        self.given: dict[str, Tensor] = {}
-        self._bound: Mapping[str, Tensor] | None = None
+        self.uses_is_init = False
+        self.next_states: dict[str, Tensor] = {}
+        self._inputs: Mapping[str, Tensor] | None = None
         self._batch: Any = 0
         self._drawn = 0
 
     def clear(self) -> None:
-        """Forget what was noted."""
+        """Forget all recorded requests."""
         self.states.clear()
         self.parameters.clear()
         self.noises.clear()
-        self.takes_is_init = False
+        self.uses_is_init = False
 
-    def begin(self, batch: Any, bound: Mapping[str, Tensor] | None) -> None:
-        """A run of `batch` items, an int or symbolic. `bound` are the program's inputs; None: note what is asked."""
-        self._batch, self._bound = batch, bound
+    def begin(self, batch: Any, inputs: Mapping[str, Tensor] | None) -> None:
+        """Start a run of `batch` items (an int, or symbolic). `inputs` are the program's; None: record requests."""
+        self._batch, self._inputs = batch, inputs
         self._drawn = 0
 
     @property
@@ -47,36 +48,36 @@ class Ports:
         return self._batch
 
     def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, initial: float = 0.0) -> Tensor:
-        """The state tensor `name`, (B, *shape)."""
-        if self._bound is not None:
-            return self._bound[name]
+        """The state `name`, (B, *shape)."""
+        if self._inputs is not None:
+            return self._inputs[name]
         self.states[name] = State(TensorSpec(name, dtype_name(name, dtype), tuple(shape)), f"next_{name}", initial)
         return torch.full((self._batch, *shape), initial, dtype=dtype)
 
-    def replace(self, name: str, tensor: Tensor) -> None:
-        """What `name` is in the next step, (B, *shape)."""
-        self.given[name] = tensor
+    def set_next_state(self, name: str, tensor: Tensor) -> None:
+        """Set `name` for the next step, (B, *shape)."""
+        self.next_states[name] = tensor
 
     def is_init(self) -> Tensor:
-        """(B,) bool: which items begin an episode."""
-        if self._bound is not None:
-            return self._bound[IS_INIT.name]
-        self.takes_is_init = True
+        """(B,) bool: which items are at the first step of an episode."""
+        if self._inputs is not None:
+            return self._inputs[IS_INIT.name]
+        self.uses_is_init = True
         return torch.ones(self._batch, dtype=torch.bool)
 
     def parameter(self, name: str, default: float, low: float, high: float | None = None) -> Tensor:
-        """(B,) float32."""
-        if self._bound is not None:
-            return self._bound[name]
+        """The parameter `name`, (B,) float32."""
+        if self._inputs is not None:
+            return self._inputs[name]
         self.parameters[name] = Parameter(name, default, low, high)
         return torch.full((self._batch,), default)
 
     def noise(self, distribution: Distribution, shape: tuple[int, ...]) -> Tensor:
-        """(B, *shape) float32 of the standard `distribution`. The n-th call of a run is the n-th noise input."""
+        """(B, *shape) float32 from the standard `distribution`. The n-th call of a run gets the n-th noise input."""
         index = self._drawn
         self._drawn += 1
-        if self._bound is not None:
-            return self._bound[self.noises[index].spec.name]
+        if self._inputs is not None:
+            return self._inputs[self.noises[index].spec.name]
         name = "noise" if index == 0 else f"noise_{index}"
         noise = Noise(TensorSpec(name, "float32", tuple(shape)), distribution)
         self.noises.append(noise)
@@ -84,7 +85,7 @@ class Ports:
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> DType:
-    """torch's dtype as a signature spells it. Raises `CaptureFailed` for one that no client can send."""
+    """The signature's name for a torch dtype. Raises `CaptureFailed` for a dtype that no client can send."""
     found = str(dtype).removeprefix("torch.")
     for known in get_args(DType):
         if found == known:
