@@ -201,7 +201,7 @@ def own_mounts() -> Callable[..., subprocess.CompletedProcess[str]]:
     ("code", "message", "left", "then"),
     [
         (PUBLISH, "walker was not published: No space left on device", "['1']", "walker@2"),
-        (FETCH, "walker@2 cannot be kept: No space left on device", "[]", "walker@1"),
+        (FETCH, "walker@2 cannot be written to the cache: No space left on device", "[]", "walker@1"),
     ],
 )
 def test_a_full_disk_leaves_what_was_there_and_no_more(

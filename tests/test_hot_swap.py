@@ -111,7 +111,7 @@ def test_whoever_acts_with_the_old_version_is_answered_by_it(variants: Variants)
         await registry.poll()
         assert loaded_of(registry) == [1, 2]
         assert (await registry.get("cart", 1)) is old, "it is not loaded twice"
-        registry._loaded._asked.clear()
+        registry._loaded._kept.clear()
         assert await version_by_action(old, variants) == 1
         answer = asyncio.ensure_future(old.act({"observation": variants.observations[:8]}, 8))
         await asyncio.sleep(0)
@@ -192,7 +192,7 @@ def test_whatever_happens_to_the_store_the_old_version_serves(
             if (folder := variants.store.root / "cart" / version).exists():
                 fault(folder)
         for _ in range(2):
-            await registry.poll(anew=True)
+            await registry.poll(retry=True)
             assert await version_by_action(await registry.get("cart"), variants) == 1
             assert await version_by_action(await registry.find("cart", "champion"), variants) == 1
         refused = registry.describe("cart")["refused"]
@@ -303,9 +303,9 @@ def test_a_canary_acts_on_its_share(variants: Variants) -> None:
         routing.pin(variants.store, "cart", 1)
         routing.canary(variants.store, "cart", 2, 0.25)
         await registry.poll()
-        assert registry.splits("cart")
+        assert registry.has_candidate("cart")
         live = await registry.get("cart")
-        chosen = [registry.split(live).artifact.manifest.version for _ in range(12)]
+        chosen = [registry.route(live).artifact.manifest.version for _ in range(12)]
         assert chosen == [1, 1, 1, 2] * 3
         begun = [(await registry.begin("cart")).artifact.manifest.version for _ in range(4)]
         assert begun == [1, 1, 1, 2]
@@ -313,7 +313,7 @@ def test_a_canary_acts_on_its_share(variants: Variants) -> None:
         routing.pin(variants.store, "cart", None)
         await registry.poll()
         assert registry.describe("cart")["version"] == 2
-        assert not registry.splits("cart"), "the candidate is what is live"
+        assert not registry.has_candidate("cart"), "the candidate is what is live"
         assert registry.generation > generation
 
     follow(variants, scenario)
@@ -365,7 +365,7 @@ def test_sessions_keep_their_version_loaded(variants: Variants, monkeypatch: pyt
     on: set[tuple[str, int]] = {("cart", 1)}
 
     async def scenario(registry: Registry, variants: Variants) -> None:
-        registry.in_sessions = lambda: on
+        registry.session_versions = lambda: on
         with at(monkeypatch, registry) as move:
             variants.publish()
             await registry.poll()
@@ -393,7 +393,7 @@ def test_while_the_sessions_cannot_be_asked_nothing_is_unloaded(variants: Varian
         raise SessionsUnavailable("the disk is full")
 
     async def scenario(registry: Registry, variants: Variants) -> None:
-        registry.in_sessions = unavailable
+        registry.session_versions = unavailable
         variants.publish()
         await registry.poll()
         await registry.poll()

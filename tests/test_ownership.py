@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actserve.store.trust.ownership import meddler
+from actserve.store.trust.ownership import untrusted_reason
 
 SOMEBODY = 4242  # no user and no group of this host
 
@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_what_only_this_user_can_change_is_its_own(file: Path) -> None:
-    assert meddler(file) is None
+    assert untrusted_reason(file) is None
 
 
 @pytest.mark.parametrize(
@@ -35,26 +35,26 @@ def test_what_only_this_user_can_change_is_its_own(file: Path) -> None:
 )
 def test_others_may_not_write_anywhere_above(file: Path, above: int, mode: int, reason: str | None) -> None:
     [file, *file.parents][above].chmod(mode)
-    assert meddler(file) == reason
+    assert untrusted_reason(file) == reason
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_a_group_may_not_either_unless_nobody_else_is_in_it(file: Path) -> None:
     file.parent.chmod(0o775)
-    assert meddler(file) is None, "the group of its owner's name"
+    assert untrusted_reason(file) is None, "the group of its owner's name"
     os.chown(file.parent, -1, SOMEBODY)
-    assert meddler(file) == "its folder, or one above, can be written by a group"
+    assert untrusted_reason(file) == "its folder, or one above, can be written by a group"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 @pytest.mark.parametrize("above", [0, 1, 2])
 def test_another_users_is_not_ones_own(file: Path, above: int) -> None:
     os.chown([file, *file.parents][above], SOMEBODY, -1)
-    reason = meddler(file)
+    reason = untrusted_reason(file)
     assert reason is not None
     assert reason.endswith("belongs to another user")
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        meddler(tmp_path / "nowhere")
+        untrusted_reason(tmp_path / "nowhere")

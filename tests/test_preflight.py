@@ -199,7 +199,7 @@ def test_a_file_is_tried_once(cart: Artifact, cache: Path, monkeypatch: pytest.M
     tried: list[Path] = []
     monkeypatch.setattr(probe, "crash", lambda path, artifact: tried.append(path))
     for _ in range(3):
-        with probe.proven(cart) as path:
+        with probe.probed_copy(cart) as path:
             assert path.read_bytes() == cart.read_program("pt2")
     assert len(tried) == 1
     assert len(list((cache / "actserve" / "proven").iterdir())) == 1
@@ -213,7 +213,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     tried: list[Path] = []
     monkeypatch.setattr(probe, "crash", lambda path, artifact: tried.append(path))
     for _ in range(2):
-        with probe.proven(cart):
+        with probe.probed_copy(cart):
             pass
     assert len(tried) == 2
 

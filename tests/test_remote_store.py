@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pwd
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -178,7 +179,7 @@ HASH = {"sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("lie", "kind", "message"),
     [
-        (change("policy.onnx", b"Program" * 1000), CorruptFile, "as the remote store has it, is not what the manifest"),
+        (change("policy.onnx", b"Program" * 1000), CorruptFile, "in the remote store differs from the manifest"),
         (change("policy.onnx", PROGRAM[:-1]), CorruptFile, "is not what the manifest says"),
         (change("policy.onnx", PROGRAM + b"x"), CorruptFile, "is not what the manifest says"),
         (change("policy.onnx", None), MissingFile, r"walker@2: policy\.onnx is not in the remote store"),
@@ -244,7 +245,7 @@ def test_a_cache_that_others_can_write_is_not_used(remote: RemoteStore) -> None:
     remote.resolve("walker")
     remote.root.chmod(0o777)
     with pytest.raises(
-        StoreError, match="others could have changed what was fetched: its folder, or one above, can be"
+        StoreError, match="other users could have changed the fetched files: its folder, or one above, can be"
     ):
         remote.resolve("walker")
 
@@ -355,7 +356,8 @@ def test_what_is_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match="no store can be opened at s3://: Install s3fs"):
             RemoteStore("s3://bucket/store")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: (_ for _ in ()).throw(KeyError))
     with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
         RemoteStore(URL)
 

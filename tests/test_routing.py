@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> ModelStore:
 def test_what_is_tried_in_place_of_what_is_served(
     versions: list[int], pin: int | None, serving: int | None, expected: list[int]
 ) -> None:
-    assert routing.wanted(versions, Routing(pin=pin), serving) == expected
+    assert routing.versions_to_try(versions, Routing(pin=pin), serving) == expected
 
 
 def test_wishes_are_kept_beside_each_other_until_they_are_taken_back(store: ModelStore) -> None:

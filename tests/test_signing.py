@@ -23,11 +23,11 @@ def key(tmp_path: Path) -> PrivateKey:
 def test_a_signature_is_one_keys_for_one_text(key: PrivateKey, tmp_path: Path) -> None:
     signature = key.sign(b"manifest")
     assert len(signature) == 64
-    assert key.public.made(signature, b"manifest")
-    assert not key.public.made(signature, b"Manifest")
-    assert not key.public.made(signature[:-1], b"manifest")
-    assert not key.public.made(b"", b"manifest")
-    assert not PrivateKey.create(tmp_path / "other").public.made(signature, b"manifest")
+    assert key.public.verifies(signature, b"manifest")
+    assert not key.public.verifies(signature, b"Manifest")
+    assert not key.public.verifies(signature[:-1], b"manifest")
+    assert not key.public.verifies(b"", b"manifest")
+    assert not PrivateKey.create(tmp_path / "other").public.verifies(signature, b"manifest")
 
 
 def test_keys_are_files(key: PrivateKey, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_is_no_key_is_named(key: PrivateKey, tmp_path: Path) -> None:
     for name, message in (
         ("junk", "junk, line 1: expected a public key, 'ssh-ed25519 AAAA…'; got 'junk'"),
         ("binary", "cannot be read: not text"),
-        ("empty", "there is none"),
+        ("empty", "found none"),
         ("curve.pub", "expected a public key, 'ssh-ed25519"),
         ("nowhere", "cannot be read: No such file"),
     ):
@@ -111,7 +111,7 @@ def test_trust_is_in_keys(key: PrivateKey, tmp_path: Path) -> None:
 def test_trust_is_read_from_a_file(key: PrivateKey, tmp_path: Path) -> None:
     assert Trust.load(tmp_path / "key.pub", required=True) == Trust((key.public,), required=True)
     assert Trust.load(None) == Trust()
-    with pytest.raises(UsageError, match="nobody is trusted"):
+    with pytest.raises(UsageError, match="no key is trusted"):
         Trust.load(None, required=True)
 
 

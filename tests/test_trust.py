@@ -37,7 +37,7 @@ def test_a_signed_version_names_its_signer(cart: Artifact, key: PrivateKey, tmp_
     artifact = republish(cart, signing)
     assert artifact.signer == key.public.fingerprint
     manifest, signature = ((artifact.folder / name).read_bytes() for name in (MANIFEST, SIGNATURE))
-    assert key.public.made(signature, manifest)
+    assert key.public.verifies(signature, manifest)
     assert ModelStore(tmp_path / "store", Trust((key.public,))).resolve("cart").signer == key.public.fingerprint
     assert ModelStore(tmp_path / "store").resolve("cart").signer is None, "nobody is trusted there"
     assert signing.is_signed(artifact)

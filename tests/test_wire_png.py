@@ -176,7 +176,7 @@ def test_nothing_expands_beyond_the_screen() -> None:
 )
 def test_policies_that_take_no_image(observations: tuple[TensorSpec, ...]) -> None:
     signature = Signature(observations, (ACTION,), 8)
-    with pytest.raises(UnsupportedContentType, match="one image, and this policy takes"):
+    with pytest.raises(UnsupportedContentType, match="one image; this policy takes"):
         wire.decode(wire.PNG, GOOD, signature)
 
 

@@ -1,13 +1,13 @@
-"""Give memory that was freed back to the system: malloc keeps it, in pieces that the next program may not fit into."""
+"""Returns freed memory to the system. malloc keeps it in fragments that the next program may not fit into."""
 
 from __future__ import annotations
 
 import ctypes
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and no need of it
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 
-def give_back() -> None:
+def trim() -> None:
     """Takes a few milliseconds, without the GIL."""
     if _trim is not None:
         _trim(0)

@@ -49,7 +49,7 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
 
     async def change(name: str, wish: Callable[..., Routing], *arguments: Any) -> dict[str, Any]:
         await asyncio.to_thread(wish, store, name, *arguments)
-        await registry.poll(anew=True)
+        await registry.poll(retry=True)
         return registry.describe(name)
 
     app = FastAPI(openapi_url=None, dependencies=[Depends(authorise)])
@@ -62,7 +62,7 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
     @app.post("/load")
     async def load() -> dict[str, Any]:
         """Look at the store now, and try what was refused once more."""
-        await registry.poll(anew=True)
+        await registry.poll(retry=True)
         return await list_policies()
 
     @app.put("/policies/{name}/pin")

@@ -86,12 +86,12 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
             if path is None:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
             app.state.sessions = stack.enter_context(Sessions(path, limits, home=settings.session_home))
-            registry.in_sessions = app.state.sessions.versions
+            registry.session_versions = app.state.sessions.versions
             stack.callback(traces.close)
             async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
                 registry.start(start.rest_s if start else 0.0, start.reason if start else "")
                 if start and (start.replaces or settings.workers > 1):
-                    await registry.looked(LOAD_S)
+                    await registry.wait_loaded(LOAD_S)
                 try:
                     async with (
                         grpc.serving(registry, app.state.sessions, settings, access),

@@ -27,23 +27,23 @@ from actserve.core.errors import (
 )
 from actserve.core.signature import Signature
 from actserve.store.trust import Trust
-from actserve.store.trust.ownership import meddler
+from actserve.store.trust.ownership import untrusted_reason
 
-FORMAT = 1  # of the manifest; a reader refuses what is newer than itself
+FORMAT = 1  # of the manifest; newer formats are refused
 MANIFEST = "manifest.json"
-SIGNATURE = "manifest.sig"  # 64 bytes, over those of the manifest; not every version has one
+SIGNATURE = "manifest.sig"  # 64 bytes, signs the manifest's bytes; optional
 GOLDEN = "golden.safetensors"
-NATIVE = ("pt2",)  # runtimes whose programs are machine code: to load one is to run it
+NATIVE = ("pt2",)  # runtimes whose programs are machine code: loading one executes it
 MANIFEST_LIMIT_BYTES = 4 << 20
 SIGNATURE_LIMIT_BYTES = 64
-FILE_LIMIT_BYTES = 4 << 30  # files are read whole
+FILE_LIMIT_BYTES = 4 << 30  # files are read into memory
 FILES_LIMIT = 64
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one file of an artifact is: its SHA-256 in hexadecimal, and its size."""
+    """Hash (SHA-256, hexadecimal) and size of one file of an artifact."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -56,13 +56,13 @@ Files = Annotated[dict[Annotated[str, Field(pattern=FILE_NAME)], FileRecord], Fi
 
 @dataclass(frozen=True)
 class Program:
-    """One program file and what it needs of the host that runs it."""
+    """One program file and its requirements on the host."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     file: str
     requires: dict[str, Any] = field(default_factory=dict)
-    rewrites: tuple[str, ...] = ()  # what was done to the captured graph before it was built
+    rewrites: tuple[str, ...] = ()  # rewrites of the captured graph before the build
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,21 @@ class Manifest:
     format: int
     name: str
     version: int
-    parent: int | None  # the version that this one was made from, for another host
+    parent: int | None  # the version that this one was compiled from, for another host
     created: str  # ISO 8601, UTC
     signature: Signature
     environment: Environment | None
     programs: dict[str, Program]  # by runtime name
-    files: Files  # everything in the folder but the manifest and its signature
-    provenance: dict[str, Any]  # where it came from: factory, checkpoint, fingerprint, versions
-    certificate: dict[str, Any]  # the evidence that the programs do what the policy does
+    files: Files  # all files in the folder except the manifest and its signature
+    provenance: dict[str, Any]  # its origin: factory, checkpoint, fingerprint, versions
+    certificate: dict[str, Any]  # the evidence that the programs act as the policy does
 
     def to_json(self) -> bytes:
-        """The bytes of `manifest.json`, which a signature is of."""
+        """The bytes of `manifest.json`, which the signature covers."""
         return json.dumps(self.to_dict(), indent=1).encode() + b"\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able. A Manifest is all data: nothing in it names a path or a host."""
+        """JSON-able."""
         dumped: dict[str, Any] = _adapter().dump_python(self, mode="json")
         return dumped
 
@@ -129,12 +129,12 @@ def _adapter() -> TypeAdapter[Manifest]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version folder, opened: its manifest was read; its files are hashed each time they are read."""
+    """One version folder. `open` reads the manifest; every `read` of a file verifies its hash."""
 
     folder: Path
     manifest: Manifest
     signer: str | None = None  # the fingerprint of the trusted key that signed the manifest
-    fetched: bool = False  # the folder is a copy of what came from a remote store
+    fetched: bool = False  # the folder was downloaded from a remote store
 
     @property
     def label(self) -> str:
@@ -142,7 +142,7 @@ class Artifact:
 
     @staticmethod
     def open(folder: Path, label: str, trust: Trust | None = None, fetched: bool = False) -> Artifact:
-        """Read the manifest and look over the folder (names and sizes, not contents). Raises a `StoreError`."""
+        """Read the manifest and check names and sizes of the files, but not their contents. Raises a `StoreError`."""
         try:
             data = read_plain(folder / MANIFEST, MANIFEST_LIMIT_BYTES + 1)
         except FileNotFoundError:
@@ -155,10 +155,10 @@ class Artifact:
             signature = None
         signer = (trust or Trust()).signer(label, data, signature)
         artifact = Artifact(folder, Manifest.from_json(data, label), signer, fetched)
-        artifact._look_over()
+        artifact._check_folder()
         return artifact
 
-    def _look_over(self) -> None:
+    def _check_folder(self) -> None:
         try:
             sizes = {
                 entry.name: entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else None
@@ -169,8 +169,8 @@ class Artifact:
         for name in (MANIFEST, SIGNATURE):
             sizes.pop(name, None)
         listed = self.manifest.files
-        served = {GOLDEN, *(program.file for program in self.manifest.programs.values())}
-        for name in listed.keys() & served - sizes.keys():  # others can be left out where nothing is built from them
+        required = {GOLDEN, *(program.file for program in self.manifest.programs.values())}
+        for name in listed.keys() & required - sizes.keys():  # other files are only needed to compile programs
             raise MissingFile(f"{self.label}: {name} is in the manifest and not in the folder", file=name)
         for name in sizes.keys() - listed.keys():
             raise UnexpectedFile(f"{self.label}: {name} is in the folder and not in the manifest", file=name)
@@ -190,7 +190,7 @@ class Artifact:
             )
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file, verified: what was hashed is what is returned. Raises a `StoreError`."""
+        """The verified bytes of one file: the returned bytes are the ones that were hashed. Raises a `StoreError`."""
         record = self.manifest.files.get(name)
         if record is None:
             raise MissingFile(f"{self.label}: there is no {name} in its manifest", file=name)
@@ -209,29 +209,29 @@ class Artifact:
         return data
 
     def read_program(self, runtime: str) -> bytes:
-        """A program's bytes, to be opened. Raises a `StoreError`, or `UntrustedProgram` for native code of others."""
+        """A program's verified bytes. Raises a `StoreError`, or `UntrustedProgram` for untrusted native code."""
         self.check_trust(runtime)
         return self.read(self.manifest.programs[runtime].file)
 
     def check_trust(self, runtime: str) -> None:
-        """Raises `UntrustedProgram` for native code that somebody else than this user could have put here, unsigned."""
-        if runtime in NATIVE and self.signer is None and (reason := self._distrust(runtime)) is not None:
+        """Raises `UntrustedProgram` for unsigned native code that another user could have written."""
+        if runtime in NATIVE and self.signer is None and (reason := self._untrusted_reason(runtime)) is not None:
             raise UntrustedProgram(f"{self.label}: .{runtime} is native code, no trusted key signed it, and {reason}")
 
-    def _distrust(self, runtime: str) -> str | None:
-        """Why a program could be somebody else's, or None."""
+    def _untrusted_reason(self, runtime: str) -> str | None:
+        """Why another user could have written a program, or None."""
         if self.fetched:
             return "it came from a remote store"
         file = self.manifest.programs[runtime].file
         try:
-            return meddler(self.folder / MANIFEST) or meddler(self.folder / file)
+            return untrusted_reason(self.folder / MANIFEST) or untrusted_reason(self.folder / file)
         except OSError as error:
             raise MissingFile(f"{self.label}: {file} cannot be read: {error.strerror}", file=file) from None
 
 
 def read_plain(path: Path, limit_bytes: int) -> bytes:
-    """At most `limit_bytes` of a plain file. Raises OSError, also for links and for what would never end."""
-    # Not blocking: opening a named pipe would wait for a writer.
+    """At most `limit_bytes` of a plain file. Raises OSError, also for links, pipes and devices."""
+    # O_NONBLOCK: opening a named pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""ModelStore: the folder of artifacts. Publishing is atomic; what was published never changes.
+"""ModelStore: the folder of artifacts. Publishing is atomic; a published version never changes.
 
 <root>/<name>/<version>/manifest.json  manifest.sig  policy.onnx  policy.pt2  golden.safetensors
 """
@@ -36,9 +36,9 @@ STAGING = ".staging-"
 
 
 class ModelStore:
-    """A folder of artifacts. Holds no state: every call looks at the folder.
+    """A folder of artifacts. Holds no state: every call reads the folder.
 
-    `trust` is for what is opened; with `key`, what is published is signed.
+    `trust` applies to opened artifacts. With `key`, published artifacts are signed.
     """
 
     def __init__(self, root: Path, trust: Trust | None = None, key: PrivateKey | None = None) -> None:
@@ -49,24 +49,24 @@ class ModelStore:
             self._trust = dataclasses.replace(self._trust, keys=(*self._trust.keys, key.public))
 
     def refresh(self) -> None:
-        """Ask what there is. For a store that is far away; this one is looked at by every call."""
+        """Update the list of artifacts. Only remote stores need it."""
 
     def names(self) -> list[str]:
         """The policies that have at least one version, sorted."""
         return [name for name in self._folders(self.root, NAME) if self._folders(self.root / name, VERSION)]
 
     def versions(self, name: str) -> list[int]:
-        """All versions of `name`, ascending, whether or not they can be served. Raises `UnknownPolicy`."""
-        # The name is looked up, never joined from a request.
+        """All versions of `name`, ascending, even if they cannot be served. Raises `UnknownPolicy`."""
+        # The name may come from a request: it is looked up before it becomes part of a path.
         found = self._folders(self.root / name, VERSION) if name in self._folders(self.root, NAME) else []
         if not found:
             raise UnknownPolicy(name, self.names())
         return sorted(map(int, found))
 
     def resolve(self, name: str, version: int | None = None, fetch: bool = True) -> Artifact:
-        """The artifact `name`@`version`, by default the highest. Raises `NotFound` or the `StoreError` it has.
+        """The artifact `name`@`version`, by default the highest. Raises `NotFound` or a `StoreError`.
 
-        `fetch`: from a store that is far away, have it brought here if need be.
+        A remote store downloads a missing version if `fetch` is true.
         """
         versions = self.versions(name)
         if version is None:
@@ -76,9 +76,9 @@ class ModelStore:
         return self._open(name, version, fetch)
 
     def _open(self, name: str, version: int, fetch: bool) -> Artifact:
-        # Without symbolic links, so that what is looked at is what is opened.
+        # Resolve symbolic links once, so that all checks and reads see the same folder.
         folder = (self.root / name / str(version)).resolve()
-        return opened(folder, name, version, self._trust)
+        return open_version(folder, name, version, self._trust)
 
     def verify(self, artifact: Artifact) -> None:
         """Read and hash every file. Raises the first `StoreError`."""
@@ -86,7 +86,7 @@ class ModelStore:
             artifact.read(name)
 
     def find(self, name: str, fingerprint: str) -> list[Artifact]:
-        """The good versions that were exported from the same thing in the same way, the newest first."""
+        """The intact versions whose provenance has this fingerprint, newest first."""
         found: list[Artifact] = []
         if name not in self.names():
             return found
@@ -101,20 +101,20 @@ class ModelStore:
         return found
 
     def is_signed(self, artifact: Artifact) -> bool:
-        """Whether `artifact` has the signature that publishing it here would give it."""
+        """Whether this store's key signed `artifact`; true for a store without a key."""
         return self._key is None or artifact.signer == self._key.public.fingerprint
 
     def publish(self, manifest: Manifest, files: Mapping[str, Path]) -> Artifact:
-        """Copy `files` (by the name they get) into a new version, which appears whole or not at all.
+        """Copy `files` (target name -> source) into a new version, atomically.
 
-        The manifest's version and files are filled in here. Two publishers at once get two versions. On any failure,
-        a full disk among them, nothing is left behind. Raises a `StoreError`.
+        Sets the manifest's `version` and `files`. Concurrent publishers get different versions. After a failure, such
+        as a full disk, nothing is left behind. Raises a `StoreError`.
         """
         if not NAME.fullmatch(manifest.name):
             raise InvalidName(manifest.name)
         for name in files:
             if name in (MANIFEST, SIGNATURE) or not re.fullmatch(FILE_NAME, name):
-                raise InvalidManifest(f"{name[:100]!r} cannot be published: the store's own, or no file name")
+                raise InvalidManifest(f"{name[:100]!r} cannot be published: a reserved name, or not a file name")
         home = self.root / manifest.name
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -122,14 +122,14 @@ class ModelStore:
             try:
                 staging.chmod(0o755)
                 records = {name: _copy(source, staging / name) for name, source in files.items()}
-                version = self._appear(staging, dataclasses.replace(manifest, files=records))
+                version = self._rename_to_version(staging, dataclasses.replace(manifest, files=records))
             finally:
-                shutil.rmtree(staging, ignore_errors=True)  # gone already when it was renamed
+                shutil.rmtree(staging, ignore_errors=True)  # does not exist after the rename
         except OSError as error:
             raise StoreError(f"{manifest.name} was not published: {error.strerror}") from error
         return self.resolve(manifest.name, version)
 
-    def _appear(self, staging: Path, manifest: Manifest) -> int:
+    def _rename_to_version(self, staging: Path, manifest: Manifest) -> int:
         home = staging.parent
         while True:
             taken = [int(version) for version in self._folders(home, VERSION)]
@@ -143,7 +143,7 @@ class ModelStore:
                 os.rename(staging, home / str(manifest.version))
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    continue  # somebody else took that number
+                    continue  # another publisher took that number
                 raise
             _sync(home)
             return manifest.version
@@ -157,15 +157,15 @@ class ModelStore:
         return sorted(e.name for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
 
 
-def opened(folder: Path, name: str, version: int, trust: Trust, fetched: bool = False) -> Artifact:
-    """The artifact in `folder`, if it is the one that it should be. Raises a `StoreError`."""
+def open_version(folder: Path, name: str, version: int, trust: Trust, fetched: bool = False) -> Artifact:
+    """The artifact in `folder`, which must be `name`@`version`. Raises a `StoreError`."""
     artifact = Artifact.open(folder, f"{name}@{version}", trust, fetched)
-    check_place(artifact.manifest, name, version)
+    check_identity(artifact.manifest, name, version)
     return artifact
 
 
-def check_place(manifest: Manifest, name: str, version: int) -> None:
-    """Raises `MisplacedVersion` for the manifest of another version."""
+def check_identity(manifest: Manifest, name: str, version: int) -> None:
+    """Raises `MisplacedVersion` unless the manifest is that of `name`@`version`."""
     expected, got = f"{name}@{version}", f"{manifest.name}@{manifest.version}"
     if got != expected:
         raise MisplacedVersion(

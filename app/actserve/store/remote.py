@@ -1,8 +1,8 @@
-"""RemoteStore: a store behind a URL that fsspec opens (s3://, gs://, file://, …), to read from.
+"""RemoteStore: a read-only store behind a URL that fsspec opens (s3://, gs://, file://, …).
 
-A version is fetched into the user's cache folder, whole and verified or not at all. From there on it is what a version
-of a local store is, but for one thing: that it lies in a folder of this user's says nothing about who made it, so its
-native code is run only if a trusted key signed it. What was fetched stays usable when the store no longer answers.
+A version is downloaded into the user's cache directory, atomically, and verified. It is then used like a version of a
+local store, with one difference: its native code runs only if a trusted key signed it, because the owner of the cache
+directory did not make it. Downloaded versions stay usable while the remote store is unreachable.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import platformdirs
 
 from actserve.core.errors import (
     ActserveError,
@@ -39,10 +41,9 @@ from actserve.store.artifact import (
     FileRecord,
     Manifest,
 )
-from actserve.store.cache import cache_folder
-from actserve.store.local import NAME, STAGING, VERSION, ModelStore, check_place, opened
+from actserve.store.local import NAME, STAGING, VERSION, ModelStore, check_identity, open_version
 from actserve.store.trust import Trust
-from actserve.store.trust.ownership import meddler
+from actserve.store.trust.ownership import untrusted_reason
 
 log = logging.getLogger("actserve")
 
@@ -51,33 +52,36 @@ CHUNK_BYTES = 1 << 20
 
 
 def open_store(location: str, trust: Trust | None = None) -> ModelStore:
-    """The store in a folder, or behind a URL. Raises `UsageError` for a URL that nothing here opens."""
+    """The store in a folder or behind a URL. Raises `UsageError` for a URL that fsspec cannot open."""
     return RemoteStore(location, trust) if "://" in location else ModelStore(Path(location), trust)
 
 
 class RemoteStore(ModelStore):
-    """`refresh` asks what there is, `resolve` fetches; `names` and `versions` answer from what was found last, or
-    from what was fetched before. `root` is the cache."""
+    """`refresh` lists the remote store, and `resolve` downloads a version. `root` is the cache.
+
+    `names` and `versions` return the last listing or, before the first one, the versions in the cache.
+    """
 
     def __init__(self, url: str, trust: Trust | None = None) -> None:
-        cache = cache_folder()
-        if cache is None:
-            raise UsageError("a remote store needs a folder for what it fetches: set XDG_CACHE_HOME to one")
+        try:
+            cache = platformdirs.user_cache_path("actserve")
+        except RuntimeError as error:  # the user has no home
+            raise UsageError("a remote store needs a cache directory: set XDG_CACHE_HOME to one") from error
         super().__init__(cache / "stores" / hashlib.sha256(url.encode()).hexdigest()[:16], trust)
         connect = import_extra("remote", "fsspec.core:url_to_fs")
         try:
             self._remote, self._base = connect(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise UsageError(f"no store can be opened at {url.partition('://')[0]}://: {error}") from error
-        self._listed: dict[str, list[int]] | None = None  # None: the store has not answered yet
+        self._listed: dict[str, list[int]] | None = None  # None: not listed yet
 
     def refresh(self) -> None:
-        """Raises `StoreUnreachable`; what was found before is still known."""
+        """List the remote store. Raises `StoreUnreachable` and keeps the last listing."""
         names = self._list(self._base, NAME)
         if names is None:
             raise StoreUnreachable("there is no store where the remote store should be")
-        found = {name: sorted(map(int, self._list(f"{self._base}/{name}", VERSION) or ())) for name in sorted(names)}
-        self._listed = {name: versions for name, versions in found.items() if versions}
+        listed = {name: sorted(map(int, self._list(f"{self._base}/{name}", VERSION) or ())) for name in sorted(names)}
+        self._listed = {name: versions for name, versions in listed.items() if versions}
 
     def names(self) -> list[str]:
         return super().names() if self._listed is None else list(self._listed)
@@ -90,29 +94,29 @@ class RemoteStore(ModelStore):
         return self._listed[name]
 
     def publish(self, manifest: Manifest, files: Mapping[str, Path]) -> Artifact:
-        raise UsageError("a remote store is read only: publish into a folder and copy that there, manifest.json last")
+        raise UsageError("a remote store is read only: publish to a local folder and upload it, manifest.json last")
 
     def _open(self, name: str, version: int, fetch: bool) -> Artifact:
         folder = self.root / name / str(version)
-        if not self._is_whole(folder, name, version):
+        if not self._is_cached(folder, name, version):
             if not fetch:
-                raise NotFetched(f"{name}@{version} is in the remote store, and was not fetched by this service")
+                raise NotFetched(f"{name}@{version} is in the remote store, and this service has not fetched it")
             self._fetch(folder, name, version)
         folder = folder.resolve()
-        if (reason := meddler(folder)) is not None:
-            raise StoreError(f"{name}@{version}: others could have changed what was fetched: {reason}")
-        return opened(folder, name, version, self._trust, fetched=True)
+        if (reason := untrusted_reason(folder)) is not None:
+            raise StoreError(f"{name}@{version}: other users could have changed the fetched files: {reason}")
+        return open_version(folder, name, version, self._trust, fetched=True)
 
-    def _is_whole(self, folder: Path, name: str, version: int) -> bool:
-        """Whether the version was fetched and still is what it was. What is damaged is deleted."""
+    def _is_cached(self, folder: Path, name: str, version: int) -> bool:
+        """Whether the version is in the cache and intact. A damaged one is deleted."""
         if not folder.is_dir():
             return False
         try:
-            self.verify(opened(folder, name, version, Trust()))
+            self.verify(open_version(folder, name, version, Trust()))
         except NewerManifest:
-            return True  # another actserve's, not damage
+            return True  # written by a newer actserve, not damaged
         except StoreError as error:
-            log.warning("what was fetched is damaged: %s", error.message)
+            log.warning("the fetched version is damaged: %s", error.message)
             shutil.rmtree(folder, ignore_errors=True)
             return False
         return True
@@ -125,7 +129,7 @@ class RemoteStore(ModelStore):
         signature = self._read(f"{source}/{SIGNATURE}", SIGNATURE_LIMIT_BYTES + 1, label)
         self._trust.signer(label, data, signature)
         manifest = Manifest.from_json(data, label)
-        check_place(manifest, name, version)
+        check_identity(manifest, name, version)
         size = sum(record.bytes for record in manifest.files.values())
         if size > VERSION_LIMIT_BYTES:
             raise StoreError(f"{label} has {size:,} bytes; at most {VERSION_LIMIT_BYTES:,} are fetched")
@@ -141,10 +145,10 @@ class RemoteStore(ModelStore):
                 try:
                     os.rename(staging, folder)
                 except OSError:
-                    if not folder.is_dir():  # else another process was faster
+                    if not folder.is_dir():  # if it exists, another process was faster
                         raise
         except OSError as error:
-            raise StoreError(f"{label} cannot be kept: {error.strerror}") from error
+            raise StoreError(f"{label} cannot be written to the cache: {error.strerror}") from error
 
     def _download(self, source: str, target: Path, record: FileRecord, label: str) -> None:
         digest, size = hashlib.sha256(), 0
@@ -154,13 +158,11 @@ class RemoteStore(ModelStore):
                 size += len(chunk)
                 file.write(chunk)
         if size != record.bytes or digest.hexdigest() != record.sha256:
-            raise CorruptFile(
-                f"{label}: {target.name}, as the remote store has it, is not what the manifest says", file=target.name
-            )
+            raise CorruptFile(f"{label}: {target.name} in the remote store differs from the manifest", file=target.name)
 
     def _list(self, path: str, pattern: re.Pattern[str]) -> list[str] | None:
-        """The folders of this kind in a remote one; None if that is not there."""
-        with _reaching("the remote store"):
+        """The names of the folders in `path` that match `pattern`; None if `path` does not exist."""
+        with _translate_errors("the remote store"):
             try:
                 entries = self._remote.ls(path, detail=True)
             except FileNotFoundError:
@@ -169,14 +171,14 @@ class RemoteStore(ModelStore):
         return [name for name in names if pattern.fullmatch(name)]
 
     def _read(self, path: str, limit_bytes: int, label: str) -> bytes | None:
-        """At most `limit_bytes` of a remote file; None if it is not there."""
+        """At most `limit_bytes` of a remote file; None if it does not exist."""
         try:
             return b"".join(self._chunks(path, limit_bytes, label))
         except MissingFile:
             return None
 
     def _chunks(self, path: str, limit_bytes: int, label: str) -> Iterator[bytes]:
-        with _reaching(label):
+        with _translate_errors(label):
             try:
                 with self._remote.open(path, "rb") as file:
                     while limit_bytes and (chunk := file.read(min(CHUNK_BYTES, limit_bytes))):
@@ -188,12 +190,12 @@ class RemoteStore(ModelStore):
 
 
 @contextmanager
-def _reaching(what: str) -> Iterator[None]:
-    """fsspec's backends raise whatever their libraries do."""
+def _translate_errors(subject: str) -> Iterator[None]:
+    """Any exception becomes `StoreUnreachable`: fsspec's backends pass on the exceptions of their libraries."""
     try:
         yield
     except ActserveError:
         raise
     except Exception as error:
         log.warning("the remote store: %s: %s", type(error).__name__, error)
-        raise StoreUnreachable(f"{what} cannot be reached ({type(error).__name__})") from error
+        raise StoreUnreachable(f"{subject} cannot be reached ({type(error).__name__})") from error

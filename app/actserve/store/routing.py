@@ -1,7 +1,7 @@
-"""Routing: which versions of a policy act, and for whom, as its operator wishes.
+"""Routing: the operator's choice of versions for one policy: pin, aliases, canary and shadow.
 
-It is one small file beside the versions, `<root>/<name>/routing.json`, so that all workers follow it and it outlives
-restarts. A store that is far away is read only: there it lies in this host's copy of the store.
+It is a small file beside the versions, `<root>/<name>/routing.json`. All workers follow it, and it survives restarts.
+For a remote store, which is read only, it is in this host's cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]  # never a numb
 
 
 class Share(BaseModel):
-    """A candidate, and the part of the traffic that it gets."""
+    """A canary version and its share of the traffic."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,27 +37,29 @@ class Share(BaseModel):
 
 
 class Routing(BaseModel):
-    """What an operator wishes for one policy."""
+    """The operator's settings for one policy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pin: Version | None = Field(None, description="The version to serve; None: the highest.")
-    aliases: dict[Alias, Version] = Field({}, max_length=64, description="Names that URLs may have for versions.")
+    aliases: dict[Alias, Version] = Field({}, max_length=64, description="Names for versions, usable in URLs.")
     canary: Share | None = None
-    shadow: Version | None = Field(None, description="The version that is asked too, and whose actions nobody gets.")
+    shadow: Version | None = Field(
+        None, description="The version that gets copies of requests."
+    )
 
     @property
     def versions(self) -> set[int]:
-        """All that are named."""
+        """All versions that the routing names."""
         candidates = (self.pin, self.shadow, self.canary.version if self.canary else None)
         return {*self.aliases.values(), *(version for version in candidates if version is not None)}
 
 
-def wanted(versions: Sequence[int], routing: Routing, serving: int | None) -> list[int]:
-    """Which versions to try in place of `serving`, the best first, until one can be served; none of them: it stays.
+def versions_to_try(versions: Sequence[int], routing: Routing, serving: int | None) -> list[int]:
+    """The versions to try in place of `serving`, best first. The first that loads goes live; if none does, it stays.
 
-    `versions`: ascending, all there are. When nothing is served, what is below the pin is better than nothing. That a
-    version has gone from the store is no reason to stop serving it.
+    `versions` are all versions in the store, ascending. If nothing is served, versions below the pin are a fallback. A
+    version that was deleted from the store is still served.
     """
     if routing.pin is not None and serving is not None:
         return [] if serving == routing.pin else [routing.pin]
@@ -66,7 +68,7 @@ def wanted(versions: Sequence[int], routing: Routing, serving: int | None) -> li
 
 
 def read(root: Path, name: str) -> Routing | None:
-    """None: nobody has wished for anything. Raises `InvalidRouting`."""
+    """The policy's routing, or None if it has none. Raises `InvalidRouting`."""
     try:
         return Routing.model_validate_json(read_plain(root / name / FILE, LIMIT_BYTES))
     except FileNotFoundError:
@@ -79,12 +81,12 @@ def read(root: Path, name: str) -> Routing | None:
         raise InvalidRouting(f"{name}: {FILE}: {spot[:200]}: {first['msg']}") from None
 
 
-# The operator's wishes. Each writes the file and returns what is in it. Raises `NotFound`, `InvalidRequest` or, when
-# the file cannot be read or written, `InvalidRouting`.
+# The functions below change the file and return its new content. They raise `NotFound`, `InvalidRequest` or, if the
+# file cannot be read or written, `InvalidRouting`.
 
 
 def pin(store: ModelStore, name: str, version: int | None) -> Routing:
-    """Serve `version`, whatever is published; None: the highest again."""
+    """Serve `version` even if higher ones are published; None: serve the highest."""
     return _change(store, name, version, pin=version)
 
 
@@ -94,24 +96,24 @@ def roll_back(store: ModelStore, name: str, serving: int | None = None) -> Routi
     latest = serving or (read(store.root, name) or Routing()).pin or versions[-1]
     lower = [version for version in versions if version < latest]
     if not lower:
-        raise InvalidRequest(f"expected a version of {name} before {latest}, to go back to; got none")
+        raise InvalidRequest(f"expected a version of {name} below {latest} to roll back to; got none")
     return pin(store, name, lower[-1])
 
 
 def alias(store: ModelStore, name: str, alias: str, version: int | None) -> Routing:
-    """Let URLs say `alias` for `version`; None: no longer."""
+    """Make `alias` a name for `version`; None removes it."""
     with _locked(store, name, version) as before:
         others = {known: v for known, v in before.aliases.items() if known != alias}
         return _write(store.root / name, before, aliases=others | ({} if version is None else {alias: version}))
 
 
 def canary(store: ModelStore, name: str, version: int | None, share: float = 0.1) -> Routing:
-    """Have `version` act on this share of the traffic, 0 < share < 1; None: on none."""
+    """Send `share` of the traffic to `version`, 0 < share < 1; None removes the canary."""
     return _change(store, name, version, canary=None if version is None else {"version": version, "share": share})
 
 
 def shadow(store: ModelStore, name: str, version: int | None) -> Routing:
-    """Ask `version` too, and compare; None: no longer."""
+    """Send copies of requests to `version` and compare its actions; None removes the shadow."""
     return _change(store, name, version, shadow=version)
 
 
@@ -122,8 +124,10 @@ def _change(store: ModelStore, name: str, version: int | None, **changes: Any) -
 
 @contextmanager
 def _locked(store: ModelStore, name: str, version: int | None) -> Iterator[Routing]:
-    """What there is, while nobody else changes it. Raises `UnknownVersion` for a `version` that is not in the store,
-    `InvalidRouting` for what the disk refuses."""
+    """The current routing, with an exclusive lock on it.
+
+    Raises `UnknownVersion` for a `version` that is not in the store, and `InvalidRouting` if the disk fails.
+    """
     versions = store.versions(name)
     if version is not None and version not in versions:
         raise UnknownVersion(name, version, versions)

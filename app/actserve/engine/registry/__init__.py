@@ -1,8 +1,8 @@
-"""Registry: which policies are live.
+"""Registry: the live policies.
 
-The highest version that can be served is, or the one that an operator pinned; what cannot be served is never run. The
-registry follows its store: a new version is loaded, verified and warmed beside the old one, then traffic moves at once,
-and the old one is unloaded when its last request, stream and session have gone.
+The live version of a policy is the highest one that can be served, or the pinned one. The registry polls its store: it
+loads, verifies and warms a new version beside the old one, and then sends all traffic to the new one. The old version
+is unloaded after its last request, stream and session have ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from actserve.core.errors import NotServing, SessionsUnavailable, StoreError, Un
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine.policy import Acted, Policy
-from actserve.engine.registry.candidates import ROUTING, Candidates
+from actserve.engine.registry.candidates import Candidates
 from actserve.engine.registry.loaded import Key, Loaded, key_of
 from actserve.engine.registry.refusals import Refusals
 from actserve.engine.registry.shadow import OUTCOMES
@@ -33,10 +33,9 @@ LOADING = "policies are being loaded"
 
 
 class Registry:
-    """The live policies of one store. `start` has it follow the store; `get` finds; `close` drains.
+    """The live policies of one store. `start` begins to poll the store; `close` drains.
 
-    `generation` changes whenever requests are to go another way. `swaps` counts, by policy, how often a version took
-    over from another.
+    `generation` changes when the version for a request may change. `swaps` counts hot swaps, by policy.
     """
 
     def __init__(self, store: ModelStore, settings: Settings) -> None:
@@ -45,46 +44,46 @@ class Registry:
         self.generation = 0
         self.counts = Counts()
         self.swaps: Counter[str] = Counter()
-        self.in_sessions: Callable[[], Set[Key]] = frozenset  # the versions that sessions are on
-        self._stored: dict[str, list[int]] = {}  # the versions that there were at the last look
+        self.session_versions: Callable[[], Set[Key]] = frozenset  # returns the versions that have sessions
+        self._stored: dict[str, list[int]] = {}  # the store's versions at the last poll
         self._live: dict[str, Policy] = {}
         self._default: str | None = None
-        self._beside: dict[str, Candidates] = {}
+        self._candidates: dict[str, Candidates] = {}
         self._loaded = Loaded(store, settings, self.counts)
         self._refused = Refusals(self._loaded, settings.poll_s)
-        self._following: asyncio.Task[None] | None = None
-        self._looked = asyncio.Event()  # at the whole store, once
-        self._loading = LOADING
-        self._polling = asyncio.Lock()
+        self._poller: asyncio.Task[None] | None = None
+        self._first_poll = asyncio.Event()  # set when it is done
+        self._loading_reason = LOADING
+        self._poll_lock = asyncio.Lock()
         self._unreachable: str | None = None
 
-    def start(self, rest_s: float = 0.0, reason: str = "") -> None:
-        """`rest_s`: before anything is loaded, for a `reason` that whoever asks is told."""
-        if rest_s:
-            self._loading = f"{reason}; policies are loaded in {rest_s:.0f} s"
-        self._following = asyncio.create_task(self._follow(rest_s))
+    def start(self, delay_s: float = 0.0, reason: str = "") -> None:
+        """Begin to poll the store after `delay_s`. Until then, requests are refused with `reason`."""
+        if delay_s:
+            self._loading_reason = f"{reason}; policies are loaded in {delay_s:.0f} s"
+        self._poller = asyncio.create_task(self._poll_forever(delay_s))
 
-    async def looked(self, within_s: float) -> None:
-        """Returns once what the store has is loaded, or as far as it got."""
+    async def wait_loaded(self, timeout_s: float) -> None:
+        """Wait until the first poll has loaded the store's policies, or until the timeout."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._looked.wait(), within_s)
+            await asyncio.wait_for(self._first_poll.wait(), timeout_s)
 
     async def close(self) -> None:
-        """Answer what was accepted, then close every runtime."""
-        if self._following is not None:
-            self._following.cancel()
+        """Answer the accepted requests, then close every runtime."""
+        if self._poller is not None:
+            self._poller.cancel()
         await self._loaded.close()
 
-    # what is live
+    # live versions
 
     @property
     def loading(self) -> bool:
-        return not self._looked.is_set()
+        return not self._first_poll.is_set()
 
     def not_ready(self) -> str | None:
         """Why requests cannot be answered yet, or None."""
         if self.loading:
-            return self._loading
+            return self._loading_reason
         if not self._live:
             return "no policy in the store can be served"
         if self._settings.policy not in (None, *self._live):
@@ -93,8 +92,10 @@ class Registry:
 
     @property
     def default(self) -> str | None:
-        """The policy behind `/act`: the one that the settings name, else the first by name when this began. What is
-        published later changes nothing for clients that name no policy."""
+        """The policy behind `/act`: the one in the settings, else the first by name at the first poll.
+
+        A policy that is published later does not become the default, so clients that name no policy keep theirs.
+        """
         return self._settings.policy or self._default or min(self._live, default=None)
 
     @property
@@ -106,15 +107,18 @@ class Registry:
         return sorted({*self._live, *self._refused.names})
 
     async def get(self, name: str | None = None, version: int | None = None) -> Policy:
-        """The live policy, by default the default one. Raises `NotFound`, `Unavailable`, or why it is not served."""
+        """The live version of `name`, by default of the default policy; or the given version.
+
+        Raises `NotFound`, `Unavailable`, or the error for which the version cannot be served.
+        """
         policy = self._get_live(name or self.default)
         if version is not None and version != policy.version:
-            policy = await self._loaded.get(policy.name, version, fetch=False)  # a request's wish
+            policy = await self._loaded.get(policy.name, version, fetch=False)  # requests must not start downloads
             self._loaded.keep(policy)
         return policy
 
     async def resume(self, name: str, version: int) -> Policy:
-        """The version that a session is on. Raises as `get`."""
+        """The version of an existing session. Raises as `get`."""
         policy = self._get_live(name)
         if version != policy.version:
             policy = await self._loaded.get(name, version, fetch=False)
@@ -125,66 +129,67 @@ class Registry:
         if name in self._live:
             return self._live[name]
         if self.loading:
-            raise self._loading_still()
+            raise self._still_loading()
         if name is not None and (refused := self._refused.of(name)):
             raise refused[max(refused)]
         raise UnknownPolicy(name or "", sorted(self._live))
 
-    def _loading_still(self) -> NotServing:
-        return NotServing(f"{self._loading}; try again shortly")
+    def _still_loading(self) -> NotServing:
+        return NotServing(f"{self._loading_reason}; try again shortly")
 
     async def find(self, name: str, version: str | None) -> Policy:
-        """The same for a version or an alias as clients write it. Raises `UnknownVersion` for what is neither, too."""
+        """As `get`; `version` is a number or an alias, from a URL. Raises `UnknownVersion` for other texts."""
         if version is None:
             return await self.get(name)
         if version.isascii() and version.isdecimal() and len(version) < 10:
             return await self.get(name, int(version))
         await self.get(name)
-        if name in self._beside and version in self._beside[name].aliases:
-            return self._beside[name].aliases[version]
+        if name in self._candidates and version in self._candidates[name].aliases:
+            return self._candidates[name].aliases[version]
         raise UnknownVersion(name[:80], version, self._versions(name))
 
     # canary and shadow
 
     async def begin(self, name: str | None = None) -> Policy:
-        """The version that a new episode of `name` is on from its first to its last step. Raises as `get`."""
-        return self.split(await self.get(name), begins=True)
+        """The version for all steps of a new episode of `name`. Raises as `get`."""
+        return self.route(await self.get(name), new_episode=True)
 
-    def split(self, policy: Policy, begins: bool = False) -> Policy:
-        """Who acts on a request for `policy`, the live one: itself, or the canary if it is due.
+    def route(self, policy: Policy, new_episode: bool = False) -> Policy:
+        """The version that acts on a request for `policy`: the canary if the request is in its share, else `policy`.
 
-        State that a client carries is the live version's: such steps stay there, and only episodes whose state the
-        service keeps go to the canary, from where they begin.
+        A client that carries the state itself stays on the live version, because the state is that version's. If the
+        service holds the state, a whole episode goes to the canary.
         """
-        beside = self._beside_live(policy)
-        if beside is None or beside.canary is None or (policy.signature.state and not begins):
+        candidates = self._candidates_of_live(policy)
+        if candidates is None or candidates.canary is None or (policy.signature.state and not new_episode):
             return policy
-        return beside.canary.policy if beside.canary.is_due else policy
+        return candidates.canary.policy if candidates.canary.takes_next() else policy
 
     def mirror(self, policy: Policy, tensors: Arrays, size: int, exploration: Exploration | None, acted: Acted) -> None:
-        """Let the shadow of `policy` see what was asked, and how `policy` acted. Costs the request nothing."""
-        beside = self._beside_live(policy)
-        if beside is not None and beside.shadow is not None:
-            beside.shadow.offer(tensors, size, exploration, acted)
+        """Send the shadow of `policy` a copy of a request and its answer. The request does not wait for it."""
+        candidates = self._candidates_of_live(policy)
+        if candidates is not None and candidates.shadow is not None:
+            candidates.shadow.offer(tensors, size, exploration, acted)
 
-    def splits(self, name: str) -> bool:
-        """Whether some of the requests for `name` go to another version than the live one."""
-        return name in self._beside and self._beside[name].splits
+    def has_candidate(self, name: str) -> bool:
+        """Whether `name` has a canary or a shadow."""
+        return name in self._candidates and self._candidates[name].has_candidate
 
-    def shadowed(self, name: str) -> dict[str, int]:
-        """Items that the shadow of `name` was asked about, by what came of it."""
-        shadow = self._beside[name].shadow if name in self._beside else None
+    def shadow_outcomes(self, name: str) -> dict[str, int]:
+        """The shadow's items, by outcome."""
+        shadow = self._candidates[name].shadow if name in self._candidates else None
         return dict.fromkeys(OUTCOMES, 0) if shadow is None else shadow.outcomes
 
-    def _beside_live(self, policy: Policy) -> Candidates | None:
-        return self._beside.get(policy.name) if self._live.get(policy.name) is policy else None
+    def _candidates_of_live(self, policy: Policy) -> Candidates | None:
+        """The candidates of `policy`, if it is a live version."""
+        return self._candidates.get(policy.name) if self._live.get(policy.name) is policy else None
 
-    # what is told
+    # description
 
     def describe(self, name: str) -> dict[str, Any]:
-        """JSON-able: the live version of `name`, what acts beside it, and what was refused and why."""
+        """JSON-able: the live version of `name`, its candidates, and the refused versions with their errors."""
         if name not in self.names:
-            raise self._loading_still() if self.loading else UnknownPolicy(name, self.names)
+            raise self._still_loading() if self.loading else UnknownPolicy(name, self.names)
         policy = self._live.get(name)
         current = policy.describe() if policy else {"name": name, "version": None, "runtime": None, "reason": None}
         refused = {v: {"code": e.code, "message": e.message} for v, e in self._refused.of(name).items()}
@@ -193,61 +198,60 @@ class Registry:
             "versions": self._versions(name),
             "loaded": [version for loaded, version in self._loaded.versions if loaded == name],
             "refused": refused,
-            "routing": self._beside.get(name, Candidates()).describe(),
+            "routing": self._candidates.get(name, Candidates()).describe(),
         }
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        """JSON-able: that of the live version of `name`, if there is one."""
+        """JSON-able: the manifest of the live version of `name`, or None."""
         return self._live[name].artifact.manifest.to_dict() if name in self._live else None
 
     def _versions(self, name: str) -> list[int]:
-        """What there is of `name`, what is served of it included, wherever the store has gone meanwhile."""
+        """The store's versions of `name`; if it has none any more, the live one."""
         return self._stored.get(name) or ([self._live[name].version] if name in self._live else [])
 
-    # following the store
+    # polling the store
 
-    async def _follow(self, rest_s: float) -> None:
-        await asyncio.sleep(rest_s)
-        self._loading = LOADING
+    async def _poll_forever(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        self._loading_reason = LOADING
         while True:
             try:
                 await self.poll()
-            except Exception:  # whatever a store does, what is live is served
-                log.exception("the store could not be looked at")
-            self._looked.set()
+            except Exception:  # an error in the store must not stop the live policies
+                log.exception("the store could not be polled")
+            self._first_poll.set()
             self._default = self._default or min(self._live, default=None)
             await asyncio.sleep(self._settings.poll_s)
 
-    async def poll(self, anew: bool = False) -> None:
-        """Look at the store and do what it says. `anew`: try what was refused, however short a time ago that was."""
-        async with self._polling:
-            if anew:
+    async def poll(self, retry: bool = False) -> None:
+        """Read the store and update the live versions. `retry`: load refused versions again without a wait."""
+        async with self._poll_lock:
+            if retry:
                 self._refused.retry()
-            found = await asyncio.to_thread(self._look)
+            found = await asyncio.to_thread(self._read_store)
             self._stored = {name: versions for name, (versions, _) in found.items()}
-            for name, (versions, wishes) in found.items():
-                await self._update(name, versions, wishes)
+            for name, (versions, policy_routing) in found.items():
+                await self._update(name, versions, policy_routing)
             for name in self._refused.names:
-                self._refused.keep(
-                    name, self._beside[name].routing.versions.union(found[name][0] if name in found else ())
-                )
-            stored = {(name, version) for name, (versions, _) in found.items() for version in versions}
+                routed = self._candidates[name].routing.versions
+                self._refused.keep(name, routed.union(self._stored.get(name, ())))
+            stored = {(name, version) for name, versions in self._stored.items() for version in versions}
             with contextlib.suppress(SessionsUnavailable):
-                self._loaded.sweep(self.in_sessions, stored)
+                self._loaded.sweep(self.session_versions, stored)
 
-    def _look(self) -> dict[str, tuple[list[int], Routing | StoreError | None]]:
-        """In a thread: the versions that there are, and the operator's wishes."""
+    def _read_store(self) -> dict[str, tuple[list[int], Routing | StoreError | None]]:
+        """The versions and the routing of each policy. Blocks."""
         unreachable = None
         try:
             self._store.refresh()
         except StoreError as error:
             unreachable = error.message
         if unreachable not in (None, self._unreachable):
-            log.warning("%s; what was fetched before is served", unreachable)
+            log.warning("%s; versions that were fetched before are still served", unreachable)
         self._unreachable = unreachable
         found: dict[str, tuple[list[int], Routing | StoreError | None]] = {}
         for name in self._store.names():
-            with contextlib.suppress(UnknownPolicy):  # it has just gone
+            with contextlib.suppress(UnknownPolicy):  # deleted meanwhile
                 versions = self._store.versions(name)
                 try:
                     found[name] = versions, routing.read(self._store.root, name)
@@ -255,26 +259,18 @@ class Registry:
                     found[name] = versions, error
         return found
 
-    async def _update(self, name: str, versions: list[int], wishes: Routing | StoreError | None) -> None:
-        beside = self._beside.setdefault(name, Candidates())
-        self._heed(beside, wishes)
-        for version in routing.wanted(versions, beside.routing, self._serving(name)):
+    async def _update(self, name: str, versions: list[int], policy_routing: Routing | StoreError | None) -> None:
+        candidates = self._candidates.setdefault(name, Candidates())
+        candidates.follow(policy_routing)
+        for version in routing.versions_to_try(versions, candidates.routing, self._serving(name)):
             policy = await self._refused.load(name, version)
             if isinstance(policy, Policy):
                 self._go_live(name, policy)
                 break
         if name in self._live:
-            before = beside.canary, beside.shadow
-            await beside.follow(self._live[name], lambda version: self._refused.load(name, version))
-            self.generation += before != (beside.canary, beside.shadow)
-
-    def _heed(self, beside: Candidates, wishes: Routing | StoreError | None) -> None:
-        """Take in the wishes. While they cannot be read, or have gone with the store, the last ones hold."""
-        beside.problems.pop(ROUTING, None)
-        if isinstance(wishes, Routing):
-            beside.routing = wishes
-        elif wishes is not None:
-            beside.problems[ROUTING] = wishes
+            before = candidates.canary, candidates.shadow
+            await candidates.load(self._live[name], lambda version: self._refused.load(name, version))
+            self.generation += before != (candidates.canary, candidates.shadow)
 
     def _serving(self, name: str) -> int | None:
         return self._live[name].version if name in self._live else None
@@ -289,10 +285,10 @@ class Registry:
             log.info("%s takes over from %s", policy.artifact.label, old.artifact.label)
 
     def _retire(self, policy: Policy) -> None:
-        """Nobody has to do anything for it to be unloaded, unless sessions are on it."""
+        """Keep a replaced version in memory if it has sessions. Otherwise it is unloaded after its last request."""
         try:
-            needed = key_of(policy) in self.in_sessions()
+            has_sessions = key_of(policy) in self.session_versions()
         except SessionsUnavailable:
-            needed = True
-        if needed:
+            has_sessions = True
+        if has_sessions:
             self._loaded.keep_for_sessions(policy)

@@ -1,8 +1,8 @@
 """Loaded: the versions that are in memory.
 
-A version is loaded once, however many ask for it, and unloaded when nobody refers to it any more: whoever acts with a
-`Policy` holds it meanwhile, be it a request, a stream or a door of the lane. So nothing has to be counted, and nobody
-is cut short.
+Concurrent requests for a version share one load. A version is unloaded when no reference to its `Policy` is left.
+Requests, streams and the fast path hold such a reference while they act, so a version in use is never unloaded, and no
+usage counter is needed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from functools import partial
 
 from actserve.core.errors import NotFetched
 from actserve.core.settings import Settings
-from actserve.engine.malloc import give_back
+from actserve.engine.malloc import trim
 from actserve.engine.policy import Policy
 from actserve.store.local import ModelStore
 from actserve.telemetry.counts import Counts
 
 log = logging.getLogger("actserve")
 
-UNUSED_S = 60.0  # after it was last asked for by its number
+UNUSED_S = 60.0  # an unused version stays in memory for so long after its last use
 
 Key = tuple[str, int]  # name and version
 
 
 class Loaded:
-    """The policies of one store that are in memory. `get` brings them there; `close` ends them."""
+    """The policies of one store that are in memory. `get` loads them; `close` closes them."""
 
     def __init__(
         self, store: ModelStore, settings: Settings, counts: Counts, clock: Callable[[], float] = time.monotonic
@@ -40,9 +40,9 @@ class Loaded:
         self._clock = clock
         self._policies: weakref.WeakValueDictionary[Key, Policy] = weakref.WeakValueDictionary()
         self._loading: dict[Key, asyncio.Task[Policy]] = {}
-        self._asked: dict[Key, tuple[Policy, float]] = {}  # kept until then
-        self._resumed: dict[Key, tuple[Policy, float]] = {}  # likewise, for sessions
-        self._ends: list[weakref.finalize[..., Policy]] = []
+        self._kept: dict[Key, tuple[Policy, float]] = {}  # with the time until which it is kept
+        self._kept_for_sessions: dict[Key, tuple[Policy, float]] = {}
+        self._finalizers: list[weakref.finalize[..., Policy]] = []
         self._unloading: set[asyncio.Task[None]] = set()
 
     @property
@@ -50,9 +50,9 @@ class Loaded:
         return sorted(self._policies)
 
     async def get(self, name: str, version: int, fetch: bool = True) -> Policy:
-        """The policy, verified and warm. `fetch`: from a store that is far away, have it brought here if need be.
+        """The policy, verified and warm. `fetch`: a remote store may download it.
 
-        Raises `NotFound`, or the `StoreError`, `RuntimeRefused` or `RuntimeFailure` that it cannot be served for.
+        Raises `NotFound`, `StoreError`, `RuntimeRefused` or `RuntimeFailure`.
         """
         key = (name, version)
         policy = self._policies.get(key)
@@ -60,43 +60,46 @@ class Loaded:
             return policy
         if key not in self._loading:
             self._loading[key] = asyncio.create_task(self._load(key, fetch))
-            self._loading[key].add_done_callback(partial(self._arrived, key))
+            self._loading[key].add_done_callback(partial(self._load_done, key))
         try:
-            return await asyncio.shield(self._loading[key])  # one caller's cancellation is not another's
+            return await asyncio.shield(self._loading[key])  # a cancelled caller must not cancel the other callers
         except NotFetched:
             if not fetch:
                 raise
-        return await self.get(name, version)  # it was being loaded for somebody who has nothing fetched
+        return await self.get(name, version)  # the failed load was started by a caller that passed `fetch=False`
 
     def keep(self, policy: Policy) -> None:
-        """Have `policy`, which was asked for by its number, stay loaded for a while though nobody is using it."""
-        self._asked[key_of(policy)] = (policy, self._clock() + UNUSED_S)
+        """Keep `policy`, which is not the live version, in memory for `UNUSED_S` after its last use."""
+        self._kept[key_of(policy)] = (policy, self._clock() + UNUSED_S)
 
     def keep_for_sessions(self, policy: Policy) -> None:
-        """The same for one that sessions are on, and no longer than they are."""
-        self._resumed[key_of(policy)] = (policy, self._clock() + UNUSED_S)
+        """The same for a version with sessions, but at most as long as it has any."""
+        self._kept_for_sessions[key_of(policy)] = (policy, self._clock() + UNUSED_S)
 
-    def sweep(self, sessions: Callable[[], Container[Key]], stored: Container[Key]) -> None:
-        """Let go of what was kept for long enough. `sessions`: the versions that any is on; while there is one, what is
-        not `stored` and could not be loaded again stays."""
+    def sweep(self, session_versions: Callable[[], Container[Key]], stored: Container[Key]) -> None:
+        """Release the policies whose time has passed.
+
+        `session_versions` returns the versions that have sessions. Such a version stays in memory if it is no longer
+        `stored`, because it could not be loaded again.
+        """
         now = self._clock()
-        self._asked = {key: kept for key, kept in self._asked.items() if kept[1] > now}
-        if self._resumed:
-            needed = sessions()
-            self._resumed = {
+        self._kept = {key: kept for key, kept in self._kept.items() if kept[1] > now}
+        if self._kept_for_sessions:
+            needed = session_versions()
+            self._kept_for_sessions = {
                 key: kept
-                for key, kept in self._resumed.items()
+                for key, kept in self._kept_for_sessions.items()
                 if key in needed and (kept[1] > now or key not in stored)
             }
 
     async def close(self) -> None:
-        """Answer what was accepted, then close every runtime."""
+        """Answer the accepted requests, then close every runtime."""
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        for end in self._ends:
-            end.detach()
+        for finalizer in self._finalizers:
+            finalizer.detach()
         await asyncio.gather(*(policy.close() for policy in self._policies.values()), *self._unloading)
-        self._asked.clear()
-        self._resumed.clear()
+        self._kept.clear()
+        self._kept_for_sessions.clear()
 
     async def _load(self, key: Key, fetch: bool) -> Policy:
         artifact = await asyncio.to_thread(self._store.resolve, *key, fetch)
@@ -104,27 +107,27 @@ class Loaded:
         policy.batcher.meters = self._counts.meters(policy.program)
         policy.start()
         self._policies[key] = policy
-        # Garbage may be collected in any thread.
+        # The finalizer may run in any thread.
         in_loop = asyncio.get_running_loop().call_soon_threadsafe
-        end = weakref.finalize(policy, in_loop, self._unload, artifact.label, policy.closing())
-        end.atexit = False
-        self._ends = [*(end for end in self._ends if end.alive), end]
+        finalizer = weakref.finalize(policy, in_loop, self._unload, artifact.label, policy.closing())
+        finalizer.atexit = False
+        self._finalizers = [*(known for known in self._finalizers if known.alive), finalizer]
         return policy
 
-    def _arrived(self, key: Key, task: asyncio.Task[Policy]) -> None:
+    def _load_done(self, key: Key, task: asyncio.Task[Policy]) -> None:
         del self._loading[key]
         if not task.cancelled():
-            task.exception()  # whoever waited for it has it
+            task.exception()  # mark it as retrieved: the callers get it from `get`
 
     def _unload(self, label: str, closing: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.create_task(_end(label, closing))
+        task = asyncio.create_task(_close(label, closing))
         self._unloading.add(task)
         task.add_done_callback(self._unloading.discard)
 
 
-async def _end(label: str, closing: Callable[[], Awaitable[None]]) -> None:
+async def _close(label: str, closing: Callable[[], Awaitable[None]]) -> None:
     await closing()
-    await asyncio.to_thread(give_back)
+    await asyncio.to_thread(trim)
     log.info("%s is unloaded", label)
 
 

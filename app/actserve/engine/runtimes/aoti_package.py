@@ -1,4 +1,4 @@
-"""AOTInductor packages, loaded and called. The only import of torch."""
+"""Loads and calls AOTInductor packages. The only import of torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from actserve.core.signature import Array
 
 
 def set_threads(count: int) -> None:
-    """How many threads a program may use, in the whole process."""
+    """Set the number of threads per inference call, for the whole process."""
     torch.set_num_threads(count)
 
 
 def open_package(path: Path) -> Any:
-    """The loaded package. Whatever the loader raises; a program that does not fit may end the process."""
-    # It warns when the program uses less than this CPU has; the preflight has made sure that it uses no more.
+    """Load a package. Raises any exception; an incompatible program may end the process."""
+    # Hides the warning that the CPU has more features than the program uses; the preflight checked the reverse case.
     logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
     return aoti_load_package(str(path))
 
 
 def call(package: Any, arrays: list[Array], device: str) -> list[Array]:
-    """Run a package on arrays of the host's memory, which are copied to and from `device` unless it is the CPU."""
+    """Run a package. Inputs and outputs are in host memory; for another `device` than the CPU they are copied."""
     tensors = [torch.from_numpy(array) for array in arrays]
     outputs = package(*tensors) if device == "cpu" else package(*(tensor.to(device) for tensor in tensors))
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)

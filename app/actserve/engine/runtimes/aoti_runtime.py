@@ -1,7 +1,7 @@
-"""AotiRuntime: `.pt2` packages made by AOTInductor.
+"""AotiRuntime: runs `.pt2` packages made by AOTInductor.
 
-The package validates nothing (a wrong dtype gives wrong answers, a wrong rank a segmentation fault): `Runtime.run`
-has checked names, dtypes, shapes and contiguity before an array comes here. It holds the GIL while it runs.
+The package validates nothing: a wrong dtype gives wrong answers, and a wrong rank a segmentation fault. `Runtime.run`
+checks names, dtypes, shapes and contiguity before it calls `_run`. The package holds the GIL while it runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from actserve.core.errors import RuntimeFailure
 from actserve.core.signature import Array, Signature
 from actserve.engine.runtimes.aoti_package import call, open_package, set_threads
 from actserve.engine.runtimes.base import Runtime, brief
-from actserve.engine.runtimes.probe import proven
+from actserve.engine.runtimes.probe import probed_copy
 from actserve.store.artifact import Artifact
 
 
@@ -25,7 +25,7 @@ class AotiRuntime(Runtime):
     @classmethod
     def load(cls, artifact: Artifact, threads: int) -> AotiRuntime:
         set_threads(threads)
-        with proven(artifact) as path:
+        with probed_copy(artifact) as path:
             try:
                 package = open_package(path)
             except Exception as error:

@@ -1,4 +1,4 @@
-"""Runtime: one loaded program file, whichever engine runs it."""
+"""Runtime: the interface of a loaded program, implemented once per engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actserve.store.artifact import Artifact
 
 
 class Runtime(ABC):
-    """One loaded program. `run` may be called from one thread at a time; a run never changes the runtime."""
+    """One loaded program. It has no state between runs. Only one thread at a time may call `run`."""
 
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
@@ -25,8 +25,8 @@ class Runtime(ABC):
     def run(self, batch: Mapping[str, Array]) -> Arrays:
         """One inference call. `batch`: every input of the signature, each (B, *shape), 1 <= B <= max_batch.
 
-        Returns every result of the signature, outputs and new state, each (B, *shape). Raises `InvalidTensor` before
-        the program sees an array that is not what it was built for, and `RuntimeFailure` when the engine fails.
+        Returns every result of the signature, outputs and new state, each (B, *shape). Raises `InvalidTensor` for
+        inputs that violate the signature, before the program runs, and `RuntimeFailure` if the engine fails.
         """
         size = self.signature.validate(batch)
         if size > self.signature.max_batch:
@@ -39,14 +39,14 @@ class Runtime(ABC):
 
     @abstractmethod
     def _run(self, arrays: list[Array]) -> list[Array]:
-        """Inputs in the signature's order, checked -> results in the signature's order."""
+        """Validated inputs, in the signature's order -> results, in the signature's order."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give the program's memory back. The runtime cannot be used afterwards."""
+        """Free the program's memory. The runtime cannot be used afterwards."""
 
 
 def brief(error: Exception) -> str:
-    """The first line of an engine's message, without folders, which are nobody's business."""
+    """The first line of an engine's message, without folder names: paths must not leave the process."""
     lines = str(error).splitlines() or [type(error).__name__]
     return re.sub(r"(?:/[\w.+-]+)+/", "", lines[0])[:300]

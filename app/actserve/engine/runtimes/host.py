@@ -1,4 +1,4 @@
-"""Host: what this machine offers a program. Found out without loading an engine."""
+"""Host: the properties of this machine that programs depend on. Detected without loading an engine."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Version = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Host:
-    """What this machine offers. `packages` are versions without build tags; `cpu_flags` as Linux spells them."""
+    """Properties of a machine. `packages` are versions without build tags; `cpu_flags` have Linux's names."""
 
     system: str
     machine: str
     glibc: Version
     cpu_flags: frozenset[str]
     packages: dict[str, str] = field(default_factory=dict)
-    glibcxx: Version = ()  # the newest GLIBCXX_ of the libstdc++ that this process gets
-    cxxabi: Version = ()  # the same for CXXABI_
-    libraries: frozenset[str] | None = None  # file names the dynamic loader can find; None: not known
+    glibcxx: Version = ()  # the newest GLIBCXX_ symbol version of this process's libstdc++
+    cxxabi: Version = ()  # the newest CXXABI_ symbol version
+    libraries: frozenset[str] | None = None  # file names that the dynamic loader can find; None: unknown
     devices: tuple[str, ...] = ("cpu",)
-    compute_capability: Version = ()  # of the first CUDA device
+    compute_capability: Version = ()  # of the first CUDA device; () without one
 
     def facts(self) -> dict[str, Any]:
         """JSON-able, for people; without the list of libraries."""
@@ -67,7 +67,7 @@ def this_host() -> Host:
 
 
 def newest(library: bytes, name: str) -> Version:
-    """The highest symbol version `name`_x.y.z that a library's bytes define or mention; () for none."""
+    """The highest symbol version `name`_x.y.z in a library's bytes; () if there is none."""
     found = re.findall(name.encode() + rb"_(\d+(?:\.\d+)+)\0", library)
     return max((_numbers(version.decode()) for version in found), default=())
 
@@ -81,21 +81,22 @@ def _numbers(version: str) -> Version:
 
 
 def _libstdcxx() -> bytes:
-    """The libstdc++ that this process has or, from the dynamic loader itself, will get. Empty where there is none."""
-    path = _mapped("libstdc++.so")
+    """The bytes of this process's libstdc++, which is loaded if it is not yet. Empty if there is none."""
+    path = _mapped_path("libstdc++.so")
     if path is None and sys.platform == "linux":
         try:
             ctypes.CDLL("libstdc++.so.6")
         except OSError:
             return b""
-        path = _mapped("libstdc++.so")
+        path = _mapped_path("libstdc++.so")
     try:
         return Path(path).read_bytes() if path else b""
     except OSError:
         return b""
 
 
-def _mapped(name: str) -> str | None:
+def _mapped_path(name: str) -> str | None:
+    """The path of the mapped library whose file name starts with `name`."""
     try:
         with open("/proc/self/maps") as file:
             paths = (line.split(maxsplit=5)[5].strip() for line in file if name in line)
@@ -105,22 +106,22 @@ def _mapped(name: str) -> str | None:
 
 
 def _libraries() -> frozenset[str] | None:
-    """What the dynamic loader finds by name: its cache, the usual folders, and what torch brings along."""
+    """The libraries that the dynamic loader finds by name: its cache, the default folders, and torch's own folder."""
     if sys.platform != "linux":
         return None
     try:
         cached = re.findall(rb"[\w.+-]+\.so[\w.+-]*", Path("/etc/ld.so.cache").read_bytes())
     except OSError:
         cached = []
-    return frozenset([*(name.decode() for name in cached), *_listed()])
+    return frozenset([*(name.decode() for name in cached), *_libraries_in_folders()])
 
 
-def _listed() -> Iterator[str]:
+def _libraries_in_folders() -> Iterator[str]:
     folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
     multiarch = f"{platform.machine()}-linux-gnu"
     for root in ("/lib", "/usr/lib", "/lib64", "/usr/lib64", "/usr/local/lib", f"{sys.prefix}/lib"):
         folders += [root, f"{root}/{multiarch}"]
-    torch = importlib.util.find_spec("torch")  # finds, does not import
+    torch = importlib.util.find_spec("torch")  # without importing it
     if torch is not None and torch.origin:
         folders.append(str(Path(torch.origin).parent / "lib"))
     for folder in folders:
@@ -131,7 +132,7 @@ def _listed() -> Iterator[str]:
 
 
 def _cuda_capability() -> Version:
-    """(major, minor) of the first CUDA device, asked of the driver; () without driver or device."""
+    """(major, minor) of the first CUDA device, from the driver; () without driver or device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -167,7 +168,7 @@ def _installed(package: str) -> str:
 
 
 def cpu_model() -> str:
-    """As Linux names it; "" where it cannot be known."""
+    """The CPU's model name from /proc/cpuinfo; "" if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Runtimes by name. An engine is imported when its first program is loaded."""
+"""The runtimes by name. An engine is imported when its first program is loaded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ RUNTIMES = {
 
 def load(runtime: str, artifact: Artifact, threads: int = 1) -> Runtime:
     """Load the artifact's program for the runtime of this name. Raises `StoreError` or `RuntimeFailure`."""
-    artifact.check_trust(runtime)  # before its engine is imported
+    artifact.check_trust(runtime)  # before the slow import of the engine
     implementation: type[Runtime] = resolve_name(RUNTIMES[runtime])
     return implementation.load(artifact, threads)

@@ -1,11 +1,13 @@
-"""What an `.onnx` model may hold. Read off the bytes, before ONNX Runtime sees them and without the `onnx` package.
+"""Checks an `.onnx` model before ONNX Runtime reads it, without the `onnx` package.
 
-ONNX Runtime reads a model's external tensors from disk even where the model was given as bytes: from the process's
-current folder, also for tensors inside attributes, subgraphs and functions. It has a setting for where they are looked
-for, none to forbid them. And an operator of a domain that is not ONNX's own is code that no hash covers. So the few
-fields that matter are looked at here: a protobuf message is a list of (number, type, value), and whatever is not such
-a list is refused. Numbers from https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; a test holds them to the
-package's own descriptors.
+Two features of ONNX are refused:
+* External tensors. ONNX Runtime reads them from the current folder even if the model was passed as bytes, also for
+  tensors in attributes, subgraphs and functions. It has a setting for the folder, but none to forbid them.
+* Operators of foreign domains, whose code no hash covers.
+
+The check parses only the protobuf fields that it needs. A message is a list of (number, type, value); anything else is
+refused. Field numbers are from https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; a test compares them with the
+package's descriptors.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 
 DOMAINS = frozenset((b"", b"ai.onnx"))
 
-# The messages below each message, by field number: every way from a model to a tensor or a node.
+# The submessages of each message, by field number: every path from a model to a tensor or a node.
 CHILDREN: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
@@ -30,27 +32,27 @@ CHILDREN: dict[str, dict[int, str]] = {
 }  # fmt: skip
 _DOMAIN = 7  # of NodeProto
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of TensorProto
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; groups, which ONNX never had, are none
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; ONNX has no groups, so they are refused
 Span = tuple[int, int]
 
 
 def inspect_model(data: bytes) -> str | None:
-    """Why ONNX Runtime must not see this model, or None."""
-    waiting: list[tuple[str, Span]] = [("ModelProto", (0, len(data)))]
+    """Why ONNX Runtime must not read this model, or None."""
+    pending: list[tuple[str, Span]] = [("ModelProto", (0, len(data)))]
     try:
-        while waiting:
-            message, span = waiting.pop()
+        while pending:
+            message, span = pending.pop()
             fields = list(_fields(data, span))
-            if (reason := _objection(message, fields, data)) is not None:
+            if (reason := _refusal(message, fields, data)) is not None:
                 return reason
             children = CHILDREN[message]
-            waiting += [(children[n], value) for n, value in fields if isinstance(value, tuple) and n in children]
+            pending += [(children[n], value) for n, value in fields if isinstance(value, tuple) and n in children]
     except ValueError:
         return "it is not an ONNX model"
     return None
 
 
-def _objection(message: str, fields: list[tuple[int, int | Span]], data: bytes) -> str | None:
+def _refusal(message: str, fields: list[tuple[int, int | Span]], data: bytes) -> str | None:
     if message == "TensorProto" and any(n == _EXTERNAL_DATA or (n == _DATA_LOCATION and value) for n, value in fields):
         return "it has tensors in other files"
     if message == "NodeProto":
@@ -61,7 +63,7 @@ def _objection(message: str, fields: list[tuple[int, int | Span]], data: bytes) 
 
 
 def _fields(data: bytes, span: Span) -> Iterator[tuple[int, int | Span]]:
-    """(number, value) of each field of one message: a number, or where its bytes are. Raises `ValueError`."""
+    """(number, value) of each field of a message; the value is a number or a span of bytes. Raises `ValueError`."""
     at, end = span
     while at < end:
         key, at = _varint(data, at, end)
@@ -85,7 +87,7 @@ def _fields(data: bytes, span: Span) -> Iterator[tuple[int, int | Span]]:
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """(value, where the next byte is). Raises `ValueError`."""
+    """(value, position of the next byte). Raises `ValueError`."""
     value = 0
     for position in range(at, min(at + 10, end)):
         value |= (data[position] & 0x7F) << (7 * (position - at))

@@ -1,4 +1,4 @@
-"""OnnxRuntime: `.onnx` in ONNX Runtime. The only import of onnxruntime."""
+"""OnnxRuntime: runs `.onnx` programs with ONNX Runtime. The only import of onnxruntime."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class OnnxRuntime(Runtime):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # An idle service must cost nothing: workers sleep between calls rather than spin.
+        # Threads sleep between calls instead of spinning, so that an idle service uses no CPU.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Nothing else that it reads: its own format is known by a few bytes of content, not by name.
+        # Refuse ONNX Runtime's own format, which it detects by content.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         data = artifact.read_program("onnx")
         if (reason := inspect_model(data)) is not None:
             raise RuntimeFailure(f"{artifact.label}: actserve refused the .onnx program: {reason}")
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ORT raises many types of its own, with no common base
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise RuntimeFailure(f"{artifact.label}: ONNX Runtime refused the program: {brief(error)}") from error
         signature = artifact.manifest.signature
         _compare(artifact.label, "input", session.get_inputs(), signature.inputs)
@@ -63,7 +63,7 @@ class OnnxRuntime(Runtime):
 
 
 def _compare(label: str, what: str, nodes: list[Any], specs: tuple[TensorSpec, ...]) -> None:
-    """Refuse a program whose tensors are not the signature's. A dimension that is a name is symbolic."""
+    """Raises `RuntimeFailure` unless names, dtypes and item shapes of the program's tensors match the signature."""
     found = {node.name: (node.type, tuple(node.shape[1:])) for node in nodes}
     expected = {spec.name: (_DTYPES[spec.dtype], spec.shape) for spec in specs}
     if found != expected:

@@ -1,5 +1,7 @@
-"""What a `.pt2` package may hold. Read with zipfile alone, before the loader, which trusts names, and compiles, and
-unpickles the weights of exported programs."""
+"""Checks the contents of a `.pt2` package with zipfile, before the loader opens it.
+
+The loader is not safe for untrusted files: it trusts member names, compiles sources, and unpickles weights.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ from pathlib import Path, PurePosixPath
 
 MAX_UNPACKED_BYTES = 4 << 30
 MAX_MEMBERS = 10_000
-_MODELS = ("data", "aotinductor")  # below the archive's root folder; one folder a model in it
-_ABOUT = {"archive_format", "archive_version", "byteorder", ".data"}  # what else AOTInductor's packages have there
+_MODELS = ("data", "aotinductor")  # below the archive's root folder; contains one folder per model
+_OTHER_MEMBERS = {"archive_format", "archive_version", "byteorder", ".data"}
 
 
 def inspect_package(package: bytes | Path) -> str | None:
-    """Why the loader must not see this package, or None."""
+    """Why the loader must not open this package, or None."""
     try:
         with zipfile.ZipFile(io.BytesIO(package) if isinstance(package, bytes) else package) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # the last for versions that zipfile does not know
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # NotImplementedError: unknown zip version
         return "it is not a zip archive"
     return _bad_member(members) or _bad_contents(members)
 
@@ -48,7 +50,7 @@ def _bad_contents(members: list[zipfile.ZipInfo]) -> str | None:
     if len({path[0] for path in paths if path}) > 1:
         return "it holds several archives"
     for path in paths:
-        if path[1:3] != _MODELS and not {*path[1:2]} & _ABOUT:
+        if path[1:3] != _MODELS and not {*path[1:2]} & _OTHER_MEMBERS:
             return f"its member {'/'.join(path)[:100]!r} is no part of an AOTInductor model"
     inside = [path[3:] for path in paths if path[1:3] == _MODELS and len(path) > 4]
     models = sorted({path[0] for path in inside})

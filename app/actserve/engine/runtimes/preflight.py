@@ -1,4 +1,4 @@
-"""Can this host run that program? Decided before the file is opened: a refusal is a sentence, not a crash."""
+"""Checks whether this host can run a program, before the file is opened: an incompatible program could crash."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Choice", "Host", "choose", "refusal", "this_host"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The runtime to use and, for people, why."""
+    """The runtime to use, and the reason as text."""
 
     runtime: str
     reason: str
 
 
 def refusal(runtime: str, manifest: Manifest, host: Host) -> str | None:
-    """Why `host` cannot run this program, or None. The one reason that matters, the most basic first."""
+    """Why `host` cannot run this program, or None. Only the most basic reason is returned."""
     program = manifest.programs.get(runtime)
     if program is None:
         return f"{manifest.name}@{manifest.version} has no .{runtime} program"
@@ -33,7 +33,7 @@ def refusal(runtime: str, manifest: Manifest, host: Host) -> str | None:
         return f"{package} is not installed here"
     requires = {name: needed for name, needed in program.requires.items() if needed is not None}
     unknown = [f"{name} {requires[name]!r}"[:100] for name in sorted(requires.keys() - _CHECKS.keys())]
-    if unknown:  # written by a newer actserve: what it means cannot be guessed
+    if unknown:  # from a newer actserve
         return f"requires something this actserve does not know: {', '.join(unknown)}"
     for name, check in _CHECKS.items():
         if name in requires and (reason := _apply(name, check, requires[name], host)):
@@ -44,10 +44,10 @@ def refusal(runtime: str, manifest: Manifest, host: Host) -> str | None:
 def choose(
     wanted: str, manifest: Manifest, host: Host, failed: Mapping[str, str], fastest: str | None = None
 ) -> Choice:
-    """The runtime for `wanted` ("auto", "onnx" or "pt2"); `failed` says which were tried already, and what happened;
-    `fastest` is what `actserve tune` found to be, if it was run here.
+    """The runtime to use. `wanted` is "auto", "onnx" or "pt2".
 
-    Raises `RuntimeRefused` if none can be had.
+    `failed` are the runtimes that failed to load, with their errors; `fastest` is the result of `actserve tune` on this
+    host. Raises `RuntimeRefused` if this host can run none of the programs.
     """
     candidates = sorted(["pt2", "onnx"], key=lambda runtime: runtime != fastest) if wanted == "auto" else [wanted]
     refused: list[str] = []
@@ -83,7 +83,7 @@ def _check_device(needed: str, host: Host) -> str | None:
 
 
 def _check_compute_capability(needed: str, host: Host) -> str | None:
-    """Equality: the kernels inside are machine code for one of them."""
+    """The versions must be equal, because a package contains machine code for one compute capability."""
     if host.compute_capability == _version(needed):
         return None
     here = dotted(host.compute_capability) or "no CUDA device"
@@ -96,7 +96,7 @@ def _check_torch(needed: str, host: Host) -> str | None:
 
 
 def _check_march(needed: str, host: Host) -> str | None:
-    if needed == "native":  # its instructions are listed in cpu_flags
+    if needed == "native":  # `cpu_flags` lists the required features
         return None
     if needed not in _MARCHES:
         return f"built for the CPU architecture {needed}, which this actserve does not know"
@@ -135,7 +135,7 @@ def _version(text: str) -> Version:
 _V2 = frozenset(("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"))
 _V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_MARCHES = {  # what each promises, by the names in /proc/cpuinfo; https://gitlab.com/x86-psABIs/x86-64-ABI
+_MARCHES = {  # CPU features by architecture, as in /proc/cpuinfo; https://gitlab.com/x86-psABIs/x86-64-ABI
     "x86-64": frozenset[str](),
     "x86-64-v2": _V2,
     "x86-64-v3": _V3,
@@ -154,5 +154,5 @@ _CHECKS: dict[str, Check] = {  # the most basic first
     "glibcxx": _at_least("GLIBCXX", lambda host: host.glibcxx),
     "cxxabi": _at_least("CXXABI", lambda host: host.cxxabi),
     "needed": _check_needed,
-    "opset": lambda needed, host: None,  # ONNX Runtime says itself which it reads
+    "opset": lambda needed, host: None,  # ONNX Runtime checks it on load
 }

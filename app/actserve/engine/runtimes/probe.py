@@ -1,8 +1,8 @@
-"""A trial run of a `.pt2` program in a process of its own: what crashes there does not crash the service.
+"""A trial run of a `.pt2` program in a child process, so that a crash does not end the service.
 
-The program is native code: its constructors run as it is loaded, and one illegal instruction ends the process. So a
-file that this host has not run before is first loaded and run on zeros by a child. That costs an import of torch, so
-what passed is remembered, for this file, this torch and this machine, in a cache folder of the user's.
+The program is native code: its constructors run when it is loaded, and an illegal instruction ends the process. A
+child process therefore loads a new file first and runs it on zeros. The child has to import torch, which is slow, so a
+success is recorded in the user's cache directory, per file, torch version and machine.
 """
 
 from __future__ import annotations
@@ -19,39 +19,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import platformdirs
+
 from actserve.core.errors import RuntimeFailure
 from actserve.engine.runtimes.host import cpu_model, this_host
 from actserve.engine.runtimes.package import inspect_package
 from actserve.store.artifact import Artifact
-from actserve.store.cache import cache_folder
 
-LIMIT_S = 120.0  # importing torch alone can take half a minute on a cold, busy machine
+LIMIT_S = 120.0  # the import of torch alone can take 30 s on a cold, busy machine
 _BATCHES = (1, 8)
-_ROOT = Path(__file__).parents[3]  # where `actserve` is imported from
+_ROOT = Path(__file__).parents[3]  # the folder that contains the package `actserve`
 
 
 @contextmanager
-def proven(artifact: Artifact) -> Iterator[Path]:
-    """A private copy of the artifact's `.pt2`: hashed, looked into, and run in a child. Deleted afterwards.
+def probed_copy(artifact: Artifact) -> Iterator[Path]:
+    """A private, temporary copy of the artifact's `.pt2`, after its hash, contents and trial run were checked.
 
-    Raises `StoreError`, or `RuntimeFailure` with what is wrong with it.
+    Raises `StoreError` or `RuntimeFailure`.
     """
     data = artifact.read_program("pt2")
     if (reason := inspect_package(data)) is not None:
         raise RuntimeFailure(f"{artifact.label}: actserve refused the package: {reason}")
-    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:  # that nobody else can look or write into
+    with tempfile.TemporaryDirectory(prefix="actserve-") as folder:  # other users have no access
         copy = Path(folder) / "policy.pt2"
         copy.write_bytes(data)
         marker = _marker(data)
         if marker is None or not marker.exists():
-            if (reason := crash(copy, artifact)) is not None:
-                raise RuntimeFailure(f"{artifact.label}: {reason}")
-            _remember(marker)
+            if (failure := trial_run(copy, artifact)) is not None:
+                raise RuntimeFailure(f"{artifact.label}: {failure}")
+            _create(marker)
         yield copy
 
 
-def crash(path: Path, artifact: Artifact) -> str | None:
-    """Load and run the package at `path` in a child; what went wrong, or None."""
+def trial_run(path: Path, artifact: Artifact) -> str | None:
+    """Load and run the package at `path` in a child process. Returns the failure, or None."""
     token = secrets.token_hex(8)
     signature = artifact.manifest.signature
     task = {
@@ -61,14 +62,14 @@ def crash(path: Path, artifact: Artifact) -> str | None:
         "inputs": [[spec.dtype, spec.shape] for spec in signature.inputs],
         "sizes": [size for size in _BATCHES if size <= signature.max_batch],
     }
-    with tempfile.TemporaryFile() as orders, tempfile.TemporaryFile() as answer:
-        orders.write(json.dumps(task).encode())
-        orders.seek(0)
-        # A session of its own, so that whatever it starts ends with it.
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
+        stdin.write(json.dumps(task).encode())
+        stdin.seek(0)
+        # A new session, so that `_kill` also ends the child's own children.
         child = subprocess.Popen(
             [sys.executable, "-m", "actserve.engine.runtimes.probe_child"],
-            stdin=orders,
-            stdout=answer,
+            stdin=stdin,
+            stdout=stdout,
             stderr=subprocess.DEVNULL,
             cwd=_ROOT,
             start_new_session=True,
@@ -78,26 +79,27 @@ def crash(path: Path, artifact: Artifact) -> str | None:
         except subprocess.TimeoutExpired:
             return f"the .pt2 program did not load and run within {LIMIT_S:g} seconds"
         finally:
-            _end(child)
-        answer.seek(0)
-        return _verdict(code, answer.read(65536), token)
+            _kill(child)
+        stdout.seek(0)
+        return _failure(code, stdout.read(65536), token)
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _kill(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 
-def _verdict(code: int, answer: bytes, token: str) -> str | None:
+def _failure(code: int, stdout: bytes, token: str) -> str | None:
+    """Why the child failed, or None."""
     if code < 0:
         try:
             name = signal.Signals(-code).name
         except ValueError:
             name = str(-code)
         return f"the .pt2 program crashed its process on load (signal {name})"
-    lines = answer.decode(errors="replace").splitlines()
+    lines = stdout.decode(errors="replace").splitlines()
     if code == 0 and lines and lines[-1] == token:
         return None
     if lines and lines[-1].startswith(token):
@@ -106,21 +108,21 @@ def _verdict(code: int, answer: bytes, token: str) -> str | None:
 
 
 def _marker(data: bytes) -> Path | None:
-    """The file whose presence says that these bytes ran here. None where there is no place for it."""
+    """The file that exists if these bytes have run on this host; None without a cache directory."""
     identity = {
         "file": hashlib.sha256(data).hexdigest(),
         "host": {**this_host().facts(), "cpu": cpu_model()},
         "python": [sys.executable, sys.version],
     }
-    folder = cache_folder()
-    if folder is None:
+    try:
+        cache = platformdirs.user_cache_path("actserve")
+    except RuntimeError:  # the user has no home
         return None
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return folder / "proven" / digest
+    return cache / "proven" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _remember(marker: Path | None) -> None:
+def _create(marker: Path | None) -> None:
     if marker is not None:
-        with suppress(OSError):  # then it is tried again next time
+        with suppress(OSError):  # without a marker, the next load repeats the trial run
             marker.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             marker.touch(mode=0o600)

@@ -1,7 +1,7 @@
-"""The child process of `probe`: loads a `.pt2` package, runs it on zeros, and answers with the parent's token.
+"""The child process of `probe`: loads a `.pt2` package, runs it on zeros, and prints the parent's token.
 
 Standard input is a JSON object: `path`, `token`, `device`, `inputs` (dtype and shape of one item each), `sizes`
-(batches to run). Standard output ends with the token, followed by the loader's message if it refused the package.
+(batch sizes to run). The last line of standard output is the token; after a failure, the error follows it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(task: dict[str, Any]) -> int:
         print(f"\n{task['token']} {brief(error)}", flush=True)
         return 1
     print(f"\n{task['token']}", flush=True)
-    os._exit(0)  # without destructors: a crash in torch's teardown is not the program's
+    os._exit(0)  # skip destructors: a crash in torch's teardown is not the program's fault
 
 
 if __name__ == "__main__":

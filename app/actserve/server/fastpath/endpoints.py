@@ -148,7 +148,7 @@ class FastPath:
         doors: dict[bytes, Endpoint] = {}
         for policy in self._registry.live:
             batcher, name = policy.batcher, policy.name
-            if self._registry.splits(name):
+            if self._registry.has_candidate(name):
                 continue  # with a canary or a shadow, the route says who acts
             if batcher.arena is not None and not policy.signature.state:  # whose answers have more in them
                 tally = self._registry.counts.tally(name, "lane", ACT)

@@ -167,7 +167,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
         return await _step(request, policy, version, request.headers[sessions.ID], body)
     registry = common.registry(request)
     if version is None:
-        policy = registry.split(policy)
+        policy = registry.route(policy)
     items = _decode(request, body, policy)
     if items.session is not None:
         return await _step(request, policy, version, items.session, body)

@@ -80,7 +80,7 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
     shadows = _counter("actserve_shadow_items", "Items for a shadow, in each worker, by what came of them.")
     for name in registry.names:
         swaps.add({"policy": name}, registry.swaps[name], "_total")
-        for outcome, items in registry.shadowed(name).items():
+        for outcome, items in registry.shadow_outcomes(name).items():
             shadows.add({"policy": name, "outcome": outcome}, items, "_total")
     streams = _gauge("actserve_streams", "WebSocket streams that are open.")
     streams.add({}, registry.counts.streams)

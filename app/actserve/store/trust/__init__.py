@@ -1,5 +1,7 @@
-"""Trust: whose signatures of manifests count. A manifest has the SHA-256 of every other file of its version, so that
-one signature over its bytes covers them all."""
+"""Trust: the public keys that may sign manifests.
+
+A manifest contains the SHA-256 of every other file of its version, so one signature over the manifest covers them all.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trust:
-    """The keys that are trusted, and whether a version that none of them signed may be opened at all."""
+    """The trusted keys. With `required`, only versions that one of them signed can be opened."""
 
     keys: tuple[PublicKey, ...] = ()
     required: bool = False
@@ -26,16 +28,16 @@ class Trust:
         """The public keys in `file`, one a line. Raises `UsageError`."""
         if file is None:
             if required:
-                raise UsageError("signatures are required and nobody is trusted: name a file of public keys, --trust")
+                raise UsageError("signatures are required, but no key is trusted: pass a file of public keys, --trust")
             return Trust()
         return Trust(import_extra("sign", "actserve.store.trust.signing:read_public_keys")(file), required)
 
     def signer(self, label: str, manifest: bytes, signature: bytes | None) -> str | None:
         """The fingerprint of the trusted key that signed `manifest`, or None. Raises `Unsigned` if one is required."""
         for key in self.keys:
-            if signature is not None and key.made(signature, manifest):
+            if signature is not None and key.verifies(signature, manifest):
                 return key.fingerprint
         if self.required:
-            what = "it is not signed" if signature is None else "no trusted key made its signature for this manifest"
-            raise Unsigned(f"{label}: {what}; expected the signature of one of {len(self.keys)} trusted keys")
+            reason = "it is not signed" if signature is None else "no trusted key made its signature for this manifest"
+            raise Unsigned(f"{label}: {reason}; expected the signature of one of {len(self.keys)} trusted keys")
         return None

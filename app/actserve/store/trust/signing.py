@@ -1,7 +1,7 @@
-"""Ed25519 signatures, and the keys that make and check them. The only import of cryptography.
+"""Ed25519 keys and signatures. The only import of cryptography.
 
-Keys are files in OpenSSH's formats, a private key that only its owner may read and public keys one a line, so that
-`ssh-keygen` makes and shows them, too. A signature is the raw one, 64 bytes (RFC 8032).
+Key files have OpenSSH's formats, so that `ssh-keygen` can create and show them: a private key that only its owner may
+read, and public keys one a line. A signature is the raw 64 bytes of RFC 8032.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class PublicKey:
         digest = hashlib.sha256(base64.b64decode(self.line.split()[1])).digest()
         return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
-    def made(self, signature: bytes, data: bytes) -> bool:
-        """Whether `signature` is this key's for `data`."""
+    def verifies(self, signature: bytes, data: bytes) -> bool:
+        """Whether this key made `signature` for `data`."""
         try:
             self.key.verify(signature, data)
         except InvalidSignature:
@@ -60,23 +60,23 @@ class PrivateKey:
 
     @staticmethod
     def create(path: Path) -> PrivateKey:
-        """A new key in a new file at `path`, its public key in a new file `path`.pub. Raises `UsageError`."""
-        made = PrivateKey(Ed25519PrivateKey.generate())
-        text = made.key.private_bytes(
+        """Write a new key to the new file `path`, and its public key to `path`.pub. Raises `UsageError`."""
+        created = PrivateKey(Ed25519PrivateKey.generate())
+        text = created.key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         )
         try:
-            with open(path, "xb", opener=_for_owner) as file:
-                file.write(text)
-            with open(f"{path}.pub", "x") as file_of_public:
-                file_of_public.write(f"{made.public.line}\n")
+            with open(path, "xb", opener=_open_for_owner) as private_file:
+                private_file.write(text)
+            with open(f"{path}.pub", "x") as public_file:
+                public_file.write(f"{created.public.line}\n")
         except OSError as error:
             raise UsageError(f"{error.filename}: the key cannot be written: {error.strerror}") from None
-        return made
+        return created
 
     @staticmethod
     def read(path: Path) -> PrivateKey:
-        """Raises `UsageError` for a file that is no such key, has a passphrase, or that others can read."""
+        """Raises `UsageError` for another kind of file, a key with a passphrase, or a file that others can read."""
         try:
             text = path.read_bytes()
             mode = path.stat().st_mode
@@ -101,7 +101,7 @@ class PrivateKey:
 
 
 def read_keys(path: Path) -> tuple[PublicKey, ...]:
-    """The public keys of a file of either kind. Raises `UsageError`."""
+    """The public keys of a file, which holds public keys or one private key. Raises `UsageError`."""
     try:
         private = path.read_bytes().startswith(b"-----BEGIN")
     except OSError as error:
@@ -110,16 +110,16 @@ def read_keys(path: Path) -> tuple[PublicKey, ...]:
 
 
 def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
-    """Every key in the file, one a line; lines that begin with # are remarks. Raises `UsageError`, also for none."""
+    """Every key in the file, one a line; lines that begin with # are comments. Raises `UsageError`, also for none."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: the public keys cannot be read: {getattr(error, 'strerror', 'not text')}") from None
     found = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if not found:
-        raise UsageError(f"{path}: expected public keys, one a line; there is none")
+        raise UsageError(f"{path}: expected public keys, one a line; found none")
     return tuple(PublicKey.parse(line, f"{path}, line {number}") for number, line in found)
 
 
-def _for_owner(path: str, flags: int) -> int:
+def _open_for_owner(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)

@@ -69,7 +69,7 @@ async def _act(
         selected = codec.select(asked.request, sequence.policy.signature.outputs)
         return sequence.policy, await sequences.step(sessions, registry, sequence, asked), selected
     if not pinned:
-        policy = registry.split(policy)
+        policy = registry.route(policy)
     selected = codec.select(asked.request, metadata.outputs(policy.signature))
     tensors = asked.tensors(policy.signature)
     size = len(next(iter(tensors.values())))

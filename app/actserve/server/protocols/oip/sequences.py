@@ -37,7 +37,7 @@ async def find(
             )
         return None
     if parameters.sequence_start:
-        return Sequence(policy if pinned else registry.split(policy, begins=True), None)
+        return Sequence(policy if pinned else registry.route(policy, new_episode=True), None)
     session = sessions.sequence(policy.name, parameters.sequence_id, holder=access.current.get())
     if pinned and session.version != policy.version:
         raise InvalidRequest(f"a sequence stays on its version: expected {session.version}; got {policy.version}")
