@@ -197,7 +197,7 @@ def test_a_library_that_is_no_model_is_the_loaders_refusal_without_folders(
 
 def test_a_file_is_tried_once(cart: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Path] = []
-    monkeypatch.setattr(probe, "crash", lambda path, artifact: tried.append(path))
+    monkeypatch.setattr(probe, "trial_run", lambda path, artifact: tried.append(path))
     for _ in range(3):
         with probe.probed_copy(cart) as path:
             assert path.read_bytes() == cart.read_program("pt2")
@@ -211,7 +211,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
 ) -> None:
     cache.write_text("not a folder")
     tried: list[Path] = []
-    monkeypatch.setattr(probe, "crash", lambda path, artifact: tried.append(path))
+    monkeypatch.setattr(probe, "trial_run", lambda path, artifact: tried.append(path))
     for _ in range(2):
         with probe.probed_copy(cart):
             pass

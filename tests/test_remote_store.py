@@ -180,8 +180,8 @@ HASH = {"sha256": "0" * 64}
     ("lie", "kind", "message"),
     [
         (change("policy.onnx", b"Program" * 1000), CorruptFile, "in the remote store differs from the manifest"),
-        (change("policy.onnx", PROGRAM[:-1]), CorruptFile, "is not what the manifest says"),
-        (change("policy.onnx", PROGRAM + b"x"), CorruptFile, "is not what the manifest says"),
+        (change("policy.onnx", PROGRAM[:-1]), CorruptFile, "differs from the manifest"),
+        (change("policy.onnx", PROGRAM + b"x"), CorruptFile, "differs from the manifest"),
         (change("policy.onnx", None), MissingFile, r"walker@2: policy\.onnx is not in the remote store"),
         (change(MANIFEST, None), UnfinishedVersion, r"there is no manifest\.json in the remote store"),
         (change(MANIFEST, b"{"), InvalidManifest, "not JSON"),

@@ -71,7 +71,7 @@ def test_wishes_are_kept_beside_each_other_until_they_are_taken_back(store: Mode
 def test_rolling_back_pins_the_version_before(store: ModelStore) -> None:
     assert routing.roll_back(store, "pong").pin == 2
     assert routing.roll_back(store, "pong").pin == 1
-    with pytest.raises(InvalidRequest, match="a version of pong before 1"):
+    with pytest.raises(InvalidRequest, match="a version of pong below 1"):
         routing.roll_back(store, "pong")
     assert routing.roll_back(store, "pong", serving=5).pin == 2
 

@@ -1,4 +1,4 @@
-"""Golden samples: inputs and the trained policy's own outputs, kept with the artifact, and what it means to agree."""
+"""Golden samples: inputs with the trained policy's outputs, stored in the artifact; and how programs are compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTPUT = "output."
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a program's floating-point outputs may be from the reference. Integer outputs must be equal."""
+    """The allowed difference of floating-point outputs from the reference. Integer outputs must be equal."""
 
     absolute: float = 1e-4
     relative: float = 1e-4
@@ -31,11 +31,11 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What comparing a program with the reference found."""
+    """The result of comparing a program with the reference."""
 
-    compared: int  # items
-    differing: tuple[int, ...]  # items whose action is not the reference's
-    largest_difference: dict[str, float]  # by floating-point output, absolute
+    compared: int  # number of items
+    differing: tuple[int, ...]  # items with another action than the reference
+    largest_difference: dict[str, float]  # absolute, by floating-point output
     exceeding: tuple[str, ...]  # outputs beyond the tolerance
 
     @property
@@ -50,7 +50,7 @@ class Agreement:
 def compare(
     signature: Signature, outputs: Mapping[str, Array], reference: Mapping[str, Array], tolerance: Tolerance
 ) -> Agreement:
-    """Hold a program's outputs, each (B, *shape), against the reference's."""
+    """Compare a program's outputs, each (B, *shape), with the reference's."""
     largest: dict[str, float] = {}
     exceeding: list[str] = []
     for spec in signature.results:
@@ -63,16 +63,16 @@ def compare(
             exceeding.append(spec.name)
     action = signature.action
     differing: tuple[int, ...] = ()
-    if action.numpy_dtype.kind != "f":  # a continuous action is held to the tolerance, as other outputs are
+    if action.numpy_dtype.kind != "f":  # a continuous action was compared above, like every output
         same = agreeing(outputs[action.name], reference[action.name], tolerance)
         differing = tuple(map(int, np.flatnonzero(~same)))
     return Agreement(len(reference[action.name]), differing, largest, tuple(exceeding))
 
 
 def agreeing(ours: Array, theirs: Array, tolerance: Tolerance) -> Array:
-    """Which items' actions are the same, (B,) bool: discrete ones equal, continuous ones within the tolerance.
+    """Whether each item's actions agree, (B,) bool: discrete ones are equal, continuous ones within the tolerance.
 
-    `ours` and `theirs`: each (B, *shape).
+    `ours` and `theirs` are (B, *shape).
     """
     if ours.dtype.kind == "f":
         same = np.isclose(ours, theirs, rtol=tolerance.relative, atol=tolerance.absolute)
@@ -82,7 +82,7 @@ def agreeing(ours: Array, theirs: Array, tolerance: Tolerance) -> Array:
 
 
 def in_batches(run: Callable[[Arrays], Arrays], inputs: Mapping[str, Array], size: int) -> Arrays:
-    """Run all items of `inputs` in batches of `size`, the last one smaller; the outputs joined again."""
+    """Run all items of `inputs` in batches of `size` (the last may be smaller), and concatenate the outputs."""
     count = len(next(iter(inputs.values())))
     parts = [run({k: v[start : start + size] for k, v in inputs.items()}) for start in range(0, count, size)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -95,7 +95,7 @@ def save(inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> bytes:
 
 
 def read(artifact: Artifact) -> tuple[Arrays, Arrays]:
-    """(inputs, reference outputs) of an artifact's golden samples, verified. Raises a `StoreError`."""
+    """(inputs, reference outputs) of an artifact's golden samples, with their hash verified. Raises a `StoreError`."""
     try:
         tensors = load_tensors(artifact.read(GOLDEN))
     except SafetensorError as error:
@@ -105,7 +105,7 @@ def read(artifact: Artifact) -> tuple[Arrays, Arrays]:
 
 
 def check(artifact: Artifact, run: Callable[[Arrays], Arrays]) -> Agreement:
-    """Run the artifact's golden samples, singly and as batches, and compare. The worse of the two is returned."""
+    """Run the golden samples one by one and in batches. Returns the first comparison that fails, else the last."""
     inputs, reference = read(artifact)
     tolerance = Tolerance(**artifact.manifest.certificate["tolerance"])
     signature = artifact.manifest.signature
@@ -117,7 +117,7 @@ def check(artifact: Artifact, run: Callable[[Arrays], Arrays]) -> Agreement:
 
 
 def load(name: str, artifact: Artifact, threads: int) -> Runtime:
-    """Open a program and run the golden samples through it. Raises `StoreError` or `RuntimeFailure`."""
+    """Load a program and check it with the golden samples. Raises `StoreError` or `RuntimeFailure`."""
     runtime = runtimes.load(name, artifact, threads)
     agreement = check(artifact, runtime.run)
     if not agreement.holds:

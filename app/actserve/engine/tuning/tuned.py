@@ -1,7 +1,7 @@
-"""What `actserve tune` found out about an artifact on a host: a file beside the version's folder, which never changes.
+"""Tuned: the result of `actserve tune` for one artifact on one host, in a file beside the version's folder.
 
-It only says which of the certified programs is the quickest here and how many items a call should have; if it is not
-there, is of another host, or cannot be read, the service measures for itself when it loads the policy.
+It holds the measured times of each certified program, from which the service takes the fastest program and the batch
+size. If the file is missing, unreadable or of another host, the service measures when it loads the policy.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from actserve.engine.tuning import Tuning, measure
 from actserve.store.artifact import Artifact
 
 LIMIT_BYTES = 1 << 16
-BRIEFLY_NS = 50_000_000  # for each batch size
+BRIEFLY_NS = 50_000_000  # measuring time per batch size
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """`programs`: each that this host can run, by runtime; with one thread."""
+    """The measured times of all programs that this host can run, by runtime, with one thread."""
 
     programs: Mapping[str, Tuning]
 
     @staticmethod
-    def measure(artifact: Artifact, at_least_ns: int) -> tuple[Tuned, dict[str, str]]:
-        """Run every program for so long at each batch size; and why others do not run here, by runtime.
+    def measure(artifact: Artifact, min_ns: int) -> tuple[Tuned, dict[str, str]]:
+        """Run every program for `min_ns` per batch size. Also returns the errors of failed programs, by runtime.
 
-        Raises `RuntimeRefused` if none does.
+        Raises `RuntimeRefused` if no program runs on this host.
         """
         programs: dict[str, Tuning] = {}
         failed: dict[str, str] = {}
@@ -49,7 +49,7 @@ class Tuned:
                 failed[name] = error.message
                 continue
             try:
-                programs[name] = measure(runtime.run, runtime.signature, at_least_ns)
+                programs[name] = measure(runtime.run, runtime.signature, min_ns)
             finally:
                 runtime.close()
         if not programs:
@@ -61,7 +61,7 @@ class Tuned:
         return min(self.programs, key=lambda runtime: self.programs[runtime].best_ns)
 
     def save(self, artifact: Artifact) -> Path:
-        """Write it beside the artifact, in one go. Raises `OSError`."""
+        """Write the file atomically. Raises `OSError`."""
         file = _file(artifact)
         document = {
             "of": _programs(artifact),
@@ -75,7 +75,7 @@ class Tuned:
 
     @staticmethod
     def load(artifact: Artifact) -> Tuned | None:
-        """What was saved for these very files on a host like this; None if there is nothing that can be used."""
+        """The saved result for exactly these files and this kind of host, or None."""
         try:
             with _file(artifact).open("rb") as file:
                 document = from_json(file.read(LIMIT_BYTES))
@@ -93,7 +93,7 @@ class Tuned:
 
 
 def tune_briefly(artifact: Artifact, progress: Callable[[str], None]) -> None:
-    """What an export ends with where there is a choice, so that `auto` is the fastest from the beginning."""
+    """If the artifact has several programs, measure them at the end of an export, so that `auto` picks the fastest."""
     if len(artifact.manifest.programs) > 1:
         progress("measuring which program is the fastest here")
         tuned, _ = Tuned.measure(artifact, BRIEFLY_NS)
@@ -111,7 +111,7 @@ def _file(artifact: Artifact) -> Path:
 
 @cache
 def _host() -> dict[str, object]:
-    """What the measured times depend on."""
+    """The properties of the host that the measured times depend on."""
     return {
         "cpu": cpu_model(),
         "machine": platform.machine(),
