@@ -153,7 +153,7 @@ def test_the_contributing_guide_shows_the_tree() -> None:
 
 
 def test_only_one_file_imports_each_engine() -> None:
-    for engine, home in (("onnxruntime", "onnx.py"), ("torch", "aoti_package.py")):
+    for engine, home in (("onnxruntime", "onnx_runtime.py"), ("torch", "aoti_package.py")):
         users = {
             file.name
             for name, file in MODULES.items()

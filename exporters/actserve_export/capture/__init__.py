@@ -20,7 +20,7 @@ def capture(source: OnnxSource) -> OnnxPolicy: ...
 @overload
 def capture(source: ExportSource) -> CapturedPolicy: ...
 def capture(source: ExportSource) -> CapturedPolicy:
-    """Raises `CaptureFailed` for a policy that cannot be exported, `UsageError` for a file that cannot be read."""
+    """Capture `source`. Raises `CaptureFailed` if it cannot be exported, and `UsageError` for an unreadable file."""
     if isinstance(source, OnnxSource):
         return capture_onnx_file(source)
     assert isinstance(source, PolicySource)

@@ -22,7 +22,7 @@ from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 from actserve_export.sources.policy_source import PolicySource
 
 DRAWS = 4096
-LEVEL = 1e-4  # a correct export fails once in ten thousand times
+LEVEL = 1e-4  # one correct export in ten thousand fails
 
 
 def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import onnxruntime as ort
 
 
 def open_session(model: bytes) -> Any:
-    """ONNX Runtime raises many types, with no common base."""
+    """A session for the bytes of an `.onnx` file. ONNX Runtime raises many types, with no common base."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

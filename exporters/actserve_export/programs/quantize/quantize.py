@@ -224,7 +224,7 @@ def _prune(graph: Any) -> None:
 
 
 def is_x86() -> bool:
-    """x86 CPUs without VNNI multiply bytes in 16 bits."""
+    """Whether the CPU is an x86, which without VNNI adds products of bytes in 16 bits."""
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
