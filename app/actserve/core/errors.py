@@ -62,9 +62,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 
-def one_line(error: Exception, limit: int = 500) -> str:
-    """The message of a foreign error as one line of at most `limit` characters; the type's name if it has none."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+def one_line(error: Exception) -> str:
+    """A foreign error's message as one line of at most 500 characters; the type's name if it has no message."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 class ActserveError(Exception):

@@ -44,9 +44,7 @@ class Routing(BaseModel):
     pin: Version | None = Field(None, description="The version to serve; None: the highest.")
     aliases: dict[Alias, Version] = Field({}, max_length=64, description="Names for versions, usable in URLs.")
     canary: Share | None = None
-    shadow: Version | None = Field(
-        None, description="The version that gets copies of requests."
-    )
+    shadow: Version | None = Field(None, description="The version that gets copies of requests.")
 
     @property
     def versions(self) -> set[int]:

@@ -27,6 +27,10 @@ class Traces:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._provider = _provider(environment) if environment.get(ENDPOINT) else None
 
+    @property
+    def enabled(self) -> bool:
+        return self._provider is not None
+
     def close(self) -> None:
         """Send the remaining spans. Blocks."""
         if self._provider is not None:

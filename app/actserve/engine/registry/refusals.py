@@ -6,7 +6,7 @@ They are retried with exponential back-off, because a version may have been read
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
 from time import monotonic
 
@@ -23,16 +23,15 @@ MAX_WAIT_S = 300.0
 class Refusal:
     error: ActserveError
     wait_s: float
-    retry_at_s: float  # by the clock
+    retry_at_s: float  # monotonic time
 
 
 class Refusals:
     """Loads versions through `loaded`, and remembers failures. The first retry is after twice `wait_s`."""
 
-    def __init__(self, loaded: Loaded, wait_s: float, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, loaded: Loaded, wait_s: float) -> None:
         self._loaded = loaded
         self._wait_s = wait_s
-        self._clock = clock
         self._refused: dict[str, dict[int, Refusal]] = {}
 
     @property
@@ -47,7 +46,7 @@ class Refusals:
         """The policy, or the error if it cannot be served."""
         refused = self._refused.setdefault(name, {})
         before = refused.get(version)
-        if before is not None and self._clock() < before.retry_at_s:
+        if before is not None and monotonic() < before.retry_at_s:
             return before.error
         try:
             policy = await self._loaded.get(name, version)
@@ -63,14 +62,14 @@ class Refusals:
             log.error("not served: %s", error.message)
         error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold references to the program
         wait_s = min(2 * (before.wait_s if before else self._wait_s), MAX_WAIT_S)
-        refused[version] = Refusal(error, wait_s, self._clock() + wait_s)
+        refused[version] = Refusal(error, wait_s, monotonic() + wait_s)
         return error
 
     def retry(self) -> None:
         """Retry all versions on their next `load`, without a wait."""
         for refused in self._refused.values():
             for version, refusal in refused.items():
-                refused[version] = Refusal(refusal.error, self._wait_s, self._clock())
+                refused[version] = Refusal(refusal.error, self._wait_s, monotonic())
 
     def keep(self, name: str, versions: Container[int]) -> None:
         """Forget all versions of `name` except `versions`."""

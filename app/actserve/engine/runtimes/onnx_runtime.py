@@ -62,9 +62,9 @@ class OnnxRuntime(Runtime):
         self._session = None
 
 
-def _compare(label: str, what: str, nodes: list[Any], specs: tuple[TensorSpec, ...]) -> None:
+def _compare(label: str, kind: str, nodes: list[Any], specs: tuple[TensorSpec, ...]) -> None:
     """Raises `RuntimeFailure` unless names, dtypes and item shapes of the program's tensors match the signature."""
     found = {node.name: (node.type, tuple(node.shape[1:])) for node in nodes}
     expected = {spec.name: (_DTYPES[spec.dtype], spec.shape) for spec in specs}
     if found != expected:
-        raise RuntimeFailure(f"{label}: the .onnx program's {what}s are {found}; the manifest says {expected}")
+        raise RuntimeFailure(f"{label}: the .onnx program's {kind}s are {found}; the manifest says {expected}")

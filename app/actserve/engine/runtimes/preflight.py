@@ -111,10 +111,10 @@ def _check_cpu(needed: list[str], host: Host) -> str | None:
     return f"needs the CPU features {', '.join(missing)}, which this host lacks" if missing else None
 
 
-def _at_least(what: str, here: Callable[[Host], Version]) -> Check:
+def _at_least(name: str, here: Callable[[Host], Version]) -> Check:
     def check(needed: str, host: Host) -> str | None:
         found = here(host)
-        return None if _version(needed) <= found else f"needs {what} {needed}, this host has {dotted(found) or 'none'}"
+        return None if _version(needed) <= found else f"needs {name} {needed}, this host has {dotted(found) or 'none'}"
 
     return check
 
