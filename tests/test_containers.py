@@ -124,8 +124,9 @@ def test_settings_and_commands_are_ones_that_there_are(file: str) -> None:
 
 
 def commands() -> dict[str, Any]:
-    found: dict[str, Any] = vars(COMMAND)["commands"]
-    return found
+    assert isinstance(COMMAND, typer.core.TyperGroup)
+    context = typer.Context(COMMAND)
+    return {name: COMMAND.get_command(context, name) for name in COMMAND.list_commands(context)}
 
 
 def compose(*files: str) -> list[str]:
