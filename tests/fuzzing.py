@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,12 @@ from actserve.core.errors import ActserveError
 from actserve.core.signature import Arrays, Signature, TensorSpec
 from actserve.server.access.tokens import Access
 from actserve.server.fastpath import websocket_frames as frames
-from actserve.server.fastpath.heads import BodySize, HeadParser, may_become_a_head
+from actserve.server.fastpath.request_heads import HeadParser, may_become_a_head
 from actserve.server.protocols.oip import http
 from actserve.wire.accept_header import quality
 from actserve.wire.stream_messages import Hello, ReplyCodec
 from tests.fake_policy import SIGNATURE
-from tests.lane_service import ITEM_BYTES, request
+from tests.fastpath_service import ITEM_BYTES, request
 
 LIMIT_BYTES = 1 << 16
 SOON_S = 1.0  # no answer takes longer
@@ -97,8 +98,8 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """By name: what takes bytes, and bytes that it takes. `folder`: for a file of tokens."""
     (folder / "tokens").write_text("")
     access = Access(folder / "tokens")
-    heads = HeadParser({b"/act": "door"}, {b"/act": BodySize(ITEM_BYTES, 4)})
-    guarded = HeadParser({b"/act": "door"}, {b"/act": BodySize(ITEM_BYTES, 4)}, access.find)
+    endpoints = {b"/act": SimpleNamespace(item_bytes=ITEM_BYTES, max_items=4)}
+    heads, guarded = HeadParser(endpoints), HeadParser(endpoints, find_token=access.find)
     replies = ReplyCodec(MIXED.outputs)
 
     def decoded(content_type: str, signature: Signature) -> Target:

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from actserve.core.settings import Settings
 from actserve.core.signature import Array, Arrays
+from actserve.server.admission import Admission
 from actserve.server.protocols import oip
 from actserve.server.sessions import Limits, Sessions
 from actserve.wire.oip import DATATYPES, HEADER
@@ -33,7 +34,7 @@ def serving(registry: Versions, folder: Path) -> Caller:
 
     app = FastAPI(lifespan=lifespan)
     app.state.settings = Settings(max_body_bytes=MAX_BODY_BYTES)
-    app.state.registry = registry
+    app.state.registry, app.state.admission = registry, Admission(app.state.settings)
     app.include_router(oip.router)
     return Caller(app)
 

@@ -17,8 +17,9 @@ from fastapi import FastAPI
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server.access.tokens import Access
+from actserve.server.admission import Admission
 from actserve.server.fastpath.endpoints import FastPath
-from actserve.server.http import act, gate, policies, sessions, stream
+from actserve.server.http import act, policies, security, sessions, stream
 from actserve.server.http import error_responses as errors
 from actserve.server.protocols import oip
 from actserve.server.sessions import Limits, Sessions
@@ -27,23 +28,26 @@ from tests.serving import port_of, serving
 
 
 def application(settings: Settings, registry: Versions) -> FastAPI:
-    access = None if settings.tokens is None else Access(settings.tokens)
+    admission = Admission(settings, None if settings.tokens is None else Access(settings.tokens))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         registry.publish()
-        with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Sessions(Path(folder) / "sessions.sqlite", Limits(), admission=admission) as held,
+        ):
             _app.state.sessions = held
-            patience_s, most = settings.request_timeout_s, settings.max_connections
-            async with FastPath(registry, patience_s, most, access) as lane:
-                yield {"lane": lane}
+            async with FastPath(registry, admission, settings) as fast_path:
+                yield {"fast_path": fast_path}
             await registry.close()
 
     app = FastAPI(lifespan=lifespan)
     app.state.settings = settings
+    app.state.admission = admission
     app.state.registry = registry
     errors.install(app)
-    gate.install(app, access, settings)
+    security.install(app, admission, settings)
     for routes in (act, sessions, stream, oip, policies):
         app.include_router(routes.router)
     return app

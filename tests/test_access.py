@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from actserve.core.errors import RateLimited, Unauthorized, UsageError
 from actserve.server.access.tokens import LOOK_EVERY_S, PREFIX, Access, Token, add, read
+from actserve.server.admission import Ticket
 from tests.clock import Clock
 from tests.test_cli import actserve
 
@@ -34,8 +35,8 @@ def bearer(token: str) -> bytes:
 def test_a_token_lets_in_and_its_file_does_not(file: Path) -> None:
     token = add(file, "robot")
     access = Access(file)
-    assert access.admit(bearer(token)).name == "robot"
-    assert access.admit(b"bearer  " + token.encode()).name == "robot", "RFC 9110: the scheme in any case"
+    assert access.identify(bearer(token)).name == "robot"
+    assert access.identify(b"bearer  " + token.encode()).name == "robot", "RFC 9110: the scheme in any case"
     assert token.startswith(PREFIX)
     assert len(token) > 40
     text = file.read_text()
@@ -43,7 +44,7 @@ def test_a_token_lets_in_and_its_file_does_not(file: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     for part in text.split():
         with pytest.raises(Unauthorized):
-            access.admit(bearer(part))
+            access.identify(bearer(part))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_nothing_else_does(file: Path, given: bytes | str | None) -> None:
     if isinstance(given, str):
         given = given.replace("{}", token).encode()
     with pytest.raises(Unauthorized) as refused:
-        Access(file).admit(given)
+        Access(file).identify(given)
     assert token not in refused.value.message
 
 
@@ -67,7 +68,7 @@ def test_no_header_makes_trouble(authorization: bytes) -> None:
     file = Path(os.environ["XDG_CACHE_HOME"]) / "tokens-of-nobody"
     file.write_text("# nobody\n")
     with pytest.raises(Unauthorized):
-        Access(file).admit(authorization)
+        Access(file).identify(authorization)
 
 
 def test_what_the_file_says_of_a_token(file: Path) -> None:
@@ -115,18 +116,18 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 def test_changes_are_seen_within_a_second(file: Path, clock: Clock) -> None:
     old = add(file, "robot", rate=10)
     access = Access(file, clock=clock)
-    held = access.admit(bearer(old))
+    held = access.identify(bearer(old))
     new = add(file, "robot", rate=10)
     with pytest.raises(Unauthorized):
-        access.admit(bearer(new))
+        access.identify(bearer(new))
     clock.now_s += LOOK_EVERY_S
-    assert access.admit(bearer(new)).name == "robot"
-    assert access.admit(bearer(old)) is held, "what stays keeps what is left to it"
+    assert access.identify(bearer(new)).name == "robot"
+    assert access.identify(bearer(old)) is held, "what stays keeps what is left to it"
     generation = access.generation
     file.write_text(file.read_text().splitlines()[1])
     clock.now_s += LOOK_EVERY_S
     with pytest.raises(Unauthorized):
-        access.admit(bearer(old))
+        access.identify(bearer(old))
     assert held.revoked
     with pytest.raises(Unauthorized):
         held.charge()
@@ -142,7 +143,7 @@ def test_a_file_that_breaks_lets_nobody_in_or_out(
     spoil(file)
     for _ in range(3):
         clock.now_s += LOOK_EVERY_S
-        assert access.admit(bearer(token)).name == "robot"
+        assert access.identify(bearer(token)).name == "robot"
     assert len(caplog.records) == 1, "and the log says so once"
 
 
@@ -169,10 +170,12 @@ def test_a_slow_rate_says_how_long_to_wait(clock: Clock) -> None:
     token.charge()
 
 
-def test_a_batch_is_paid_for_by_the_next_requests(clock: Clock) -> None:
+@pytest.mark.parametrize("known_at_once", [True, False])
+def test_a_batch_is_paid_for_by_the_next_requests(clock: Clock, known_at_once: bool) -> None:
     token = Token("robot", b"", rate=10, clock=clock)
-    token.charge()
-    token.owe(49)
+    ticket = Ticket(token)
+    for items in (50, 50) if known_at_once else (1, 50, 50):
+        ticket.charge(items)
     with pytest.raises(RateLimited) as refused:
         token.charge()
     assert refused.value.retry_after_s == 5
@@ -182,14 +185,14 @@ def test_a_batch_is_paid_for_by_the_next_requests(clock: Clock) -> None:
 
 def test_each_worker_grants_its_share(file: Path) -> None:
     token = add(file, "robot", rate=100)
-    assert Access(file, workers=4).admit(bearer(token)).rate == 25
+    assert Access(file, workers=4).identify(bearer(token)).rate == 25
 
 
 def test_tokens_as_a_user_types_them(tmp_path: Path) -> None:
     file = str(tmp_path / "tokens")
     made = actserve("tokens", "new", "robot", "--rate", "100", "--file", file)
     assert made.returncode == 0, made.stderr
-    assert Access(Path(file)).admit(bearer(made.stdout.strip())).rate == 100
+    assert Access(Path(file)).identify(bearer(made.stdout.strip())).rate == 100
     shown = actserve("tokens", "show", "--file", file)
     assert shown.stdout.startswith("robot  ")
     assert "100 requests a second" in shown.stdout

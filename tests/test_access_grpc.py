@@ -17,6 +17,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from actserve.cli.tools.local_service import free_port
 from actserve.core.settings import Settings
 from actserve.server.access.tokens import Access, add
+from actserve.server.admission import Admission
 from actserve.server.protocols.grpc.server import serving
 from actserve.server.sessions import Limits, Sessions
 from tests import certificates
@@ -33,7 +34,7 @@ async def served(folder: Path) -> AsyncIterator[GRPCInferenceServiceStub]:
     registry = Versions()
     registry.publish()
     with Sessions(folder / "sessions.sqlite", Limits()) as sessions:
-        async with serving(registry, sessions, settings, Access(folder / "tokens")):
+        async with serving(registry, sessions, settings, Admission(settings, Access(folder / "tokens"))):
             credentials = grpc.ssl_channel_credentials(cert.read_bytes())
             async with grpc.aio.secure_channel(f"127.0.0.1:{settings.grpc_port}", credentials) as channel:
                 yield GRPCInferenceServiceStub(channel)

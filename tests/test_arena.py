@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from actserve.core.signature import Noise, Signature, State, TensorSpec
-from actserve.engine.arena import AT_MOST_BYTES, SLOW_NS, SPARE_BYTES, Arena
+from actserve.engine.arena import MAX_BYTES, SLOW_NS, SPARE_BYTES, Arena
 from tests import fake_policy
-from tests.lane_service import SIGNATURE
+from tests.fastpath_service import SIGNATURE
 
 
 @dataclass
@@ -128,7 +128,7 @@ def test_policies_with_chance_or_several_observations_have_none() -> None:
 def test_its_memory_is_bounded() -> None:
     large = Signature((TensorSpec("x", "float32", (1 << 20,)),), (TensorSpec("action", "int64", ()),), 256)
     arena = Arena(large, 32)
-    assert arena._items.nbytes <= AT_MOST_BYTES
+    assert arena._items.nbytes <= MAX_BYTES
     for items in (1, 1, *range(1, 9)):
         lent = [arena.lend(items) for _ in range(3)]
         assert {len(block) for block in lent} == {items * arena.item_bytes}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import fuzzing, lane_service, stream_service
+from tests import fastpath_service, fuzzing, stream_service
 from tests.fake_policy import NAME
+from tests.fastpath_service import FAST, ITEM_BYTES, PLAIN
 from tests.fuzzing import Report
-from tests.lane_service import ITEM_BYTES, LANE, PLAIN
 
 SLOW_MACHINE = 10.0  # times: a second may pass here for no fault of ours
 
@@ -36,11 +36,11 @@ def test_what_is_good_is_taken(tmp_path: Path) -> None:
             target(good)
 
 
-@pytest.mark.parametrize("http", [LANE, PLAIN])
+@pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_sockets(http: str) -> None:
-    report, goods = Report(), fuzzing.requests_to(lane_service.NAME, bytes(ITEM_BYTES))
-    watching = fuzzing.watched(report) if http == LANE else nullcontext()  # uvicorn's own logs resets as errors
-    with watching, lane_service.running(http) as service:
+    report, goods = Report(), fuzzing.requests_to(fastpath_service.NAME, bytes(ITEM_BYTES))
+    watching = fuzzing.watched(report) if http == FAST else nullcontext()  # uvicorn's own logs resets as errors
+    with watching, fastpath_service.running(http) as service:
         fuzzing.throw_over_sockets(http, service.port, goods, 300, random.Random(1), report)
     check(report)
     assert report.answers > 100

@@ -22,9 +22,9 @@ from actserve.client.stream import Stream
 from actserve.core.errors import ServiceError
 from actserve.core.settings import Settings
 from actserve.server.access.tokens import add
-from tests import lane_service, stream_service, waiting
+from tests import fastpath_service, stream_service, waiting
 from tests.fake_policy import NAME
-from tests.lane_service import LANE, PLAIN, Service, request
+from tests.fastpath_service import FAST, PLAIN, Service, request
 
 X = np.array(3, np.int64)
 NOSNIFF = [("X-Content-Type-Options", "nosniff")]  # as `actserve serve` has it
@@ -42,12 +42,12 @@ class Guarded:
         return urllib3.request(method, self.service.url + path, headers=given, body=body, retries=False)
 
 
-@pytest.fixture(scope="module", params=[LANE, PLAIN])
+@pytest.fixture(scope="module", params=[FAST, PLAIN])
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """`/act` behind tokens, by the lane and without."""
     file = tmp_path_factory.mktemp("access") / "tokens"
     mine, yours = add(file, "me"), add(file, "you")
-    with lane_service.running(request.param, Settings(tokens=file), headers=NOSNIFF) as up:
+    with fastpath_service.running(request.param, Settings(tokens=file), headers=NOSNIFF) as up:
         yield Guarded(up, file, mine, yours)
 
 
@@ -138,10 +138,10 @@ def test_every_answer_is_what_it_says_it_is(guarded: Guarded) -> None:
         assert b"access-control" not in answer
 
 
-@pytest.mark.parametrize("http", [LANE, PLAIN])
+@pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_a_rate_is_kept(http: str, tmp_path: Path) -> None:
     hasty, calm = add(tmp_path / "tokens", "hasty", rate=3), add(tmp_path / "tokens", "calm")
-    with lane_service.running(http, Settings(tokens=tmp_path / "tokens")) as service:
+    with fastpath_service.running(http, Settings(tokens=tmp_path / "tokens")) as service:
         came = ask(service, asked(hasty) * 8 + asked(calm) * 8, 16)
         codes = [part[:3] for part in came.split(b"HTTP/1.1 ")[1:]]
         assert codes[:3] == [b"200"] * 3
@@ -155,11 +155,11 @@ def test_a_rate_is_kept(http: str, tmp_path: Path) -> None:
         assert [part[:3] for part in came.split(b"HTTP/1.1 ")[1:]] == [b"200", b"429"], "a batch is its observations"
 
 
-@pytest.mark.parametrize("http", [LANE, PLAIN])
+@pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_a_token_is_revoked_and_another_let_in_while_the_service_runs(http: str, tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     old = add(file, "robot")
-    with lane_service.running(http, Settings(tokens=file)) as service, service.connect() as kept:
+    with fastpath_service.running(http, Settings(tokens=file)) as service, service.connect() as kept:
         kept.sendall(asked(old))
         assert b"200 OK" in answers(kept, 1)
         file.write_text("")
@@ -279,7 +279,7 @@ def test_a_browser_opens_no_stream_for_pages_of_others() -> None:
                 assert "policy" in ws.recv()
 
 
-@pytest.mark.parametrize("http", [LANE, PLAIN])
+@pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_pages_of_others_may_ask_if_they_are_named(http: str, tmp_path: Path) -> None:
     token = add(tmp_path / "tokens", "robot")
     settings = Settings(tokens=tmp_path / "tokens", cors_origins="https://a.example,https://b.example")
@@ -287,7 +287,7 @@ def test_pages_of_others_may_ask_if_they_are_named(http: str, tmp_path: Path) ->
         b"OPTIONS /act HTTP/1.1\r\nHost: h\r\nOrigin: https://%s\r\nAccess-Control-Request-Method: POST\r\n"
         b"Access-Control-Request-Headers: authorization,content-type\r\n\r\n"
     )
-    with lane_service.running(http, settings) as service:
+    with fastpath_service.running(http, settings) as service:
         assert b"access-control-allow-origin: https://b.example" in ask(service, preflight % b"b.example")
         assert b"allow-origin" not in ask(service, preflight % b"evil.example")
         acted = ask(service, asked(token, "Origin: https://a.example"))
@@ -297,7 +297,7 @@ def test_pages_of_others_may_ask_if_they_are_named(http: str, tmp_path: Path) ->
         assert refused.startswith(b"HTTP/1.1 401 ")
         assert b"access-control-allow-origin: https://a.example" in refused
         assert b"allow-origin" not in ask(service, asked(token, "Origin: https://evil.example"))
-    with lane_service.running(http) as service:
+    with fastpath_service.running(http) as service:
         assert ask(service, preflight % b"a.example").startswith(b"HTTP/1.1 405 ")
 
 

@@ -17,7 +17,7 @@ from actserve.core.settings import Settings
 from actserve.wire.payload import MAX_VALUES
 from tests import stream_service
 from tests.fake_policy import NAME
-from tests.lane_service import ITEM_BYTES, LANE, Service, request, running
+from tests.fastpath_service import FAST, ITEM_BYTES, Service, request, running
 from tests.waiting import until
 
 BODY = bytes(ITEM_BYTES)
@@ -28,7 +28,7 @@ ROOM_BYTES = 10 << 20  # for what the sockets between us keep, and a piece or tw
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with running(LANE, Settings(max_body_bytes=1 << 20)) as up:
+    with running(FAST, Settings(max_body_bytes=1 << 20)) as up:
         yield up
 
 
@@ -97,7 +97,7 @@ def test_a_declared_body_is_refused_before_it_comes(service: Service) -> None:
 def test_a_body_without_an_end_is_refused_and_then_cut_off() -> None:
     piece = b"3e8\r\n" + b"a" * 1000 + b"\r\n"
     with (
-        running(LANE, Settings(max_body_bytes=10_000, request_timeout_s=1)) as service,
+        running(FAST, Settings(max_body_bytes=10_000, request_timeout_s=1)) as service,
         service.connect() as connection,
     ):
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + piece * 12)
@@ -208,7 +208,7 @@ def plainly(url: str, method: str, path: str) -> tuple[int, bytes]:
 
 
 def test_connections_are_bounded() -> None:
-    with running(LANE, Settings(max_connections=5)) as service, ExitStack() as stack:
+    with running(FAST, Settings(max_connections=5)) as service, ExitStack() as stack:
         connections = [stack.enter_context(service.connect()) for _ in range(5)]
         for connection in connections:
             connection.sendall(request(BODY))

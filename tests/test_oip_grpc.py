@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
 from actserve.core import errors
+from actserve.server.admission import Admission
 from actserve.server.protocols.grpc.service import InferenceService
 from actserve.server.protocols.grpc.status import STATUS, status
 from actserve.server.sessions import Limits, Sessions
@@ -32,6 +33,9 @@ class AbortedError(Exception):
 
 
 class Context:
+    def invocation_metadata(self) -> None:
+        """None: the client sent no metadata."""
+
     async def abort(self, code: StatusCode, message: str) -> None:
         raise AbortedError(code, message)
 
@@ -46,7 +50,7 @@ class Calls:
 
     async def _start(self, sessions: Sessions) -> None:
         self.registry.publish()
-        self._service = InferenceService(self.registry, sessions)
+        self._service = InferenceService(self.registry, sessions, Admission())
 
     def __call__(self, method: str, request: Any) -> Any:
         return self.runner.run(getattr(self._service, method)(request, Context()))

@@ -20,6 +20,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from actserve.cli.tools.local_service import free_port
 from actserve.core.errors import UsageError
 from actserve.core.settings import Settings
+from actserve.server.admission import Admission
 from actserve.server.protocols.grpc import check
 from actserve.server.protocols.grpc.server import serving
 from actserve.server.protocols.grpc.service import InferenceService
@@ -37,7 +38,7 @@ async def served(registry: Versions, folder: Path) -> AsyncIterator[tuple[grpc.a
     with Sessions(folder / "sessions.sqlite", Limits()) as sessions:
         registry.publish()
         async with AsyncExitStack() as service:
-            await service.enter_async_context(serving(registry, sessions, chosen))
+            await service.enter_async_context(serving(registry, sessions, chosen, Admission(chosen)))
             async with grpc.aio.insecure_channel(f"127.0.0.1:{chosen.grpc_port}") as channel:
                 yield channel, service
         await registry.close()

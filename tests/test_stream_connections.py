@@ -13,7 +13,7 @@ import pytest
 
 from actserve.client.stream import Stream
 from actserve.core.settings import Settings
-from actserve.server.fastpath.http_protocol import GUESS_BYTES
+from actserve.server.fastpath.http_protocol import FIRST_HEAD_BYTES
 from tests.fake_policy import seen
 from tests.stream_service import Service, running
 from tests.streams import UPGRADE, alone, answer, ask, closing, opened, raw
@@ -53,7 +53,7 @@ def test_nonsense_behind_a_handshake_is_no_error_of_ours(
         "GET /stream HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nX-Pad: "
     )
-    head += "x" * (GUESS_BYTES - len(head) - 4) + "\r\n\r\n"  # what is behind it comes in a read of its own
+    head += "x" * (FIRST_HEAD_BYTES - len(head) - 4) + "\r\n\r\n"  # what is behind it comes in a read of its own
     port = int(service.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(head.encode() + ahead)

@@ -19,8 +19,8 @@ from actserve.core.errors import ServiceUnreachable, UsageError
 from actserve.core.settings import Settings
 from actserve.loadtest.generator import load
 from actserve.server.access.tls import check
-from tests import certificates, lane_service, stream_service
-from tests.lane_service import LANE, NAME, Service, request
+from tests import certificates, fastpath_service, stream_service
+from tests.fastpath_service import FAST, NAME, Service, request
 from tests.test_cli import actserve
 
 BODY = bytes(range(12))
@@ -44,7 +44,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module")
 def secure(pair: Pair) -> Iterator[Service]:
-    with lane_service.running(LANE, **pair.options) as up:
+    with fastpath_service.running(FAST, **pair.options) as up:
         yield up
 
 
@@ -84,7 +84,7 @@ def test_pieces_make_no_difference(secure: Service, pair: Pair) -> None:
         assert answers(connection, 1).endswith(b'{"action":1}')
 
 
-def test_lane_and_routes_take_turns(secure: Service, pair: Pair) -> None:
+def test_fastpath_and_routes_take_turns(secure: Service, pair: Pair) -> None:
     with connected(secure, pair) as connection:
         connection.sendall(request(BODY) + request(BODY * 2) + request(BODY))
         assert answers(connection, 3).count(b'{"action":1}') == 2
@@ -94,10 +94,10 @@ def test_lane_and_routes_take_turns(secure: Service, pair: Pair) -> None:
 
 def test_a_refused_body_is_forgotten_and_the_connection_goes_on(pair: Pair) -> None:
     with (
-        lane_service.running(LANE, Settings(max_waiting=1), **pair.options) as service,
+        fastpath_service.running(FAST, Settings(max_waiting=1), **pair.options) as service,
         connected(service, pair) as refused,
     ):
-        with lane_service.overloaded(service, lambda: connected(service, pair)):
+        with fastpath_service.overloaded(service, lambda: connected(service, pair)):
             refused.sendall(request(BODY)[:-3])
             assert refused.recv(1000).startswith(b"HTTP/1.1 503 ")
             refused.sendall(BODY[-3:] + request(BODY) * 8000)  # more than is decrypted at a time

@@ -1,8 +1,8 @@
 """Arena: memory that request bodies are received into and programs read from.
 
-It has rows, one for each observation that is being received or waits, and slots, one for the state of each episode that
-the service keeps. The lowest free row is given out first, so that the rows of a batch are mostly neighbours: then the
-batch is a view.
+It has rows, one for each observation that is being received or queued, and slots, one for the state of each episode
+that the service keeps. It hands out the lowest free row first, so the rows of a batch are mostly adjacent, and the
+batch is a view instead of a copy.
 """
 
 from __future__ import annotations
@@ -18,56 +18,58 @@ import numpy as np
 from actserve.core.completion import complete
 from actserve.core.signature import IS_INIT, Array, Arrays, Signature
 
-BATCHES = 4  # that there are rows for: one in the program, one that waits, and bodies that are still coming
-AT_MOST_BYTES = 16 << 20  # of rows
-SPARE_BLOCKS = 2  # of a size that are kept for the next request
-SPARE_BYTES = 64 << 20  # of all sizes
-SLOW_NS = 100_000_000  # an observation that takes longer to come need not have a row
+BATCHES = 4  # there are rows for so many: one in the program, one queued, and two being received
+MAX_BYTES = 16 << 20  # of all rows
+SPARE_BLOCKS = 2  # kept for the next request of the same size
+SPARE_BYTES = 64 << 20  # of all spare blocks
+SLOW_NS = 100_000_000  # an observation that takes longer to come may lose its row
 
 
-class Guest(Protocol):
-    """Whoever waits for a row."""
+class Waiter(Protocol):
+    """A request that waits for a row."""
 
     def seat(self, row: int) -> bool:
-        """`row` is yours until `Arena.release`; False: you have gone, and it is not."""
+        """Take `row`, until `Arena.release`. False: the request was abandoned and takes none."""
 
 
 class Sender(Protocol):
-    """Whose observation is coming into a row."""
+    """A request whose observation is being received into a row."""
 
     def unseat(self) -> int:
-        """Give the row back, and have what has come elsewhere."""
+        """Move the observation elsewhere and return the row."""
 
 
 class Seated(Protocol):
-    """A request, perhaps of one item in the arena."""
+    """A request of a batch; with a row, its only item is in the arena."""
 
     size: int
     row: int | None
-    slot: int | None  # of its episode's state; None: the policy has none
+    slot: int | None  # of its episode's state; None: the policy has no state
     begins: bool  # the first step of its episode
 
 
 class Arena:
-    """Items of the only observation of a policy: `memory[row]` are the bytes of one, to receive into.
+    """Rows for the only observation of a policy: `memory[row]` holds the bytes of one item.
 
-    What else the program takes is the same in every request that leaves it out.
+    The program's other inputs have their defaults: a request that sets them does not use the arena.
     """
 
     def __init__(self, signature: Signature, batch: int) -> None:
         (spec,) = signature.observations
         self.item_bytes = spec.item_bytes
-        self.waiting: deque[Guest] = deque()
-        self.coming: dict[Sender, int] = {}  # since when, in nanoseconds; the first has been for longest
-        rows = max(2, min(BATCHES * max(batch, 8), AT_MOST_BYTES // spec.item_bytes))
+        self.waiting: deque[Waiter] = deque()
+        self.coming: dict[Sender, int] = {}  # when each began, in nanoseconds; the oldest comes first
+        rows = max(2, min(BATCHES * max(batch, 8), MAX_BYTES // spec.item_bytes))
         self._name = spec.name
         self._items = spec.zeros(rows)
         self.bytes = self._items.reshape(rows, -1).view(np.uint8)  # (rows, item_bytes)
         self.memory = [memoryview(self.bytes[row]) for row in range(rows)]
-        self._rest = complete(signature, {spec.name: self._items}, rows).inputs
-        del self._rest[spec.name]
+        self._signature = signature
+        self._defaults: Arrays = {}  # of the other inputs, each (n, *shape)
+        self._defaults_size = 0
+        self._extend_defaults(rows)
         self._free = list(range(rows))  # a heap
-        self._spare: dict[int, list[bytearray]] = {}  # lent and given back, by the items in them
+        self._spare: dict[int, list[Array]] = {}  # blocks for the next request, by their number of items
         self.spare_bytes = 0
         self._states = signature.state
         self._kept: Arrays = {state.spec.name: state.spec.zeros(0) for state in self._states}
@@ -75,10 +77,10 @@ class Arena:
 
     @staticmethod
     def suits(signature: Signature) -> bool:
-        """Whether a request can be one observation and nothing else: nothing is drawn for it."""
-        drawn = signature.noise and signature.exploration[0] == "random"
-        begins = not signature.state or signature.is_init  # else the program could not be told
-        return len(signature.observations) == 1 and begins and not drawn
+        """Whether a request can consist of one observation alone: no noise is drawn for it by default."""
+        draws = signature.noise and signature.exploration[0] == "random"
+        resets = not signature.state or signature.is_init  # otherwise an episode's beginning could not be expressed
+        return len(signature.observations) == 1 and resets and not draws
 
     # rows
 
@@ -87,11 +89,11 @@ class Arena:
         return len(self._free)
 
     def acquire(self) -> int | None:
-        """The lowest free row, else that of a slow sender; None when all are in use."""
+        """The lowest free row, or the row of a slow sender; None if all are in use."""
         return heappop(self._free) if self._free else self._unseat()
 
     def release(self, row: int) -> None:
-        """To whoever waits first, else to the free ones."""
+        """Give the row to the first request that waits, or back to the free rows."""
         free: int | None = row
         while self.waiting and free is not None:
             if self.waiting.popleft().seat(free):
@@ -107,19 +109,19 @@ class Arena:
                 return sender.unseat()
         return None
 
-    # memory beside the rows
+    # memory for batches of one request
 
-    def lend(self, items: int) -> bytearray:
-        """Memory for the observations of one request, whatever was in it; to be given back."""
-        size_bytes = items * self.item_bytes
+    def lend(self, items: int) -> Array:
+        """Uninitialised memory for the observations of one request, (n,) uint8; `take_back` it later."""
         blocks = self._spare.get(items)
         if not blocks:
-            return bytearray(size_bytes)
-        self.spare_bytes -= size_bytes
-        return blocks.pop()
+            return np.empty(items * self.item_bytes, np.uint8)
+        block = blocks.pop()
+        self.spare_bytes -= len(block)
+        return block
 
-    def take_back(self, block: bytearray) -> None:
-        if self.spare_bytes + len(block) > SPARE_BYTES:  # of sizes that may not come again
+    def take_back(self, block: Array) -> None:
+        if self.spare_bytes + len(block) > SPARE_BYTES:  # some sizes may not come again
             self._spare.clear()
             self.spare_bytes = 0
         blocks = self._spare.setdefault(len(block) // self.item_bytes, [])
@@ -130,7 +132,7 @@ class Arena:
     # slots
 
     def keep(self) -> int | None:
-        """A slot for the state of an episode; None where there is no state. There is always one more."""
+        """A slot for the state of an episode; None if the policy has no state. The number of slots grows."""
         if not self._states:
             return None
         if not self._slots:
@@ -163,11 +165,13 @@ class Arena:
         return self._complete(self._items[first : first + size] if neighbours else self._items[rows], batch)
 
     def inputs_of(self, item: Seated, observations: Array) -> Arrays:
-        """The same for one request whose observations, their bytes, (n,), have no row."""
+        """The inputs of one request with memory of its own. `observations` are its bytes, (n,) uint8."""
         return self._complete(observations.view(self._items.dtype).reshape(-1, *self._items.shape[1:]), [item])
 
     def _complete(self, observations: Array, batch: Sequence[Seated]) -> Arrays:
-        inputs = {name: array[: len(observations)] for name, array in self._rest.items()}
+        size = len(observations)
+        self._extend_defaults(size)
+        inputs = {name: array[:size] for name, array in self._defaults.items()}
         inputs[self._name] = observations
         if self._states:
             slots = [item.slot for item in batch if item.slot is not None]
@@ -175,8 +179,15 @@ class Arena:
             inputs[IS_INIT.name] = np.array([item.begins for item in batch])
         return inputs
 
+    def _extend_defaults(self, size: int) -> None:
+        """Have the other inputs' defaults for `size` items: a request can have more items than there are rows."""
+        if size > self._defaults_size:
+            self._defaults_size = size
+            filled = complete(self._signature, {self._name: self._items[:1]}, size).inputs
+            self._defaults = {name: array for name, array in filled.items() if name != self._name}
+
     def scatter(self, batch: Sequence[Seated], results: Arrays) -> None:
-        """Keep the new states of those in `batch` that have a slot. `results`: each (B, *shape)."""
+        """Store the new state of each request that has a slot. `results`: each (B, *shape)."""
         if not self._states:
             return
         slots, places, start = [], [], 0

@@ -1,13 +1,13 @@
 """Batcher: turns concurrent requests into runtime calls.
 
-A batch is all that waits when the runtime comes free, so a lone request never waits for company and a crowd is
-answered in few calls; there is no timer. The queue lives in the event loop. A program that takes its time runs in a
-thread beside it; a quick one runs in the loop itself, because handing it over costs more than it takes, and the sockets
-fill up with the next batch meanwhile: it runs as soon as a batch is full, or the loop has looked at every socket.
+A batch is everything that is queued when the runtime becomes free. So a single request never waits for others, many
+requests take few calls, and there is no timer. The queue belongs to the event loop. A slow program runs in a thread. A
+quick program runs in the event loop itself, because a thread switch costs more than the call: it runs when a batch is
+full, or when the loop has read every socket.
 
-With a quick program what waits, waits in the sockets, and how long it has waited shows in how long the loop has been
-busy since it last looked at them all: a turn. Once a turn has worked for `max_wait_ns`, the rest of it refuses what
-comes. A host that lets the process stand still (a container over its share of the CPU) is no overload.
+With a quick program, requests wait in the sockets' buffers. Their waiting time is the time since the loop last read
+every socket: one turn. Once a turn has used `max_wait_ns` of CPU time, the rest of the turn refuses new requests. Time
+in which the process did not run (a container over its CPU quota) is not counted as load.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Run = Callable[[Mapping[str, Array]], Arrays]
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Every output, each (size, *shape), and what the request spent its time on."""
+    """Every output, each (size, *shape), and how long the request was queued and run."""
 
     outputs: Arrays
     queue_ns: int  # until its batch was formed
-    run_ns: int  # of the runtime call, which it shared with the others of its batch
+    run_ns: int  # of the runtime call of the whole batch
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BatcherStatistics:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BatchResult:
-    """What came of one runtime call: outputs, each (B, *shape), or an error."""
+    """The result of one runtime call: outputs, each (B, *shape), or an error."""
 
     outputs: Arrays
     error: ActserveError | None
@@ -62,20 +62,20 @@ class BatchResult:
 
 
 class BatchRequest(ABC):
-    """One request's items on their way through the batcher."""
+    """The items of one request, queued or running."""
 
     size: int
-    row: int | None = None  # of the batcher's arena, where its only item is; None: it has arrays of its own
-    slot: int | None = None  # of the arena, where the state of its episode is
+    row: int | None = None  # of the batcher's arena, with its only item; None: it has arrays of its own
+    slot: int | None = None  # of the arena, with the state of its episode
     begins = False  # the first step of its episode
-    since_ns = 0  # when it came
-    entered_ns = 0  # when it was whole, and queued
-    patience_ns = 0  # how long it may wait before it is begun; 0: for ever
+    since_ns = 0  # when its head came
+    entered_ns = 0  # when it was queued
+    patience_ns = 0  # how long it may wait before it runs; 0: for ever
 
     @property
     @abstractmethod
     def cancelled(self) -> bool:
-        """Nobody waits for it any more; it is settled all the same."""
+        """Whether its client has disconnected. It is settled all the same."""
 
     @abstractmethod
     def inputs(self) -> Arrays:
@@ -83,14 +83,14 @@ class BatchRequest(ABC):
 
     @abstractmethod
     def settle(self, outcome: BatchResult, start: int) -> None:
-        """In the event loop, once: what came of the batch, in which this request's items begin at `start`."""
+        """Called once, in the event loop, with the batch's result; this request's items begin at `start`."""
 
 
 def form(waiting: deque[BatchRequest], max_items: int, now_ns: int) -> tuple[list[BatchRequest], list[BatchRequest]]:
-    """Take the next batch off the front: as many whole requests as fit, in order; one that never fits goes
-    alone. Returns (batch, dropped).
+    """Take the next batch off the front of `waiting`; returns (batch, dropped).
 
-    Dropped are those that nobody waits for, or that waited longer than they may.
+    The batch has as many whole requests as fit, in order. A request larger than `max_items` is a batch of its own.
+    Requests that were cancelled, or that have waited for longer than they may, are dropped.
     """
     batch: list[BatchRequest] = []
     dropped: list[BatchRequest] = []
@@ -110,7 +110,7 @@ def form(waiting: deque[BatchRequest], max_items: int, now_ns: int) -> tuple[lis
 class Batcher:
     """Batches requests for one runtime. `start` it in the event loop that submits; `close` answers the rest.
 
-    `quick`: a call takes less time than anybody minds to wait.
+    A `quick` program's calls are short enough to run in the event loop.
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class Batcher:
         self._max_wait_ns = max_wait_ns
         self._quick = quick
         self._queue: deque[BatchRequest] = deque()
-        self._alone: deque[BatchRequest] = deque()  # of a batch that failed
+        self._alone: deque[BatchRequest] = deque()  # each runs alone: its batch failed
         self._open = False
         self._thread: ThreadPoolExecutor | None = None
         self._queued = 0  # items in the queue
-        self._scheduled = False  # the next batch, once the loop has looked at every socket
+        self._scheduled = False  # the next batch runs when the loop has read every socket
         self._running = False
-        self._turn_ns = 0  # when it began; 0: nothing has come in this turn
+        self._turn_ns = 0  # when the turn's first request came; 0: none has
         self._worked_ns = 0  # of the loop's thread until then
         self._context = Context()  # what is run is nobody's alone
         self._drained = asyncio.Event()
@@ -153,7 +153,7 @@ class Batcher:
             self._thread = ThreadPoolExecutor(1, "batcher")
 
     async def close(self) -> None:
-        """Refuse what is new, answer what was submitted."""
+        """Refuse new requests, and answer the queued ones."""
         self._open = False
         while self._waiting:
             self._drained.clear()
@@ -178,19 +178,23 @@ class Batcher:
         self._queue.append(request)
         if self._running:
             return
-        # Never at once for a lone request: answered from within the reading of its socket, which goes on while there is
-        # something to read, a single client could keep the loop from all others.
+        # A single request never runs at once: it would be answered while its socket is being read, and reading goes on
+        # while there is more to read, so one client could starve all others.
         if self._quick and self._queued >= self._max_items and len(self._queue) > 1:
             self._context.run(self._next)
         elif not self._scheduled:
             self._schedule()
 
     def admit(self, size: int, patience_ns: int = 0) -> None:
-        """Raises `NotServing`, `Overloaded` if `size` items more are too many or would wait for too long, `TooLate` if
-        they would wait for longer than `patience_ns`; 0 is for ever."""
+        """Check whether `size` more items may be queued. Requests that wait for a row of the arena count as queued.
+
+        Raises `NotServing`; `Overloaded` if the queue is full or the wait too long; `TooLate` if the wait would be
+        longer than `patience_ns`, where 0 is for ever.
+        """
         if not self._open:
             raise NotServing(CLOSING)
-        if self._waiting + size > self._max_waiting:
+        expected = 0 if self.arena is None else len(self.arena.waiting)
+        if self._waiting + expected + size > self._max_waiting:
             raise Overloaded(self._max_waiting)
         now_ns = perf_counter_ns()
         if not self._turn_ns:
@@ -219,7 +223,7 @@ class Batcher:
             self._next()
 
     def _next(self) -> None:
-        """Form the next batch and have it run."""
+        """Form the next batch and run it."""
         self._running = True
         if self._alone:
             batch = [self._alone.popleft()]
@@ -259,7 +263,7 @@ class Batcher:
             outputs = self._run(inputs)
         except ActserveError as error:
             return BatchResult({}, error, begun_ns, 0)
-        except Exception as error:  # whatever a runtime does, the others must be answered
+        except Exception as error:  # a runtime can raise anything; every request of the batch gets an answer
             failure = RuntimeFailure(f"inference failed: {type(error).__name__}")
             failure.__cause__ = error
             return BatchResult({}, failure, begun_ns, 0)
@@ -268,7 +272,7 @@ class Batcher:
     def _deliver(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
         self._run_ns += outcome.run_ns
         if outcome.error is not None and len(batch) > 1:
-            self._alone.extend(batch)  # each alone: none pays for another
+            self._alone.extend(batch)  # each alone: one bad request must not fail the others
         else:
             if outcome.error is None:
                 self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
@@ -294,7 +298,7 @@ class Batcher:
 
 
 class ArrayRequest(BatchRequest):
-    """A request with arrays of its own, and a future that gets its `Answer`."""
+    """A request with arrays of its own, and a future for its `Answer`."""
 
     def __init__(self, inputs: Arrays, size: int, patience_ns: int = 0) -> None:
         self.future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()

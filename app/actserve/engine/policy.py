@@ -1,4 +1,4 @@
-"""Policy: one artifact being served: a runtime that was verified and warmed, behind a batcher."""
+"""Policy: one artifact being served, with a verified and warm runtime behind a batcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from actserve.core.completion import complete
-from actserve.core.errors import RuntimeFailure, TooManyItems
+from actserve.core.errors import RuntimeFailure
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine import golden
@@ -32,10 +32,10 @@ log = logging.getLogger("actserve")
 
 @dataclass(frozen=True)
 class Acted:
-    """What a policy answered. New state goes by the name of the input that it replaces."""
+    """A policy's answer. New state has the name of the input that it replaces."""
 
     outputs: Arrays  # and new state, each (size, *shape)
-    seed: int | None  # what anything random came from
+    seed: int | None  # of the noise; None: nothing was random
     queue_ns: int  # waiting for the runtime
     run_ns: int  # in the runtime
 
@@ -52,7 +52,6 @@ class Policy:
         self.choice = choice
         self._runtime = runtime
         self.tuning = tuning
-        self._max_items = settings.max_items
         arena = Arena(self.signature, tuning.batch) if Arena.suits(self.signature) else None
         max_wait_ns = int(settings.max_wait_ms * 1e6)
         self.batcher = Batcher(
@@ -101,11 +100,8 @@ class Policy:
     ) -> Acted:
         """Act on `size` items of a valid request, each tensor (size, *shape).
 
-        Raises `TooLate` if it would wait, or has waited, for longer than `patience_ns`; 0 is for ever. Raises
-        `TooManyItems` for more than one request may have.
+        `patience_ns` is how long the request may wait; 0 is for ever. Raises as `Batcher.submit`.
         """
-        if size > self._max_items:
-            raise TooManyItems(self._max_items, size)
         completed = complete(self.signature, tensors, size, exploration, seed)
         since_ns = perf_counter_ns()
         answer = await self._run(completed.inputs, size, patience_ns)
@@ -116,7 +112,7 @@ class Policy:
         return Acted(results, completed.seed, answer.queue_ns, answer.run_ns)
 
     def state_after(self, acted: Acted) -> Arrays:
-        """The new state for the next request, each (size, *shape): a copy, which keeps no batch in memory."""
+        """The new state for the next request, each (size, *shape): a copy, so that the batch's arrays are freed."""
         return {state.spec.name: acted.outputs[state.spec.name].copy() for state in self.signature.state}
 
     async def _run(self, inputs: Arrays, size: int, patience_ns: int) -> Answer:
@@ -124,12 +120,12 @@ class Policy:
         if size <= step:
             return await self.batcher.submit(inputs, size, patience_ns)
         slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-        # One after the other, so that a large batch waits in line with everybody else and never fills the queue.
+        # One slice after the other, so that a large batch takes turns with other requests and never fills the queue.
         parts = []
         for s in slices:
             part = {name: array[s] for name, array in inputs.items()}
             parts.append(await self.batcher.submit(part, s.stop - s.start, patience_ns))
-            await asyncio.sleep(0)  # a quick program has run already: let others have their turn
+            await asyncio.sleep(0)  # a quick program has run already: let other requests run
         outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
         return Answer(outputs, sum(part.queue_ns for part in parts), sum(part.run_ns for part in parts))
 
@@ -141,15 +137,15 @@ class Policy:
         return self.batcher.statistics()
 
     async def close(self) -> None:
-        """Answer what was submitted, then give the program's memory back."""
+        """Answer the queued requests, then free the program."""
         await self.closing()()
 
     def closing(self) -> Callable[[], Awaitable[None]]:
-        """What `close` does, without a reference to the policy: for when nobody has one any more."""
+        """A function that does what `close` does, without a reference to the policy."""
         return functools.partial(_close, self.batcher, self._runtime)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: what is served, by which runtime, and why that one."""
+        """JSON-able: the version that is served, its runtime, and the reason for that runtime."""
         return {
             "name": self.name,
             "version": self.version,

@@ -20,23 +20,25 @@ from actserve.server import admin
 from actserve.server.access import tls
 from actserve.server.access.tokens import Access
 from actserve.server.access.tokens import read as read_tokens
+from actserve.server.admission import Admission
 from actserve.server.arcade import page
 from actserve.server.arcade import routes as games
 from actserve.server.arcade.game import Seats
 from actserve.server.fastpath.endpoints import FastPath
+from actserve.server.fastpath.request_heads import Observed
 from actserve.server.http import (
     act,
-    gate,
     health,
     metrics,
     policies,
+    security,
     sessions,
     stream,
 )
 from actserve.server.http import (
     error_responses as errors,
 )
-from actserve.server.http.observability import Observed
+from actserve.server.http.observability import ObservabilityMiddleware
 from actserve.server.metrics.publisher import Publisher
 from actserve.server.processes.supervisor import Start
 from actserve.server.protocols import grpc, oip
@@ -65,16 +67,18 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """FastAPI's, observed from outside of what answers errors."""
-        return Observed(super().build_middleware_stack())
+        return ObservabilityMiddleware(super().build_middleware_stack())
 
 
 def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:
     """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
     access = None if settings.tokens is None else Access(settings.tokens, settings.workers)
+    admission = Admission(settings, access)
     store = open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     registry = Registry(store, settings)
     traces = Traces(os.environ)
+    observed = Observed(settings.access_log, traces.enabled)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -85,7 +89,9 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
             path = settings.sessions
             if path is None:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
-            app.state.sessions = stack.enter_context(Sessions(path, limits, home=settings.session_home))
+            app.state.sessions = stack.enter_context(
+                Sessions(path, limits, home=settings.session_home, admission=admission)
+            )
             registry.session_versions = app.state.sessions.versions
             stack.callback(traces.close)
             async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
@@ -94,11 +100,11 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
                     await registry.wait_loaded(LOAD_S)
                 try:
                     async with (
-                        grpc.serving(registry, app.state.sessions, settings, access),
+                        grpc.serving(registry, app.state.sessions, settings, admission),
                         admin.serving(registry, store, settings),
-                        FastPath(registry, settings.request_timeout_s, settings.max_connections, access) as lane,
+                        FastPath(registry, admission, settings, observed) as fast_path,
                     ):
-                        yield {"lane": lane}
+                        yield {"fast_path": fast_path}
                 finally:
                     await registry.close()
 
@@ -110,11 +116,12 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
         telemetry=traces.fastapi_telemetry,
     )
     app.state.settings = settings
+    app.state.admission = admission
     app.state.registry = registry
     app.state.seats = Seats(settings.max_games)
     app.state.traces = traces
     errors.install(app)
-    gate.install(app, access, settings)
+    security.install(app, admission, settings)
     for routes in (act, sessions, stream, oip, policies, metrics, health, games, page):
         app.include_router(routes.router)
     return app

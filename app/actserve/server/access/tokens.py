@@ -21,7 +21,6 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
 from time import monotonic
 
@@ -65,8 +64,11 @@ class Token:
         self._room = self._left = max(1.0, rate)
         self._since_s = self._clock()
 
-    def charge(self) -> None:
-        """For one request. Raises `RateLimited`, or `Unauthorized` when the token is in the file no more."""
+    def charge(self, items: int = 1) -> None:
+        """Take `items` from the bucket, for one request. A batch may overdraw it: the next requests wait for that.
+
+        Raises `RateLimited`, or `Unauthorized` when the token is not in the file any more.
+        """
         if self.revoked:
             raise _unauthorized("another one")
         if not self.rate:
@@ -77,11 +79,11 @@ class Token:
         if left < 1.0:
             self._left = left
             raise RateLimited(self.rate, math.ceil((1.0 - left) / self.rate))
-        self._left = left - 1.0
+        self._left = left - items
 
-    def owe(self, count: int) -> None:
-        """For so many more, which were not known of when the first was charged: the next requests wait for them."""
-        self._left -= count
+    def overdraw(self, items: int) -> None:
+        """Charge for further items of a request that was charged before its size was known."""
+        self._left -= items
 
 
 class Access:
@@ -96,10 +98,10 @@ class Access:
         self._tokens: dict[bytes, Token] = {}  # by digest
         self._looked_s = clock()
         self._seen = _state(file)
-        self._take(read(file))
+        self._take(read(file, clock))
 
     def find(self, authorization: bytes | None) -> Token | None:
-        """Whose an Authorization header is."""
+        """The token in an Authorization header, if it is valid."""
         self.look()
         match = None if authorization is None else _BEARER.fullmatch(authorization)
         if match is None:
@@ -108,12 +110,11 @@ class Access:
         token = self._tokens.get(digest)
         return token if token is not None and hmac.compare_digest(token.digest, digest) else None
 
-    def admit(self, authorization: bytes | None) -> Token:
-        """The same, charged for one request. Raises `Unauthorized` or `RateLimited`."""
+    def identify(self, authorization: bytes | None) -> Token:
+        """The token in an Authorization header. Raises `Unauthorized`."""
         token = self.find(authorization)
         if token is None:
             raise _unauthorized("none" if authorization is None else "another one")
-        token.charge()
         return token
 
     def look(self) -> None:
@@ -127,7 +128,7 @@ class Access:
             return
         self._seen = seen
         try:
-            self._take(read(self._file))
+            self._take(read(self._file, self._clock))
         except UsageError as error:
             log.error("%s; the tokens that were read before are still valid", error.message)
         else:
@@ -150,18 +151,7 @@ class Access:
         self.generation += 1
 
 
-current: ContextVar[Token | None] = ContextVar("token", default=None)
-"""The token of the request that is being answered; None: everybody may come."""
-
-
-def owe(count: int) -> None:
-    """The request that is being answered is as much as `count` further ones."""
-    token = current.get()
-    if token is not None:
-        token.owe(count)
-
-
-def read(file: Path) -> list[Token]:
+def read(file: Path, clock: Callable[[], float] = monotonic) -> list[Token]:
     """Raises `UsageError`, which names the line."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -176,7 +166,7 @@ def read(file: Path) -> list[Token]:
             expected = "NAME SHA256 [rate=REQUESTS_PER_SECOND] [sessions=AT_MOST]"
             raise UsageError(f"{file}, line {number}: expected {expected}; got something else")
         sessions = int(match["sessions"]) if match["sessions"] else None
-        token = Token(match["name"], bytes.fromhex(match["digest"]), float(match["rate"] or 0), sessions)
+        token = Token(match["name"], bytes.fromhex(match["digest"]), float(match["rate"] or 0), sessions, clock)
         if tokens.setdefault(token.digest, token) is not token:
             raise UsageError(f"{file}, line {number}: expected each token once; got one again")
     return list(tokens.values())

@@ -25,6 +25,7 @@ from actserve.core.environment import Environment
 from actserve.core.errors import InvalidRequest, TooManyGames
 from actserve.core.signature import Arrays, Exploration, Signature
 from actserve.engine.policy import Policy
+from actserve.server.admission import Admission
 
 Find = Callable[[], Awaitable[Policy]]  # the policy of a game, asked again for every step: it may be swapped
 T = TypeVar("T")
@@ -80,10 +81,13 @@ class Game:
     `exploration` None: as the policy does by default. The same `seed` (0 to 2**63 - 1) gives the same game.
     """
 
-    def __init__(self, find: Find, exploration: Exploration | None, seed: int) -> None:
+    def __init__(
+        self, find: Find, exploration: Exploration | None, seed: int, admission: Admission | None = None
+    ) -> None:
         self.seed = seed
         self.over = False
         self._find = find
+        self._admission = admission or Admission()
         self._asked_exploration = exploration
         self._state: Arrays = {}  # each (1, *shape); none before the first step
         self._steps = 0
@@ -103,7 +107,8 @@ class Game:
         """Ask the policy, then take its action; or `override`, an index. Raises what the policy raises."""
         self.policy = policy = await self._find()
         screen, seed = self._screen, step_seed(self.seed, self._steps + 1)
-        acted = await policy.act({self.environment.screen: screen[None]} | self._state, 1, self.exploration, seed)
+        inputs = {self.environment.screen: screen[None]} | self._state
+        acted = await self._admission.act(policy, inputs, 1, self.exploration, seed)
         # Copies: what came is a part of the whole batch's array, which it would keep.
         self._state = policy.state_after(acted)
         proposed = int(acted.outputs[policy.signature.action.name][0])

@@ -9,7 +9,7 @@ from importlib.resources import files
 from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response
 
-from actserve.server.http import gate
+from actserve.server.http import security
 
 router = APIRouter(include_in_schema=False)
 
@@ -22,7 +22,7 @@ TYPES = {
     "png": "image/png",
 }
 HEADERS = {
-    "Content-Security-Policy": gate.OWN,
+    "Content-Security-Policy": security.OWN,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # asked for again, and mostly not sent again

@@ -68,7 +68,8 @@ async def _play(websocket: WebSocket) -> int:
             raise InvalidRequest(reason)
         with seats.take():
             async with _finding(websocket, settings) as find:
-                game = Game(find, exploration, secrets.randbelow(1 << 31) if seed is None else seed)
+                seed = secrets.randbelow(1 << 31) if seed is None else seed
+                game = Game(find, exploration, seed, common.admission(websocket))
                 try:
                     await game.begin()
                     return await Show(websocket, game, settings.session_idle_s).run()

@@ -1,17 +1,17 @@
-"""The fast lane: the requests that an `/act` service gets all day, below ASGI.
+"""The fast path: plain `/act` requests and stream messages, answered below ASGI.
 
-A request whose head says "raw observations for this policy, as they are or in zstd, the action in JSON, please" is
-received straight into the batch's own memory and answered with one ready-made write; a stream's binary messages
-likewise. The lane only takes what it understands to the last byte; everything else goes, untouched, to uvicorn's own
-protocols, and so to the routes in `actserve.server.http`.
+A request takes the fast path if its head asks for nothing but an action in JSON for raw observations of a live policy,
+uncompressed or in zstd. Its body is received straight into the memory of the next batch, and its answer is one write.
+Messages of a stream likewise. The fast path only takes heads that it understands to the last byte. Everything else goes
+unchanged to uvicorn's protocols, and so to the routes in `actserve.server.http`.
 
-    accepting.py  connections, as they come
-    heads.py      which requests those are
-    doors.py      the policies behind the paths, and their ready-made answers
-    receiver.py   from the socket to where the batch is read from
-    discard.py    what is refused, from the socket to nowhere
-    protocol.py   one HTTP connection
-    inner.py      uvicorn's protocol, which has the rest
-    stream.py     one WebSocket connection
-    frames.py     the heads of WebSocket frames
+    acceptor.py            accepts connections in groups
+    request_heads.py       decides which requests take the fast path
+    endpoints.py           the live policies by path, and their prebuilt answers
+    receiver.py            receives a body into the arena, or beside it
+    discard.py             drops the body of a refused request
+    http_protocol.py       one HTTP connection
+    uvicorn_protocol.py    uvicorn's protocol, which handles all other requests
+    websocket_protocol.py  one WebSocket connection
+    websocket_frames.py    reads and writes the headers of WebSocket frames
 """

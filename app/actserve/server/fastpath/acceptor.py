@@ -1,7 +1,7 @@
-"""Acceptor: connections are taken in as they come, not one for each time that the loop looks at its sockets.
+"""Acceptor: accepts all waiting connections at once.
 
-libuv accepts one, then attends to every other socket. Under load that is work for 50 ms, and who comes new would wait
-for seconds behind those that have their connection.
+libuv accepts one connection in each iteration of the event loop. Under load an iteration takes up to 50 ms, so new
+connections would wait for seconds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from actserve.server.fastpath.http_protocol import FastPathProtocol
 
-AT_ONCE = 256  # those who have a connection wait for no more
+MAX_AT_ONCE = 256  # accepted in one turn, so that open connections do not starve
 
 
 class Acceptor:
-    """What uvicorn makes protocols by; once one has been made, those who wait behind it are accepted, too."""
+    """uvicorn's protocol factory: after each protocol that it creates, it accepts the connections that wait."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
@@ -31,10 +31,10 @@ class Acceptor:
 
     def _accept(self, options: dict[str, Any]) -> None:
         self._scheduled = False
-        for _ in range(AT_ONCE):
+        for _ in range(MAX_AT_ONCE):
             try:
                 accepted, _ = self._listener.accept()
-            except OSError:  # nobody waits; or there are no descriptors left, which libuv knows how to bear
+            except OSError:  # no connection waits, or no file descriptors are left, which libuv handles
                 return
             making = asyncio.create_task(self._make(accepted, options))
             self._making.add(making)
@@ -46,5 +46,5 @@ class Acceptor:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: FastPathProtocol(**options), accepted, ssl=options["config"].ssl
             )
-        except OSError:  # gone already, or no TLS
+        except OSError:  # disconnected already, or not TLS
             accepted.close()

@@ -1,7 +1,7 @@
-"""Discard: the rest of a refused body goes from the socket to nowhere.
+"""Discard: drops the body of a refused request in the kernel.
 
-Copying 100 KB out of the kernel is a third of what a refusal costs. Linux lets go of what came by TCP without a copy,
-if asked to with MSG_TRUNC (tcp(7)).
+Copying 100 KB out of the kernel is a third of the cost of a refusal. Linux drops received TCP data without a copy if
+asked to with MSG_TRUNC (tcp(7)).
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import asyncio
 import mmap
 import socket
 
-AT_ONCE = 1 << 20  # bytes
-_NOWHERE = memoryview(mmap.mmap(-1, AT_ONCE))  # where nothing is written, so that it takes no memory
+MAX_BYTES = 1 << 20  # in one call
+_NOWHERE = memoryview(mmap.mmap(-1, MAX_BYTES))  # never written, so it takes no memory
 
 
 def discard(transport: asyncio.BaseTransport, count: int) -> int:
-    """Let go of `count` bytes of what has come, or as many as there are; how many. None of TLS, nor if nothing has."""
+    """Drop up to `count` received bytes; returns how many. With TLS or over a Unix socket it drops none."""
     connection = transport.get_extra_info("socket")
     if connection.family == socket.AF_UNIX or transport.get_extra_info("ssl_object") is not None:
         return 0
-    borrowed = socket.socket(connection.family, socket.SOCK_STREAM, 0, connection.fileno())  # asyncio's has no recv
+    # asyncio hands out sockets without recv.
+    borrowed = socket.socket(connection.family, socket.SOCK_STREAM, 0, connection.fileno())
     try:
-        return borrowed.recv_into(_NOWHERE, min(count, AT_ONCE), socket.MSG_TRUNC | socket.MSG_DONTWAIT)
-    except OSError:  # nothing is there; or whoever reads next meets the same
+        return borrowed.recv_into(_NOWHERE, min(count, MAX_BYTES), socket.MSG_TRUNC | socket.MSG_DONTWAIT)
+    except OSError:  # nothing has come, or the connection broke, which the next read reports
         return 0
     finally:
         borrowed.detach()

@@ -1,4 +1,4 @@
-"""Doors: the paths that lead to a policy through the lane, and the policies' ready-made answers."""
+"""Endpoints: the live policies behind the fast path's URLs, and their prebuilt answers."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from actserve import wire
 from actserve.core.errors import ActserveError, Unavailable
+from actserve.core.settings import Settings
 from actserve.core.signature import Array
-from actserve.engine import malloc as memory
+from actserve.engine import malloc
 from actserve.engine.arena import BATCHES, Arena
 from actserve.engine.batcher import Batcher, BatchResult
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
-from actserve.server.access.tokens import Access
-from actserve.server.fastpath.heads import BodySize, HeadParser, RequestHead
+from actserve.server.admission import Admission
+from actserve.server.fastpath.request_heads import NOTHING_OBSERVED, HeadParser, Observed, RequestHead
 from actserve.server.http import error_responses as errors
 from actserve.telemetry.counts import ACT, Tally
 
 Headers = list[tuple[bytes, bytes]]
 UNAVAILABLE = str(errors.STATUS[Unavailable])
-REFUSALS = 64
-GIVE_BACK_S = 10
-READY_MADE = 4096  # answers; a policy with more actions has them made one by one
+TRIM_EVERY_S = 10  # seconds between two checks whether freed memory goes back to the system
+MAX_REFUSALS = 64  # cached
+MAX_ANSWERS = 4096  # cached; a policy with more actions has each answer built
 
 
 class Endpoint:
-    """One policy's entry: where its requests go, and what its answers are, byte for byte as the route's would be."""
+    """One live policy: where its requests go, and its responses, byte for byte as the route would write them."""
 
     def __init__(self, batcher: Batcher, arena: Arena, policy: Policy, tally: Tally) -> None:
         self.batcher, self.arena = batcher, arena
-        self.size = BodySize(arena.item_bytes, min(BATCHES * policy.tuning.batch, policy.signature.max_batch))
+        self.item_bytes = arena.item_bytes
+        self.max_items = min(BATCHES * policy.tuning.batch, policy.signature.max_batch)
         self._tally = tally
-        self._policy = policy  # which stays loaded for as long as the door is open
+        self._policy = policy  # keeps it loaded
         spec = policy.signature.action
         self._action = spec.name
         self._discrete = spec.shape == () and spec.numpy_dtype.kind in "iu"
@@ -45,33 +47,39 @@ class Endpoint:
         self._refusals: dict[str, bytes] = {}  # by the error's message
 
     def answer(self, outcome: BatchResult, start: int, items: int, headers: Headers) -> bytes:
-        """The whole response for the items from `start` on. `headers`: the server's own, a new list every second."""
+        """The response for `items` items of a batch from `start` on.
+
+        `headers` are the server's own: a new list every second, with the date.
+        """
         self._tally.answered += 1
         actions = outcome.outputs[self._action]
         if not self._discrete or items > 1:
-            return self._make(actions[start : start + items], headers)
-        if headers is not self._headers or len(self._answers) > READY_MADE:
-            self._headers, self._answers, self._refusals = headers, {}, {}
+            return self._build(actions[start : start + items], headers)
+        self._renew(headers)
         action = int(actions[start])
         answer = self._answers.get(action)
         if answer is None:
-            answer = self._answers[action] = self._make(actions[start : start + 1], headers)
+            answer = self._answers[action] = self._build(actions[start : start + 1], headers)
         return answer
 
     def refusal(self, error: ActserveError, headers: Headers) -> bytes:
-        if not isinstance(error, Unavailable):  # it is rare, and for the log
+        if not isinstance(error, Unavailable):  # rare, and logged
             response = errors.response(error)
             self._tally.add(str(response.status_code), error.code)
             return serialised(response, headers)
         self._tally.add(UNAVAILABLE, error.code)
-        if headers is not self._headers or len(self._refusals) > REFUSALS:
-            self._headers, self._answers, self._refusals = headers, {}, {}
+        self._renew(headers)
         refusal = self._refusals.get(error.message)
         if refusal is None:
             refusal = self._refusals[error.message] = serialised(errors.response(error), headers)
         return refusal
 
-    def _make(self, action: Array, headers: Headers) -> bytes:
+    def _renew(self, headers: Headers) -> None:
+        """Empty the caches when the server's headers have changed, or when they are full."""
+        if headers is not self._headers or len(self._answers) > MAX_ANSWERS or len(self._refusals) > MAX_REFUSALS:
+            self._headers, self._answers, self._refusals = headers, {}, {}
+
+    def _build(self, action: Array, headers: Headers) -> bytes:
         content_type, content = wire.encode("", {self._action: action}, len(action) > 1)
         return serialised(Response(content, media_type=content_type), headers)
 
@@ -83,27 +91,28 @@ def serialised(response: Response, headers: Headers) -> bytes:
 
 
 class TimedConnection(Protocol):
-    def look(self) -> None:
-        """What the lane calls once a second: close if nothing has happened for too long."""
+    def close_if_idle(self) -> None:
+        """Called once a second: close if nothing has happened for too long."""
 
 
 class FastPath:
-    """The doors to all live policies of a registry, and the connections that may come to them. Enter it to serve.
+    """The endpoints of all live policies of a registry, and the open connections. Enter it to serve.
 
-    `patience_s`: how long a client may take to send a request, or to take an answer. `access`: who may come; None:
-    everybody.
+    `patience_s` is how long a client may take to send a request or to take an answer.
     """
 
     def __init__(
-        self, registry: Registry, patience_s: float, max_connections: int = 10_000, access: Access | None = None
+        self, registry: Registry, admission: Admission, settings: Settings, observed: Observed = NOTHING_OBSERVED
     ) -> None:
-        self.patience_s = patience_s
-        self.max_connections = max_connections
+        self.admission = admission
+        self.patience_s = settings.request_timeout_s
+        self.max_connections = settings.max_connections
         self.connections: set[TimedConnection] = set()
         self._registry = registry
-        self._generation = -1
-        self._access, self._access_generation = access, 0
-        self._heads: HeadParser[Endpoint] = HeadParser({}, {})
+        self._observed = observed
+        self._generation = -1  # of the registry, and of the tokens, for which the endpoints were built
+        self._tokens_generation = 0
+        self._heads: HeadParser[Endpoint] = HeadParser({})
 
     async def __aenter__(self) -> FastPath:
         self._watching = asyncio.create_task(self._watch())
@@ -116,48 +125,49 @@ class FastPath:
         before: set[int] = set()
         for second in itertools.count():
             await asyncio.sleep(1)
-            if second % GIVE_BACK_S == 0:
+            if second % TRIM_EVERY_S == 0:
                 now = set(map(id, self.connections))
-                if before - now:
-                    await asyncio.to_thread(memory.give_back)  # what those had who have gone
+                if before - now:  # closed connections have freed their memory
+                    await asyncio.to_thread(malloc.trim)
                 before = now
-            self._look()
+            self._refresh()
             for connection in list(self.connections):
-                connection.look()
-            if self._access is not None:
-                self._access.look()
-                if self._access_generation != self._access.generation:
-                    self._generation = -1  # forget the heads that were read
+                connection.close_if_idle()
+            access = self.admission.access
+            if access is not None:
+                access.look()
+                if self._tokens_generation != access.generation:
+                    self._generation = -1  # cached heads may hold tokens that were revoked
 
     def count(self, status: str, code: str) -> None:
-        """An answer to what was no request yet."""
-        self._registry.counts.tally("", "lane", "").add(status, code)
+        """Count an answer to a connection that has sent no whole request."""
+        self._registry.counts.tally("", "fastpath", "").add(status, code)
 
     def find(self, head: bytes) -> RequestHead[Endpoint] | None:
-        """See `HeadParser.find`."""
-        self._look()
+        """As `HeadParser.find`."""
+        self._refresh()
         return self._heads.find(head)
 
-    def _look(self) -> None:
-        """Let go of the doors to what is not live any more."""
+    def _refresh(self) -> None:
+        """Build the endpoints anew if the live policies have changed: an endpoint keeps its policy in memory."""
         if self._generation != self._registry.generation:
             self._generation = self._registry.generation
-            self._rebuild()
+            self._build()
 
-    def _rebuild(self) -> None:
-        doors: dict[bytes, Endpoint] = {}
+    def _build(self) -> None:
+        endpoints: dict[bytes, Endpoint] = {}
         for policy in self._registry.live:
             batcher, name = policy.batcher, policy.name
             if self._registry.has_candidate(name):
-                continue  # with a canary or a shadow, the route says who acts
-            if batcher.arena is not None and not policy.signature.state:  # whose answers have more in them
-                tally = self._registry.counts.tally(name, "lane", ACT)
-                door = doors[f"/policies/{name}/act".encode()] = Endpoint(batcher, batcher.arena, policy, tally)
+                continue  # with a canary or a shadow, the route decides who acts
+            if batcher.arena is not None and not policy.signature.state:  # the answer to state is not prebuilt
+                tally = self._registry.counts.tally(name, "fastpath", ACT)
+                endpoint = endpoints[f"/policies/{name}/act".encode()] = Endpoint(batcher, batcher.arena, policy, tally)
                 if name == self._registry.default:
-                    doors[b"/act"] = door
-        sizes = {path: door.size for path, door in doors.items()}
-        if self._access is None:
-            self._heads = HeadParser(doors, sizes)
-        else:
-            self._access_generation = self._access.generation
-            self._heads = HeadParser(doors, sizes, self._access.find)
+                    endpoints[b"/act"] = endpoint
+        access = self.admission.access
+        find_token = None
+        if access is not None:
+            self._tokens_generation = access.generation
+            find_token = access.find
+        self._heads = HeadParser(endpoints, self.admission.fits, find_token, self._observed)

@@ -1,17 +1,17 @@
-"""One connection of the fast lane: an `asyncio.BufferedProtocol` that holds uvicorn's own protocol.
+"""One HTTP connection: an `asyncio.BufferedProtocol` in front of uvicorn's own protocol.
 
-Between two requests of uvicorn's it looks at the head of what comes. If the lane takes the request, its body goes from
-the socket into a row of the arena, and the answer is one write. If not, every byte goes to uvicorn's protocol, until
-that has answered and its parser is between two messages again.
+Between two requests it looks at the head of the next one. If the request takes the fast path, its body is received
+into a row of the arena, and the answer is one write. If not, every byte goes to uvicorn's protocol until that has
+answered.
 
-Where bytes go next (`get_buffer`):
+`get_buffer` decides where the next bytes go:
 
-    the rest of a body    into its row, to its end and no further
-    a refused body        nowhere, or into the common buffer, to its end and no further
-    uvicorn's             into the common buffer, and on
-    sent ahead            into the common buffer, and kept until the answer has left
-    else, a head          into the common buffer, as many bytes as the last head had: if the next one is as long, which
-                          is the rule, the body behind it is read to where it belongs and not moved again
+    the rest of a body            into its row, up to its end
+    the rest of a refused body    dropped, up to its end
+    uvicorn's request             into the common buffer, and on to uvicorn
+    a request sent ahead          into the common buffer, and kept until the answer is written
+    a head                        into the common buffer, as many bytes as the last head had: the next head is mostly
+                                  as long, and then its body is received in place without a copy
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from uvicorn.server import ServerState
 from actserve import wire
 from actserve.core.errors import ActserveError, TooManyConnections
 from actserve.engine.batcher import BatchResult
+from actserve.server.admission import Ticket
 from actserve.server.fastpath.discard import discard
 from actserve.server.fastpath.endpoints import UNAVAILABLE, Endpoint, FastPath, serialised
-from actserve.server.fastpath.heads import MAX_BYTES, RequestHead, may_become_a_head
 from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
+from actserve.server.fastpath.request_heads import MAX_BYTES, RequestHead, may_become_a_head
 from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
 from actserve.server.http import error_responses as errors
 
-GUESS_BYTES = 512  # of a first head
-LAST_S = 0.25  # for a request that is on its way when the service is told to end
+FIRST_HEAD_BYTES = 512  # assumed length of a connection's first head
+LINGER_S = 0.25  # at shutdown, for a request that is on its way
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -43,13 +44,13 @@ class Phase(Enum):
     """What a connection is doing."""
 
     IDLE = auto()  # between two requests
-    RECEIVING = auto()  # a request
+    RECEIVING = auto()
     ANSWERING = auto()
-    SENDING = auto()  # an answer, which the client has not taken
+    SENDING = auto()  # an answer that the client does not read
 
 
 class FastPathProtocol(Receiver):
-    """A connection is also the request that it has under way: nothing is made anew for each."""
+    """A connection is also its request in progress: no object is created for each request."""
 
     def __init__(
         self,
@@ -62,15 +63,16 @@ class FastPathProtocol(Receiver):
         self._inner.outer = self
         self._state = server_state
         self._connections: set[Any] = server_state.connections
-        self._lane: FastPath | None = app_state.get("lane")
-        self._door: Endpoint | None = None  # of the request that is being received or answered
-        self._unwanted = 0  # bytes of a refused body that are still to come
-        self._guess = GUESS_BYTES  # how long the next head is
-        self._passing = False  # to the inner protocol
-        self._closing = False  # after the answer
-        self._requests = 0  # that have begun, here or there
-        self._before: tuple[Phase, int] = (Phase.IDLE, -1)  # when the lane last looked
-        self._looks = 0  # since it is so
+        self._fast_path: FastPath | None = app_state.get("fast_path")
+        self._endpoint: Endpoint | None = None  # of the request that is being received or answered
+        self._request_id: bytes | None = None  # to be repeated in the answer
+        self._to_discard = 0  # bytes of a refused body that are still to come
+        self._head_bytes = FIRST_HEAD_BYTES  # expected length of the next head
+        self._passing = False  # bytes go to uvicorn's protocol
+        self._closing = False  # after the next answer
+        self._requests = 0  # begun on this connection, on both paths
+        self._before: tuple[Phase, int] = (Phase.IDLE, -1)  # at the last `close_if_idle`
+        self._unchanged_s = 0
 
     # what asyncio calls
 
@@ -79,33 +81,34 @@ class FastPathProtocol(Receiver):
         self._inner.connection_made(transport)
         self._connections.discard(self._inner)
         self._connections.add(self)
-        self._passing = self._lane is None
-        if self._lane is None:
+        self._passing = self._fast_path is None
+        if self._fast_path is None:
             return
-        self._lane.connections.add(self)
-        if len(self._connections) > self._lane.max_connections:
-            error = TooManyConnections(f"{self._lane.max_connections} connections are open, the most that may be")
-            self._lane.count(UNAVAILABLE, error.code)
+        self._fast_path.connections.add(self)
+        if len(self._connections) > self._fast_path.max_connections:
+            limit = self._fast_path.max_connections
+            error = TooManyConnections(f"the service takes at most {limit} connections, and all are open")
+            self._fast_path.count(UNAVAILABLE, error.code)
             self.transport.write(serialised(errors.response(error), self._state.default_headers))
             self.transport.close()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._missing is not None:
             return self._missing
-        if self._unwanted:
-            self._unwanted -= discard(self.transport, self._unwanted)
-        if self._unwanted:
-            return self._buffer[: self._unwanted]
-        if self._passing or self._door is not None:
+        if self._to_discard:
+            self._to_discard -= discard(self.transport, self._to_discard)
+        if self._to_discard:
+            return self._buffer[: self._to_discard]
+        if self._passing or self._endpoint is not None:
             return self._buffer
-        return self._buffer[: self._guess]
+        return self._buffer[: self._head_bytes]
 
     def buffer_updated(self, count: int) -> None:
         if self._missing is not None:
             self._received(count)
-        elif self._unwanted:
-            self._unwanted -= count
-        elif self._door is not None:
+        elif self._to_discard:
+            self._to_discard -= count
+        elif self._endpoint is not None:
             self._keep(count)
         elif self._passing and not self._inner.rests:
             self._inner.data_received(bytes(self._buffer[:count]))
@@ -122,22 +125,22 @@ class FastPathProtocol(Receiver):
     # what uvicorn's server calls
 
     def shutdown(self) -> None:
-        """Answer what is under way, or what the client has just sent, then close."""
+        """Answer the request in progress, or one that the client has just sent, then close."""
         self._closing = self._inner.closing = True
-        if self._door is None:
-            self._inner.loop.call_later(LAST_S, self._end)
+        if self._endpoint is None:
+            self._inner.loop.call_later(LINGER_S, self._end)
 
     def _end(self) -> None:
-        if self.transport is not None and self._door is None:
+        if self.transport is not None and self._endpoint is None:
             self._inner.shutdown()
 
     # what uvicorn's protocol calls
 
     def forget(self) -> None:
-        """The connection is another protocol's now, which has time-outs of its own; or it is no more."""
+        """The connection has closed, or belongs to a WebSocket now, which has time-outs of its own."""
         self._connections.discard(self)
-        if self._lane is not None:
-            self._lane.connections.discard(self)
+        if self._fast_path is not None:
+            self._fast_path.connections.discard(self)
 
     # a request comes
 
@@ -145,132 +148,146 @@ class FastPathProtocol(Receiver):
         end = data.find(b"\r\n\r\n") + 4
         if end < 4:
             if may_become_a_head(data):
-                self._data, self._guess = data, MAX_BYTES
+                self._data, self._head_bytes = data, MAX_BYTES
             else:
                 self._pass(data)
             return
-        assert self._lane is not None
-        taken = self._lane.find(data[:end])
-        if taken is None:
+        assert self._fast_path is not None
+        head = self._fast_path.find(data[:end])
+        if head is None:
             self._pass(data)
             return
-        if not taken.items and len(data) < end + taken.body_bytes:  # compressed: not before it is all there
-            self._data, self._guess = data, BUFFER_BYTES
-            return
-        door, self.patience_ns = taken.door, taken.patience_ns
+        expanded = None
+        if not head.items:
+            if len(data) < end + head.body_bytes:  # a compressed body is expanded once all of it has come
+                self._data, self._head_bytes = data, BUFFER_BYTES
+                return
+            expanded = _expand(data[end : end + head.body_bytes], head.endpoint.item_bytes)
+            if expanded is None:
+                self._pass(data)
+                return
+        self._take(head, data, end, expanded)
+
+    def _take(self, head: RequestHead[Endpoint], data: bytes, end: int, expanded: bytearray | None) -> None:
+        """Admit the request that `data` begins with; its head ends at `end`, its body was `expanded` if compressed."""
+        assert self._fast_path is not None
+        endpoint, admission = head.endpoint, self._fast_path.admission
+        self._endpoint, self._request_id, self.patience_ns = endpoint, head.request_id, head.patience_ns
         self.since_ns = perf_counter_ns()
         self._requests += 1
         if self._inner.timeout_keep_alive_task is not None:
             self._inner._unset_keepalive_if_required()
         self._passing = False
-        self._guess, self._data = end, data[end:]
-        self._door = door
-        try:
-            if taken.token is not None:
-                taken.token.charge()
-                taken.token.owe(max(1, taken.items) - 1)
-            door.batcher.admit(max(1, taken.items) + len(door.arena.waiting), self.patience_ns)
-        except ActserveError as error:
-            self._refuse(door, error, taken.body_bytes)
-            return
-        if not taken.items:
-            self._expand(taken, data, end)
-            return
-        self.size = taken.items
-        if taken.items == 1:
-            self._seek(door.arena)
+        self.size = max(1, head.items)
+        body_bytes = head.body_bytes
+        if expanded is None:
+            self._head_bytes, self._data = end, data[end:]
         else:
-            self._receive(door.arena, None)
-
-    def _expand(self, taken: RequestHead[Endpoint], data: bytes, end: int) -> None:
-        """A compressed observation, all of which is in `data`; what is anything else is for the route to refuse."""
-        arena = taken.door.arena
-        stop = end + taken.body_bytes
+            self._head_bytes, self._data, body_bytes = BUFFER_BYTES, data[end + body_bytes :], 0
         try:
-            expanded = wire.expand(data[end:stop], "zstd", arena.item_bytes)
-        except ActserveError:
-            expanded = b""
-        if len(expanded) != arena.item_bytes:
-            self._door = None
-            self._pass(data)
+            admission.admit(endpoint.batcher, self.size, Ticket(head.token), self.patience_ns)
+        except ActserveError as error:
+            self._refuse(endpoint, error, body_bytes)
             return
-        self._guess, self.size = BUFFER_BYTES, 1
-        self._data = data[stop:]
-        self._place(arena, arena.acquire())[:] = expanded
-        self._complete()
+        if expanded is not None:
+            self._arena, self.row = endpoint.arena, endpoint.arena.acquire()
+            if self.row is None:
+                self._grown = expanded
+            else:
+                endpoint.arena.memory[self.row][:] = expanded
+            self._complete()
+        elif head.items == 1:
+            self._seek(endpoint.arena)
+        else:
+            self._receive_batch(endpoint.arena, admission)
 
     def _pass(self, data: bytes) -> None:
-        self._data, self._guess = b"", GUESS_BYTES
+        self._data, self._head_bytes = b"", FIRST_HEAD_BYTES
         self._passing = True
         self._requests += 1
         self._inner.data_received(data)
 
-    def _refuse(self, door: Endpoint, error: ActserveError, size: int) -> None:
-        """Before the body of `size` bytes is here; what comes of it is forgotten."""
+    def _refuse(self, endpoint: Endpoint, error: ActserveError, body_bytes: int) -> None:
+        """Answer before the body has come, and discard the body."""
         data = self._data
-        self._unwanted, self._data = max(0, size - len(data)), data[size:]
-        self._answer(door.refusal(error, self._state.default_headers))
+        self._to_discard, self._data = max(0, body_bytes - len(data)), data[body_bytes:]
+        self._answer(endpoint.refusal(error, self._state.default_headers))
 
     def _complete(self) -> None:
-        assert self._door is not None
+        assert self._endpoint is not None
+        assert self._fast_path is not None
         try:
-            self._door.batcher.enter(self)
+            self._fast_path.admission.enter(self._endpoint.batcher, self)
         except ActserveError as error:
-            self._answer(self._door.refusal(error, self._state.default_headers))
+            self._answer(self._endpoint.refusal(error, self._state.default_headers))
 
     # what the batcher calls
 
     def settle(self, outcome: BatchResult, start: int) -> None:
-        assert self._door is not None
+        assert self._endpoint is not None
         if self.transport is None:
             self._leave()
         elif outcome.error is not None:
-            self._answer(self._door.refusal(outcome.error, self._state.default_headers))
+            self._answer(self._endpoint.refusal(outcome.error, self._state.default_headers))
         else:
-            self._answer(self._door.answer(outcome, start, self.size, self._state.default_headers))
+            self._answer(self._endpoint.answer(outcome, start, self.size, self._state.default_headers))
 
     def _answer(self, answer: bytes) -> None:
+        if self._request_id is not None:
+            answer = _with_header(answer, b"x-request-id: " + self._request_id)
         self._leave()
         self._state.total_requests += 1
         if self._closing:
-            self.transport.write(answer.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1))
+            self.transport.write(_with_header(answer, b"connection: close"))
             self.transport.close()
             return
         self._answer_with(answer)
 
     def _leave(self) -> None:
-        """The request is over."""
-        self._door = None
+        self._endpoint = self._request_id = None
         super()._leave()
 
-    # what the lane calls, once a second
+    # what the fast path calls once a second
 
-    def look(self) -> None:
-        """Close the connection if it has been waiting for the client for too long."""
-        assert self._lane is not None
+    def close_if_idle(self) -> None:
+        """Close the connection if it has waited for the client for too long."""
+        assert self._fast_path is not None
         now = (self._phase, self._requests)
-        self._looks = self._looks + 1 if now == self._before else 0
+        self._unchanged_s = self._unchanged_s + 1 if now == self._before else 0
         self._before = now
         phase, _ = now
-        if phase is Phase.IDLE and self._looks >= self._inner.timeout_keep_alive:
+        if phase is Phase.IDLE and self._unchanged_s >= self._inner.timeout_keep_alive:
             self.transport.close()
-        elif phase is Phase.RECEIVING and self._looks >= self._lane.patience_s:
-            self._lane.count("408", "too_slow")
+        elif phase is Phase.RECEIVING and self._unchanged_s >= self._fast_path.patience_s:
+            self._fast_path.count("408", "too_slow")
             self.transport.write(TOO_SLOW)
             self.transport.close()
-        elif phase is Phase.SENDING and self._looks >= self._lane.patience_s:
+        elif phase is Phase.SENDING and self._unchanged_s >= self._fast_path.patience_s:
             self.transport.abort()
 
     @property
     def _phase(self) -> Phase:
         if self.transport.get_write_buffer_size():
             return Phase.SENDING
-        if self._missing is not None or self._unwanted:
+        if self._missing is not None or self._to_discard:
             return Phase.RECEIVING
-        if self._door is not None:
+        if self._endpoint is not None:
             return Phase.ANSWERING
         if self._data or (self._passing and not self._inner.between):
             return Phase.RECEIVING
         if self._passing and not self._inner.rests:
             return Phase.ANSWERING
         return Phase.IDLE
+
+
+def _expand(body: bytes, item_bytes: int) -> bytearray | None:
+    """The one observation in a body compressed with zstd; None for a body that the route must refuse."""
+    try:
+        expanded = bytearray(wire.expand(body, "zstd", item_bytes))
+    except ActserveError:
+        return None
+    return expanded if len(expanded) == item_bytes else None
+
+
+def _with_header(answer: bytes, field: bytes) -> bytes:
+    return answer.replace(b"\r\n\r\n", b"\r\n" + field + b"\r\n\r\n", 1)

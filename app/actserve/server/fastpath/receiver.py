@@ -1,7 +1,8 @@
-"""What the connections of the lane have in common: an observation goes from the socket to where the batch is read from.
+"""Receiver: takes an observation from the socket to where the batch is read from.
 
-It has a row of the arena for as long as it comes quickly. If rows run out, the one that has been coming longest gives
-its row up and comes to memory of its own: whoever sends slowly keeps nobody else waiting.
+A single observation has a row of the arena while it comes quickly. If rows run out, the slowest sender gives up its row
+and its observation continues in memory of its own, so a slow client delays no other. The memory of a batch is allocated
+before the batch has come, within `Admission.reserve`; beyond that it grows with the bytes that come.
 """
 
 from __future__ import annotations
@@ -16,37 +17,42 @@ import numpy as np
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batcher import BatchRequest
+from actserve.server.admission import Admission
 
 BUFFER_BYTES = 1 << 16
 
 
 class Receiver(asyncio.BufferedProtocol, BatchRequest):
-    """A connection that has one request at a time, which is received, waits and is acted on; before uvicorn's own
-    protocol, `inner`, for all that the lane does not take.
+    """A connection with one request at a time: received, queued, answered. `inner` is uvicorn's own protocol, which
+    gets everything that does not take the fast path.
 
-    `_arena` from `_seek` or `_receive` to `_leave`, and `row` or memory of its own once there is a place. `_missing` is
-    what has not come yet, `_data` bytes that came and have no place yet: a piece of a head, or what was sent ahead.
+    `_arena` is set while a request is received or waits for a row, until `_leave`. Its bytes go to `row`, to `_block`
+    (memory for all of it), or to `_grown` (as much as has come). `_missing` is where the next bytes go. `_data` holds
+    bytes that have no place yet: the beginning of a head, or a request that was sent ahead.
     """
 
-    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all: filled and emptied in one go, in one thread
+    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all connections: filled and emptied in one turn
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self.transport: Any = None  # None: the client has gone
+        self.transport: Any = None  # None: the client has disconnected
         self.row: int | None = None
         self.size = 1  # observations in the request
         self._arena: Arena | None = None
-        self._own: bytearray | None = None
+        self._admission: Admission | None = None  # that has reserved the block
+        self._block: Array | None = None
+        self._grown: bytearray | None = None
+        self._to_grow = 0  # bytes
         self._missing: memoryview | None = None
         self._data = b""
 
     @abstractmethod
     def _begin(self, data: bytes) -> None:
-        """`data` begin with a head; nothing is under way."""
+        """Handle `data`, which begins with a head, while no request is in progress."""
 
     @abstractmethod
     def _complete(self) -> None:
-        """The observation is there."""
+        """The whole observation is there."""
 
     # what asyncio calls
 
@@ -60,56 +66,76 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     def resume_writing(self) -> None:
         self._inner.resume_writing()
 
-    # to its place
+    # a place for the observation
 
     def _seek(self, arena: Arena) -> None:
         """Receive into a row, at once or when one is free."""
         row = arena.acquire()
         if row is not None:
-            self._receive(arena, row)
+            self._receive_row(arena, row)
         else:
             self._arena = arena
             self.transport.pause_reading()
             arena.waiting.append(self)
 
     def seat(self, row: int) -> bool:
-        """What the arena calls: a row has become free."""
+        """Called by the arena when a row has become free; False if it is not needed any more."""
         if self.transport is None:
             self._leave()
             return False
         assert self._arena is not None
         self.transport.resume_reading()
-        self._receive(self._arena, row)
+        self._receive_row(self._arena, row)
         return True
 
-    def _receive(self, arena: Arena, row: int | None) -> None:
-        """Put what has come into its place, and the rest behind it as it comes."""
-        missing = self._place(arena, row)
+    def _receive_row(self, arena: Arena, row: int) -> None:
+        self._arena, self.row = arena, row
+        self._fill(arena.memory[row])
+        if self._missing is not None:
+            arena.coming[self] = perf_counter_ns()
+
+    def _receive_batch(self, arena: Arena, admission: Admission) -> None:
+        """Receive `self.size` observations."""
+        self._arena = arena
+        size_bytes = self.size * arena.item_bytes
+        if admission.reserve(size_bytes):
+            self._admission, self._block = admission, arena.lend(self.size)
+            self._fill(self._block.data)
+        else:
+            came, self._data = self._data[:size_bytes], self._data[size_bytes:]
+            self._grow(bytearray(came), size_bytes - len(came))
+
+    def _fill(self, place: memoryview) -> None:
+        """Put what has come into `place`, and have the rest received there."""
         if self._data:
-            came = self._data[: len(missing)]
+            came = self._data[: len(place)]
             self._data = self._data[len(came) :]
-            missing[: len(came)] = came
-            missing = missing[len(came) :]
-        if missing:
-            self._missing = missing
-            if row is not None:
-                arena.coming[self] = perf_counter_ns()
+            place[: len(came)] = came
+            place = place[len(came) :]
+        if place:
+            self._missing = place
         else:
             self._complete()
 
-    def _place(self, arena: Arena, row: int | None) -> memoryview:
-        """Where the observations belong: `row` or, if there is none, memory of their own."""
-        self._arena, self.row = arena, row
-        if row is not None:
-            return arena.memory[row]
-        self._own = arena.lend(self.size)
-        return memoryview(self._own)
+    def _grow(self, came: bytearray, to_come: int) -> None:
+        """Continue in memory that grows with what comes."""
+        self._grown, self._to_grow = came, to_come
+        if to_come:
+            self._missing = self._buffer[: min(to_come, BUFFER_BYTES)]
+        else:
+            self._complete()
 
     def _received(self, count: int) -> None:
-        """`count` bytes more are in their place."""
+        """`count` bytes more have come to `_missing`."""
         assert self._missing is not None
         assert self._arena is not None
-        if count < len(self._missing):
+        if self._grown is not None:
+            self._grown += self._buffer[:count]
+            self._to_grow -= count
+            if self._to_grow:
+                self._missing = self._buffer[: min(self._to_grow, BUFFER_BYTES)]
+                return
+        elif count < len(self._missing):
             self._missing = self._missing[count:]
             return
         self._missing = None
@@ -117,41 +143,42 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self._complete()
 
     def unseat(self) -> int:
-        """What the arena calls while the observation is coming: the row is needed."""
+        """Called by the arena while the observation is coming: give up the row, and continue elsewhere."""
         assert self._arena is not None
         assert self._missing is not None
         assert self.row is not None
         row, self.row = self.row, None
-        here = self._arena.memory[row]
-        self._own = self._arena.lend(1)
-        self._own[:] = here
-        self._missing = memoryview(self._own)[len(here) - len(self._missing) :]
+        memory = self._arena.memory[row]
+        to_come = len(self._missing)
+        self._grow(bytearray(memory[: len(memory) - to_come]), to_come)
         return row
 
     def _leave(self) -> None:
-        """The observation is done with, or will never be there: give its place back."""
-        arena, row, own = self._arena, self.row, self._own
-        self._arena = self.row = self._own = None
+        """The request is over, or the client has disconnected: give back its memory."""
+        arena, row, block = self._arena, self.row, self._block
+        self._arena = self.row = self._block = self._grown = None
         if arena is None:
             return
-        if own is not None:
-            arena.take_back(own)
+        if block is not None:
+            assert self._admission is not None
+            self._admission.release(block.nbytes)
+            arena.take_back(block)
         if self._missing is not None:
             self._missing = None
             arena.coming.pop(self, None)
         if row is not None:
             arena.release(row)
 
-    # what was sent ahead
+    # requests that were sent ahead
 
     def _keep(self, count: int) -> None:
-        """`count` bytes in the buffer are of the next request; too many wait in the socket."""
+        """Keep `count` bytes of the next request; a client that sends too much ahead waits."""
         self._data += self._buffer[:count]
         if len(self._data) >= BUFFER_BYTES:
             self.transport.pause_reading()
 
     def _answer_with(self, answer: bytes) -> None:
-        """One write; then what was sent ahead has its turn."""
+        """Write the answer, then handle what was sent ahead."""
         self.transport.write(answer)
         self._go_on_soon()
 
@@ -169,13 +196,15 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
 
     @property
     def observations(self) -> Array:
-        """Their bytes, (n,) uint8."""
+        """The bytes of all observations, (n,) uint8."""
         assert self._arena is not None
         if self.row is not None:
             row: Array = self._arena.bytes[self.row]
             return row
-        assert self._own is not None
-        return np.frombuffer(self._own, np.uint8)
+        if self._block is not None:
+            return self._block
+        assert self._grown is not None
+        return np.frombuffer(self._grown, np.uint8)
 
     # what the batcher calls
 

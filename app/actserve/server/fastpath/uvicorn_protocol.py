@@ -1,4 +1,4 @@
-"""uvicorn's protocol, as the lane holds it."""
+"""uvicorn's HTTP protocol, for requests that do not take the fast path."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from actserve.server.fastpath.websocket_protocol import FastPathStream
-from actserve.server.http.stream import LANE
+from actserve.server.http.stream import FAST_PATH
 from actserve.server.http.websocket import WebSocketProtocol
 
-MAX_BYTES = 1 << 16  # of a head, until it is whole, and of what comes with a body and is none
+MAX_BYTES = 1 << 16  # of a head, of trailers, and of chunk extensions
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class UvicornProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, whether its parser is between two messages, and a bound on what is no body: a head, trailers,
-    the extensions of chunks. Who has gone is told nothing more; uvicorn would try, fail, and log a traceback each time.
+    """Adds three things: whether the parser is between two messages, a bound on bytes that belong to no body, and
+    silence towards clients that have disconnected (uvicorn would log a traceback for each).
     """
 
     between = True
     closing = False  # after the next answer
     outer: Any  # the `LaneProtocol` that holds it
     _in_head = False
-    _beside = 0  # bytes that came and have come to nothing yet
+    _unparsed = 0  # bytes that belong to no body and have not completed a message
 
     def data_received(self, data: bytes) -> None:
-        self._beside += len(data)
+        self._unparsed += len(data)
         super().data_received(data)
         if self.between:
-            self._beside = 0
-        elif self._beside >= MAX_BYTES and not self.transport.is_closing():
+            self._unparsed = 0
+        elif self._unparsed >= MAX_BYTES and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.write(TOO_LARGE)
             self.transport.close()
@@ -40,27 +40,27 @@ class UvicornProtocol(HttpToolsProtocol):
         super().handle_websocket_upgrade()
         websocket = self.transport.get_protocol()
         if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated and not websocket.close_sent:
-            lane = FastPathStream(websocket, self.transport)
-            self.transport.set_protocol(lane)
+            stream = FastPathStream(websocket, self.transport)
+            self.transport.set_protocol(stream)
             extensions: Any = websocket.scope["extensions"]
-            extensions[LANE] = lane
+            extensions[FAST_PATH] = stream
 
     def on_message_begin(self) -> None:
         self.between, self._in_head = False, True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # trailers are nothing to us
+        if self._in_head:  # trailers are ignored
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._beside = False, 0
+        self._in_head, self._unparsed = False, 0
         super().on_headers_complete()
         if self.closing and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        self._beside = 0
+        self._unparsed = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -1,9 +1,9 @@
-"""The fast lane of a stream: whole binary messages of one observation, from the socket into a row of the arena.
+"""One WebSocket connection: binary messages of one observation are received into a row of the arena.
 
-It stands before the WebSocket's protocol as `LaneProtocol` stands before HTTP's. It follows the frames by their heads
-alone; what it does not take, control frames, text, messages in pieces, goes to that protocol byte for byte, and so to
-the route in `actserve.server.http.stream`. Whenever the route waits for a message and none is on its way, it offers its
-episode, and the lane may step it; a message that the route is to answer ends the offer.
+It stands in front of the WebSocket protocol as `FastPathProtocol` stands in front of HTTP's. It reads the headers of
+frames. Control frames, text and fragmented messages go unchanged to the WebSocket protocol, and so to the route in
+`actserve.server.http.stream`. While the route waits for a message, it offers its episode, and the fast path may step
+it. A message for the route ends the offer.
 """
 
 from __future__ import annotations
@@ -19,36 +19,40 @@ from actserve.core.errors import ActserveError
 from actserve.core.signature import Array
 from actserve.engine.arena import Arena
 from actserve.engine.batcher import Batcher, BatchResult
-from actserve.server.access.tokens import Token
+from actserve.server.admission import Admission, Ticket
 from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.receiver import Receiver
 from actserve.server.http.websocket import WebSocketProtocol
 
 
 class SteppableEpisode(Protocol):
-    """What the route offers."""
+    """An episode that the route offers."""
 
     batcher: Batcher
     arena: Arena
+    admission: Admission
     slot: int | None
     steps: int
-    token: Token | None
+    ticket: Ticket | None  # of a message that was charged and handed to the route
+
+    def new_ticket(self) -> Ticket:
+        """For the next message."""
 
     def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
-        """The step is done: the reply's payload."""
+        """The payload of the reply to a step that was taken."""
 
     def refusal(self, error: ActserveError) -> bytes:
-        """The step was not taken: the payload, text, that says why."""
+        """The payload, text, of the reply to a step that was refused."""
 
 
 class FastPathStream(Receiver):
-    """A connection is also the step that it has under way."""
+    """A connection is also its step in progress."""
 
     def __init__(self, inner: WebSocketProtocol, transport: Any) -> None:
         super().__init__(inner)
         self.transport = transport
         self._offered: SteppableEpisode | None = None
-        self._episode: SteppableEpisode | None = None  # whose step is received or run
+        self._episode: SteppableEpisode | None = None  # of the step in progress
         self._mask = b""
         self._passing = 0  # bytes of a frame that are still to go to the inner protocol
         self._idle = asyncio.Event()
@@ -61,7 +65,7 @@ class FastPathStream(Receiver):
             self._offered = episode
 
     async def withdraw(self) -> None:
-        """Returns when nothing is under way any more."""
+        """End the offer; returns when no step is in progress."""
         self._offered = None
         await self._idle.wait()
 
@@ -112,7 +116,7 @@ class FastPathStream(Receiver):
             data = data[end:]
 
     def _take(self, head: frames.FrameHeader, data: bytes) -> bool:
-        """Whether the lane steps this message, which `data` begin with; then it is being received."""
+        """Whether the message that `data` begins with takes the fast path; then it is being received."""
         episode = self._offered
         if (
             episode is None
@@ -122,11 +126,11 @@ class FastPathStream(Receiver):
             or not self._inner.writable.is_set()
         ):
             return False
+        ticket = episode.new_ticket()
         try:
-            episode.batcher.admit(1 + len(episode.arena.waiting))
-            if episode.token is not None:
-                episode.token.charge()
-        except ActserveError:  # for the route to say
+            episode.admission.admit(episode.batcher, 1, ticket)
+        except ActserveError:  # the route answers, and closes the stream if need be
+            episode.ticket = ticket
             return False
         self._episode, self._mask = episode, head.mask
         self.slot, self.begins = episode.slot, episode.steps == 0
@@ -141,8 +145,8 @@ class FastPathStream(Receiver):
         unmask(observation, self._mask)
         self.since_ns = perf_counter_ns()
         try:
-            self._episode.batcher.enter(self)
-        except ActserveError:  # for the route to say, and perhaps to close
+            self._episode.admission.enter(self._episode.batcher, self)
+        except ActserveError:  # the route answers, and closes the stream if need be
             self._offered = None
             self._inner.queue.put_nowait({"type": "websocket.receive", "bytes": observation.tobytes()})
             self._leave()
@@ -164,7 +168,6 @@ class FastPathStream(Receiver):
         self._answer_with(frames.write(first, payload))
 
     def _leave(self) -> None:
-        """The step is over."""
         self._episode = None
         self._idle.set()
         super()._leave()

@@ -13,7 +13,6 @@ from actserve import wire
 from actserve.core.errors import InvalidRequest
 from actserve.core.signature import Exploration, State
 from actserve.engine.policy import Acted, Policy
-from actserve.server.access import tokens as access
 from actserve.server.http import requests as common
 from actserve.server.http import sessions
 from actserve.wire.payload import Body
@@ -175,8 +174,8 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
         raise InvalidRequest(f"{sessions.STEP} numbers the steps of a session: expected {sessions.ID} too; got none")
     names = _wanted(request, policy, policy.signature.state)
     exploration, seed = _randomness(request, items)
-    access.owe(items.size - 1)
-    acted = await policy.act(items.tensors, items.size, exploration, seed, common.patience_ns(request))
+    admission, patience_ns = common.admission(request), common.patience_ns(request)
+    acted = await admission.act(policy, items.tensors, items.size, exploration, seed, patience_ns)
     if version is None:
         registry.mirror(policy, items.tensors, items.size, exploration, acted)
     return _answer(request, acted, names, items.batched)

@@ -27,7 +27,7 @@ _STARTS = {
 }
 
 
-class Observed:
+class ObservabilityMiddleware:
     """An ASGI application around the app's others. What it is to do is in `app.state`: `registry`, `traces` and
     `settings.access_log`."""
 

@@ -12,9 +12,15 @@ from actserve import wire
 from actserve.core.errors import BodyTooLarge, InvalidRequest
 from actserve.core.signature import Signature
 from actserve.engine.registry import Registry
+from actserve.server.admission import Admission
 from actserve.wire.payload import Body
 
 DEADLINE = "X-Deadline-Ms"
+
+
+def admission(request: HTTPConnection) -> Admission:
+    found: Admission = request.app.state.admission
+    return found
 
 
 def registry(request: HTTPConnection) -> Registry:
@@ -39,7 +45,7 @@ def patience_ns(request: Request) -> int:
 
 async def read_expanded(request: Request) -> Body:
     """The body as it was before it was compressed, bounded before and after: a kilobyte may expand to gigabytes."""
-    limit_bytes = request.app.state.settings.max_body_bytes
+    limit_bytes = admission(request).max_body_bytes
     body = await read(request, limit_bytes)
     encoding = ", ".join(request.headers.getlist("content-encoding"))
     if not encoding:

@@ -15,7 +15,7 @@ from actserve.core.completion import choose_exploration
 from actserve.core.errors import InvalidRequest, MalformedBody
 from actserve.core.signature import Exploration
 from actserve.engine.policy import Policy
-from actserve.server.access import tokens as access
+from actserve.server.admission import holder
 from actserve.server.http import requests as common
 from actserve.server.sessions import Session, Sessions, Stepped, policy_of
 
@@ -59,24 +59,24 @@ async def begin_on_version(request: Request, name: str, version: str) -> dict[st
 @router.get("/policies/{name}/sessions")
 async def list_sessions(request: Request, name: str) -> dict[str, Any]:
     """The sessions that were begun with this token; where none is needed, with this `X-Owner`."""
-    owner, holder = request.headers.get(OWNER), access.current.get()
-    if holder is None and not owner:
+    owner, token = request.headers.get(OWNER), holder()
+    if token is None and not owner:
         raise InvalidRequest(f"expected {OWNER}, the secret that the sessions were begun with; got none")
     await common.registry(request).get(name)
-    return {"sessions": [_describe(request, session) for session in _sessions(request).owned(name, owner, holder)]}
+    return {"sessions": [_describe(request, session) for session in _sessions(request).owned(name, owner, token)]}
 
 
 @router.get("/policies/{name}/sessions/{id_}")
 async def get_session(request: Request, name: str, id_: str) -> dict[str, Any]:
     """One session as it stands: `step` is the last step done."""
-    return _describe(request, _sessions(request).get(name, id_, access.current.get()))
+    return _describe(request, _sessions(request).get(name, id_, holder()))
 
 
 @router.delete("/policies/{name}/sessions/{id_}", status_code=204)
 async def end(request: Request, name: str, id_: str) -> Response:
     """End a session. Its id is answered with 410 from now on."""
     sessions = _sessions(request)
-    sessions.end(sessions.get(name, id_, access.current.get()))
+    sessions.end(sessions.get(name, id_, holder()))
     return Response(status_code=204)
 
 
@@ -91,7 +91,7 @@ class Stepping:
 
 async def stepping(request: Request, policy: Policy, version: int | None, id_: str) -> Stepping:
     """What to step, of `policy`. `version` is the one that the URL asks for, if it does."""
-    session = _sessions(request).get(policy.name, id_, access.current.get())
+    session = _sessions(request).get(policy.name, id_, holder())
     if version is not None and session.version != version:
         raise InvalidRequest(
             f"a session stays on its version: expected {session.version}; got {version}",
@@ -134,7 +134,7 @@ async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
         owner=request.headers.get(OWNER) or None,
         seed=seed,
         exploration=exploration,
-        holder=access.current.get(),
+        holder=holder(),
     )
     return _describe(request, session)
 

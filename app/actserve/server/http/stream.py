@@ -21,7 +21,7 @@ log = logging.getLogger("actserve")
 
 router = APIRouter(tags=["stream"])
 
-LANE = "actserve.lane"  # ASGI extension: the `fastpath.websocket_protocol` that may step an episode
+FAST_PATH = "actserve.fast_path"  # ASGI extension: the `FastPathStream` that may step an episode
 _REASON_BYTES = 123  # what a close frame has room for
 _IDLE, _UNUSABLE, _REFUSED, _INTERNAL, _TRY_AGAIN = 1001, 1003, 1008, 1011, 1013
 _ENDING: dict[type[ActserveError], int] = {  # errors that last
@@ -85,7 +85,8 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
     try:
         policy = await found
         tally = counts.tally(policy.name, "websocket", STREAM)
-        episode = StreamEpisode(policy, websocket.query_params, settings, tally)
+        admission = common.admission(websocket)
+        episode = StreamEpisode(policy, websocket.query_params, settings, admission, tally)
     except ActserveError as error:
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
             raise  # to be answered like any other request
@@ -93,25 +94,25 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
         await _close(websocket, _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED, error.message)
         return
     extensions = websocket.scope["extensions"]
-    lane = extensions.get(LANE) if episode.arena is not None else None
+    fast_path = extensions.get(FAST_PATH) if episode.arena is not None else None
     counts.streams += 1
     try:
         await websocket.accept()
         if LIMIT in extensions:
             extensions[LIMIT]["bound"](episode.hello.max_message_bytes)
         await websocket.send_text(episode.hello.to_json())
-        code, reason = await _converse(websocket, episode, lane)
+        code, reason = await _converse(websocket, episode, fast_path)
         await _close(websocket, code, reason)
     except (WebSocketDisconnect, OSError):
         pass  # nobody is there any more
     finally:
         counts.streams -= 1
-        if lane is not None:
-            await lane.withdraw()
+        if fast_path is not None:
+            await fast_path.withdraw()
         episode.close()
 
 
-async def _converse(websocket: WebSocket, episode: StreamEpisode, lane: Any) -> tuple[int, str]:
+async def _converse(websocket: WebSocket, episode: StreamEpisode, fast_path: Any) -> tuple[int, str]:
     """Answer message after message; the code and the reason to close with. Raises `WebSocketDisconnect`.
 
     While one is being answered nothing more is read, so that what a client sends ahead waits in the sockets' buffers.
@@ -119,17 +120,17 @@ async def _converse(websocket: WebSocket, episode: StreamEpisode, lane: Any) -> 
     idle_s = episode.hello.idle_s
     while True:
         steps = episode.steps
-        if lane is not None:
-            lane.offer(episode)
+        if fast_path is not None:
+            fast_path.offer(episode)
         try:
             async with asyncio.timeout(idle_s):
                 message = await websocket.receive()
         except TimeoutError:
-            if episode.steps > steps:  # the lane took them
+            if episode.steps > steps:  # the fast path took them
                 continue
             return _IDLE, f"idle for {idle_s:g} s"
-        if lane is not None:
-            await lane.withdraw()
+        if fast_path is not None:
+            await fast_path.withdraw()
         if message["type"] == "websocket.disconnect":
             if message["code"] == RESTART:
                 return RESTART, "service restart"

@@ -14,7 +14,7 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
 from actserve.engine.batcher import BatchResult
 from actserve.engine.policy import Policy
-from actserve.server.access.tokens import current
+from actserve.server.admission import Admission, Ticket, holder
 from actserve.server.http import requests as common
 from actserve.server.http.error_responses import document, report, status_of
 from actserve.telemetry.counts import Tally
@@ -29,7 +29,9 @@ _BYTES_BESIDE = 64 << 10  # names, and the head of a safetensors message or a PN
 class StreamEpisode:
     """Begun by what the query asks for; raises `InvalidRequest`, or `UnsupportedContentType` for its `binary`."""
 
-    def __init__(self, policy: Policy, query: QueryParams, settings: Settings, tally: Tally) -> None:
+    def __init__(
+        self, policy: Policy, query: QueryParams, settings: Settings, admission: Admission, tally: Tally
+    ) -> None:
         signature = policy.signature
         self.tally = tally
         asked = common.outputs(query, signature)
@@ -44,7 +46,9 @@ class StreamEpisode:
         self._policy = policy
         self._state: Arrays = {}  # each (1, *shape); none before the first step, or where the arena has it
         self.steps = 0
-        self.token = current.get()
+        self.admission = admission
+        self.ticket: Ticket | None = None  # of a message that the fast path has charged and handed over
+        self._token = holder()
         self.hello = Hello(
             policy=policy.name,
             version=policy.version,
@@ -55,7 +59,7 @@ class StreamEpisode:
             exploration=exploration,
             seed=seed,
             window=WINDOW,
-            max_message_bytes=min(settings.max_body_bytes, self._max_message_bytes()),
+            max_message_bytes=min(admission.max_body_bytes, self._max_message_bytes()),
             idle_s=settings.session_idle_s,
         )
         self.batcher = policy.batcher
@@ -64,6 +68,10 @@ class StreamEpisode:
         self.arena = policy.batcher.arena if by_default and self._binary == wire.RAW else None
         self.slot = self.arena.keep() if self.arena is not None else None
 
+    def new_ticket(self) -> Ticket:
+        """For one message; charged when the message is admitted."""
+        return Ticket(self._token)
+
     def close(self) -> None:
         """Forget the state."""
         if self.arena is not None:
@@ -71,8 +79,8 @@ class StreamEpisode:
 
     async def step(self, message: Any) -> dict[str, Any]:
         """One ASGI message -> the one that answers it. Whatever this raises, the episode has not moved."""
-        if self.token is not None:
-            self.token.charge()
+        ticket, self.ticket = self.ticket or self.new_ticket(), None
+        self.admission.open_message(ticket)
         text = message.get("text")
         if text is None:
             items = wire.decode(self._binary, bytearray(message["bytes"]), self._signature)  # a copy: it is writable
@@ -86,7 +94,7 @@ class StreamEpisode:
         state = self._state
         if self.arena is not None and self.slot is not None and self.steps:
             state = self.arena.state(self.slot)
-        acted = await self._policy.act(items.tensors | state, 1, self.hello.exploration, seed)
+        acted = await self.admission.act(self._policy, items.tensors | state, 1, self.hello.exploration, seed)
         # Copies: what came is a part of the whole batch's array, which it would keep.
         state = self._policy.state_after(acted)
         if self.arena is not None and self.slot is not None:
@@ -123,5 +131,5 @@ class StreamEpisode:
 
     def _max_message_bytes(self) -> int:
         """Enough for one item in any encoding."""
-        elements = sum(spec.item_bytes // spec.numpy_dtype.itemsize for spec in self._signature.asked)
+        elements = sum(spec.item_bytes // spec.numpy_dtype.itemsize for spec in self._signature.request_inputs)
         return _BYTES_BESIDE + _BYTES_PER_ELEMENT * elements

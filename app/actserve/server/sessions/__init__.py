@@ -32,6 +32,7 @@ from actserve.core.signature import Arrays, Exploration, Signature
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
+from actserve.server.admission import Admission
 from actserve.server.sessions.file import SessionFile
 from actserve.server.sessions.names import Names, first_number
 from actserve.server.sessions.record import Record
@@ -96,9 +97,15 @@ class Sessions:
     is, where several have files of their own."""
 
     def __init__(
-        self, path: Path, limits: Limits, clock: Callable[[], float] = time.monotonic, home: int | None = None
+        self,
+        path: Path,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        home: int | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.limits = limits
+        self._admission = admission or Admission()
         self._file = SessionFile(path, first_number(home or 0))
         self._home = home
         self._clock = clock  # seconds: all processes of a host have the same, and nobody can set it
@@ -205,7 +212,8 @@ class Sessions:
                 raise StepConflict(number, step)
             _check(policy.signature, tensors)
             inputs = tensors | last.carried(policy.signature)
-            acted = await policy.act(inputs, 1, session.exploration, step_seed(seed, number), patience_ns)
+            noise_seed = step_seed(seed, number)
+            acted = await self._admission.act(policy, inputs, 1, session.exploration, noise_seed, patience_ns)
             if self._move(session, last, Record.of(number, acted, policy.signature)):
                 outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
                 return Stepped(replace(acted, outputs=outputs), number, replayed=False)

@@ -14,21 +14,21 @@ from actserve.core.errors import UsageError
 from actserve.core.imports import import_extra
 from actserve.core.settings import Settings
 from actserve.engine.registry import Registry
-from actserve.server.access.tokens import Access
+from actserve.server.admission import Admission
 from actserve.server.sessions import Sessions
 
 SERVING = "actserve.server.protocols.grpc.server:serving"
-Serving = Callable[[Registry, Sessions, Settings, Access | None], AbstractAsyncContextManager[None]]
+Serving = Callable[[Registry, Sessions, Settings, Admission], AbstractAsyncContextManager[None]]
 
 
 def serving(
-    registry: Registry, sessions: Sessions, settings: Settings, access: Access | None = None
+    registry: Registry, sessions: Sessions, settings: Settings, admission: Admission
 ) -> AbstractAsyncContextManager[None]:
     """The server, for as long as the app runs; nothing where no port is set. Raises `UsageError`."""
     if settings.grpc_port is None:
         return nullcontext()
     serve: Serving = import_extra("grpc", SERVING)
-    return serve(registry, sessions, settings, access)
+    return serve(registry, sessions, settings, admission)
 
 
 def check(settings: Settings) -> None:

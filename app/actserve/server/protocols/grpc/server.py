@@ -11,7 +11,7 @@ import grpc.aio
 from actserve.core.errors import UsageError
 from actserve.core.settings import Settings
 from actserve.engine.registry import Registry
-from actserve.server.access.tokens import Access
+from actserve.server.admission import Admission
 from actserve.server.protocols.grpc.service import InferenceService, handlers
 from actserve.server.sessions import Sessions
 
@@ -23,11 +23,11 @@ ROOM_BYTES = 64 << 10  # for what a message has beside its tensors
 
 @asynccontextmanager
 async def serving(
-    registry: Registry, sessions: Sessions, settings: Settings, access: Access | None = None
+    registry: Registry, sessions: Sessions, settings: Settings, admission: Admission
 ) -> AsyncIterator[None]:
     """The service on `grpc_host` and `grpc_port`, a port that other processes may share. At the end what was accepted
     is answered. Raises `UsageError` when it cannot listen there."""
-    limit_bytes = settings.max_body_bytes + ROOM_BYTES
+    limit_bytes = admission.max_body_bytes + ROOM_BYTES
     server = grpc.aio.server(
         options=[
             # Before and after a message is decompressed.
@@ -37,7 +37,7 @@ async def serving(
         ],
         maximum_concurrent_rpcs=settings.max_connections,
     )
-    service = InferenceService(registry, sessions, access)
+    service = InferenceService(registry, sessions, admission)
     server.add_generic_rpc_handlers([handlers(service)])
     host = f"[{settings.grpc_host}]" if ":" in settings.grpc_host else settings.grpc_host
     address = f"{host}:{settings.grpc_port}"

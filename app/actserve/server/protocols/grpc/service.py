@@ -16,8 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 from actserve.core.errors import ActserveError, MalformedBody
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
-from actserve.server.access import tokens as access
-from actserve.server.access.tokens import Access
+from actserve.server.admission import Admission, current
 from actserve.server.protocols.grpc import messages
 from actserve.server.protocols.grpc import status as errors
 from actserve.server.protocols.grpc.infer_stream import Conversation
@@ -53,10 +52,10 @@ def _answering(
 class InferenceService:
     """What each method answers is what its route of `/v2` answers. `close` ends the streams."""
 
-    def __init__(self, registry: Registry, sessions: Sessions, access: Access | None = None) -> None:
+    def __init__(self, registry: Registry, sessions: Sessions, admission: Admission) -> None:
         self._registry = registry
         self._sessions = sessions
-        self._access = access
+        self._admission = admission
         self._closing = asyncio.Event()
 
     def close(self) -> None:
@@ -65,9 +64,8 @@ class InferenceService:
 
     def admit(self, context: ServicerContext) -> None:
         """Let the call in by its token, in the metadata as `authorization`. Raises `Unauthorized`, `RateLimited`."""
-        if self._access is not None:
-            given = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
-            access.current.set(self._access.admit(given[0].encode() if len(given) == 1 else None))
+        given = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+        current.set(self._admission.open(given[0].encode() if len(given) == 1 else None))
 
     @_answering
     async def ServerLive(self, _request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
@@ -140,6 +138,7 @@ class InferenceService:
         tally = self._registry.counts.tally(name, "grpc", "ModelInfer")
         try:
             response = await infer.answer(
+                self._admission,
                 self._sessions,
                 self._registry,
                 await self._find(request.model_name, request.model_version),
@@ -155,8 +154,7 @@ class InferenceService:
 
     async def _respond(self, request: pb.ModelInferRequest | MalformedBody) -> pb.ModelStreamInferResponse:
         try:
-            if (token := access.current.get()) is not None:
-                token.charge()
+            self._admission.open_message()
             return pb.ModelStreamInferResponse(infer_response=await self._infer(_sound(request)))
         except Exception as error:
             _, message = errors.status(error)

@@ -9,9 +9,9 @@ from typing import Any
 from actserve.core.errors import InvalidRequest, InvalidTensor, UnknownOutput
 from actserve.core.signature import Array, Signature, TensorSpec
 from actserve.server.protocols.oip import schema
-from actserve.wire.payload import Body, array_from_bytes, find_spec
 from actserve.wire.as_json import array_from_lists
 from actserve.wire.oip import DATATYPES
+from actserve.wire.payload import Body, array_from_bytes, find_spec
 
 
 def matched(inputs: Iterable[schema.Input], signature: Signature) -> Iterator[tuple[schema.Input, TensorSpec]]:

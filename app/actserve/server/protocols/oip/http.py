@@ -40,6 +40,7 @@ async def infer(request: Request, policy: Policy, pinned: bool) -> Response:
     """`pinned`: the version of `policy` was asked for, and no other. Raises an `ActserveError`."""
     content = await common.read_expanded(request)
     return await answer(
+        common.admission(request),
         request.app.state.sessions,
         common.registry(request),
         policy,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from actserve import wire
-from actserve.core.errors import TooLate
 from actserve.core.signature import Arrays
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
-from actserve.server.access import tokens as access
+from actserve.server.admission import Admission
 from actserve.server.protocols.oip import codec, metadata, sequences, statistics
 from actserve.server.protocols.oip.schema import Asked
 from actserve.server.sessions import Sessions
@@ -35,6 +32,7 @@ class InferResponse:
 
 
 async def answer(
+    admission: Admission,
     sessions: Sessions,
     registry: Registry,
     policy: Policy,
@@ -47,8 +45,8 @@ async def answer(
     begun_ns = time.perf_counter_ns()
     try:
         asked = read()
-        async with _within(asked.request.parameters.timeout):
-            acting, acted, selected = await _act(sessions, registry, policy, pinned, asked)
+        async with Admission.deadline(asked.request.parameters.timeout):
+            acting, acted, selected = await _act(admission, sessions, registry, policy, pinned, asked)
         acted_ns = time.perf_counter_ns()
         written = write(_answer(asked, acting, acted, selected))
     except BaseException:
@@ -60,7 +58,7 @@ async def answer(
 
 
 async def _act(
-    sessions: Sessions, registry: Registry, policy: Policy, pinned: bool, asked: Asked
+    admission: Admission, sessions: Sessions, registry: Registry, policy: Policy, pinned: bool, asked: Asked
 ) -> tuple[Policy, Acted, dict[str, bool]]:
     """Which policy acted, how, and which of its outputs to answer."""
     parameters = asked.request.parameters
@@ -73,9 +71,8 @@ async def _act(
     selected = codec.select(asked.request, metadata.outputs(policy.signature))
     tensors = asked.tensors(policy.signature)
     size = len(next(iter(tensors.values())))
-    access.owe(size - 1)
     exploration, seed = wire.read_randomness(vars(parameters))
-    acted = await policy.act(tensors, size, exploration, seed)
+    acted = await admission.act(policy, tensors, size, exploration, seed)
     if not pinned:
         registry.mirror(policy, tensors, size, exploration, acted)
     return policy, acted, selected
@@ -84,13 +81,3 @@ async def _act(
 def _answer(asked: Asked, policy: Policy, acted: Acted, selected: dict[str, bool]) -> InferResponse:
     outputs = {name: acted.outputs[name] for name in selected}
     return InferResponse(policy.name, str(policy.version), asked.request.id, acted.seed, outputs, selected)
-
-
-@asynccontextmanager
-async def _within(timeout_us: int) -> AsyncIterator[None]:
-    """Raises `TooLate` when the block takes longer; 0 is for ever."""
-    try:
-        async with asyncio.timeout(timeout_us / 1e6 if timeout_us else None):
-            yield
-    except TimeoutError:
-        raise TooLate(timeout_us) from None

@@ -1,4 +1,4 @@
-"""The gate before the routes: tokens, where a WebSocket comes from, other sites' pages, and the headers of our own."""
+"""Security middleware of the routes: tokens, the origin of WebSockets, CORS, and the headers of our own pages."""
 
 from __future__ import annotations
 
@@ -12,49 +12,51 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actserve.core.errors import ActserveError, ForbiddenOrigin
 from actserve.core.settings import Settings
-from actserve.server.access.tokens import Access, current
+from actserve.server.admission import Admission, Ticket, current
 from actserve.server.http import error_responses as errors
 from actserve.server.protocols.oip.error_responses import response as oip_response
 
 PUBLIC = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/"})  # need no token
-PAGE = "/page/"  # nor do its files
+PAGE = "/page/"  # the page's files need none either
 METRICS = "/metrics"
 SUBPROTOCOL, TOKEN = "actserve", "bearer."
 
 OWN = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-_DOCS = (  # FastAPI's pages, which come from elsewhere
+_DOCS = (  # FastAPI's pages load scripts from a CDN
     "default-src 'self'; script-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; "
     "style-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; img-src 'self' data: https://fastapi.tiangolo.com; "
     "worker-src blob:; frame-ancestors 'none'"
 )
 
 
-def install(app: FastAPI, access: Access | None, settings: Settings) -> None:
-    """Without `access` everybody may come."""
+def install(app: FastAPI, admission: Admission, settings: Settings) -> None:
+    """Add the middleware, and CORS if the settings name origins."""
     origins = settings.origins
     public = PUBLIC | {METRICS} if settings.public_metrics else PUBLIC
-    app.add_middleware(Gate, access=access, public=public, origins=origins)
-    if origins:  # outermost: a preflight has no token, and a refusal is to be readable, too
+    app.add_middleware(SecurityMiddleware, admission=admission, public=public, origins=origins)
+    if origins:  # outermost: a preflight carries no token, and the browser must be able to read a refusal
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
 
 
-class Gate:
-    def __init__(self, app: ASGIApp, access: Access | None, public: frozenset[str], origins: list[str]) -> None:
-        self._app, self._access, self._public, self._origins = app, access, public, origins
+class SecurityMiddleware:
+    """Opens a ticket for each request, refuses WebSockets of other sites' pages, and adds our security headers."""
+
+    def __init__(self, app: ASGIApp, admission: Admission, public: frozenset[str], origins: list[str]) -> None:
+        self._app, self._admission, self._public, self._origins = app, admission, public, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        token = None
+        ticket = Ticket()
         try:
             if scope["type"] == "websocket":
                 self._check_origin(headers)
-            if self._access is not None and scope["path"] not in self._public and not scope["path"].startswith(PAGE):
-                token = self._access.admit(_authorization(scope, headers))
+            if scope["path"] not in self._public and not scope["path"].startswith(PAGE):
+                ticket = self._admission.open(_authorization(scope, headers))
         except ActserveError as error:
             await _refusal(scope["path"], error)(scope, receive, send)
             return
@@ -66,15 +68,14 @@ class Gate:
                 message["subprotocol"] = SUBPROTOCOL
             await send(message)
 
-        before = current.set(token)
+        before = current.set(ticket)
         try:
             await self._app(scope, receive, send_safely)
         finally:
             current.reset(before)
 
     def _check_origin(self, headers: Headers) -> None:
-        """A browser lets every page open a WebSocket to everywhere, and says whose page it is. Raises
-        `ForbiddenOrigin`."""
+        """Raise `ForbiddenOrigin` for a WebSocket that a page of another site opens: browsers do not prevent it."""
         origin = headers.get("origin")
         if origin is None or "*" in self._origins or origin in self._origins:
             return
@@ -83,8 +84,10 @@ class Gate:
 
 
 def _authorization(scope: Scope, headers: Headers) -> bytes | None:
-    """What one header says. A browser's WebSocket can have none: its page offers the subprotocols `actserve` and
-    `bearer.TOKEN`."""
+    """The Authorization header, if there is exactly one.
+
+    A browser's WebSocket cannot send one: our page offers the subprotocols `actserve` and `bearer.TOKEN` instead.
+    """
     given = headers.getlist("authorization")
     if scope["type"] == "websocket" and not given:
         given = [
@@ -98,7 +101,7 @@ def _refusal(path: str, error: ActserveError) -> Response:
 
 
 def _protect(path: str, headers: MutableHeaders) -> None:
-    """What a browser is to keep to when it shows one of our pages."""
+    """Add the security headers of an HTML page."""
     if headers.get("content-type", "").startswith("text/html"):
         headers.setdefault("Content-Security-Policy", _DOCS if path.startswith(("/docs", "/redoc")) else OWN)
         headers.setdefault("Referrer-Policy", "no-referrer")

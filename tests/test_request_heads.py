@@ -1,16 +1,33 @@
-"""The lane's reader of heads takes only what it and uvicorn's parser read alike."""
+"""A head takes the fast path only if our parser and uvicorn's read it alike."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import httptools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actserve.server.fastpath.heads import MAX_BYTES, REMEMBERED, BodySize, HeadParser, RequestHead, may_become_a_head
-from tests.lane_service import ITEM_BYTES, request
+from actserve.server.fastpath.request_heads import (
+    CACHED,
+    MAX_BYTES,
+    HeadParser,
+    Observed,
+    RequestHead,
+    may_become_a_head,
+)
+from tests.fastpath_service import ITEM_BYTES, request
 
-DOORS = {b"/act": "default", b"/policies/tiny/act": "tiny"}
+
+@dataclass(frozen=True)
+class Endpoint:
+    name: str
+    item_bytes: int = ITEM_BYTES
+    max_items: int = 2
+
+
+ENDPOINTS = {b"/act": Endpoint("default"), b"/policies/tiny/act": Endpoint("tiny")}
 HEAD = request(b"", length=str(ITEM_BYTES))
 TOKENS = (
     b"Content-Length: 12", b"Content-Length", b"Content-Type: application/octet-stream", b"Transfer-Encoding: chunked",
@@ -21,8 +38,8 @@ TOKENS = (
 )  # fmt: skip
 
 
-def heads() -> HeadParser[str]:
-    return HeadParser(DOORS, dict.fromkeys(DOORS, BodySize(ITEM_BYTES, 2)))
+def heads() -> HeadParser[Endpoint]:
+    return HeadParser(ENDPOINTS)
 
 
 class Parsed:
@@ -70,8 +87,8 @@ def test_what_is_taken_means_the_same_to_both(head: bytes) -> None:
     assert parsed.parser.get_http_version() == "1.1"
     assert parsed.parser.should_keep_alive()
     assert not parsed.parser.should_upgrade()
-    assert DOORS[parsed.url] == taken.door
-    names = [name for name, _ in parsed.headers]
+    assert ENDPOINTS[parsed.url] == taken.endpoint
+    names = [name for name, _ in parsed.headers if name != b"user-agent"]
     assert len(set(names)) == len(names)
     found = dict(parsed.headers)
     assert int(found[b"content-length"]) == taken.body_bytes
@@ -93,11 +110,11 @@ def test_the_beginning_of_what_is_taken_may_become_it(head: bytes, length: int) 
 
 def test_a_head_is_read_once_and_not_too_many_are_remembered() -> None:
     known = heads()
-    for index in range(3 * REMEMBERED):
+    for index in range(3 * CACHED):
         assert known.find(request(b"", length="12", headers=[f"User-Agent: {index}"])) == RequestHead(
-            "default", 0, ITEM_BYTES, 1
+            ENDPOINTS[b"/act"], 0, ITEM_BYTES, 1
         )
-        assert len(known._known) <= REMEMBERED
+        assert len(known._cache) <= CACHED
 
 
 @pytest.mark.parametrize(
@@ -110,3 +127,47 @@ def test_a_head_is_read_once_and_not_too_many_are_remembered() -> None:
 )  # fmt: skip
 def test_beginnings(beginning: bytes, may: bool) -> None:
     assert may_become_a_head(beginning) == may
+
+
+HARMLESS = [
+    "X-Forwarded-For: 10.0.0.1, 10.0.0.2", "X-Real-IP: 10.0.0.1", "Forwarded: for=10.0.0.1;proto=https",
+    "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "tracestate: a=1", "baggage: user=1",
+    "X-Request-Id: abc-1", "User-Agent: x", "Accept-Encoding: gzip, br", "Cookie: a=1; b=2", "Via: 1.1 proxy",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HARMLESS)
+def test_headers_that_proxies_add_keep_a_request_on_the_fast_path(header: str) -> None:
+    found = heads().find(request(b"", length=str(ITEM_BYTES), headers=[header]))
+    assert found is not None
+    assert (found.items, found.request_id) == (1, b"abc-1" if "Request-Id" in header else None)
+
+
+def test_all_of_them_together_do_too() -> None:
+    assert heads().find(request(b"", length=str(ITEM_BYTES), headers=HARMLESS * 2)) is None, "X-Request-Id twice"
+    together = [*HARMLESS, *(header for header in HARMLESS if "Request-Id" not in header)]
+    assert heads().find(request(b"", length=str(ITEM_BYTES), headers=together)) is not None
+
+
+@pytest.mark.parametrize(
+    ("observed", "header", "fast"),
+    [
+        (Observed(requests=True), "X-Request-Id: a", False),
+        (Observed(traces=True), "X-Request-Id: a", False),
+        (Observed(traces=True), "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", False),
+        (Observed(requests=True), "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", True),
+        (Observed(), "X-Request-Id: not an id", False),
+    ],
+)
+def test_what_is_recorded_goes_to_the_routes(observed: Observed, header: str, fast: bool) -> None:
+    parser = HeadParser(ENDPOINTS, observed=observed)
+    head = request(b"", length=str(ITEM_BYTES), headers=[header])
+    assert (parser.find(head) is not None) is fast
+    assert not parser._cache, "each request has another id"
+
+
+def test_bodies_beyond_the_limits_go_to_the_routes() -> None:
+    two = request(b"", length=str(2 * ITEM_BYTES))
+    assert HeadParser(ENDPOINTS).find(two) is not None
+    assert HeadParser(ENDPOINTS, lambda body_bytes, _items: body_bytes < 2 * ITEM_BYTES).find(two) is None
+    assert HeadParser(ENDPOINTS, lambda _body_bytes, items: items < 2).find(two) is None

@@ -15,7 +15,18 @@ from backports import zstd
 
 from actserve.core.settings import Settings
 from actserve.telemetry.counts import ACT
-from tests.lane_service import ITEM_BYTES, LANE, NAME, PLAIN, Service, exchange, overloaded, request, running, take_rows
+from tests.fastpath_service import (
+    FAST,
+    ITEM_BYTES,
+    NAME,
+    PLAIN,
+    Service,
+    exchange,
+    overloaded,
+    request,
+    running,
+    take_rows,
+)
 from tests.waiting import until
 
 BODY = bytes(range(ITEM_BYTES))
@@ -30,7 +41,7 @@ CHUNKED = (
 
 @pytest.fixture(scope="module")
 def lane() -> Iterator[Service]:
-    with running(LANE) as up:
+    with running(FAST) as up:
         yield up
 
 
@@ -265,7 +276,7 @@ STOPS = {
 
 
 def test_who_sends_no_more_is_let_go() -> None:
-    with running(LANE, Settings(request_timeout_s=1), timeout_keep_alive=1) as impatient:
+    with running(FAST, Settings(request_timeout_s=1), timeout_keep_alive=1) as impatient:
 
         def heard(sent: bytes) -> tuple[bytes, float]:
             """What is answered until the service closes, and the seconds until then."""
@@ -284,7 +295,7 @@ def test_who_sends_no_more_is_let_go() -> None:
         assert 0.9 < waited_s < 20, sent
 
 
-@pytest.mark.parametrize("http", [LANE, PLAIN])
+@pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_a_deadline_is_kept_before_anything_runs(http: str) -> None:
     with running(http, slow=True) as service:
         runtime = service.registry.runtime
@@ -307,7 +318,7 @@ def test_a_deadline_is_kept_before_anything_runs(http: str) -> None:
 
 
 def test_a_refused_body_is_forgotten_and_the_connection_goes_on() -> None:
-    with running(LANE, Settings(max_waiting=1)) as service, service.connect() as refused:
+    with running(FAST, Settings(max_waiting=1)) as service, service.connect() as refused:
         with overloaded(service):
             refused.sendall(request(BODY)[:-3])
             assert refused.recv(1000).startswith(b"HTTP/1.1 503 ")
@@ -321,7 +332,7 @@ def test_a_refused_body_is_forgotten_and_the_connection_goes_on() -> None:
 
 def test_a_full_queue_is_refused_alike() -> None:
     answers = []
-    for http in (LANE, PLAIN):
+    for http in (FAST, PLAIN):
         with running(http, Settings(max_waiting=2), slow=True) as service:
             service.registry.runtime.gate.clear()
             first, second, third = (service.connect() for _ in range(3))
@@ -340,7 +351,7 @@ def test_a_full_queue_is_refused_alike() -> None:
 
 
 def test_a_connection_that_the_lane_takes_nothing_from_stays_as_long_as_it_is_used() -> None:
-    with running(LANE, timeout_keep_alive=1) as service, service.connect() as connection:
+    with running(FAST, timeout_keep_alive=1) as service, service.connect() as connection:
         for _ in range(8):
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n")
             answer = b""
@@ -350,7 +361,7 @@ def test_a_connection_that_the_lane_takes_nothing_from_stays_as_long_as_it_is_us
             time.sleep(0.4)
 
 
-@pytest.mark.parametrize("http", [LANE, PLAIN])
+@pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_what_was_taken_in_is_answered_before_the_service_goes(http: str) -> None:
     with running(http, slow=True) as service:
         service.registry.runtime.gate.clear()
@@ -371,7 +382,7 @@ def test_what_was_taken_in_is_answered_before_the_service_goes(http: str) -> Non
 
 
 def test_the_lane_counts_what_it_answers_and_what_it_refuses() -> None:
-    with running(LANE, Settings(max_waiting=1, request_timeout_s=1)) as service:
+    with running(FAST, Settings(max_waiting=1, request_timeout_s=1)) as service:
         assert exchange(service, [request(BODY) * 3 + request(BODY, f"/policies/{NAME}/act")]).count(b"200 OK") == 4
         exchange(service, [request(b"\xff" * ITEM_BYTES)])
         with overloaded(service):
@@ -380,18 +391,18 @@ def test_the_lane_counts_what_it_answers_and_what_it_refuses() -> None:
             slow.sendall(request(BODY)[:-1])
             assert b" 408 " in slow.recv(1000)
         counts = service.registry.counts
-        tally = counts.tally(NAME, "lane", ACT)
+        tally = counts.tally(NAME, "fastpath", ACT)
         assert tally.answered == 5
         assert tally.codes == {"500": 1, "503": 1}
         assert tally.reasons == {"runtime_failure": 1, "overloaded": 1}
-        assert counts.tally("", "lane", "").reasons == {"too_slow": 1}
+        assert counts.tally("", "fastpath", "").reasons == {"too_slow": 1}
         meters = counts.meters(service.policy.program)
         assert meters.sizes.total == sum(meters.queue_ns.counts) == 5
         assert sum(meters.run_ns.counts) == sum(meters.sizes.counts) <= 5
 
 
 def test_a_slow_upload_is_no_time_in_the_queue() -> None:
-    with running(LANE) as service:
+    with running(FAST) as service:
         sent = request(BODY)
         assert b"200 OK" in exchange(service, [sent[:-4], sent[-4:]], 0.3)
         meters = service.registry.counts.meters(service.policy.program)

@@ -1,4 +1,7 @@
-"""A stateless policy of a few lines of numpy behind a real uvicorn, with the fast lane or without."""
+"""A stateless policy of a few lines of numpy behind a real uvicorn, with the fast path or without.
+
+Its items are tiny, so that a request can be cut at every byte, or as large as a policy's of the Atari games.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from actserve.core.settings import Settings
-from actserve.core.signature import Array, Signature, TensorSpec
+from actserve.core.signature import Array, Noise, Parameter, Signature, TensorSpec
 from actserve.engine.arena import Arena
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.preflight import Choice
 from actserve.server.access.tokens import Access
+from actserve.server.admission import Admission
 from actserve.server.fastpath.endpoints import FastPath
-from actserve.server.http import act, gate, health, policies
+from actserve.server.fastpath.request_heads import NOTHING_OBSERVED, Observed
+from actserve.server.http import act, health, policies, security
 from actserve.server.http import error_responses as errors
 from actserve.server.sessions import Limits, Sessions
 from actserve.store.artifact import Artifact, Manifest
@@ -34,7 +39,7 @@ from tests.fake_policy import QUICK, SLOW
 from tests.serving import port_of, serving
 from tests.waiting import until
 
-LANE = "lane"
+FAST = "fast path"
 PLAIN = "httptools"
 NAME = "tiny"
 SIGNATURE = Signature(
@@ -45,24 +50,35 @@ SIGNATURE = Signature(
 ITEM_BYTES = 12
 
 
-class TinyRuntime(Runtime):
-    """The action is the sum of the bytes, modulo 5; a first byte of 255 is its end. It waits for `gate`."""
+# ε-greedy, deterministic by default: parameters and noise come beside the pixels.
+SCREENS = Signature(
+    observations=(TensorSpec("pixels", "uint8", (210, 160, 3)),),
+    outputs=(TensorSpec("action", "int64", ()), TensorSpec("value", "float32", (2,))),
+    max_batch=64,
+    exploration=("deterministic", "random"),
+    parameters=(Parameter("epsilon", 0.1, 0.0, 1.0),),
+    noise=(Noise(TensorSpec("u", "float32", (2,)), "uniform"),),
+)
 
-    def __init__(self) -> None:
-        super().__init__(SIGNATURE)
+
+class SumRuntime(Runtime):
+    """The action is the sum of the bytes, modulo 5; a first byte of 255 makes it fail. It waits for `gate`."""
+
+    def __init__(self, signature: Signature = SIGNATURE) -> None:
+        super().__init__(signature)
         self.sizes: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
 
     @classmethod
-    def load(cls, artifact: Artifact, threads: int) -> TinyRuntime:
+    def load(cls, artifact: Artifact, threads: int) -> SumRuntime:
         return cls()
 
     def _run(self, arrays: list[Array]) -> list[Array]:
         assert self.gate.wait(60)
-        (pixels,) = arrays
+        pixels, *_ = arrays
         self.sizes.append(len(pixels))
-        if (pixels[:, 0, 0] == 255).any():
+        if (pixels.reshape(len(pixels), -1)[:, 0] == 255).any():
             raise ValueError("told to fail")
         total = pixels.reshape(len(pixels), -1).sum(1, dtype=np.int64)
         return [total % 5, np.stack([total, -total], 1).astype(np.float32)]
@@ -72,16 +88,16 @@ class TinyRuntime(Runtime):
 
 
 class OnePolicy(Registry):
-    def __init__(self, settings: Settings, slow: bool) -> None:
+    def __init__(self, settings: Settings, slow: bool, signature: Signature = SIGNATURE) -> None:
         super().__init__(ModelStore(Path("nowhere")), settings)
-        self.runtime = TinyRuntime()
+        self.runtime = SumRuntime(signature)
         self.tuning = SLOW if slow else QUICK
         self.settings = settings
 
     loading = False
 
     def go_live(self) -> None:
-        manifest = Manifest(1, NAME, 1, None, "", SIGNATURE, None, {}, {}, {}, {})
+        manifest = Manifest(1, NAME, 1, None, "", self.runtime.signature, None, {}, {}, {}, {})
         policy = Policy(
             Artifact(Path("nowhere"), manifest), self.runtime, Choice("onnx", ""), self.tuning, self.settings
         )
@@ -113,23 +129,32 @@ class Service:
 
 
 @contextmanager
-def running(http: str, settings: Settings | None = None, slow: bool = False, **options: Any) -> Iterator[Service]:
-    registry = OnePolicy(settings or Settings(), slow)
+def running(
+    http: str,
+    settings: Settings | None = None,
+    slow: bool = False,
+    observed: Observed = NOTHING_OBSERVED,
+    signature: Signature = SIGNATURE,
+    **options: Any,
+) -> Iterator[Service]:
+    registry = OnePolicy(settings or Settings(), slow, signature)
     requests: list[str] = []
-    access = Access(registry.settings.tokens) if registry.settings.tokens else None
+    admission = Admission(registry.settings, Access(registry.settings.tokens) if registry.settings.tokens else None)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         registry.go_live()
-        patience_s, most = registry.settings.request_timeout_s, registry.settings.max_connections
-        with tempfile.TemporaryDirectory() as folder, Sessions(Path(folder) / "sessions.sqlite", Limits()) as held:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Sessions(Path(folder) / "sessions.sqlite", Limits(), admission=admission) as held,
+        ):
             app.state.sessions = held
-            async with FastPath(registry, patience_s, most, access) as lane:
-                yield {"lane": lane}
+            async with FastPath(registry, admission, registry.settings, observed) as fast_path:
+                yield {"fast_path": fast_path}
             await registry.close()
 
     app = FastAPI(lifespan=lifespan)
-    app.state.settings, app.state.registry = settings or Settings(), registry
+    app.state.settings, app.state.registry, app.state.admission = registry.settings, registry, admission
 
     @app.middleware("http")
     async def remember(request: Any, call_next: Any) -> Any:
@@ -137,10 +162,10 @@ def running(http: str, settings: Settings | None = None, slow: bool = False, **o
         return await call_next(request)
 
     errors.install(app)
-    gate.install(app, access, registry.settings)
+    security.install(app, admission, registry.settings)
     for routes in (act, policies, health):
         app.include_router(routes.router)
-    protocol = {} if http == LANE else {"http": http}
+    protocol = {} if http == FAST else {"http": http}
     with serving(app, server_header=False, date_header=False, **protocol, **options) as server:
         try:
             yield Service(http, port_of(server), server, registry, requests)

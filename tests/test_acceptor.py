@@ -15,8 +15,8 @@ import uvloop
 from uvicorn.server import ServerState
 
 from actserve.server.fastpath.acceptor import Acceptor
-from tests import certificates, lane_service
-from tests.lane_service import LANE, request
+from tests import certificates, fastpath_service
+from tests.fastpath_service import FAST, request
 from tests.serving import BACKLOG
 
 CROWD = 100
@@ -58,7 +58,7 @@ def test_everybody_of_a_crowd_is_answered(tls: bool, tmp_path: Path) -> None:
         certificate, key = certificates.make(tmp_path)
         options = {"ssl_certfile": certificate, "ssl_keyfile": key}
         context = ssl.create_default_context(cafile=str(certificate))
-    with lane_service.running(LANE, **options) as service, ExitStack() as clients:
+    with fastpath_service.running(FAST, **options) as service, ExitStack() as clients:
         crowd = [clients.enter_context(service.connect()) for _ in range(CROWD)]
         if tls:
             crowd = [clients.enter_context(context.wrap_socket(one, server_hostname="127.0.0.1")) for one in crowd]
@@ -70,7 +70,7 @@ def test_everybody_of_a_crowd_is_answered(tls: bool, tmp_path: Path) -> None:
 def test_who_speaks_no_tls_is_let_go(tmp_path: Path) -> None:
     certificate, key = certificates.make(tmp_path)
     with (
-        lane_service.running(LANE, ssl_certfile=certificate, ssl_keyfile=key) as service,
+        fastpath_service.running(FAST, ssl_certfile=certificate, ssl_keyfile=key) as service,
         ExitStack() as clients,
     ):
         crowd = [clients.enter_context(service.connect()) for _ in range(CROWD)]

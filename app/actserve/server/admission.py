@@ -1,0 +1,153 @@
+"""Admission: decides whether a request may enter. Every door asks it, and nothing else in the service calls a policy.
+
+The doors are the routes, streams, the Open Inference Protocol over HTTP and gRPC, sessions, the page's games, and the
+fast path below ASGI. For each request the order is:
+
+1. the token: known, and charged for one item when the head is known (`Admission.open`, or `admit` on the fast path);
+2. the bytes of the body, before and after it is expanded (`max_body_bytes`, `fits`), and the memory that is held for
+   bodies that have not come (`reserve`);
+3. the number of items, and the charge for those after the first;
+4. the deadline, the queue, and whether the policy is closing (`Batcher.admit`).
+
+A request is charged once, also if a later step refuses it. Each check raises the error that the door answers with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from actserve.core.errors import TooLate, TooManyItems
+from actserve.core.settings import Settings
+from actserve.core.signature import Arrays, Exploration
+from actserve.engine.batcher import Batcher, BatchRequest
+from actserve.engine.policy import Acted, Policy
+from actserve.server.access.tokens import Access, Token
+
+RESERVED_BYTES = 64 << 20  # of memory for bodies that were announced and have not come, all connections together
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request's admission. `token` is None where the service needs none."""
+
+    token: Token | None = None
+    charged: int = 0  # items
+
+    def charge(self, items: int) -> None:
+        """Charge for `items` in all. Raises `RateLimited` or `Unauthorized`, but not for items after the first."""
+        if self.token is None:
+            return
+        if not self.charged:
+            self.token.charge(items)
+        elif items > self.charged:
+            self.token.overdraw(items - self.charged)
+        self.charged = max(self.charged, items)
+
+
+current: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+"""The ticket of the request that is being answered; None: the service itself acts."""
+
+
+def holder() -> Token | None:
+    """The token of the request that is being answered: it owns the sessions that the request begins."""
+    ticket = current.get()
+    return None if ticket is None else ticket.token
+
+
+class Admission:
+    """The limits of `settings`, and the tokens of `access`; None: no authentication is configured."""
+
+    def __init__(self, settings: Settings | None = None, access: Access | None = None) -> None:
+        settings = settings or Settings()
+        self.access = access
+        self.max_body_bytes = settings.max_body_bytes
+        self.max_items = settings.max_items
+        self.reserved_bytes = 0
+
+    # the token
+
+    def open(self, authorization: bytes | None) -> Ticket:
+        """A ticket for the holder of an Authorization header, charged for one item.
+
+        Raises `Unauthorized` or `RateLimited`.
+        """
+        ticket = Ticket() if self.access is None else Ticket(self.access.identify(authorization))
+        ticket.charge(1)
+        return ticket
+
+    def open_message(self, ticket: Ticket | None = None) -> None:
+        """Make `ticket`, by default a new one for the same token, the current one, for one message of a stream.
+
+        Raises `RateLimited` or `Unauthorized`.
+        """
+        ticket = ticket or Ticket(holder())
+        ticket.charge(1)
+        current.set(ticket)
+
+    # the body
+
+    def fits(self, body_bytes: int, items: int) -> bool:
+        """Whether a body is within the limits. The fast path leaves other bodies to the routes, which refuse them."""
+        return body_bytes <= self.max_body_bytes and items <= self.max_items
+
+    def reserve(self, size_bytes: int) -> bool:
+        """Whether a body of this size may have all of its memory before it has come. If so, `release` it later."""
+        if self.reserved_bytes + size_bytes > RESERVED_BYTES:
+            return False
+        self.reserved_bytes += size_bytes
+        return True
+
+    def release(self, size_bytes: int) -> None:
+        self.reserved_bytes -= size_bytes
+
+    # items, deadline, queue
+
+    def admit(self, batcher: Batcher, items: int, ticket: Ticket, patience_ns: int = 0) -> None:
+        """Admit a request of the fast path before its body is received; `enter` queues it once the body is there.
+
+        Raises `TooManyItems`, `RateLimited`, `Unauthorized`, or as `Batcher.admit`.
+        """
+        self._check_items(items)
+        ticket.charge(items)
+        batcher.admit(items, patience_ns)
+
+    def enter(self, batcher: Batcher, request: BatchRequest) -> None:
+        """Queue a request that was admitted. Raises `NotServing` if the batcher has closed since."""
+        batcher.enter(request)
+
+    async def act(
+        self,
+        policy: Policy,
+        tensors: Arrays,
+        size: int,
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+        patience_ns: int = 0,
+    ) -> Acted:
+        """Act on `size` items of a valid request, each tensor (size, *shape), for the current ticket.
+
+        Raises `TooManyItems`, or what `Policy.act` raises.
+        """
+        self._check_items(size)
+        ticket = current.get()
+        if ticket is not None:
+            ticket.charge(size)
+        return await policy.act(tensors, size, exploration, seed, patience_ns)
+
+    @staticmethod
+    @asynccontextmanager
+    async def deadline(timeout_us: int) -> AsyncIterator[None]:
+        """Raises `TooLate` when the block takes longer, the program's run included; 0 is no deadline."""
+        try:
+            async with asyncio.timeout(timeout_us / 1e6 if timeout_us else None):
+                yield
+        except TimeoutError:
+            raise TooLate(timeout_us) from None
+
+    def _check_items(self, items: int) -> None:
+        if items > self.max_items:
+            raise TooManyItems(self.max_items, items)
