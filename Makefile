@@ -1,19 +1,28 @@
 # make demo    install, export the bundled policy, serve it, and play a game over HTTP with each runtime
-# make test    install and run every test
+# make test    install and run every test (10 minutes)
+# make test-fast   the tests that need no compiler, browser, cluster or training (2 minutes)
 # make check   lint, types, format
 # make docs    the Python API reference, into build/api
 # make bench   CPU time per action, for actserve and other servers (half an hour): docs/cost.md
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test check format docs bench
+.PHONY: demo test test-fast chromium check format docs bench
 
 demo: .venv/all
 	$(BIN)/python -m actserve_export.demo
 
-test: .venv/dev .venv/kserve/installed .venv/ray/installed
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+test: .venv/dev .venv/kserve/installed .venv/ray/installed chromium
+	$(PYTEST)
+
+test-fast: .venv/dev
+	$(PYTEST) -m "not (browser or cluster or compiler or container or training)"
+
+# For the tests of the page. Without a Chromium they are skipped, and say how to install one.
+chromium:
+	@.ci/chromium
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -51,7 +60,7 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 	@touch $@
 
 # Tools with conflicting dependencies get their own virtual environment.
-.venv/%/installed: .ci/%.txt .venv/all
+.venv/%/installed: .ci/%.txt | .venv/all
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/pip install --quiet --disable-pip-version-check --requirement .ci/$*.txt
 	@touch $@

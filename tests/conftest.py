@@ -21,6 +21,29 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared-machine")
 
+# What tests need beside Python packages, by a fixture, a file or a function: `make test-fast` leaves these tests out.
+NEEDS = {
+    "browser": {"test_page_browser.py"},
+    "cluster": {"test_scale.py"},
+    "compiler": {
+        *("cart_store", "pong_store", "lstm_store", "gru_store", "recurrent_store", "published", "cartpole"),
+        *("test_int8.py", "test_what_a_document_says_works"),
+        "test_native_code_that_ends_its_process_takes_no_other_request_with_it",
+    },
+    "container": {"test_compose_lays_an_override_over_the_rest"},
+    "training": {"test_train.py", "test_any_game_can_be_trained_exported_and_played"},
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            names = {*item.fixturenames, item.path.name, item.originalname}
+            for marker, needing in NEEDS.items():
+                if names & needing:
+                    item.add_marker(marker)
+
 
 @pytest.fixture(scope="session")
 def cart_store() -> ModelStore:

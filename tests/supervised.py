@@ -66,7 +66,7 @@ def answer(client: socket.socket, start: Start) -> None:
 
 def main(port: int, count: int) -> int:
     logging.basicConfig(level=logging.INFO)
-    hurried: dict[str, Any] = {"HANG_S": 1.0, "DRAIN_S": 1.0}
+    hurried: dict[str, Any] = {"DRAIN_S": 1.0} | ({"HANG_S": 1.0} if "hasty" in sys.argv else {})
     vars(supervisor).update(hurried)
     return Supervisor(Address("127.0.0.1", port), count, work).run()
 

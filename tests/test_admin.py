@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ from actserve.server import admin
 from actserve.store import routing
 from actserve.store.local import ModelStore
 from actserve.store.routing import Routing
-from tests import waiting
 from tests.test_cli import actserve
 from tests.variants import Variants
+from tests.waiting import until
 
 TOKEN = "a token of more than 16 characters"
-until = partial(waiting.until, within_s=30)
 ACT = "/policies/cart/act"
 
 

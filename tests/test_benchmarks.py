@@ -46,7 +46,8 @@ def test_the_cost_of_a_server_is_that_of_all_its_processes() -> None:
         pids = tree(process.pid)
         assert len(pids) == 2
         assert spent_s > 0.3
-        assert cpu_s(pids) == pytest.approx(spent_s, abs=0.03)
+        # Each of the four parts is at least 0.05 s. What came after they were added up makes it more.
+        assert spent_s - 0.03 < cpu_s(pids) < 2 * spent_s
         process.communicate("\n")
     assert tree(process.pid) == set()
     with pytest.raises(OSError, match="Invalid argument"):
@@ -108,7 +109,8 @@ def test_an_open_loop_asks_at_its_own_rate_whatever_is_refused() -> None:
 def test_an_overload_is_told_in_a_line() -> None:
     with fake(refuses=True) as address, Load(address, posts()(SCREENS), 64) as load:
         found = overload.step(load, 100, 0.5)
-    assert found["goodput"] + found["refused_a_second"] == pytest.approx(found["sent_a_second"], rel=0.2)
+    assert 0 < found["refused_a_second"] < found["sent_a_second"]
+    assert found["goodput"] + found["refused_a_second"] <= found["sent_a_second"] * 1.001
     assert 0 < found["p50_ms"] <= found["p99_ms"]
     assert len(overload.line(found, 50)) == len(overload.HEADER)
     assert overload.line(found, 50)[:2] == ["2.0", "100"]
@@ -141,11 +143,11 @@ def test_a_server_is_measured_and_gone_after(tmp_path: Path) -> None:
     (floor,) = (contender for contender in CONTENDERS if contender.name == "uvicorn")
     questions = floor.way(SCREENS)
     with floor.start(tmp_path, tmp_path, cores()[0]) as server:
-        assert 0 < server.first_answer_s(questions) < 60
+        assert server.first_answer_s(questions) > 0
         cell = measure(server, questions, "uvicorn", 2, 0.2, cores())
     assert not any(cell.errors.values())
     assert cell.cpu_us > 1
-    assert cell.rate == pytest.approx(cell.actions / 0.2, rel=0.2)
+    assert cell.rate == pytest.approx(cell.actions / 0.2, abs=2 / 0.2)  # two may be answered after the end
     assert 0 < cell.pss_mb <= cell.rss_mb
     assert server.pids() == set()
 

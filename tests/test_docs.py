@@ -30,7 +30,6 @@ def each(documents: list[Path]) -> pytest.MarkDecorator:
 
 
 @each([document for document in DOCUMENTS if any(blocks(document))])
-@pytest.mark.timeout(500)
 def test_what_a_document_says_works(document: Path, tmp_path: Path) -> None:
     printed: str | None = None  # by the block before, if it was run
     with Reader(tmp_path) as reader:

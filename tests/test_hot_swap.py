@@ -324,14 +324,23 @@ def test_a_shadow_is_compared_and_nobody_waits_for_it(variants: Variants) -> Non
         variants.publish()
 
     async def scenario(registry: Registry, variants: Variants) -> None:
+        async def compared(total: int) -> dict[str, Any]:
+            """What is told once so many were compared or dropped."""
+
+            def told() -> dict[str, Any]:
+                found: dict[str, Any] = registry.describe("cart")["routing"]["shadow"]
+                return found
+
+            ways = ("agreements", "disagreements", "failures", "dropped")
+            await until_in_loop(lambda: sum(told()[way] for way in ways) == total)
+            return told()
+
         async def ask(times: int) -> dict[str, Any]:
             live = await registry.get("cart")
             for _ in range(times):
                 tensors = {"observation": variants.observations[:4]}
                 registry.mirror(live, tensors, 4, None, await live.act(tensors, 4))
-            await asyncio.sleep(0.2)
-            told: dict[str, Any] = registry.describe("cart")["routing"]["shadow"]
-            return told
+            return await compared(4 * times)
 
         routing.shadow(variants.store, "cart", 1)  # three versions before: the same actions
         await registry.poll()
@@ -343,7 +352,7 @@ def test_a_shadow_is_compared_and_nobody_waits_for_it(variants: Variants) -> Non
         acted = await live.act({"observation": variants.observations[:1]}, 1)
         for _ in range(20):
             registry.mirror(live, {"observation": variants.observations[:1]}, 1, None, acted)
-        told = await ask(0)
+        told = await compared(8 + 20)
         assert (told["disagreements"], told["dropped"]) == (8 + 8, 12)
         routing.shadow(variants.store, "cart", None)
         await registry.poll()

@@ -210,7 +210,7 @@ def test_what_is_not_answered_in_time_is_given_up(held: Held) -> None:
             started = time.monotonic()
             report = run(service, via, duration_s=0.2, timeout_s=0.2)
             assert set(report.errors) == {"timeout"}
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 30  # the service is held up for ever
         gate.set()
     held.left = None  # there was no time to end the sequences, whose last steps were held up, too
 

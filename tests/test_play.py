@@ -63,9 +63,9 @@ def test_latency_is_that_of_the_policy_alone() -> None:
         time.sleep(0.004)
         return 0
 
-    report = play(lambda _seed: slow, PONG, episodes=1, seed=0, max_steps=20, on_step=lambda *_: time.sleep(0.02))
-    assert 4 <= report.latency_ms["p50"] < 15
-    assert report.acting_s == pytest.approx(20 * 0.004, rel=0.5)
+    report = play(lambda _seed: slow, PONG, episodes=1, seed=0, max_steps=5, on_step=lambda *_: time.sleep(0.3))
+    assert 4 <= report.latency_ms["p50"] < 300
+    assert 5 * 0.004 <= report.acting_s < 5 * 0.3
 
 
 def test_every_step_is_shown() -> None:

@@ -143,10 +143,10 @@ def test_a_stream_outlives_the_time_that_idle_connections_are_kept() -> None:
 
 
 def test_an_idle_stream_is_closed() -> None:
-    with running(Settings(session_idle_s=0.2)) as service, opened(service) as ws:
+    with running(Settings(session_idle_s=2)) as service, opened(service) as ws:
         ws.recv()
         assert ask(ws, raw(1))[0] == 1
-        assert closing(ws) == (1001, "idle for 0.2 s")
+        assert closing(ws) == (1001, "idle for 2 s")
 
 
 def upgraded(service: Service) -> socket.socket:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,7 @@ from actserve.cli.tools.local_service import free_port
 from actserve.core.errors import UsageError
 from actserve.server.processes.address import Address
 from actserve.server.processes.supervisor import MOST_S, pause_s
-from tests import waiting
-
-WITHIN_S = 20
-until = partial(waiting.until, within_s=WITHIN_S)
+from tests.waiting import WITHIN_S, until
 
 
 @dataclass
@@ -110,7 +106,7 @@ def test_a_lone_one_that_dies_again_and_again_rests_and_says_why() -> None:
             assert service.tell("crash") is None
             resting = service.tell()
             assert resting is not None
-            assert resting["rest_s"] == pytest.approx(rest_s, abs=0.5)
+            assert 0 < resting["rest_s"] <= rest_s
             assert resting["reason"].endswith(f"signal 11 (SIGSEGV), death {number} in a row")
 
 
@@ -125,17 +121,16 @@ def test_others_take_the_share_of_one_that_dies_again_and_again() -> None:
             os.kill(failing, signal.SIGSEGV)
             until(lambda: not alive(failing))  # noqa: B023, it is called at once
             time.sleep(0.2)  # until the supervisor knows
-            began = time.monotonic()
             answers = [service.tell() for _ in range(20)]
-            assert None not in answers  # none waits for it
-            assert time.monotonic() - began < 1
+            assert None not in answers
+            assert lasting in {answered["pid"] for answered in answers if answered is not None}
             until(lambda: len(service.workers) == 2)
             (failing,) = set(service.workers) - {lasting}
             until(lambda: (a := service.tell()) is not None and a["pid"] == failing)  # noqa: B023
 
 
 def test_one_that_hangs_is_ended() -> None:
-    with running(1) as service:
+    with running(1, "hasty") as service:
         (hanging,) = service.workers
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
             connection.sendall(b"hang")
@@ -160,7 +155,7 @@ def test_workers_that_do_not_end_are_ended_at_the_deadline() -> None:
         began = time.monotonic()
         service.process.send_signal(signal.SIGINT)
         assert service.process.wait(WITHIN_S) == 0
-        assert 0.9 < time.monotonic() - began < 10
+        assert 0.9 < time.monotonic() - began < 50  # they would sleep for a minute
         assert not any(map(alive, workers))
 
 

@@ -6,15 +6,17 @@ import asyncio
 import time
 from collections.abc import Callable
 
+WITHIN_S = 120.0  # a bound for what never happens, and no measure of speed
 
-def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+
+def until(condition: Callable[[], bool], within_s: float = WITHIN_S) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, "this should have happened by now"
+        assert time.monotonic() < deadline, f"not within {within_s:g} s"
         time.sleep(0.005)
 
 
-async def until_in_loop(condition: Callable[[], bool], within_s: float = 30.0) -> None:
+async def until_in_loop(condition: Callable[[], bool], within_s: float = WITHIN_S) -> None:
     """The same in an event loop, which goes on meanwhile. Raises `TimeoutError`."""
     async with asyncio.timeout(within_s):
         while not condition():

@@ -27,7 +27,7 @@ SCREEN_BYTES = 210 * 160 * 3
 
 @pytest.fixture(scope="module")
 def http() -> urllib3.PoolManager:
-    return urllib3.PoolManager(retries=False, timeout=30)
+    return urllib3.PoolManager(retries=False, timeout=120)
 
 
 def post(http: urllib3.PoolManager, url: str, body: bytes, headers: dict[str, str] = RAW) -> tuple[int, dict[str, Any]]:

@@ -60,7 +60,7 @@ def test_a_body_that_is_on_its_way_while_the_version_changes_is_answered_by_the_
         waiting = [(socket.create_connection(address), extra) for extra in ("", "X-Other: 1\r\n")]
         for connection, extra in waiting:
             connection.sendall(head.encode() + extra.encode() + b"\r\n" + body[:5])
-        time.sleep(0.2)
+        time.sleep(1)  # until the service has read them
         assert variants.publish() == 2
         until(lambda: described(http, service)["version"] == 2)
         time.sleep(1.2)  # the lane lets go of what is not live any more

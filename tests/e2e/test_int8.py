@@ -14,7 +14,7 @@ from actserve.store.local import ModelStore
 def test_int8_is_published_with_a_certificate_of_its_own(pong_store: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(pong_store, tmp_path / "store"))
     command = [sys.executable, "-m", "actserve", "export", "pong", "--int8", "--json", "--store", str(store)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["name"] == "pong-int8"
     artifact = ModelStore(store).resolve("pong-int8")

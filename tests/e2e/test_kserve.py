@@ -27,7 +27,7 @@ def test_an_episode_is_the_same_each_way(gru_store: ModelStore, runtime: str) ->
     with local.serve(gru_store.root, "--runtime", runtime) as service:
         script = Path(__file__).with_name("kserve_episode.py")
         command = [str(PYTHON), str(script), service.url, "3", str(STEPS)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["ready"] == [True, True, True, False]

@@ -27,7 +27,7 @@ from actserve.store.local import ModelStore
 
 def play(service: LocalService, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "actserve", "play", "--url", service.url, "--json", *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert result.returncode == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)
     return document

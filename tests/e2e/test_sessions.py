@@ -26,6 +26,7 @@ from actserve.core.errors import ServiceUnreachable
 from actserve.core.signature import Array
 from tests.exported import exported, merged
 from tests.publishing import republish
+from tests.waiting import until
 
 SESSIONS = "/policies/gru/sessions"
 ACT = "/policies/gru/act"
@@ -59,7 +60,7 @@ class Connection:
     def __init__(self, service: LocalService) -> None:
         address = urlsplit(service.url)
         assert address.hostname
-        self._http = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+        self._http = http.client.HTTPConnection(address.hostname, address.port, timeout=120)
 
     def close(self) -> None:
         self._http.close()
@@ -391,7 +392,7 @@ def test_killed_clients_leave_nothing_behind(store: Path, tmp_path: Path) -> Non
         status, answer, _ = connection.step(begun[0], np.zeros(4), 1)
         assert (status, answer["error"]["code"]) == (410, "session_expired")
         with closing(sqlite3.connect(path)) as file:
-            assert file.execute("SELECT count(*) FROM session").fetchone() == (0,)
+            until(lambda: file.execute("SELECT count(*) FROM session").fetchone() == (0,))
 
 
 def test_a_session_whose_version_was_taken_away_is_told(store: Path, tmp_path: Path) -> None:
