@@ -34,7 +34,7 @@ from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.http import act, error_responses, policies, security, sessions, stream
 from actserve.server.protocols import grpc as grpc_door
 from actserve.server.protocols import oip
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from tests.clock import Clock
 from tests.fastpath_service import NAME, SCREENS, OnePolicy
 from tests.oip import in_binary
@@ -110,7 +110,7 @@ def running(
         registry.go_live()
         with ExitStack() as stack:
             file = folder / "sessions.sqlite"
-            app.state.sessions = stack.enter_context(Sessions(file, Limits(), admission=admission))
+            app.state.sessions = stack.enter_context(Sessions(file, SessionLimits(), admission=admission))
             async with (
                 grpc_door.serving(registry, app.state.sessions, settings, admission),
                 FastPath(registry, admission, settings) as fast_path,

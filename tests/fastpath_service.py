@@ -32,7 +32,7 @@ from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.fastpath.request_heads import NOTHING_OBSERVED, Observed
 from actserve.server.http import act, health, policies, security
 from actserve.server.http import error_responses as errors
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from actserve.store.artifact import Artifact, Manifest
 from actserve.store.local import ModelStore
 from tests.fake_policy import QUICK, SLOW
@@ -146,7 +146,7 @@ def running(
         registry.go_live()
         with (
             tempfile.TemporaryDirectory() as folder,
-            Sessions(Path(folder) / "sessions.sqlite", Limits(), admission=admission) as held,
+            Sessions(Path(folder) / "sessions.sqlite", SessionLimits(), admission=admission) as held,
         ):
             app.state.sessions = held
             async with FastPath(registry, admission, registry.settings, observed) as fast_path:

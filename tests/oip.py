@@ -15,7 +15,7 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array, Arrays
 from actserve.server.admission import Admission
 from actserve.server.protocols import oip
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from actserve.wire.oip import DATATYPES, HEADER
 from tests.asgi import Answer, Caller
 from tests.fake_policy import NAME, Versions
@@ -27,7 +27,7 @@ MAX_BODY_BYTES = 100_000
 def serving(registry: Versions, folder: Path) -> Caller:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with Sessions(folder / "sessions.sqlite", Limits()) as app.state.sessions:
+        with Sessions(folder / "sessions.sqlite", SessionLimits()) as app.state.sessions:
             registry.publish()
             yield
             await registry.close()

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from actserve.core.settings import Settings
 from actserve.server.app import create_app
-from actserve.server.arcade.game import Seats
+from actserve.server.arcade.game import GameSlots
 from tests.serving import port_of, serving
 from tests.shipped import SHIPPED
 from tests.waiting import until
@@ -29,9 +29,9 @@ class Service:
         return f"http://{self.address}"
 
     @property
-    def seats(self) -> Seats:
-        seats: Seats = self.app.state.seats
-        return seats
+    def game_slots(self) -> GameSlots:
+        game_slots: GameSlots = self.app.state.game_slots
+        return game_slots
 
 
 @contextmanager

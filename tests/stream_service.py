@@ -22,7 +22,7 @@ from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.http import act, policies, security, sessions, stream
 from actserve.server.http import error_responses as errors
 from actserve.server.protocols import oip
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from tests.fake_policy import QUICK, SLOW, Versions
 from tests.serving import port_of, serving
 
@@ -35,7 +35,7 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
         registry.publish()
         with (
             tempfile.TemporaryDirectory() as folder,
-            Sessions(Path(folder) / "sessions.sqlite", Limits(), admission=admission) as held,
+            Sessions(Path(folder) / "sessions.sqlite", SessionLimits(), admission=admission) as held,
         ):
             _app.state.sessions = held
             async with FastPath(registry, admission, settings) as fast_path:

@@ -19,7 +19,7 @@ from actserve.core.settings import Settings
 from actserve.server.access.tokens import Access, add
 from actserve.server.admission import Admission
 from actserve.server.protocols.grpc.server import serving
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from tests import certificates
 from tests.fake_policy import NAME, Versions
 from tests.oip_grpc import infer, with_parameters
@@ -33,7 +33,7 @@ async def served(folder: Path) -> AsyncIterator[GRPCInferenceServiceStub]:
     settings = Settings(grpc_port=free_port(), tls_cert=cert, tls_key=key)
     registry = Versions()
     registry.publish()
-    with Sessions(folder / "sessions.sqlite", Limits()) as sessions:
+    with Sessions(folder / "sessions.sqlite", SessionLimits()) as sessions:
         async with serving(registry, sessions, settings, Admission(settings, Access(folder / "tokens"))):
             credentials = grpc.ssl_channel_credentials(cert.read_bytes())
             async with grpc.aio.secure_channel(f"127.0.0.1:{settings.grpc_port}", credentials) as channel:

@@ -21,7 +21,7 @@ from actserve.core.signature import Array, Exploration, Noise, Signature, State,
 from actserve.engine.policy import Policy
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.preflight import Choice
-from actserve.server.arcade.game import Game, GameStep, Seats, encode_png, values_output
+from actserve.server.arcade.game import Game, GameSlots, GameStep, encode_png, values_output
 from actserve.store.artifact import Artifact, Manifest
 from tests.fake_policy import QUICK
 from tests.test_atari import PONG
@@ -144,10 +144,10 @@ def test_a_png_has_the_screens_pixels() -> None:
     assert len(encode_png(AtariGame(PONG, 0).screen())) < 2000
 
 
-def test_seats_are_bounded_and_given_back() -> None:
-    seats = Seats(2)
-    assert seats.closed() is None
-    with seats.take(), seats.take(), pytest.raises(TooManyGames, match="2 games"), seats.take():
+def test_game_slots_are_bounded_and_given_back() -> None:
+    game_slots = GameSlots(2)
+    assert game_slots.why_closed() is None
+    with game_slots.take(), game_slots.take(), pytest.raises(TooManyGames, match="2 games"), game_slots.take():
         pass
-    assert seats.taken == 0
-    assert Seats(0).closed() == "games are turned off on this service"
+    assert game_slots.taken == 0
+    assert GameSlots(0).why_closed() == "games are turned off on this service"

@@ -170,7 +170,7 @@ def test_a_pause_stands_still(service: Service) -> None:
 )
 def test_what_cannot_be_played_is_refused(service: Service, query: Any, code: str) -> None:
     assert refusal(service, **query) == (code, 1008)
-    assert service.seats.taken == 0
+    assert service.game_slots.taken == 0
 
 
 @pytest.mark.parametrize("command", ["no json", '{"held": 6}', '{"held": -1}', '{"speed": 99}', '{"hold": 1}', "[]"])
@@ -186,15 +186,15 @@ def test_what_is_no_command_ends_the_game(service: Service, command: str) -> Non
 def test_there_are_so_many_games_and_no_more(service: Service) -> None:
     with ExitStack() as games:
         first, *_ = [games.enter_context(opened(service)) for _ in range(4)]
-        until(lambda: service.seats.taken == 4)
+        until(lambda: service.game_slots.taken == 4)
         told = json.loads(urllib3.request("GET", f"{service.url}/games").data)
         assert told == {"playable": True, "reason": None, "most": 4, "playing": 4}
         assert refusal(service) == ("too_many_games", 1013)
         first.close()
-        until(lambda: service.seats.taken == 3)
+        until(lambda: service.game_slots.taken == 3)
         with opened(service) as ws:
             hello(ws)
-    until(lambda: service.seats.taken == 0 and not game_threads())
+    until(lambda: service.game_slots.taken == 0 and not game_threads())
 
 
 def test_a_long_pause_ends_the_game() -> None:

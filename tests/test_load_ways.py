@@ -134,7 +134,7 @@ def break_connections(service: Service) -> None:
 
 
 def run(service: Service, via: str, how: dict[str, Any] = HOW[0], **options: Any) -> Any:
-    return load(service.url, via=via, **{"duration_s": 0.25, "processes": 1, **how, **options})
+    return load(service.url, via=via, **{"duration_s": 0.25, "timeout_s": 60.0, "processes": 1, **how, **options})
 
 
 @pytest.mark.parametrize("kind", SIGNATURES)
@@ -200,7 +200,10 @@ def test_a_broken_connection_is_an_error_and_replaced(via: str, how: dict[str, A
         assert set(report.errors) == {"connection"}  # and no step was lost or taken twice
         assert report.requests > 4
         if via == "session":
-            assert held.begun <= report.connections
+            lost = (
+                0 if how is HOW[0] else report.errors["connection"]
+            )  # a beginning's answer may be lost in an open loop
+            assert held.begun <= report.connections + lost
 
 
 def test_what_is_not_answered_in_time_is_given_up(held: Held) -> None:

@@ -19,7 +19,7 @@ from actserve.core import errors
 from actserve.server.admission import Admission
 from actserve.server.protocols.grpc.service import InferenceService
 from actserve.server.protocols.grpc.status import STATUS, status
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from tests.fake_policy import NAME, Alone, Versions, seen
 from tests.oip import BATCH, same
 from tests.oip_grpc import arrays, infer, with_parameters
@@ -64,7 +64,7 @@ class Calls:
 
 @pytest.fixture
 def call(tmp_path: Path) -> Iterator[Calls]:
-    with Sessions(tmp_path / "sessions.sqlite", Limits()) as sessions:
+    with Sessions(tmp_path / "sessions.sqlite", SessionLimits()) as sessions:
         calls = Calls(Versions(), sessions)
         yield calls
         calls.runner.run(calls.registry.close())

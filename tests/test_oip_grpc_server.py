@@ -24,7 +24,7 @@ from actserve.server.admission import Admission
 from actserve.server.protocols.grpc import check
 from actserve.server.protocols.grpc.server import serving
 from actserve.server.protocols.grpc.service import InferenceService
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from tests.fake_policy import SLOW, Alone, Versions, seen
 from tests.oip import BATCH, MAX_BODY_BYTES, same
 from tests.oip_grpc import arrays, infer, with_parameters
@@ -35,7 +35,7 @@ from tests.waiting import until_in_loop
 async def served(registry: Versions, folder: Path) -> AsyncIterator[tuple[grpc.aio.Channel, AsyncExitStack]]:
     """A channel to the service, and what ends the service when it is closed."""
     chosen = Settings(grpc_port=free_port(), max_body_bytes=MAX_BODY_BYTES)
-    with Sessions(folder / "sessions.sqlite", Limits()) as sessions:
+    with Sessions(folder / "sessions.sqlite", SessionLimits()) as sessions:
         registry.publish()
         async with AsyncExitStack() as service:
             await service.enter_async_context(serving(registry, sessions, chosen, Admission(chosen)))

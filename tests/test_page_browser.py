@@ -58,7 +58,7 @@ def visited(visitor: Visit, service: Service) -> Iterator[Page]:
     expect(visitor.page.locator("#start")).to_be_enabled()
     yield visitor.page
     visitor.page.goto("about:blank")
-    until(lambda: service.seats.taken == 0)
+    until(lambda: service.game_slots.taken == 0)
     assert visitor.complaints == []
     own = (f"http://{service.address}/", f"ws://{service.address}/", "about:", "blob:")
     assert [url for url in visitor.requested if not url.startswith(own)] == []
@@ -108,7 +108,7 @@ def test_a_game_is_played_to_its_end_and_again(page: Page, service: Service) -> 
     page.click("#start")
     expect(page.locator("#verdict")).to_have_text(re.compile("^Game over"))
     assert number(page, "#score") > 0
-    until(lambda: service.seats.taken == 0)
+    until(lambda: service.game_slots.taken == 0)
     expect(page.locator("#start")).to_have_text("Play again")
     page.select_option("#speed", "1")
     page.click("#start")
@@ -143,7 +143,7 @@ def test_a_pause_and_a_stop(page: Page, service: Service) -> None:
     expect(page.locator("#pause")).to_have_text("Go on")
     page.click("#stop")
     expect(page.locator("#start")).to_have_text("Play")
-    until(lambda: service.seats.taken == 0)
+    until(lambda: service.game_slots.taken == 0)
 
 
 def test_a_png_is_dropped_and_another_chosen(page: Page, screen: Path) -> None:
@@ -210,4 +210,4 @@ def test_a_service_that_wants_a_token_is_given_one(visitor: Visit, tmp_path: Pat
         page.click("#use")
         expect(page.locator("#answer")).to_have_text(re.compile("^The policy would take"))
         page.goto("about:blank")
-        until(lambda: guarded.seats.taken == 0)
+        until(lambda: guarded.game_slots.taken == 0)

@@ -12,7 +12,7 @@ import pytest
 from actserve.core.completion import step_seed
 from actserve.core.errors import InvalidRequest, InvalidTensor, RuntimeFailure, SessionExpired, StepConflict
 from actserve.core.signature import Array
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from tests.fake_policy import NAME, SLOW, Versions, same, seen
 from tests.sessions import alone, run
 from tests.waiting import until_in_loop
@@ -20,7 +20,7 @@ from tests.waiting import until_in_loop
 
 def test_a_session_acts_as_the_policy_alone(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1, seed=5, exploration="random")
             expected = alone(session)
             for number, x in enumerate([3, 1, 4, 1, 5], 1):
@@ -36,7 +36,7 @@ def test_a_session_acts_as_the_policy_alone(sessions_file: Path) -> None:
 
 def test_a_step_sent_again_gets_the_stored_answer_whatever_it_carries(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1, exploration="random")
             policy = await registry.get(NAME, 1)
             assert sessions.stored(policy, session, 1) is None
@@ -60,7 +60,7 @@ def test_a_step_sent_again_gets_the_stored_answer_whatever_it_carries(sessions_f
 @pytest.mark.parametrize("step", [0, 1, 4, 10**18])
 def test_any_other_step_is_told_what_was_expected(sessions_file: Path, step: int) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             for _ in range(2):
                 await sessions.step(registry, session, seen(1))
@@ -74,7 +74,7 @@ def test_any_other_step_is_told_what_was_expected(sessions_file: Path, step: int
 
 def test_the_first_step_has_no_answer_before_it(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             with pytest.raises(StepConflict, match="expected step 1; got 0"):
                 await sessions.step(registry, session, seen(1), 0)
@@ -84,7 +84,7 @@ def test_the_first_step_has_no_answer_before_it(sessions_file: Path) -> None:
 
 def test_duplicates_in_flight_run_on_and_get_one_answer(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as one, Sessions(sessions_file, Limits()) as other:
+        with Sessions(sessions_file, SessionLimits()) as one, Sessions(sessions_file, SessionLimits()) as other:
             session = one.begin(NAME, 1, exploration="random")
             workers = [one, other] * 3
             answers = await asyncio.gather(*(w.step(registry, session, seen(8), 1) for w in workers))
@@ -98,7 +98,7 @@ def test_duplicates_in_flight_run_on_and_get_one_answer(sessions_file: Path) -> 
 
 def test_steps_without_a_number_all_count(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             answers = await asyncio.gather(*(sessions.step(registry, session, seen(5)) for _ in range(6)))
             assert sorted(answer.step for answer in answers) == [1, 2, 3, 4, 5, 6]
@@ -111,7 +111,7 @@ def test_steps_without_a_number_all_count(sessions_file: Path) -> None:
 
 def test_steps_of_many_sessions_share_runtime_calls(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             begun = [sessions.begin(NAME, 1) for _ in range(40)]
             runtime, free = registry.runtimes[1], threading.Event()
             act = runtime._run
@@ -133,7 +133,7 @@ def test_steps_of_many_sessions_share_runtime_calls(sessions_file: Path) -> None
 
 def test_what_is_refused_moves_nothing(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             await sessions.step(registry, session, seen(1))
             state = {"digest": np.zeros((1, 2), np.int64), "odd": np.array([True])}
@@ -155,7 +155,7 @@ def test_what_is_refused_moves_nothing(sessions_file: Path) -> None:
 
 def test_a_cancelled_step_can_be_sent_again(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             step = asyncio.create_task(sessions.step(registry, session, seen(1), 1))
             await asyncio.sleep(0)
@@ -170,7 +170,7 @@ def test_a_cancelled_step_can_be_sent_again(sessions_file: Path) -> None:
 
 def test_a_session_stays_on_its_version_and_ends_with_it(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             expected = alone(session)
             await sessions.step(registry, session, seen(1))
@@ -187,7 +187,7 @@ def test_a_session_stays_on_its_version_and_ends_with_it(sessions_file: Path) ->
 
 def test_a_session_that_goes_while_its_step_runs_is_told(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             step = asyncio.create_task(sessions.step(registry, session, seen(1)))
             await asyncio.sleep(0)

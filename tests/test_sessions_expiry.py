@@ -9,7 +9,7 @@ import pytest
 
 from actserve.core.errors import SessionExpired, SessionTooLarge
 from actserve.core.settings import Settings
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from tests.clock import Clock
 from tests.fake_policy import NAME, RECORD_BYTES, Versions, seen
 from tests.sessions import run
@@ -17,7 +17,7 @@ from tests.sessions import run
 
 def test_a_gone_session_is_told_from_one_that_never_was(sessions_file: Path, clock: Clock) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits(sessions=2, idle_s=60), clock) as sessions:
+        with Sessions(sessions_file, SessionLimits(sessions=2, idle_s=60), clock) as sessions:
             ended, evicted, idle = (sessions.begin(NAME, 1) for _ in range(3))
             assert sessions.statistics().sessions == 2
             with pytest.raises(SessionExpired):
@@ -39,7 +39,7 @@ def test_a_gone_session_is_told_from_one_that_never_was(sessions_file: Path, clo
 
 def test_who_was_idle_for_longest_makes_room(sessions_file: Path, clock: Clock) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits(bytes=3 * RECORD_BYTES), clock) as sessions:
+        with Sessions(sessions_file, SessionLimits(bytes=3 * RECORD_BYTES), clock) as sessions:
             begun = [sessions.begin(NAME, 1) for _ in range(4)]
             for session in (begun[2], begun[0], begun[1]):
                 clock.now_s += 1
@@ -58,7 +58,7 @@ def test_who_was_idle_for_longest_makes_room(sessions_file: Path, clock: Clock) 
 
 def test_a_session_larger_than_all_may_be_is_refused_and_does_not_move(sessions_file: Path) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits(bytes=RECORD_BYTES - 1)) as sessions:
+        with Sessions(sessions_file, SessionLimits(bytes=RECORD_BYTES - 1)) as sessions:
             session = sessions.begin(NAME, 1)
             other = sessions.begin(NAME, 1)
             with pytest.raises(SessionTooLarge, match="may have 32 bytes of state and answers; this one has 33"):
@@ -71,11 +71,11 @@ def test_a_session_larger_than_all_may_be_is_refused_and_does_not_move(sessions_
 
 def test_settings_have_the_limits() -> None:
     settings = Settings()
-    assert Limits(settings.max_sessions, settings.max_session_bytes, settings.session_idle_s) == Limits()
+    assert SessionLimits(settings.max_sessions, settings.max_session_bytes, settings.session_idle_s) == SessionLimits()
 
 
 def test_the_wall_clock_may_be_set_back(sessions_file: Path, clock: Clock) -> None:
-    with Sessions(sessions_file, Limits(idle_s=60), clock) as sessions:
+    with Sessions(sessions_file, SessionLimits(idle_s=60), clock) as sessions:
         session = sessions.begin(NAME, 1)
         clock.now_s -= 3600
         assert sessions.get(NAME, session.id).idle_s == 0
@@ -83,7 +83,7 @@ def test_the_wall_clock_may_be_set_back(sessions_file: Path, clock: Clock) -> No
 
 def test_a_clock_that_is_set_ends_no_session(sessions_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(registry: Versions) -> None:
-        with Sessions(sessions_file, Limits()) as sessions:
+        with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1)
             await sessions.step(registry, session, seen(1))
             for hours in (5, -50, 5000):
@@ -100,9 +100,9 @@ def test_sessions_outlive_a_host_that_begins_anew(sessions_file: Path) -> None:
     """Whose clock then begins anew, too."""
     before, after = Clock(), Clock()
     after.now_s = 5.0
-    with Sessions(sessions_file, Limits(), before) as sessions:
+    with Sessions(sessions_file, SessionLimits(), before) as sessions:
         session = sessions.begin(NAME, 1)
-    with Sessions(sessions_file, Limits(idle_s=600), after) as sessions:
+    with Sessions(sessions_file, SessionLimits(idle_s=600), after) as sessions:
         assert sessions.get(NAME, session.id).idle_s == 0
         after.now_s += 601
         with pytest.raises(SessionExpired):

@@ -8,14 +8,14 @@ import pytest
 
 from actserve.core.completion import MAX_SEED
 from actserve.core.errors import InvalidRequest, SessionElsewhere, SessionExpired, UnknownSession
-from actserve.server.sessions import Limits, Sessions
-from actserve.server.sessions.names import home_of
+from actserve.server.sessions import SessionLimits, Sessions
+from actserve.server.sessions.ids import home_of
 from tests.clock import Clock
 from tests.fake_policy import NAME
 
 
 def test_an_id_is_genuine_or_unknown(sessions_file: Path) -> None:
-    with Sessions(sessions_file, Limits(), Clock()) as sessions:
+    with Sessions(sessions_file, SessionLimits(), Clock()) as sessions:
         session = sessions.begin(NAME, 1)
         assert sessions.get(NAME, session.id) == session
         forged = [session.id[:-1] + ("A" if session.id[-1] != "A" else "B"), session.id[1:], session.id + "A"]
@@ -29,7 +29,7 @@ def test_an_id_is_genuine_or_unknown(sessions_file: Path) -> None:
 
 def test_an_id_names_the_home_that_alone_has_the_session(tmp_path: Path) -> None:
     homes = (0, 5, (1 << 23) - 1)
-    held = [Sessions(tmp_path / f"{home}.sqlite", Limits(), home=home) for home in homes]
+    held = [Sessions(tmp_path / f"{home}.sqlite", SessionLimits(), home=home) for home in homes]
     for home, sessions in zip(homes, held, strict=True):
         with sessions:
             ids = [sessions.begin(NAME, 1).id for _ in range(3)]
@@ -46,7 +46,7 @@ def test_an_id_names_the_home_that_alone_has_the_session(tmp_path: Path) -> None
 
 
 def test_an_owner_sees_its_own(sessions_file: Path) -> None:
-    with Sessions(sessions_file, Limits()) as sessions:
+    with Sessions(sessions_file, SessionLimits()) as sessions:
         mine = [sessions.begin(NAME, 1, owner="me") for _ in range(3)]
         sessions.begin(NAME, 1, owner="you")
         sessions.begin("other", 1, owner="me")
@@ -58,7 +58,7 @@ def test_an_owner_sees_its_own(sessions_file: Path) -> None:
 
 
 def test_sequences_are_the_clients_own_names(sessions_file: Path) -> None:
-    with Sessions(sessions_file, Limits()) as sessions:
+    with Sessions(sessions_file, SessionLimits()) as sessions:
         number = sessions.begin(NAME, 1, sequence=1)
         text = sessions.begin(NAME, 1, sequence="1")
         owned = sessions.begin(NAME, 1, sequence=1, owner="me")
@@ -78,7 +78,7 @@ def test_sequences_are_the_clients_own_names(sessions_file: Path) -> None:
 
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
 def test_a_seed_out_of_range_is_refused(sessions_file: Path, seed: int) -> None:
-    with Sessions(sessions_file, Limits()) as sessions:
+    with Sessions(sessions_file, SessionLimits()) as sessions:
         with pytest.raises(InvalidRequest, match="expected a seed"):
             sessions.begin(NAME, 1, seed=seed)
         assert sessions.begin(NAME, 1, seed=MAX_SEED).seed == MAX_SEED

@@ -17,12 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from actserve.core.errors import InvalidRequest, SessionExpired, StepConflict, UnknownSession
 from actserve.core.signature import Exploration
-from actserve.server.sessions import Limits, Session, Sessions, Stepped
+from actserve.server.sessions import Session, SessionLimits, Sessions, StepResult
 from tests.clock import Clock
 from tests.fake_policy import NAME, RECORD_BYTES, Alone, Versions, same, seen
 
 WORKERS = 2
-LIMITS = Limits(sessions=24, bytes=16 * RECORD_BYTES, idle_s=60)
+LIMITS = SessionLimits(sessions=24, bytes=16 * RECORD_BYTES, idle_s=60)
 Result = TypeVar("Result")
 workers = st.integers(0, WORKERS - 1)
 observations = st.integers(0, 999)
@@ -69,7 +69,7 @@ class SessionsMachine(RuleBasedStateMachine):
     def pick(self, index: int) -> Client:
         return self.live[index % len(self.live)]
 
-    async def step(self, worker: int, client: Client, x: int, reset: bool | None, number: int | None) -> Stepped:
+    async def step(self, worker: int, client: Client, x: int, reset: bool | None, number: int | None) -> StepResult:
         return await self.workers[worker].step(self.registry, client.session, seen(x, reset), number)
 
     def add(self, client: Client) -> None:
@@ -175,7 +175,7 @@ class SessionsMachine(RuleBasedStateMachine):
             answers = [result for result in results if not isinstance(result, asyncio.CancelledError)]
             assert answers
             for answer in answers:
-                assert isinstance(answer, Stepped), answer
+                assert isinstance(answer, StepResult), answer
                 assert answer.step == number
                 assert same(answer.acted.outputs, expected)
             client.used_s = self.clock.now_s
@@ -206,7 +206,7 @@ class SessionsMachine(RuleBasedStateMachine):
         client = self.pick(index)
         number = client.alone.step + 1
 
-        async def send() -> list[Stepped]:
+        async def send() -> list[StepResult]:
             return await asyncio.gather(*(self.step(i % WORKERS, client, x, None, number) for i, x in enumerate(xs)))
 
         answers = self.run(send())
@@ -295,7 +295,7 @@ def test_three_hundred_sessions_are_played_to_the_end(tmp_path: Path) -> None:
         registry = Versions()
         registry.publish()
         path = tmp_path / "sessions.sqlite"
-        with Sessions(path, Limits()) as one, Sessions(path, Limits()) as other:
+        with Sessions(path, SessionLimits()) as one, Sessions(path, SessionLimits()) as other:
 
             async def client(seed: int) -> None:
                 rng = random.Random(seed)

@@ -11,7 +11,7 @@ from typing import Any, cast
 from fastapi import WebSocket
 
 from actserve.engine.policy import Policy
-from actserve.server.arcade.broadcast import REMEMBERED, Show
+from actserve.server.arcade.broadcast import REMEMBERED, GameBroadcast
 from actserve.server.arcade.game import Game
 from tests.test_atari import PONG
 from tests.test_game import counting
@@ -51,7 +51,7 @@ def test_a_slow_browser_misses_pictures_and_holds_nothing_up() -> None:
         browser, game = SlowBrowser(), Game(find, None, 1)
         await game.begin()
         try:
-            showing = asyncio.create_task(Show(cast(WebSocket, browser), game, 60).run())
+            showing = asyncio.create_task(GameBroadcast(cast(WebSocket, browser), game, 60).run())
             async with asyncio.timeout(60):
                 while not game.over:  # although nothing is taken
                     await asyncio.sleep(0.01)

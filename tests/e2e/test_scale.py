@@ -26,7 +26,7 @@ from actserve.core.environment import Environment
 from actserve.core.errors import ServiceError, ServiceUnreachable
 from actserve.core.signature import Array, Arrays
 from actserve.engine.runtimes.load import load
-from actserve.server.sessions.names import home_of
+from actserve.server.sessions.ids import home_of
 from actserve.store.local import ModelStore
 from tests import waiting
 from tests.scale_service import PYTHON, Scaled, environment, running

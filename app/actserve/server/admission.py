@@ -48,13 +48,13 @@ class Ticket:
         self.charged = max(self.charged, items)
 
 
-current: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+current_ticket: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
 """The ticket of the request that is being answered; None: the service itself acts."""
 
 
-def holder() -> Token | None:
+def current_token() -> Token | None:
     """The token of the request that is being answered: it owns the sessions that the request begins."""
-    ticket = current.get()
+    ticket = current_ticket.get()
     return None if ticket is None else ticket.token
 
 
@@ -84,9 +84,9 @@ class Admission:
 
         Raises `RateLimited` or `Unauthorized`.
         """
-        ticket = ticket or Ticket(holder())
+        ticket = ticket or Ticket(current_token())
         ticket.charge(1)
-        current.set(ticket)
+        current_ticket.set(ticket)
 
     # the body
 
@@ -133,7 +133,7 @@ class Admission:
         Raises `TooManyItems`, or what `Policy.act` raises.
         """
         self._check_items(size)
-        ticket = current.get()
+        ticket = current_ticket.get()
         if ticket is not None:
             ticket.charge(size)
         return await policy.act(tensors, size, exploration, seed, patience_ns)

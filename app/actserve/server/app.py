@@ -21,9 +21,8 @@ from actserve.server.access import tls
 from actserve.server.access.tokens import Access
 from actserve.server.access.tokens import read as read_tokens
 from actserve.server.admission import Admission
-from actserve.server.arcade import page
-from actserve.server.arcade import routes as games
-from actserve.server.arcade.game import Seats
+from actserve.server.arcade import game_routes, page
+from actserve.server.arcade.game import GameSlots
 from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.fastpath.request_heads import Observed
 from actserve.server.http import (
@@ -42,7 +41,7 @@ from actserve.server.http.observability import ObservabilityMiddleware
 from actserve.server.metrics.publisher import Publisher
 from actserve.server.processes.supervisor import Start
 from actserve.server.protocols import grpc, oip
-from actserve.server.sessions import Limits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from actserve.store.remote import open_store
 from actserve.store.trust import Trust
 from actserve.telemetry.traces import Traces
@@ -82,7 +81,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        limits = Limits(
+        limits = SessionLimits(
             settings.max_sessions, settings.max_session_bytes, settings.session_idle_s, settings.max_sessions_per_token
         )
         with ExitStack() as stack:
@@ -118,10 +117,10 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
     app.state.settings = settings
     app.state.admission = admission
     app.state.registry = registry
-    app.state.seats = Seats(settings.max_games)
+    app.state.game_slots = GameSlots(settings.max_games)
     app.state.traces = traces
     errors.install(app)
     security.install(app, admission, settings)
-    for routes in (act, sessions, stream, oip, policies, metrics, health, games, page):
+    for routes in (act, sessions, stream, oip, policies, metrics, health, game_routes, page):
         app.include_router(routes.router)
     return app

@@ -29,7 +29,7 @@ from actserve.core.errors import NotServing, UsageError
 from actserve.core.settings import PREFIX, Settings
 from actserve.engine.registry import Registry
 from actserve.server.app import check, create_app
-from actserve.server.sessions.names import HOME_BITS, home_of
+from actserve.server.sessions.ids import HOME_BITS, home_of
 from actserve.telemetry import logs
 
 DRAIN_S = 30.0  # as `actserve serve` gives to what is under way

@@ -127,10 +127,10 @@ def _shared_files(settings: Settings) -> Iterator[Settings]:
 
     A file that the settings do not name is temporary. A named sessions file must be usable.
     """
-    from actserve.server.sessions import Limits, Sessions
+    from actserve.server.sessions import SessionLimits, Sessions
 
     if settings.sessions is not None:
-        with Sessions(settings.sessions, Limits()):
+        with Sessions(settings.sessions, SessionLimits()):
             pass
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
         temporary = {"sessions": Path(folder) / "sessions.sqlite", "counts": Path(folder) / "counts.sqlite"}

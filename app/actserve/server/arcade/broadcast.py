@@ -31,7 +31,7 @@ class Command(BaseModel):
     paused: bool = False
 
 
-class Show:
+class GameBroadcast:
     """One game on one WebSocket. Playing, showing and listening go on side by side, and none waits for another."""
 
     def __init__(self, websocket: WebSocket, game: Game, idle_s: float) -> None:

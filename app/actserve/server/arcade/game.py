@@ -32,27 +32,27 @@ T = TypeVar("T")
 Screen = NDArray[np.uint8]  # (H, W, 3) RGB
 
 
-class Seats:
-    """How many games are played at once, and why none can be."""
+class GameSlots:
+    """Bounds how many games are played at once."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.taken = 0
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """A seat for the length of a `with`. Raises `TooManyGames`."""
-        if self.taken >= self.most:
-            raise TooManyGames(self.most)
+        """Take a slot for one game. Raises `TooManyGames`."""
+        if self.taken >= self.limit:
+            raise TooManyGames(self.limit)
         self.taken += 1
         try:
             yield
         finally:
             self.taken -= 1
 
-    def closed(self) -> str | None:
-        """Why no game can be played here, or None."""
-        if not self.most:
+    def why_closed(self) -> str | None:
+        """Why this service plays no games; None if it does."""
+        if not self.limit:
             return "games are turned off on this service"
         if find_spec("ale_py") is None:
             return 'games need ale-py on the service: pip install "actserve[play]"'

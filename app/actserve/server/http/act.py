@@ -13,8 +13,15 @@ from actserve import wire
 from actserve.core.errors import InvalidRequest
 from actserve.core.signature import Exploration, State
 from actserve.engine.policy import Acted, Policy
-from actserve.server.http import requests as common
 from actserve.server.http import sessions
+from actserve.server.http.requests import (
+    DEADLINE_HEADER,
+    admission_of,
+    read_body,
+    read_patience_ns,
+    registry_of,
+    selected_outputs,
+)
 from actserve.wire.payload import Body
 
 
@@ -93,7 +100,7 @@ _EXTRA: dict[str, Any] = {
             "description": "How the body is compressed.",
         },
         {
-            "name": common.DEADLINE,
+            "name": DEADLINE_HEADER,
             "in": "header",
             "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999},
             "description": "Milliseconds that the request may wait to be begun. What has waited longer, or would, is "
@@ -145,26 +152,26 @@ def _route(path: str) -> Callable[[_Endpoint], _Endpoint]:
 
 @_route("/act")
 async def act(request: Request) -> Response:
-    return await _act(request, await common.registry(request).get())
+    return await _act(request, await registry_of(request).get())
 
 
 @_route("/policies/{name}/act")
 async def act_by_name(request: Request, name: str) -> Response:
-    return await _act(request, await common.registry(request).get(name))
+    return await _act(request, await registry_of(request).get(name))
 
 
 @_route("/policies/{name}/versions/{version}/act")
 async def act_by_version(request: Request, name: str, version: str) -> Response:
-    policy = await common.registry(request).find(name, version)
+    policy = await registry_of(request).find(name, version)
     return await _act(request, policy, policy.version)
 
 
 async def _act(request: Request, policy: Policy, version: int | None = None) -> Response:
     """Decode, ask the policy, encode: what is refused is refused before anything runs. `version`: the URL's, if any."""
-    body = await common.read_expanded(request)
+    body = await read_body(request)
     if sessions.ID in request.headers:
         return await _step(request, policy, version, request.headers[sessions.ID], body)
-    registry = common.registry(request)
+    registry = registry_of(request)
     if version is None:
         policy = registry.route(policy)
     items = _decode(request, body, policy)
@@ -174,7 +181,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
         raise InvalidRequest(f"{sessions.STEP} numbers the steps of a session: expected {sessions.ID} too; got none")
     names = _wanted(request, policy, policy.signature.state)
     exploration, seed = _randomness(request, items)
-    admission, patience_ns = common.admission(request), common.patience_ns(request)
+    admission, patience_ns = admission_of(request), read_patience_ns(request)
     acted = await admission.act(policy, items.tensors, items.size, exploration, seed, patience_ns)
     if version is None:
         registry.mirror(policy, items.tensors, items.size, exploration, acted)
@@ -195,7 +202,7 @@ def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
 
 def _wanted(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
     """The outputs to answer, and `state`. Raises `UnknownOutput`, or `NotAcceptable` for what cannot be encoded."""
-    names = [*common.outputs(request.query_params, policy.signature), *(part.spec.name for part in state)]
+    names = [*selected_outputs(request.query_params, policy.signature), *(part.spec.name for part in state)]
     wire.negotiate(request.headers.get("accept", ""), len(names))
     return names
 

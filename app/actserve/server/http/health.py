@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from actserve.core.errors import NotServing
-from actserve.server.http import requests as common
+from actserve.server.http.requests import registry_of
 
 router = APIRouter(tags=["health"])
 
@@ -20,6 +20,6 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", responses={503: {"description": "Not yet, and why."}})
 async def readyz(request: Request) -> Response:
     """Policies are loaded, verified against their golden samples and thereby warm."""
-    if reason := common.registry(request).not_ready():
+    if reason := registry_of(request).not_ready():
         raise NotServing(reason)
     return Response(b'{"status":"ready"}', media_type="application/json")

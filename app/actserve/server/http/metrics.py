@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from actserve.core.errors import UnknownPolicy
-from actserve.server.http import requests as common
+from actserve.server.http.requests import registry_of
 from actserve.server.metrics.publisher import Publisher
 from actserve.server.metrics.summary import summary
 
@@ -32,7 +32,7 @@ async def stats(request: Request, name: str) -> dict[str, Any]:
     with those above the bound before. Percentiles are taken from the histograms of `/metrics`, and no finer than their
     buckets; null before the first call.
     """
-    known = common.registry(request).names
+    known = registry_of(request).names
     if name not in known:
         raise UnknownPolicy(name, known)
     return summary(await _publisher(request).families(), name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from actserve.server.http import requests as common
+from actserve.server.http.requests import registry_of
 
 router = APIRouter(tags=["policies"])
 
@@ -14,12 +14,12 @@ router = APIRouter(tags=["policies"])
 @router.get("/policies")
 async def list_policies(request: Request) -> dict[str, Any]:
     """Every policy: its live version, its runtime and why that one; the default is the one behind `/act`."""
-    registry = common.registry(request)
+    registry = registry_of(request)
     return {"default": registry.default, "policies": [registry.describe(name) for name in registry.names]}
 
 
 @router.get("/policies/{name}")
 async def get_policy(request: Request, name: str) -> dict[str, Any]:
     """One policy with its whole manifest, and the versions that are not served with their reasons."""
-    registry = common.registry(request)
+    registry = registry_of(request)
     return {**registry.describe(name), "manifest": registry.manifest(name)}

@@ -15,45 +15,45 @@ from actserve.engine.registry import Registry
 from actserve.server.admission import Admission
 from actserve.wire.payload import Body
 
-DEADLINE = "X-Deadline-Ms"
+DEADLINE_HEADER = "X-Deadline-Ms"
 
 
-def admission(request: HTTPConnection) -> Admission:
+def admission_of(request: HTTPConnection) -> Admission:
     found: Admission = request.app.state.admission
     return found
 
 
-def registry(request: HTTPConnection) -> Registry:
+def registry_of(request: HTTPConnection) -> Registry:
     found: Registry = request.app.state.registry
     return found
 
 
-def outputs(query: QueryParams, signature: Signature) -> tuple[str, ...]:
+def selected_outputs(query: QueryParams, signature: Signature) -> tuple[str, ...]:
     """The names of those that a query asks for; the action's alone where it does not. Raises `UnknownOutput`."""
     return signature.select([name for name in query.get("outputs", "").split(",") if name])
 
 
-def patience_ns(request: Request) -> int:
+def read_patience_ns(request: Request) -> int:
     """How long the request may wait; 0: for ever. Raises `InvalidRequest`."""
-    value = request.headers.get(DEADLINE)
+    value = request.headers.get(DEADLINE_HEADER)
     if value is None:
         return 0
     if not (value.isascii() and value.isdecimal() and len(value) < 8 and int(value)):
-        raise InvalidRequest(f"expected {DEADLINE} as a whole number from 1 to 9999999; got {value[:80]!r}")
+        raise InvalidRequest(f"expected {DEADLINE_HEADER} as a whole number from 1 to 9999999; got {value[:80]!r}")
     return int(value) * 1_000_000
 
 
-async def read_expanded(request: Request) -> Body:
+async def read_body(request: Request) -> Body:
     """The body as it was before it was compressed, bounded before and after: a kilobyte may expand to gigabytes."""
-    limit_bytes = admission(request).max_body_bytes
-    body = await read(request, limit_bytes)
+    limit_bytes = admission_of(request).max_body_bytes
+    body = await read_raw_body(request, limit_bytes)
     encoding = ", ".join(request.headers.getlist("content-encoding"))
     if not encoding:
         return body
     return await asyncio.to_thread(wire.expand, body, encoding, limit_bytes)
 
 
-async def read(request: Request, limit_bytes: int) -> bytearray:
+async def read_raw_body(request: Request, limit_bytes: int) -> bytearray:
     """The body, bounded: a declared length is refused before the first byte is read."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit_bytes:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actserve.core.errors import ActserveError, ForbiddenOrigin
 from actserve.core.settings import Settings
-from actserve.server.admission import Admission, Ticket, current
+from actserve.server.admission import Admission, Ticket, current_ticket
 from actserve.server.http import error_responses as errors
 from actserve.server.protocols.oip.error_responses import response as oip_response
 
@@ -68,11 +68,11 @@ class SecurityMiddleware:
                 message["subprotocol"] = SUBPROTOCOL
             await send(message)
 
-        before = current.set(ticket)
+        before = current_ticket.set(ticket)
         try:
             await self._app(scope, receive, send_safely)
         finally:
-            current.reset(before)
+            current_ticket.reset(before)
 
     def _check_origin(self, headers: Headers) -> None:
         """Raise `ForbiddenOrigin` for a WebSocket that a page of another site opens: browsers do not prevent it."""

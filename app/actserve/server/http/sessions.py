@@ -15,9 +15,9 @@ from actserve.core.completion import choose_exploration
 from actserve.core.errors import InvalidRequest, MalformedBody
 from actserve.core.signature import Exploration
 from actserve.engine.policy import Policy
-from actserve.server.admission import holder
-from actserve.server.http import requests as common
-from actserve.server.sessions import Session, Sessions, Stepped, policy_of
+from actserve.server.admission import current_token
+from actserve.server.http.requests import read_patience_ns, read_raw_body, registry_of
+from actserve.server.sessions import Session, Sessions, StepResult, policy_of
 
 router = APIRouter(tags=["sessions"])
 
@@ -47,36 +47,36 @@ async def begin(request: Request, name: str) -> dict[str, Any]:
     """Begin a session: the service keeps the state. Send its id as `X-Session` with each observation to
     `/policies/{name}/act`, and the number of the step (1, 2, ...) as `X-Step`: a step that is sent again gets the same
     answer and moves nothing. The session stays on the version that it began with."""
-    return await _begin(request, await common.registry(request).begin(name))
+    return await _begin(request, await registry_of(request).begin(name))
 
 
 @router.post("/policies/{name}/versions/{version}/sessions", status_code=201, openapi_extra=_BEGIN)
 async def begin_on_version(request: Request, name: str, version: str) -> dict[str, Any]:
     """The same with a certain version."""
-    return await _begin(request, await common.registry(request).find(name, version))
+    return await _begin(request, await registry_of(request).find(name, version))
 
 
 @router.get("/policies/{name}/sessions")
 async def list_sessions(request: Request, name: str) -> dict[str, Any]:
     """The sessions that were begun with this token; where none is needed, with this `X-Owner`."""
-    owner, token = request.headers.get(OWNER), holder()
+    owner, token = request.headers.get(OWNER), current_token()
     if token is None and not owner:
         raise InvalidRequest(f"expected {OWNER}, the secret that the sessions were begun with; got none")
-    await common.registry(request).get(name)
+    await registry_of(request).get(name)
     return {"sessions": [_describe(request, session) for session in _sessions(request).owned(name, owner, token)]}
 
 
 @router.get("/policies/{name}/sessions/{id_}")
 async def get_session(request: Request, name: str, id_: str) -> dict[str, Any]:
     """One session as it stands: `step` is the last step done."""
-    return _describe(request, _sessions(request).get(name, id_, holder()))
+    return _describe(request, _sessions(request).get(name, id_, current_token()))
 
 
 @router.delete("/policies/{name}/sessions/{id_}", status_code=204)
 async def end(request: Request, name: str, id_: str) -> Response:
     """End a session. Its id is answered with 410 from now on."""
     sessions = _sessions(request)
-    sessions.end(sessions.get(name, id_, holder()))
+    sessions.end(sessions.get(name, id_, current_token()))
     return Response(status_code=204)
 
 
@@ -91,17 +91,17 @@ class Stepping:
 
 async def stepping(request: Request, policy: Policy, version: int | None, id_: str) -> Stepping:
     """What to step, of `policy`. `version` is the one that the URL asks for, if it does."""
-    session = _sessions(request).get(policy.name, id_, holder())
+    session = _sessions(request).get(policy.name, id_, current_token())
     if version is not None and session.version != version:
         raise InvalidRequest(
             f"a session stays on its version: expected {session.version}; got {version}",
             expected=session.version,
             got=version,
         )
-    return Stepping(session, await policy_of(common.registry(request), session), _read_step(request))
+    return Stepping(session, await policy_of(registry_of(request), session), _read_step(request))
 
 
-async def step(request: Request, to_step: Stepping, decode: Callable[[], wire.Payload]) -> Stepped:
+async def step(request: Request, to_step: Stepping, decode: Callable[[], wire.Payload]) -> StepResult:
     """Do the step, or find its answer if it was done: then the body, which `decode` reads, does not matter."""
     sessions = _sessions(request)
     if to_step.step == to_step.session.step:  # which can be the last one done
@@ -116,17 +116,17 @@ async def step(request: Request, to_step: Stepping, decode: Callable[[], wire.Pa
     query = request.query_params
     if items.seed is not None or items.exploration is not None or "seed" in query or "exploration" in query:
         raise InvalidRequest("a session's seed and exploration are set when it begins; got another with a step")
-    registry, patience_ns = common.registry(request), common.patience_ns(request)
+    registry, patience_ns = registry_of(request), read_patience_ns(request)
     return await sessions.step(registry, to_step.session, items.tensors, to_step.step, patience_ns)
 
 
-def headers(stepped: Stepped) -> dict[str, str]:
+def headers(stepped: StepResult) -> dict[str, str]:
     """What the answer to a step says beside its outputs."""
     return {STEP: str(stepped.step), **({REPLAYED: "1"} if stepped.replayed else {})}
 
 
 async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
-    exploration, seed = _read_beginning(bytes(await common.read(request, _BEGIN_LIMIT_BYTES)))
+    exploration, seed = _read_beginning(bytes(await read_raw_body(request, _BEGIN_LIMIT_BYTES)))
     choose_exploration(policy.signature, exploration, seed)  # or it would be told with the first step
     session = _sessions(request).begin(
         policy.name,
@@ -134,7 +134,7 @@ async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
         owner=request.headers.get(OWNER) or None,
         seed=seed,
         exploration=exploration,
-        holder=holder(),
+        holder=current_token(),
     )
     return _describe(request, session)
 

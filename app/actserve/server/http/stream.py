@@ -12,7 +12,7 @@ from fastapi import APIRouter, HTTPException, WebSocket, WebSocketDisconnect
 from actserve.core.errors import ActserveError, NotServing, Unauthorized, Unavailable, UnsupportedContentType
 from actserve.core.settings import Settings
 from actserve.engine.policy import Policy
-from actserve.server.http import requests as common
+from actserve.server.http.requests import admission_of, registry_of
 from actserve.server.http.stream_episode import BINARY, WINDOW, StreamEpisode
 from actserve.server.http.websocket import LIMIT, RESTART
 from actserve.telemetry.counts import STREAM
@@ -66,26 +66,26 @@ async def _upgrade() -> None:
 
 @_route("/stream")
 async def stream(websocket: WebSocket) -> None:
-    await _serve(websocket, common.registry(websocket).begin())
+    await _serve(websocket, registry_of(websocket).begin())
 
 
 @_route("/policies/{name}/stream")
 async def stream_by_name(websocket: WebSocket, name: str) -> None:
-    await _serve(websocket, common.registry(websocket).begin(name))
+    await _serve(websocket, registry_of(websocket).begin(name))
 
 
 @_route("/policies/{name}/versions/{version}/stream")
 async def stream_by_version(websocket: WebSocket, name: str, version: str) -> None:
-    await _serve(websocket, common.registry(websocket).find(name, version))
+    await _serve(websocket, registry_of(websocket).find(name, version))
 
 
 async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
     settings: Settings = websocket.app.state.settings
-    counts = common.registry(websocket).counts
+    counts = registry_of(websocket).counts
     try:
         policy = await found
         tally = counts.tally(policy.name, "websocket", STREAM)
-        admission = common.admission(websocket)
+        admission = admission_of(websocket)
         episode = StreamEpisode(policy, websocket.query_params, settings, admission, tally)
     except ActserveError as error:
         if "websocket.http.response" in websocket.scope.get("extensions", {}):

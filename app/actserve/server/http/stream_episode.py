@@ -14,9 +14,9 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
 from actserve.engine.batcher import BatchResult
 from actserve.engine.policy import Policy
-from actserve.server.admission import Admission, Ticket, holder
-from actserve.server.http import requests as common
+from actserve.server.admission import Admission, Ticket, current_token
 from actserve.server.http.error_responses import document, report, status_of
+from actserve.server.http.requests import selected_outputs
 from actserve.telemetry.counts import Tally
 from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
 
@@ -34,7 +34,7 @@ class StreamEpisode:
     ) -> None:
         signature = policy.signature
         self.tally = tally
-        asked = common.outputs(query, signature)
+        asked = selected_outputs(query, signature)
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
         exploration, seed = choose_exploration(signature, *wire.read_randomness(query))
         self._binary = query.get("binary", BINARY[0])
@@ -48,7 +48,7 @@ class StreamEpisode:
         self.steps = 0
         self.admission = admission
         self.ticket: Ticket | None = None  # of a message that the fast path has charged and handed over
-        self._token = holder()
+        self._token = current_token()
         self.hello = Hello(
             policy=policy.name,
             version=policy.version,

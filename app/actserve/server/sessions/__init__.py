@@ -33,9 +33,9 @@ from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.admission import Admission
-from actserve.server.sessions.file import SessionFile
-from actserve.server.sessions.names import Names, first_number
-from actserve.server.sessions.record import Record
+from actserve.server.sessions.ids import SessionIds, first_number
+from actserve.server.sessions.session_file import SessionFile
+from actserve.server.sessions.step_record import StepRecord
 
 log = logging.getLogger("actserve")
 
@@ -44,7 +44,7 @@ SWEEP_AT_MOST = 100  # sessions, so that a sweep holds the event loop for a mill
 
 
 @dataclass(frozen=True)
-class Limits:
+class SessionLimits:
     """What the sessions of one service may cost."""
 
     sessions: int = 10_000
@@ -69,7 +69,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """The answer to one step. `replayed`: the step had been done before, and this is what it came to then."""
 
     acted: Acted  # outputs only, no state, each (1, *shape)
@@ -99,7 +99,7 @@ class Sessions:
     def __init__(
         self,
         path: Path,
-        limits: Limits,
+        limits: SessionLimits,
         clock: Callable[[], float] = time.monotonic,
         home: int | None = None,
         admission: Admission | None = None,
@@ -110,12 +110,12 @@ class Sessions:
         self._home = home
         self._clock = clock  # seconds: all processes of a host have the same, and nobody can set it
         self._swept_s = 0.0
-        self._names = Names(b"")
+        self._ids = SessionIds(b"")
 
     def __enter__(self) -> Self:
         self._file.open()
         ((key,),) = self._file.rows("SELECT key FROM service")
-        self._names = Names(key, self._home)
+        self._ids = SessionIds(key, self._home)
         now_ms = self._now_ms()  # what was used after it was used before the host began anew
         self._file.change("UPDATE session SET used_ms = ? WHERE used_ms > ?", now_ms, now_ms)
         return self
@@ -143,8 +143,8 @@ class Sessions:
         seed = secrets.randbelow(MAX_SEED) if seed is None else seed
         if not 0 <= seed <= MAX_SEED:
             raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
-        owned_by = self._names.owner(owner, holder)
-        named = None if sequence is None else self._names.sequence(policy, sequence, owner, holder)
+        owned_by = self._ids.owner(owner, holder)
+        named = None if sequence is None else self._ids.sequence(policy, sequence, owner, holder)
         with self._file.transaction():
             self._file.change("DELETE FROM session WHERE sequence = ?", named)
             ((number,),) = self._file.rows(
@@ -155,13 +155,13 @@ class Sessions:
             if holder is not None:
                 self._keep_within(holder, number)
             self._make_room(number, holder)
-        id_ = self._names.id(policy, number, holder)
+        id_ = self._ids.id(policy, number, holder)
         return Session(id_, policy, version, 0, seed, exploration, 0.0, number, holder)
 
     def get(self, policy: str, id_: str, holder: Token | None = None) -> Session:
         """Raises `UnknownSession` (never issued here for this policy and this holder), `SessionExpired` (issued, and
         gone) or `SessionElsewhere` (issued by another host)."""
-        found = self._find(holder, "number = ?", self._names.number(policy, id_, holder))
+        found = self._find(holder, "number = ?", self._ids.number(policy, id_, holder))
         if not found:
             raise SessionExpired
         return found[0]
@@ -170,14 +170,14 @@ class Sessions:
         self, policy: str, sequence: int | str, owner: str | None = None, holder: Token | None = None
     ) -> Session:
         """The session begun with this `sequence`; the number 1 and the text "1" are two. Raises `UnknownSession`."""
-        found = self._find(holder, "sequence = ?", self._names.sequence(policy, sequence, owner, holder))
+        found = self._find(holder, "sequence = ?", self._ids.sequence(policy, sequence, owner, holder))
         if not found:
             raise UnknownSession(f"no sequence {str(sequence)[:80]!r} of {policy}: never begun, ended or timed out")
         return found[0]
 
     def owned(self, policy: str, owner: str | None, holder: Token | None = None) -> list[Session]:
         """The sessions begun with this `owner`, or by this `holder`, the first begun first."""
-        found = self._find(holder, "owner = ? AND policy = ?", self._names.owner(owner, holder), policy)
+        found = self._find(holder, "owner = ? AND policy = ?", self._ids.owner(owner, holder), policy)
         return sorted(found, key=lambda session: session.number)
 
     def versions(self) -> set[tuple[str, int]]:
@@ -195,7 +195,7 @@ class Sessions:
 
     async def step(
         self, registry: Registry, session: Session, tensors: Arrays, step: int | None = None, patience_ns: int = 0
-    ) -> Stepped:
+    ) -> StepResult:
         """One item's step: `tensors` are observations and flags, each (1, *shape), without state.
 
         `step` numbers it (the last one's number plus one); the last one's number again gives the stored answer; any
@@ -207,23 +207,23 @@ class Sessions:
             last, seed = self._read(session)
             number = last.step + 1
             if 0 < last.step == step:
-                return Stepped(last.acted(policy.signature, seed), step, replayed=True)
+                return StepResult(last.acted(policy.signature, seed), step, replayed=True)
             if step is not None and step != number:
                 raise StepConflict(number, step)
             _check(policy.signature, tensors)
             inputs = tensors | last.carried(policy.signature)
             noise_seed = step_seed(seed, number)
             acted = await self._admission.act(policy, inputs, 1, session.exploration, noise_seed, patience_ns)
-            if self._move(session, last, Record.of(number, acted, policy.signature)):
+            if self._move(session, last, StepRecord.of(number, acted, policy.signature)):
                 outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
-                return Stepped(replace(acted, outputs=outputs), number, replayed=False)
+                return StepResult(replace(acted, outputs=outputs), number, replayed=False)
 
-    def stored(self, policy: Policy, session: Session, step: int) -> Stepped | None:
+    def stored(self, policy: Policy, session: Session, step: int) -> StepResult | None:
         """The answer to `step` if that is the last one done: what a retry gets, whatever else it carries."""
         last, seed = self._read(session)
-        return Stepped(last.acted(policy.signature, seed), step, replayed=True) if 0 < last.step == step else None
+        return StepResult(last.acted(policy.signature, seed), step, replayed=True) if 0 < last.step == step else None
 
-    def _read(self, session: Session) -> tuple[Record, int]:
+    def _read(self, session: Session) -> tuple[StepRecord, int]:
         """The session's record and seed. Raises `SessionExpired`."""
         self._sweep()
         found = self._file.rows(
@@ -233,14 +233,14 @@ class Sessions:
         if not found:
             raise SessionExpired
         seed, checksum, *fields = found[0]
-        record = Record(*fields)
+        record = StepRecord(*fields)
         if record.step and checksum != record.checksum(session.number):
             log.error("the record of a session of %s is damaged: the session is forgotten", session.policy)
             self.end(session)
             raise SessionExpired
         return record, seed
 
-    def _move(self, session: Session, last: Record, new: Record) -> bool:
+    def _move(self, session: Session, last: StepRecord, new: StepRecord) -> bool:
         """From `last` on to `new`. False when another attempt has. Raises `SessionTooLarge`."""
         number = session.number
         values = (self._now_ms(), new.step, new.seeded, new.checksum(number), new.answer, new.state)
@@ -256,7 +256,7 @@ class Sessions:
 
     def _keep_within(self, holder: Token, keep: int) -> None:
         """Forget the holder's sessions that were idle for longest, `keep` never, until it has no more than it may."""
-        ((count,),) = self._file.rows("SELECT count(*) FROM session WHERE owner = ?", self._names.owner(None, holder))
+        ((count,),) = self._file.rows("SELECT count(*) FROM session WHERE owner = ?", self._ids.owner(None, holder))
         for _ in range(count - (holder.sessions or self.limits.sessions_each)):
             self._forget(keep, holder)
 
@@ -272,7 +272,7 @@ class Sessions:
 
     def _forget(self, keep: int, holder: Token | None = None) -> bool:
         """The session that was idle for longest, of all or of the holder's, if there is another one than `keep`."""
-        whose, values = ("", ()) if holder is None else (" AND owner = ?", (self._names.owner(None, holder),))
+        whose, values = ("", ()) if holder is None else (" AND owner = ?", (self._ids.owner(None, holder),))
         oldest = f"(SELECT number FROM session WHERE number <> ?{whose} ORDER BY used_ms LIMIT 1)"
         return self._file.change(f"DELETE FROM session WHERE number = {oldest}", keep, *values) > 0
 
@@ -296,7 +296,7 @@ class Sessions:
         now_ms = self._now_ms()
         return [
             Session(
-                self._names.id(policy, number, holder), policy, version, step, seed, exploration,
+                self._ids.id(policy, number, holder), policy, version, step, seed, exploration,
                 max(0, now_ms - used_ms) / 1000, number, holder,
             )
             for number, policy, version, step, seed, exploration, used_ms in found

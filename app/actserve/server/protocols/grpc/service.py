@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 from actserve.core.errors import ActserveError, MalformedBody
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
-from actserve.server.admission import Admission, current
+from actserve.server.admission import Admission, current_ticket
 from actserve.server.protocols.grpc import messages
 from actserve.server.protocols.grpc import status as errors
 from actserve.server.protocols.grpc.infer_stream import Conversation
@@ -65,7 +65,7 @@ class InferenceService:
     def admit(self, context: ServicerContext) -> None:
         """Let the call in by its token, in the metadata as `authorization`. Raises `Unauthorized`, `RateLimited`."""
         given = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
-        current.set(self._admission.open(given[0].encode() if len(given) == 1 else None))
+        current_ticket.set(self._admission.open(given[0].encode() if len(given) == 1 else None))
 
     @_answering
     async def ServerLive(self, _request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:

@@ -22,7 +22,7 @@ from actserve import wire
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, Arrays, Signature, TensorSpec
 from actserve.engine.policy import Policy
-from actserve.server.http import requests as common
+from actserve.server.http.requests import admission_of, read_body, registry_of
 from actserve.server.protocols.oip import codec, schema
 from actserve.server.protocols.oip.infer import InferResponse, answer
 from actserve.wire.accept_header import quality
@@ -38,11 +38,11 @@ _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 async def infer(request: Request, policy: Policy, pinned: bool) -> Response:
     """`pinned`: the version of `policy` was asked for, and no other. Raises an `ActserveError`."""
-    content = await common.read_expanded(request)
+    content = await read_body(request)
     return await answer(
-        common.admission(request),
+        admission_of(request),
         request.app.state.sessions,
-        common.registry(request),
+        registry_of(request),
         policy,
         pinned,
         lambda: split(content, request.headers.get(HEADER)),

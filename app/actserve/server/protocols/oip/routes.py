@@ -12,7 +12,7 @@ from starlette.routing import Match
 
 from actserve.core.errors import MalformedBody, NotServing
 from actserve.engine.policy import Policy
-from actserve.server.http import requests as common
+from actserve.server.http.requests import read_raw_body, registry_of
 from actserve.server.protocols.oip import http, metadata, statistics
 from actserve.server.protocols.oip.error_responses import OipRoute, answer
 from actserve.telemetry import call
@@ -58,7 +58,7 @@ async def live() -> dict[str, bool]:
 @router.get("/v2/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
     """Policies are loaded, verified and warm."""
-    if reason := common.registry(request).not_ready():
+    if reason := registry_of(request).not_ready():
         raise NotServing(reason)
     return {"ready": True}
 
@@ -66,20 +66,20 @@ async def ready(request: Request) -> dict[str, bool]:
 @router.post("/v2/repository/index")
 async def index(request: Request) -> list[dict[str, str]]:
     """Every version of every policy and its state; `{"ready": true}` asks for those that are ready."""
-    body = await common.read(request, INDEX_LIMIT_BYTES)
+    body = await read_raw_body(request, INDEX_LIMIT_BYTES)
     try:
         asked = pydantic_core.from_json(body or b"{}")
     except ValueError as error:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
     if not isinstance(asked, dict) or asked.get("ready") not in (None, True, False):
         raise MalformedBody(f'expected {{"ready": true or false}}, or nothing; got {asked}'[:200])
-    return metadata.index(common.registry(request), asked.get("ready") is True)
+    return metadata.index(registry_of(request), asked.get("ready") is True)
 
 
 @router.get("/v2/models/stats")
 async def get_all_statistics(request: Request) -> dict[str, Any]:
     """The statistics of the live version of every policy, as this worker process counted them."""
-    return {"model_stats": statistics.describe_live(common.registry(request))}
+    return {"model_stats": statistics.describe_live(registry_of(request))}
 
 
 @_on_model("GET", "/stats")
@@ -91,7 +91,7 @@ async def get_statistics(request: Request) -> dict[str, Any]:
 @_on_model("GET")
 async def get_model(request: Request) -> dict[str, Any]:
     """A policy's versions, inputs and outputs. Everything but the observations may be left out."""
-    return metadata.model(await _policy(request), common.registry(request))
+    return metadata.model(await _policy(request), registry_of(request))
 
 
 @_on_model("GET", "/config")
@@ -133,4 +133,4 @@ async def nothing(request: Request) -> Response:
 async def _policy(request: Request) -> Policy:
     """The policy that the path names."""
     path = request.path_params
-    return await common.registry(request).find(path["name"], path.get("version"))
+    return await registry_of(request).find(path["name"], path.get("version"))

@@ -12,7 +12,7 @@ from actserve import wire
 from actserve.core.errors import InvalidRequest
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
-from actserve.server.admission import holder
+from actserve.server.admission import current_token
 from actserve.server.protocols.oip.schema import Asked, Parameters
 from actserve.server.sessions import Session, Sessions, policy_of
 
@@ -38,7 +38,7 @@ async def find(
         return None
     if parameters.sequence_start:
         return Sequence(policy if pinned else registry.route(policy, new_episode=True), None)
-    session = sessions.sequence(policy.name, parameters.sequence_id, holder=holder())
+    session = sessions.sequence(policy.name, parameters.sequence_id, holder=current_token())
     if pinned and session.version != policy.version:
         raise InvalidRequest(f"a sequence stays on its version: expected {session.version}; got {policy.version}")
     return Sequence(await policy_of(registry, session), session)
@@ -57,7 +57,7 @@ async def step(sessions: Sessions, registry: Registry, sequence: Sequence, asked
             seed=seed,
             exploration=exploration,
             sequence=parameters.sequence_id,
-            holder=holder(),
+            holder=current_token(),
         )
     elif seed not in (None, session.seed) or exploration not in (None, session.exploration):
         raise InvalidRequest("a sequence's seed and exploration are set when it starts; got others later")

@@ -1,4 +1,4 @@
-"""Record: what a session's last step came to, as it is stored: every output, and the state that goes on."""
+"""StepRecord: what a session's last step came to, as it is stored: every output, and the state that goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actserve.engine.policy import Acted
 
 
 @dataclass(frozen=True)
-class Record:
+class StepRecord:
     """After step number `step`; 0: nothing was done yet, and there is neither answer nor state."""
 
     step: int
@@ -23,7 +23,7 @@ class Record:
     state: bytes  # likewise
 
     @classmethod
-    def of(cls, step: int, acted: Acted, signature: Signature) -> Record:
+    def of(cls, step: int, acted: Acted, signature: Signature) -> StepRecord:
         """`acted`: of one item."""
         answer = _pack(signature.outputs, acted.outputs)
         state = _pack([state.spec for state in signature.state], acted.outputs)

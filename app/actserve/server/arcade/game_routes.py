@@ -15,10 +15,10 @@ from actserve.core.errors import ActserveError, InvalidRequest, Unavailable
 from actserve.core.settings import Settings
 from actserve.engine.policy import Policy
 from actserve.engine.runtimes.load import RUNTIMES
-from actserve.server.arcade.broadcast import Show
-from actserve.server.arcade.game import Find, Game, Seats
-from actserve.server.http import requests as common
+from actserve.server.arcade.broadcast import GameBroadcast
+from actserve.server.arcade.game import Find, Game, GameSlots
 from actserve.server.http.error_responses import document
+from actserve.server.http.requests import admission_of, registry_of
 from actserve.server.http.websocket import LIMIT
 
 router = APIRouter(tags=["page"])
@@ -30,9 +30,9 @@ _REFUSED, _TRY_AGAIN = 1008, 1013
 @router.get("/games")
 async def games(request: Request) -> dict[str, Any]:
     """Whether games can be played here, why not, how many may be and how many are."""
-    seats: Seats = request.app.state.seats
-    why = seats.closed()
-    return {"playable": why is None, "reason": why, "most": seats.most, "playing": seats.taken}
+    game_slots: GameSlots = request.app.state.game_slots
+    why = game_slots.why_closed()
+    return {"playable": why is None, "reason": why, "most": game_slots.limit, "playing": game_slots.taken}
 
 
 @router.websocket("/games")
@@ -60,19 +60,19 @@ async def play(websocket: WebSocket) -> None:
 async def _play(websocket: WebSocket) -> int:
     """The whole game; the code to close with. Raises `WebSocketDisconnect`."""
     settings: Settings = websocket.app.state.settings
-    seats: Seats = websocket.app.state.seats
+    game_slots: GameSlots = websocket.app.state.game_slots
     query = websocket.query_params
     try:
         exploration, seed = wire.read_randomness(query)
-        if reason := seats.closed():
+        if reason := game_slots.why_closed():
             raise InvalidRequest(reason)
-        with seats.take():
+        with game_slots.take():
             async with _finding(websocket, settings) as find:
                 seed = secrets.randbelow(1 << 31) if seed is None else seed
-                game = Game(find, exploration, seed, common.admission(websocket))
+                game = Game(find, exploration, seed, admission_of(websocket))
                 try:
                     await game.begin()
-                    return await Show(websocket, game, settings.session_idle_s).run()
+                    return await GameBroadcast(websocket, game, settings.session_idle_s).run()
                 finally:
                     game.close()
     except ActserveError as error:
@@ -83,7 +83,7 @@ async def _play(websocket: WebSocket) -> int:
 @asynccontextmanager
 async def _finding(websocket: WebSocket, settings: Settings) -> AsyncIterator[Find]:
     """Where to find the policy for every step: the one that is served, or for another runtime one of the game's own."""
-    registry, query = common.registry(websocket), websocket.query_params
+    registry, query = registry_of(websocket), websocket.query_params
     served = await registry.find(query["policy"], query.get("version")) if "policy" in query else await registry.get()
     runtime = query.get("runtime")
     if runtime in (None, served.choice.runtime):

@@ -1,4 +1,4 @@
-"""Names: what sessions are called by: ids, and digests of what their clients call them and of who owns them.
+"""SessionIds: what sessions are called by: ids, and digests of what their clients call them and of who owns them.
 
 An id is the session's number and a keyed digest of it, of its policy and of the token's name, if it was begun with a
 token: it cannot be guessed, it is no id at all with another token, and one that was issued here is known for genuine
@@ -42,8 +42,8 @@ def _number(id_: str) -> int:
     return int.from_bytes(data[:_NUMBER_BYTES], "big")
 
 
-class Names:
-    """Names that nobody can make without `key`. `home`: this host, where there are several with keys of their own."""
+class SessionIds:
+    """Makes and checks ids with the secret `key`. `home` is the number of this host, if several hosts hold sessions."""
 
     def __init__(self, key: bytes, home: int | None = None) -> None:
         self._key = key
