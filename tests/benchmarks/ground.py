@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from actserve.store.local import ModelStore
 from tests.benchmarks.peers.program import load
 from tests.benchmarks.questions import Screens
 
@@ -30,13 +31,13 @@ class Ground:
 
 def prepare(models: Path) -> Ground:
     """For `pong` of the store `models`: T's program and an int8 artifact are built unless they were before."""
-    pong = max((models / "pong").iterdir(), key=lambda version: int(version.name))
+    pong = ModelStore(models).resolve("pong").folder
     made_from = [pong / "manifest.json", *sorted(EXPORTERS.rglob("*.py"))]
     folder = CACHE / hashlib.sha256(b"".join(file.read_bytes() for file in made_from)).hexdigest()[:12]
     stores = {name: folder / name for name in ("pong", "pong-int8")}
     if not folder.exists():
         build(pong, folder.with_suffix(f".{os.getpid()}"), folder)
-    (int8,) = (stores["pong-int8"] / "pong-int8").iterdir()
+    int8 = ModelStore(stores["pong-int8"]).resolve("pong-int8").folder
     programs = {
         "tutorial": folder / "tutorial.onnx",
         "pong": pong / "policy.onnx",
