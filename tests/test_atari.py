@@ -154,7 +154,7 @@ def test_an_unknown_game_gets_a_hint(game: str, hint: str) -> None:
 
 
 def test_a_seed_below_zero_would_be_the_time_to_ale() -> None:
-    with pytest.raises(UsageError, match="a whole number from 0; got -1"):
+    with pytest.raises(UsageError, match="expected a seed of 0 or more; got -1"):
         AtariGame(PONG, -1)
 
 

@@ -66,7 +66,7 @@ def test_two_reports_are_compared_game_by_game() -> None:
     "other", [report([1.0, 2.0], seed=1), report([1.0]), replace(report([1.0, 2.0]), game="boxing")]
 )
 def test_other_games_cannot_be_compared(other: Report) -> None:
-    with pytest.raises(UsageError, match="the same games of both; got pong"):
+    with pytest.raises(UsageError, match="the same game with the same seeds; got pong"):
         compare(report([1.0, 2.0]), other)
 
 

@@ -1,4 +1,4 @@
-"""The video of games played through a service: the screen, and beside it what the policy makes of it."""
+"""A video of games played through a service: the screen, and beside it the score and the policy's actions."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ EMULATOR_FPS = 60
 
 
 class Film:
-    """A video of `remote`'s games, of which every `speed`-th step is shown. A context manager, as `VideoWriter`."""
+    """A video of the games of `remote` that shows every `speed`-th step. A context manager, like `VideoWriter`."""
 
     def __init__(self, path: Path, remote: RemotePolicy, speed: int = 1) -> None:
         environment = remote.environment
         if environment is None:
-            raise UsageError(f"{remote.name} plays no game: there is nothing to see")
+            raise UsageError(f"{remote.name} plays no game, so there is nothing to film")
         self._speed = speed
         self._note = f"{remote.name}@{remote.version} on .{remote.runtime}"
-        # One number for every action, if the policy gives any: action values, logits.
-        self._values = next(
+        # The output with one number per action, such as action values or logits, if the policy has one.
+        self._values_output = next(
             (
                 spec.name
                 for spec in remote.signature.outputs[1:]
@@ -34,19 +34,19 @@ class Film:
             ),
             None,
         )
-        self._overlay = Overlay(environment, self._values or "")
+        self._overlay = Overlay(environment, self._values_output or "")
         self._writer = VideoWriter(path, fps=EMULATOR_FPS / environment.frame_skip, scale=1)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What `add` wants of the policy beside the action."""
-        return (self._values,) if self._values else ()
+        """The policy's outputs that `add` needs beside the action."""
+        return (self._values_output,) if self._values_output else ()
 
     def add(self, game: AtariGame, action: int, outputs: Arrays) -> None:
-        """One step: the game after it, the action taken, and the policy's `outputs` by name."""
+        """Film one step. `game` has taken `action` already; `outputs` are the policy's, by name."""
         if game.steps % self._speed and not game.over:
             return
-        values = outputs[self._values] if self._values else None
+        values = outputs[self._values_output] if self._values_output else None
         self._writer.add(
             self._overlay.compose(
                 game.screen(), score=game.score, step=game.steps, action=action, values=values, note=self._note

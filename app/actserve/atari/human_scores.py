@@ -1,13 +1,13 @@
-"""What chance and a professional human tester score on 57 Atari games, to put a policy's score between.
+"""The scores of random play and of a professional human tester on 57 Atari games, to normalise a policy's score.
 
-Wang et al. 2016, "Dueling network architectures for deep reinforcement learning", the table of raw scores with up to 30
-no-ops at the start: the one that most later work normalises by. No sticky actions. (Mnih et al. 2015 had another
+Source: Wang et al. 2016, "Dueling network architectures for deep reinforcement learning", the table of raw scores with
+up to 30 no-ops at the start. Most later work normalises by this table. No sticky actions. (Mnih et al. 2015 had another
 tester: 9.3 in Pong, not 14.6.)
 """
 
 from __future__ import annotations
 
-# By ale-py's names: (random, human).
+# ale-py's name of the game -> (random, human)
 SCORES: dict[str, tuple[float, float]] = {
     "alien": (227.8, 7127.7),
     "amidar": (5.8, 1719.5),
@@ -70,7 +70,7 @@ SCORES: dict[str, tuple[float, float]] = {
 
 
 def normalised(game: str, score: float) -> float | None:
-    """0 is chance, 1 the human; None for a game without a published human score."""
+    """`score` on a scale where 0 is random play and 1 the human. None for a game without a published human score."""
     if game not in SCORES:
         return None
     random, human = SCORES[game]

@@ -1,7 +1,7 @@
-"""What a policy sees and what it makes of it, in one picture: the screen, and beside it the score and the actions.
+"""Draws one picture per step: the game's screen, and beside it the score and the policy's actions.
 
-What never changes is drawn once; a picture is a copy of that with the few things that do. Texts and bars come in few
-colours, because a GIF has 255 and the game wants half of them.
+The static parts are drawn once. Each picture is a copy of them with the changing parts added. Text and bars use few
+colours, because a GIF has 255 and the game needs half of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from actserve.core.environment import Environment
 from actserve.core.errors import UsageError
 from actserve.core.imports import import_extra
 
-PANEL = 360  # pixels wide: beside an Atari screen, three times as large, it makes 840 × 630, that is 4:3
+PANEL = 360  # pixels wide; with an Atari screen at scale 3 the picture is 840 × 630, that is 4:3
 MARGIN = 24
-TITLE, NOTE, CAPTION, FIGURES, HEADING = 40, 63, 104, 158, 202  # baselines of the lines above the actions
-ROWS = 216  # where the actions begin
-ROW_MIN, ROW_MAX = 21, 60  # pixels per action; 18 of the lowest fit beside 210 rows, three times as large
+TITLE, NOTE, CAPTION, FIGURES, HEADING = 40, 63, 104, 158, 202  # y of the text baselines above the actions
+ROWS = 216  # y of the first action
+ROW_MIN, ROW_MAX = 21, 60  # height of an action in pixels; 18 rows of 21 fit beside a screen at scale 3
 GAP = 12  # between an action's name, its bar and its value
-GREYS = 4  # steps from the ground to the ink: smooth letters that cost few colours
+GREYS = 4  # shades between background and text colour: smooth letters with few colours
 
 Colour = tuple[int, int, int]
 Picture = NDArray[np.uint8]
@@ -33,10 +33,10 @@ ACCENT, BAR, TRACK = (255, 190, 60), (92, 106, 138), (30, 34, 44)
 
 
 class Overlay:
-    """Pictures of a game and of what its policy makes of it, for `VideoWriter(..., scale=1)`.
+    """Composes pictures of a game and its policy, for `VideoWriter(..., scale=1)`.
 
-    `label` says what the values are ("action_value", "logits"); the screen is shown `scale` times as large.
-    Raises `UsageError` if Pillow is not installed.
+    `label` names the values ("action_value", "logits"). The screen is enlarged `scale` times. Raises `UsageError` if
+    Pillow is not installed.
     """
 
     def __init__(self, environment: Environment, label: str = "action_value", scale: int = 3) -> None:
@@ -49,31 +49,31 @@ class Overlay:
     def compose(
         self, screen: Picture, *, score: float, step: int, action: int, values: NDArray[Any] | None, note: str = ""
     ) -> Picture:
-        """The picture of one step, (height, width, 3) uint8 RGB, both even. One buffer: the next call overwrites it.
+        """The picture of one step, (height, width, 3) uint8 RGB, both even. The next call overwrites the array.
 
-        `screen` is uint8[H, W, 3], of the same shape in every call. `values` has one number per action of the
-        environment, and `action` is the index of the chosen one; the bars go from this step's least finite value to
-        its greatest. Without values only the choice is shown. `note` is one line under the environment's name.
-        Raises `UsageError` for a screen, an action or values of another kind.
+        `screen` is uint8[H, W, 3], of the same shape in every call. `action` is the index of the chosen action.
+        `values` has one number per action of the environment; the bars scale from the least finite value of the step
+        to the greatest. Without values only the chosen action is marked. `note` is a line below the environment's name.
+        Raises `UsageError` for a screen, an action or values of another shape or range.
         """
         self._check(screen, action, values)
         if self._layout is None:
             self._layout = _Layout(self.environment, screen.shape, self.scale)
-            self._caption(self._layout)
+            self._draw_captions(self._layout)
         layout = self._layout
         frame, left, right = layout.begin(screen), layout.left, layout.right
         self._small.write(frame, " ".join(note.split()), left, NOTE, PLAIN)
-        self._large.write(frame, f"{score + 0.0:,.0f}", left, FIGURES, BRIGHT)  # + 0.0, or -0.0 is shown as -0
+        self._large.write(frame, f"{score + 0.0:,.0f}", left, FIGURES, BRIGHT)  # + 0.0 turns -0.0 into 0.0
         self._title.write_number(frame, f"{step:,}", right, FIGURES, BRIGHT)
-        layout.choose(action)
+        layout.mark_chosen(action)
         if values is not None:
             self._small.write(frame, self.label.replace("_", " ").upper(), right, HEADING, DIM, from_right=True)
             for row, (value, share) in enumerate(zip(values.tolist(), shares(values), strict=True)):
-                layout.measure(row, value, share, chosen=row == action)
+                layout.draw_bar(row, value, share, chosen=row == action)
         return frame
 
-    def _caption(self, layout: _Layout) -> None:
-        """Draw what stands above the actions in every picture."""
+    def _draw_captions(self, layout: _Layout) -> None:
+        """Draw the static texts above the actions."""
         self._title.write(layout.still, self.environment.id, layout.left, TITLE, BRIGHT)
         self._small.write(layout.still, "SCORE", layout.left, CAPTION, DIM)
         self._small.write(layout.still, "STEP", layout.right, CAPTION, DIM, from_right=True)
@@ -94,9 +94,9 @@ class Overlay:
 
 
 def shares(values: NDArray[Any]) -> list[float]:
-    """How long each bar is: 0 for the least finite value, 1 for the greatest, 1 for all where they are equal.
+    """The length of each bar: 0 for the least finite value, 1 for the greatest, 1 for all if they are equal.
 
-    Infinity counts as the greatest; minus infinity, and what is not a number, as the least.
+    Infinity counts as the greatest value, minus infinity and NaN as the least.
     """
     exact = values.astype(np.float64)
     finite = exact[np.isfinite(exact)]
@@ -106,7 +106,7 @@ def shares(values: NDArray[Any]) -> list[float]:
 
 
 class _Layout:
-    """Where things are, the picture without what changes (`still`), and the one that is being composed."""
+    """The positions, the picture of the static parts (`still`), and the current picture."""
 
     def __init__(self, environment: Environment, screen_shape: tuple[int, ...], scale: int) -> None:
         self.screen_shape = screen_shape
@@ -129,22 +129,22 @@ class _Layout:
         self._bar_end = self.right - self._font.width("-000.00") - GAP
 
     def begin(self, screen: Picture) -> Picture:
-        """The picture with this screen and nothing else yet. uint8[H, W, 3]"""
+        """Start a picture: the static parts and this screen. uint8[H, W, 3]"""
         self._frame[self._panel] = self.still[self._panel]
         wide = screen.repeat(self._scale, axis=1)
         for line in range(self._scale):
             self._screen[line :: self._scale] = wide
         return self._frame
 
-    def choose(self, row: int) -> None:
+    def mark_chosen(self, row: int) -> None:
         top, bottom = ROWS + row * self._row, ROWS + (row + 1) * self._row
         edge = self.left - MARGIN // 2
         self._frame[top:bottom, edge : self.right + MARGIN // 2] = CHOSEN_GROUND
         self._frame[top:bottom, edge : edge + 4] = ACCENT
         self._font.write(self._frame, self._names[row], self.left, self._baseline(row), BRIGHT, CHOSEN_GROUND)
 
-    def measure(self, row: int, value: float, share: float, *, chosen: bool) -> None:
-        """Draw the row's bar, `share` of its full length but never nothing, and its value."""
+    def draw_bar(self, row: int, value: float, share: float, *, chosen: bool) -> None:
+        """Draw the row's value and its bar, `share` of the full length but at least visible."""
         middle, half = ROWS + row * self._row + self._row // 2, self._row // 5
         bar = self._frame[middle - half : middle + half, self._bar : self._bar_end]
         bar[:] = GROUND if chosen else TRACK
@@ -158,7 +158,7 @@ class _Layout:
 
 
 class _Font:
-    """Pillow's own typeface in one size. What was written lately is kept."""
+    """Pillow's default font in one size, with a cache of drawn texts."""
 
     def __init__(self, size: int) -> None:
         self._image, self._draw = import_extra("play", "PIL.Image"), import_extra("play", "PIL.ImageDraw")
@@ -181,7 +181,7 @@ class _Font:
         *,
         from_right: bool = False,
     ) -> None:
-        """Write from x on, or up to x, over what is there; what would leave the picture is cut off."""
+        """Write to the right of x, or to its left if `from_right`. Clips at the edge of the picture."""
         letters = self._letters(text, ink, ground)
         x = max(0, x - letters.shape[1]) if from_right else x
         place = picture[baseline - self._ascent : baseline + self._descent, x : x + letters.shape[1]]
@@ -190,10 +190,10 @@ class _Font:
     def write_number(
         self, picture: Picture, text: str, right: int, baseline: int, ink: Colour, ground: Colour = GROUND
     ) -> None:
-        """Write up to `right`, figure by figure: a new number costs no drawing, and figures do not move sideways."""
-        for figure in reversed(text):
-            self.write(picture, figure, right, baseline, ink, ground, from_right=True)
-            right -= self._letters(figure, ink, ground).shape[1]
+        """Write a number that ends at `right`, digit by digit from the cache. Digits do not move sideways."""
+        for digit in reversed(text):
+            self.write(picture, digit, right, baseline, ink, ground, from_right=True)
+            right -= self._letters(digit, ink, ground).shape[1]
 
     def _drawn(self, text: str, ink: Colour, ground: Colour) -> Picture:
         image = self._image.new("L", (self.width(text), self._ascent + self._descent))
@@ -204,6 +204,6 @@ class _Font:
 
 @lru_cache
 def _shades(ink: Colour, ground: Colour) -> Picture:
-    """(256, 3): the colour for each strength of the ink, in `GREYS` steps."""
+    """(256, 3): the colour for each opacity of the text, in `GREYS` steps."""
     strength = np.round(np.linspace(0, GREYS, 256)) / GREYS
     return np.round(np.outer(1 - strength, ground) + np.outer(strength, ink)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Whole games: the one loop in which something looks at screens and acts on them."""
+"""Plays whole games: the loop that shows each screen to a policy and takes its action."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9}
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """One game. `actions_sha256` is over the actions as the policy gave them (indices), one byte each, in order."""
+    """One game. `actions_sha256` hashes the indices of the actions in order, one byte each."""
 
     seed: int
     score: float
@@ -29,14 +29,14 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class Report:
-    """What `play` did. Latencies are those of `act` alone, neither the game's nor the screen's."""
+    """The result of `play`. Latencies cover only the calls of `act`, not the emulator."""
 
     policy: str
     runtime: str
     game: str  # the ROM's name
     episodes: tuple[EpisodeResult, ...]
     latency_ms: dict[str, float]  # p50, p90, p99, p999
-    acting_s: float  # the time in `act`, all steps together
+    acting_s: float  # total time in `act`
 
     @property
     def scores(self) -> list[float]:
@@ -61,7 +61,7 @@ Act = Callable[[NDArray[np.uint8]], Any]
 
 
 def play(
-    begin: Callable[[int], Act],
+    begin_episode: Callable[[int], Act],
     environment: Environment,
     *,
     episodes: int,
@@ -73,16 +73,16 @@ def play(
 ) -> Report:
     """Play `episodes` games, the i-th seeded with `seed + i`, each to its end or for `max_steps` actions.
 
-    `begin` is given a game's seed and gives what acts in it: that is given the screen, (height, width, 3) uint8, in a
-    buffer that the next step overwrites, and returns the index of an action (anything `int` takes). After every step
-    `on_step` is given the game's number, from 0, the game and the action. `policy` and `runtime` are only noted in the
-    report. Raises what `AtariGame`, `begin` and what it gives raise.
+    `begin_episode` takes a game's seed and returns the function `act` for that game. `act` takes the screen, (height,
+    width, 3) uint8, in a buffer that the next step overwrites, and returns the index of an action (anything that `int`
+    accepts). After every step, `on_step` gets the game's number, from 0, the game and the action. `policy` and
+    `runtime` only label the report. Raises the errors of `AtariGame`, `begin_episode` and `act`.
     """
     played: list[EpisodeResult] = []
     latencies_ns: list[int] = []
     for number in range(episodes):
         game = AtariGame(environment, seed + number)
-        act = begin(seed + number)
+        act = begin_episode(seed + number)
         actions = bytearray()
         while not game.over and (max_steps is None or game.steps < max_steps):
             screen = game.screen()

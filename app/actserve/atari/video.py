@@ -1,4 +1,4 @@
-"""Screens -> a video file, written as they come, so that the length of a game does not matter to the memory."""
+"""Writes screens to a video file one by one, so that long games need no more memory than short ones."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from actserve.core.errors import UsageError
 from actserve.core.imports import import_extra
 
 H264 = (("libx264", {"preset": "veryfast", "crf": "20"}), ("libopenh264", {"b": "2M"}), ("mpeg4", {"qscale": "3"}))
-GIF_MAX_FPS = 50  # a GIF counts in hundredths of a second, and browsers slow down what asks for less than two
-GIF_PALETTE_FRAMES = 64  # looked at before the first is written: a colour that comes later costs 768 bytes a frame
-GIF_COLOURS = 255  # and one for "as before"
+GIF_MAX_FPS = 50  # frame times are in 1/100 s, and browsers slow down GIFs with less than 2/100 s per frame
+GIF_PALETTE_FRAMES = 64  # buffered to collect the palette; a colour that is found later costs 768 bytes a frame
+GIF_COLOURS = 255  # the 256th entry means "unchanged"
 
 
 class VideoWriter:
-    """A video of uint8 RGB screens, all of one size, `scale` times as large: .mp4 (H.264) or .gif by the suffix.
+    """A video of uint8 RGB screens of one size, enlarged `scale` times: .mp4 (H.264) or .gif by the suffix of `path`.
 
-    A context manager. The file appears under its name when the block ends well, not before; when it does not, or
-    nothing was added, there is none. Raises `UsageError` for another suffix, a folder that is not there, or a
-    library that is not installed.
+    A context manager. The file appears when the block ends without an error; otherwise, or without frames, there is no
+    file. Raises `UsageError` for another suffix, a missing folder or a missing library.
     """
 
     def __init__(self, path: Path | str, fps: float, scale: int = 3) -> None:
@@ -41,15 +40,15 @@ class VideoWriter:
     def __enter__(self) -> Self:
         kind = _ENCODERS.get(self.path.suffix.lower())
         if kind is None:
-            raise UsageError(f"a video is {' or '.join(_ENCODERS)}; got {self.path.name!r}")
+            raise UsageError(f"expected a video file ending in {' or '.join(_ENCODERS)}; got {self.path.name!r}")
         if not self.path.parent.is_dir():
-            raise UsageError(f"there is no folder {self.path.parent} to write {self.path.name} into")
+            raise UsageError(f"cannot write {self.path.name}: there is no folder {self.path.parent}")
         self._encoder = kind(import_extra("play", "av"), self._part, self.fps, self.scale)
         return self
 
     def add(self, screen: NDArray[np.uint8]) -> None:
-        """Append one screen, (height, width, 3) uint8 RGB. It is copied."""
-        assert self._encoder is not None, "to be used in a with block"
+        """Append a copy of one screen, (height, width, 3) uint8 RGB."""
+        assert self._encoder is not None, "use VideoWriter in a with block"
         if screen.ndim != 3 or screen.shape[2] != 3 or screen.dtype != np.uint8:
             raise UsageError(f"expected a screen uint8[H, W, 3]; got {screen.dtype}{list(screen.shape)}")
         if self._shape not in (None, screen.shape):
@@ -66,14 +65,14 @@ class VideoWriter:
             if kind is None and written:
                 os.replace(self._part, self.path)
         except Exception:
-            if kind is None:  # otherwise the error that ended the block is the one to tell
+            if kind is None:  # otherwise let the error of the block through
                 raise
         finally:
             self._part.unlink(missing_ok=True)
 
 
 class _Encoder:
-    """One PyAV stream into one file, opened with the first frame, which sets the size."""
+    """One PyAV stream into one file. The first frame opens it and sets the size."""
 
     def __init__(self, av: Any, path: Path, fps: float, scale: int) -> None:
         self._av = av
@@ -89,7 +88,7 @@ class _Encoder:
         self._write(self._av.VideoFrame.from_ndarray(_enlarged(screen, self._scale), format="rgb24"))
 
     def close(self) -> int:
-        """Finish the file; the number of frames in it. Without frames there is no file."""
+        """Finish the file and return its number of frames. Without frames there is no file."""
         if self._container is None:
             return 0
         try:
@@ -130,21 +129,21 @@ class _Encoder:
 
 
 class _GifEncoder(_Encoder):
-    """A GIF with the screens' own colours: an Atari has 128, so nothing is lost. Frames beyond `GIF_MAX_FPS` are."""
+    """A GIF with the exact colours of the screens: an Atari has only 128. Drops frames above `GIF_MAX_FPS`."""
 
     def __init__(self, av: Any, path: Path, fps: float, scale: int) -> None:
         self._every = max(1, math.ceil(fps / GIF_MAX_FPS))
         super().__init__(av, path, fps / self._every, scale)
-        self._given = 0
-        self._waiting: list[NDArray[np.uint8]] = []  # each (height, width) of palette indices
+        self._frames_given = 0
+        self._buffered: list[NDArray[np.uint8]] = []  # each (height, width) of palette indices
         self._index: dict[int, int] = {}  # 0xRRGGBB -> its place in the palette
 
     def add(self, screen: NDArray[np.uint8]) -> None:
-        self._given += 1
-        if (self._given - 1) % self._every:
+        self._frames_given += 1
+        if (self._frames_given - 1) % self._every:
             return
-        self._waiting.append(self._indexed(screen))
-        if self._container is not None or len(self._waiting) == GIF_PALETTE_FRAMES:
+        self._buffered.append(self._indexed(screen))
+        if self._container is not None or len(self._buffered) == GIF_PALETTE_FRAMES:
             self._flush()
 
     def close(self) -> int:
@@ -153,18 +152,18 @@ class _GifEncoder(_Encoder):
 
     def _flush(self) -> None:
         palette = np.zeros((256, 4), np.uint8)  # alpha, red, green, blue
-        palette[:GIF_COLOURS, 0] = 255  # FFmpeg takes the least opaque entry for "as before": the last one, always
+        palette[:GIF_COLOURS, 0] = 255  # FFmpeg uses the least opaque entry for "unchanged": the last one
         for colour, place in self._index.items():
             palette[place, 1:] = (colour >> 16, colour >> 8 & 255, colour & 255)
-        for indices in self._waiting:
+        for indices in self._buffered:
             self._write(self._av.VideoFrame.from_ndarray((_enlarged(indices, self._scale), palette), format="pal8"))
-        self._waiting.clear()
+        self._buffered.clear()
 
     def _open(self, width: int, height: int) -> None:
         self._start("gif", "gif", {}, "pal8", width, height)
 
     def _indexed(self, screen: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """(height, width, 3) RGB -> (height, width) of palette indices; new colours join the palette."""
+        """(height, width, 3) RGB -> (height, width) of palette indices. Adds new colours to the palette."""
         red, green, blue = (screen[..., channel].astype(np.uint32) for channel in range(3))
         colours, where = np.unique(red << 16 | green << 8 | blue, return_inverse=True)
         places = np.array([self._place(colour) for colour in colours.tolist()], np.uint8)
@@ -180,7 +179,7 @@ class _GifEncoder(_Encoder):
 
 
 def _enlarged(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
-    """Every pixel `scale` times as wide and high; of an odd size the last row or column once more, as H.264 wants."""
+    """Enlarge `scale` times. Repeats the last row or column of an odd size, because H.264 needs even sizes."""
     for axis in (0, 1):
         image = image.repeat(scale, axis)
         if image.shape[axis] % 2:
@@ -189,6 +188,7 @@ def _enlarged(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
 
 
 def _distance(one: int, other: int) -> int:
+    """The squared distance of two colours 0xRRGGBB."""
     return sum(((one >> shift & 255) - (other >> shift & 255)) ** 2 for shift in (16, 8, 0))
 
 
