@@ -28,7 +28,7 @@ from actserve import wire
 from actserve.cli.tools.local_service import free_port
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
-from actserve.server.access.tokens import Access, add
+from actserve.server.access.tokens import Access, add_token
 from actserve.server.admission import Admission
 from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.http import act, error_responses, policies, security, sessions, stream
@@ -100,7 +100,7 @@ def running(
     settings = (settings or Settings()).model_copy(update={"grpc_port": free_port()})
     token, access = None, None
     if tokens:
-        token = add(folder / "tokens", "robot", rate=RATE)
+        token = add_token(folder / "tokens", "robot", rate=RATE)
         access = Access(folder / "tokens", clock=Clock())
     registry, admission = OnePolicy(settings, slow, SCREENS), Admission(settings, access)
     registry.not_ready = lambda: None  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actserve.core.errors import RateLimited, Unauthorized, UsageError
-from actserve.server.access.tokens import LOOK_EVERY_S, PREFIX, Access, Token, add, read
+from actserve.server.access.tokens import CHECK_EVERY_S, PREFIX, Access, Token, add_token, read_tokens
 from actserve.server.admission import Ticket
 from tests.clock import Clock
 from tests.test_cli import actserve
@@ -33,7 +33,7 @@ def bearer(token: str) -> bytes:
 
 
 def test_a_token_lets_in_and_its_file_does_not(file: Path) -> None:
-    token = add(file, "robot")
+    token = add_token(file, "robot")
     access = Access(file)
     assert access.identify(bearer(token)).name == "robot"
     assert access.identify(b"bearer  " + token.encode()).name == "robot", "RFC 9110: the scheme in any case"
@@ -55,7 +55,7 @@ def test_a_token_lets_in_and_its_file_does_not(file: Path) -> None:
     ],
 )  # fmt: skip
 def test_nothing_else_does(file: Path, given: bytes | str | None) -> None:
-    token = add(file, "robot")
+    token = add_token(file, "robot")
     if isinstance(given, str):
         given = given.replace("{}", token).encode()
     with pytest.raises(Unauthorized) as refused:
@@ -72,12 +72,12 @@ def test_no_header_makes_trouble(authorization: bytes) -> None:
 
 
 def test_what_the_file_says_of_a_token(file: Path) -> None:
-    add(file, "fast", rate=100)
-    add(file, "slow", rate=0.25, sessions=3)
-    add(file, "slow")  # two lines may have one name
+    add_token(file, "fast", rate=100)
+    add_token(file, "slow", rate=0.25, sessions=3)
+    add_token(file, "slow")  # two lines may have one name
     file.write_text(file.read_text().rstrip("\n"))  # an editor may leave no end of line
-    add(file, "last")
-    found = read(file)
+    add_token(file, "last")
+    found = read_tokens(file)
     assert [(token.name, token.rate, token.sessions) for token in found] == [
         ("fast", 100, None),
         ("slow", 0.25, 3),
@@ -108,24 +108,24 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         Access(tmp_path / "binary")
     with pytest.raises(UsageError, match="cannot be written"):
-        add(tmp_path / "no" / "folder", "robot")
+        add_token(tmp_path / "no" / "folder", "robot")
     with pytest.raises(UsageError, match="expected a name"):
-        add(tmp_path / "tokens", "a b")
+        add_token(tmp_path / "tokens", "a b")
 
 
 def test_changes_are_seen_within_a_second(file: Path, clock: Clock) -> None:
-    old = add(file, "robot", rate=10)
+    old = add_token(file, "robot", rate=10)
     access = Access(file, clock=clock)
     held = access.identify(bearer(old))
-    new = add(file, "robot", rate=10)
+    new = add_token(file, "robot", rate=10)
     with pytest.raises(Unauthorized):
         access.identify(bearer(new))
-    clock.now_s += LOOK_EVERY_S
+    clock.now_s += CHECK_EVERY_S
     assert access.identify(bearer(new)).name == "robot"
     assert access.identify(bearer(old)) is held, "what stays keeps what is left to it"
     generation = access.generation
     file.write_text(file.read_text().splitlines()[1])
-    clock.now_s += LOOK_EVERY_S
+    clock.now_s += CHECK_EVERY_S
     with pytest.raises(Unauthorized):
         access.identify(bearer(old))
     assert held.revoked
@@ -138,11 +138,11 @@ def test_changes_are_seen_within_a_second(file: Path, clock: Clock) -> None:
 def test_a_file_that_breaks_lets_nobody_in_or_out(
     file: Path, clock: Clock, spoil: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    token = add(file, "robot")
+    token = add_token(file, "robot")
     access = Access(file, clock=clock)
     spoil(file)
     for _ in range(3):
-        clock.now_s += LOOK_EVERY_S
+        clock.now_s += CHECK_EVERY_S
         assert access.identify(bearer(token)).name == "robot"
     assert len(caplog.records) == 1, "and the log says so once"
 
@@ -184,7 +184,7 @@ def test_a_batch_is_paid_for_by_the_next_requests(clock: Clock, known_at_once: b
 
 
 def test_each_worker_grants_its_share(file: Path) -> None:
-    token = add(file, "robot", rate=100)
+    token = add_token(file, "robot", rate=100)
     assert Access(file, workers=4).identify(bearer(token)).rate == 25
 
 
@@ -195,7 +195,7 @@ def test_tokens_as_a_user_types_them(tmp_path: Path) -> None:
     assert Access(Path(file)).identify(bearer(made.stdout.strip())).rate == 100
     shown = actserve("tokens", "show", "--file", file)
     assert shown.stdout.startswith("robot  ")
-    assert "100 requests a second" in shown.stdout
+    assert "100 requests per second" in shown.stdout
     assert made.stdout.strip() not in shown.stdout
     wrong = actserve("tokens", "new", "a b", "--file", file)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)

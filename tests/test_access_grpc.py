@@ -16,7 +16,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from actserve.cli.tools.local_service import free_port
 from actserve.core.settings import Settings
-from actserve.server.access.tokens import Access, add
+from actserve.server.access.tokens import Access, add_token
 from actserve.server.admission import Admission
 from actserve.server.protocols.grpc.server import serving
 from actserve.server.sessions import SessionLimits, Sessions
@@ -46,8 +46,8 @@ def bearer(token: str) -> tuple[tuple[str, str]]:
 
 
 def test_calls_need_a_token(tmp_path: Path) -> None:
-    mine, yours = add(tmp_path / "tokens", "me"), add(tmp_path / "tokens", "you")
-    hasty = add(tmp_path / "tokens", "hasty", rate=2)
+    mine, yours = add_token(tmp_path / "tokens", "me"), add_token(tmp_path / "tokens", "you")
+    hasty = add_token(tmp_path / "tokens", "hasty", rate=2)
 
     async def run() -> None:
         async with served(tmp_path) as stub:

@@ -21,7 +21,7 @@ from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.errors import ServiceError
 from actserve.core.settings import Settings
-from actserve.server.access.tokens import add
+from actserve.server.access.tokens import add_token
 from tests import fastpath_service, stream_service, waiting
 from tests.fake_policy import NAME
 from tests.fastpath_service import FAST, PLAIN, Service, request
@@ -46,7 +46,7 @@ class Guarded:
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """`/act` behind tokens, by the lane and without."""
     file = tmp_path_factory.mktemp("access") / "tokens"
-    mine, yours = add(file, "me"), add(file, "you")
+    mine, yours = add_token(file, "me"), add_token(file, "you")
     with fastpath_service.running(request.param, Settings(tokens=file), headers=NOSNIFF) as up:
         yield Guarded(up, file, mine, yours)
 
@@ -55,7 +55,7 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """Sessions, streams and the Open Inference Protocol behind tokens."""
     file = tmp_path_factory.mktemp("access") / "tokens"
-    mine, yours = add(file, "me"), add(file, "you", sessions=3)
+    mine, yours = add_token(file, "me"), add_token(file, "you", sessions=3)
     with stream_service.running(Settings(tokens=file)) as up:
         yield Guarded(up, file, mine, yours)
 
@@ -140,7 +140,7 @@ def test_every_answer_is_what_it_says_it_is(guarded: Guarded) -> None:
 
 @pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_a_rate_is_kept(http: str, tmp_path: Path) -> None:
-    hasty, calm = add(tmp_path / "tokens", "hasty", rate=3), add(tmp_path / "tokens", "calm")
+    hasty, calm = add_token(tmp_path / "tokens", "hasty", rate=3), add_token(tmp_path / "tokens", "calm")
     with fastpath_service.running(http, Settings(tokens=tmp_path / "tokens")) as service:
         came = ask(service, asked(hasty) * 8 + asked(calm) * 8, 16)
         codes = [part[:3] for part in came.split(b"HTTP/1.1 ")[1:]]
@@ -158,12 +158,12 @@ def test_a_rate_is_kept(http: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_a_token_is_revoked_and_another_let_in_while_the_service_runs(http: str, tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    old = add(file, "robot")
+    old = add_token(file, "robot")
     with fastpath_service.running(http, Settings(tokens=file)) as service, service.connect() as kept:
         kept.sendall(asked(old))
         assert b"200 OK" in answers(kept, 1)
         file.write_text("")
-        new = add(file, "robot")
+        new = add_token(file, "robot")
         waiting.until(lambda: b"200 OK" in ask(service, asked(new)), 10)
         kept.sendall(asked(old))
         assert answers(kept, 1).startswith(b"HTTP/1.1 401 ")
@@ -243,7 +243,7 @@ def test_a_browsers_stream_has_its_token_in_a_subprotocol(stateful: Guarded) -> 
 
 def test_a_stream_asks_for_a_token_and_counts_its_steps(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    hasty = add(file, "hasty", rate=4)
+    hasty = add_token(file, "hasty", rate=4)
     with stream_service.running(Settings(tokens=file)) as service:
         with pytest.raises(ServiceError, match="401 unauthorized"), Stream(service.url):
             pass
@@ -281,7 +281,7 @@ def test_a_browser_opens_no_stream_for_pages_of_others() -> None:
 
 @pytest.mark.parametrize("http", [FAST, PLAIN])
 def test_pages_of_others_may_ask_if_they_are_named(http: str, tmp_path: Path) -> None:
-    token = add(tmp_path / "tokens", "robot")
+    token = add_token(tmp_path / "tokens", "robot")
     settings = Settings(tokens=tmp_path / "tokens", cors_origins="https://a.example,https://b.example")
     preflight = (
         b"OPTIONS /act HTTP/1.1\r\nHost: h\r\nOrigin: https://%s\r\nAccess-Control-Request-Method: POST\r\n"

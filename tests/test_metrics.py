@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 
 from actserve.core.settings import Settings
-from actserve.server.access.tokens import add
+from actserve.server.access.tokens import add_token
 from actserve.server.app import create_app
 from actserve.telemetry.counts import KEPT_VERSIONS, Counts, ProgramLabels
 from actserve.telemetry.logs import JsonFormatter
@@ -95,7 +95,7 @@ def test_requests_and_refusals_are_counted_by_policy_route_and_status(service: C
 
 
 def test_what_the_gate_refuses_is_counted_with_its_reason(tmp_path: Path) -> None:
-    add(tmp_path / "tokens", "me")
+    add_token(tmp_path / "tokens", "me")
     with running(tokens=tmp_path / "tokens", public_metrics=True) as service:
         assert act(service).status == 401
         assert grown({}, scrape(service), "actserve_refused_total") == {",unauthorized,,http": 1}

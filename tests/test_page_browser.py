@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from actserve.atari.emulator import AtariGame
-from actserve.server.access.tokens import add
+from actserve.server.access.tokens import add_token
 from actserve.server.arcade.game import encode_png
 from tests.browser import WITHIN_MS, Visit, chromium, needs_chromium, visit
 from tests.page_service import Service, running
@@ -140,7 +140,7 @@ def test_a_pause_and_a_stop(page: Page, service: Service) -> None:
     page.click("#start")
     until(lambda: number(page, "#step") > 3)
     page.click("#pause")
-    expect(page.locator("#pause")).to_have_text("Go on")
+    expect(page.locator("#pause")).to_have_text("Resume")
     page.click("#stop")
     expect(page.locator("#start")).to_have_text("Play")
     until(lambda: service.game_slots.taken == 0)
@@ -195,12 +195,12 @@ def test_without_ale_it_says_so_and_still_answers_about_a_screen(
 
 
 def test_a_service_that_wants_a_token_is_given_one(visitor: Visit, tmp_path: Path) -> None:
-    token = add(tmp_path / "tokens", "visitor")
+    token = add_token(tmp_path / "tokens", "visitor")
     page = visitor.page
     with running(tokens=tmp_path / "tokens") as guarded:
         page.goto(f"{guarded.url}/")
         expect(page.locator("#token")).to_be_visible()
-        expect(page.locator("#note")).to_contain_text("asks for a token")
+        expect(page.locator("#note")).to_contain_text("requires a token")
         page.fill("#secret", token)
         page.click("#token button")
         expect(page.locator("#start")).to_be_enabled()

@@ -1,7 +1,7 @@
-"""Administration: a second, small application, on a port of 127.0.0.1, for whoever has the token.
+"""Administration: a second application on a loopback port. It requires the administrator's token.
 
-What it is told goes into `routing.json`, so that every worker does it, and this one at once. Each answer is what
-`GET /policies/{name}` of the service answers, without the manifest: what came of it.
+It writes changes to `routing.json`. This worker applies them at once, the others when they next read the file. Each
+response describes the policy after the change, as `GET /policies/{name}` of the service does, without the manifest.
 """
 
 from __future__ import annotations
@@ -31,24 +31,22 @@ log = logging.getLogger("actserve")
 HOST = "127.0.0.1"
 
 
-class Which(BaseModel):
-    """A version."""
-
+class VersionBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: Version
 
 
 def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
-    """The application. Every route asks for `Authorization: Bearer <token>`."""
+    """The application. Every route requires `Authorization: Bearer <token>`."""
 
     async def authorise(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Unauthorized("expected Authorization: Bearer with the administrator's token; got none or another")
 
-    async def change(name: str, wish: Callable[..., Routing], *arguments: Any) -> dict[str, Any]:
-        await asyncio.to_thread(wish, store, name, *arguments)
+    async def change(name: str, edit: Callable[..., Routing], *arguments: Any) -> dict[str, Any]:
+        await asyncio.to_thread(edit, store, name, *arguments)
         await registry.poll(retry=True)
         return registry.describe(name)
 
@@ -61,13 +59,13 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
 
     @app.post("/load")
     async def load() -> dict[str, Any]:
-        """Look at the store now, and try what was refused once more."""
+        """Read the store now, and try refused versions again."""
         await registry.poll(retry=True)
         return await list_policies()
 
     @app.put("/policies/{name}/pin")
-    async def pin(name: str, which: Which) -> dict[str, Any]:
-        return await change(name, routing.pin, which.version)
+    async def pin(name: str, body: VersionBody) -> dict[str, Any]:
+        return await change(name, routing.pin, body.version)
 
     @app.delete("/policies/{name}/pin")
     async def unpin(name: str) -> dict[str, Any]:
@@ -79,8 +77,8 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
         return await change(name, routing.roll_back, (await registry.get(name)).version)
 
     @app.put("/policies/{name}/aliases/{alias}")
-    async def alias(name: str, alias: str, which: Which) -> dict[str, Any]:
-        return await change(name, routing.alias, alias, which.version)
+    async def alias(name: str, alias: str, body: VersionBody) -> dict[str, Any]:
+        return await change(name, routing.alias, alias, body.version)
 
     @app.delete("/policies/{name}/aliases/{alias}")
     async def drop_alias(name: str, alias: str) -> dict[str, Any]:
@@ -95,8 +93,8 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
         return await change(name, routing.canary, None)
 
     @app.put("/policies/{name}/shadow")
-    async def shadow(name: str, which: Which) -> dict[str, Any]:
-        return await change(name, routing.shadow, which.version)
+    async def shadow(name: str, body: VersionBody) -> dict[str, Any]:
+        return await change(name, routing.shadow, body.version)
 
     @app.delete("/policies/{name}/shadow")
     async def end_shadow(name: str) -> dict[str, Any]:
@@ -106,7 +104,7 @@ def create_admin(registry: Registry, store: ModelStore, token: str) -> FastAPI:
 
 
 def check(settings: Settings) -> None:
-    """To be called before the first worker starts. Raises `UsageError` without a token, or when the port is taken."""
+    """Check before the first worker starts. Raises `UsageError` if the token is missing or the port is taken."""
     if settings.admin_port is None:
         return
     if settings.admin_token is None:
@@ -119,20 +117,20 @@ def check(settings: Settings) -> None:
 
 @asynccontextmanager
 async def serving(registry: Registry, store: ModelStore, settings: Settings) -> AsyncIterator[None]:
-    """Administration for as long as the service runs; nothing where no port is set, or another worker has it."""
+    """Serve administration while the service runs, if a port is set and no other worker listens on it."""
     if settings.admin_port is None or settings.admin_token is None:
         yield
         return
     try:
-        listening = _listen(settings.admin_port)
+        listener = _listen(settings.admin_port)
     except OSError as error:
-        log.info("administration is another worker's: %s", error.strerror)
+        log.info("another worker serves administration: %s", error.strerror)
         yield
         return
     app = create_admin(registry, store, settings.admin_token)
     config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False)
     server = _AdminServer(config)
-    task = asyncio.create_task(server.serve([listening]))
+    task = asyncio.create_task(server.serve([listener]))
     log.info("administration on %s, port %d", HOST, settings.admin_port)
     try:
         yield
@@ -142,7 +140,7 @@ async def serving(registry: Registry, store: ModelStore, settings: Settings) -> 
 
 
 class _AdminServer(uvicorn.Server):
-    """Signals are the service's."""
+    """Leaves signals to the server of the service."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -150,12 +148,12 @@ class _AdminServer(uvicorn.Server):
 
 
 def _listen(port: int) -> socket.socket:
-    listening = socket.socket()
+    listener = socket.socket()
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended are no obstacle
-        listening.bind((HOST, port))
-        listening.listen()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # despite connections in TIME_WAIT
+        listener.bind((HOST, port))
+        listener.listen()
     except OSError:
-        listening.close()
+        listener.close()
         raise
-    return listening
+    return listener

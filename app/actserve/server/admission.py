@@ -1,15 +1,16 @@
-"""Admission: decides whether a request may enter. Every door asks it, and nothing else in the service calls a policy.
+"""Admission: decides whether a request may enter. Every door uses it, and nothing else calls a policy.
 
 The doors are the routes, streams, the Open Inference Protocol over HTTP and gRPC, sessions, the page's games, and the
 fast path below ASGI. For each request the order is:
 
-1. the token: known, and charged for one item when the head is known (`Admission.open`, or `admit` on the fast path);
-2. the bytes of the body, before and after it is expanded (`max_body_bytes`, `fits`), and the memory that is held for
-   bodies that have not come (`reserve`);
-3. the number of items, and the charge for those after the first;
-4. the deadline, the queue, and whether the policy is closing (`Batcher.admit`).
+1. The token must be known. It is charged for one item once the head is there (`Admission.open`, or `admit` on the fast
+   path).
+2. The body has bounds before and after decompression (`max_body_bytes`, `fits`). The memory reserved for bodies that
+   are still to come is bounded too (`reserve`).
+3. The number of items is bounded. The token is charged for the items after the first.
+4. The deadline must be possible, the queue must have room, and the policy must not be closing (`Batcher.admit`).
 
-A request is charged once, also if a later step refuses it. Each check raises the error that the door answers with.
+A request is charged once, also if a later step refuses it. Each check raises the error that the client gets.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from actserve.engine.batcher import Batcher, BatchRequest
 from actserve.engine.policy import Acted, Policy
 from actserve.server.access.tokens import Access, Token
 
-RESERVED_BYTES = 64 << 20  # of memory for bodies that were announced and have not come, all connections together
+RESERVED_BYTES = 64 << 20  # of memory for announced bodies that are still to come, over all connections
 
 
 @dataclass(slots=True)
 class Ticket:
-    """One request's admission. `token` is None where the service needs none."""
+    """One request's admission. `token` is None if no authentication is configured."""
 
     token: Token | None = None
     charged: int = 0  # items
 
     def charge(self, items: int) -> None:
-        """Charge for `items` in all. Raises `RateLimited` or `Unauthorized`, but not for items after the first."""
+        """Charge for `items` in total. Raises `RateLimited` or `Unauthorized`, but not for items after the first."""
         if self.token is None:
             return
         if not self.charged:
@@ -49,17 +50,17 @@ class Ticket:
 
 
 current_ticket: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
-"""The ticket of the request that is being answered; None: the service itself acts."""
+"""The ticket of the request in progress; None if the service itself acts."""
 
 
 def current_token() -> Token | None:
-    """The token of the request that is being answered: it owns the sessions that the request begins."""
+    """The token of the request in progress. It owns the sessions that the request starts."""
     ticket = current_ticket.get()
     return None if ticket is None else ticket.token
 
 
 class Admission:
-    """The limits of `settings`, and the tokens of `access`; None: no authentication is configured."""
+    """The limits of `settings` and the tokens of `access`. Without `access`, no authentication is configured."""
 
     def __init__(self, settings: Settings | None = None, access: Access | None = None) -> None:
         settings = settings or Settings()
@@ -71,7 +72,7 @@ class Admission:
     # the token
 
     def open(self, authorization: bytes | None) -> Ticket:
-        """A ticket for the holder of an Authorization header, charged for one item.
+        """A ticket for the token in an Authorization header, charged for one item.
 
         Raises `Unauthorized` or `RateLimited`.
         """
@@ -80,7 +81,9 @@ class Admission:
         return ticket
 
     def open_message(self, ticket: Ticket | None = None) -> None:
-        """Make `ticket`, by default a new one for the same token, the current one, for one message of a stream.
+        """Charge for one message of a stream, and make its ticket the current one.
+
+        Without `ticket`, it makes a new one for the same token.
 
         Raises `RateLimited` or `Unauthorized`.
         """
@@ -91,11 +94,11 @@ class Admission:
     # the body
 
     def fits(self, body_bytes: int, items: int) -> bool:
-        """Whether a body is within the limits. The fast path leaves other bodies to the routes, which refuse them."""
+        """Whether a body is within the limits. The routes refuse the others with an error."""
         return body_bytes <= self.max_body_bytes and items <= self.max_items
 
     def reserve(self, size_bytes: int) -> bool:
-        """Whether a body of this size may have all of its memory before it has come. If so, `release` it later."""
+        """Whether memory for a body of this size may be allocated before the body has come. Then `release` it later."""
         if self.reserved_bytes + size_bytes > RESERVED_BYTES:
             return False
         self.reserved_bytes += size_bytes
@@ -128,9 +131,9 @@ class Admission:
         seed: int | None = None,
         patience_ns: int = 0,
     ) -> Acted:
-        """Act on `size` items of a valid request, each tensor (size, *shape), for the current ticket.
+        """Act on `size` items of a valid request, each tensor (size, *shape), and charge the current ticket.
 
-        Raises `TooManyItems`, or what `Policy.act` raises.
+        Raises `TooManyItems`, or as `Policy.act`.
         """
         self._check_items(size)
         ticket = current_ticket.get()
@@ -141,7 +144,7 @@ class Admission:
     @staticmethod
     @asynccontextmanager
     async def deadline(timeout_us: int) -> AsyncIterator[None]:
-        """Raises `TooLate` when the block takes longer, the program's run included; 0 is no deadline."""
+        """Raises `TooLate` if the block takes longer, including the run of the program. 0 is no deadline."""
         try:
             async with asyncio.timeout(timeout_us / 1e6 if timeout_us else None):
                 yield

@@ -1,4 +1,4 @@
-"""create_app: the composition root. The environment is read here, once."""
+"""create_app: the composition root. It reads the environment, once."""
 
 from __future__ import annotations
 
@@ -18,25 +18,13 @@ from actserve.core.settings import Settings
 from actserve.engine.registry import Registry
 from actserve.server import admin
 from actserve.server.access import tls
-from actserve.server.access.tokens import Access
-from actserve.server.access.tokens import read as read_tokens
+from actserve.server.access.tokens import Access, read_tokens
 from actserve.server.admission import Admission
 from actserve.server.arcade import game_routes, page
 from actserve.server.arcade.game import GameSlots
 from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.fastpath.request_heads import Observed
-from actserve.server.http import (
-    act,
-    health,
-    metrics,
-    policies,
-    security,
-    sessions,
-    stream,
-)
-from actserve.server.http import (
-    error_responses as errors,
-)
+from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions, stream
 from actserve.server.http.observability import ObservabilityMiddleware
 from actserve.server.metrics.publisher import Publisher
 from actserve.server.processes.supervisor import Start
@@ -46,11 +34,11 @@ from actserve.store.remote import open_store
 from actserve.store.trust import Trust
 from actserve.telemetry.traces import Traces
 
-LOAD_S = 2.0  # that a worker may take before it lets clients in whom another one could have answered
+LOAD_WAIT_S = 2.0  # a worker loads for so long before it accepts connections that other workers could answer
 
 
 def check(settings: Settings) -> None:
-    """What can be known to be wrong before the first process serves. Raises `UsageError`."""
+    """Check the settings before the first worker starts. Raises `UsageError`."""
     if "://" not in settings.store and not Path(settings.store).is_dir():
         raise UsageError(f"there is no model store at {settings.store}; export a policy first, or name it with --store")
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
@@ -62,15 +50,13 @@ def check(settings: Settings) -> None:
 
 
 class Application(FastAPI):
-    """The application: FastAPI, with what is observed around all of it."""
-
     def build_middleware_stack(self) -> ASGIApp:
-        """FastAPI's, observed from outside of what answers errors."""
+        """Put `ObservabilityMiddleware` outermost, around the error-handling middleware."""
         return ObservabilityMiddleware(super().build_middleware_stack())
 
 
 def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:
-    """The service. Policies load once it starts: it answers `/healthz` at once and `/readyz` when they are warm."""
+    """The service. Policies load after the start: `/healthz` answers 200 at once, `/readyz` when they are warm."""
     settings = settings or Settings.from_environment(os.environ)
     access = None if settings.tokens is None else Access(settings.tokens, settings.workers)
     admission = Admission(settings, access)
@@ -96,7 +82,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
             async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
                 registry.start(start.rest_s if start else 0.0, start.reason if start else "")
                 if start and (start.replaces or settings.workers > 1):
-                    await registry.wait_loaded(LOAD_S)
+                    await registry.wait_loaded(LOAD_WAIT_S)
                 try:
                     async with (
                         grpc.serving(registry, app.state.sessions, settings, admission),
@@ -119,7 +105,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
     app.state.registry = registry
     app.state.game_slots = GameSlots(settings.max_games)
     app.state.traces = traces
-    errors.install(app)
+    error_responses.install(app)
     security.install(app, admission, settings)
     for routes in (act, sessions, stream, oip, policies, metrics, health, game_routes, page):
         app.include_router(routes.router)

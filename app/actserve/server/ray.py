@@ -1,10 +1,10 @@
 """The service as a Ray Serve application: `serve run actserve.server.ray:app`, or `…:build` with arguments.
 
-Each replica is one process with the whole service of `actserve.server.app`. Ray's proxy has read the request when a
-replica gets it, so the fast path, which is below ASGI, takes none: the routes answer all.
+Each replica is one process with the whole service of `actserve.server.app`. Ray's proxy reads the request before a
+replica gets it, so the routes answer all requests and the fast path, which is below ASGI, none.
 
-State that a client carries goes to any replica. Sessions are in a file, which the replicas of one Ray node share and
-which outlives each of them; an id names its node, and the router sends the session's steps there.
+Requests with client-carried state can go to any replica. Sessions are in a file that the replicas of one Ray node
+share, and that outlives them. A session's id names its node, and the router sends the session's steps there.
 """
 
 from __future__ import annotations
@@ -32,38 +32,49 @@ from actserve.server.app import check, create_app
 from actserve.server.sessions.ids import HOME_BITS, home_of
 from actserve.telemetry import logs
 
-DRAIN_S = 30.0  # as `actserve serve` gives to what is under way
-PROXYS = ("grpc_port", "admin_port", "tls_cert", "tls_key")  # replicas on one host cannot all have a port
+DRAIN_S = 30.0  # for requests in progress, as with `actserve serve`
+PROXY_SETTINGS = ("grpc_port", "admin_port", "tls_cert", "tls_key")  # replicas on one host cannot share a port
 
 
 class Scale(BaseModel):
-    """How many replicas, and what each is given. The other arguments are those of `Settings`."""
+    """How many replicas run, and the resources of each. The other arguments are fields of `Settings`."""
 
     model_config = ConfigDict(frozen=True)
 
-    replicas: int = Field(1, ge=1, description="Replicas; with `max_replicas`, the fewest.")
-    max_replicas: int | None = Field(None, ge=1, description="The most; Ray adds and takes them away by load.")
-    target_requests: float = Field(8, gt=0, description="Requests under way in each replica that Ray then aims at.")
-    max_requests: int = Field(128, ge=1, description="Requests that a replica has at a time; more wait at the proxy.")
-    max_queued: int = Field(1024, ge=1, description="Requests that wait at each proxy; more are refused with 503.")
+    replicas: int = Field(1, ge=1, description="Replicas; the minimum if `max_replicas` is set.")
+    max_replicas: int | None = Field(None, ge=1, description="The maximum; Ray scales the replicas by load.")
+    target_requests: float = Field(
+        8, gt=0, description="Requests in progress in each replica that autoscaling aims at."
+    )
+    max_requests: int = Field(
+        128, ge=1, description="Requests that a replica handles at a time; more wait at the proxy."
+    )
+    max_queued: int = Field(1024, ge=1, description="Requests that may wait at each proxy; more are refused with 503.")
     cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application. `arguments`: fields of `Scale` and of `Settings`; of the latter those not given are read from
-    ACTSERVE_*. Raises `UsageError`."""
+    """The application. `arguments` are fields of `Scale` and `Settings`. Raises `UsageError`.
+
+    Fields of `Settings` that are not given are read from ACTSERVE_* variables.
+    """
     scale, settings = read_arguments(arguments)
 
     def create() -> FastAPI:
         logging.config.dictConfig(logs.configuration(settings.log_format))
-        return create_app(with_files(settings))
+        return create_app(with_node_files(settings))
 
-    most = None if scale.max_replicas is None else max(scale.replicas, scale.max_replicas)
-    size: dict[str, Any] = {"num_replicas": scale.replicas}
-    if most is not None:
-        aim = {"target_ongoing_requests": scale.target_requests}
-        size = {"autoscaling_config": AutoscalingConfig(min_replicas=scale.replicas, max_replicas=most, **aim)}
-    settings = settings.model_copy(update={"workers": most or scale.replicas})
+    max_replicas = scale.replicas
+    replicas: dict[str, Any] = {"num_replicas": scale.replicas}
+    if scale.max_replicas is not None:
+        max_replicas = max(scale.replicas, scale.max_replicas)
+        autoscaling = AutoscalingConfig(
+            min_replicas=scale.replicas,
+            max_replicas=max_replicas,
+            target_ongoing_requests=scale.target_requests,
+        )
+        replicas = {"autoscaling_config": autoscaling}
+    settings = settings.model_copy(update={"workers": max_replicas})
     deployment = serve.deployment(
         serve.ingress(create)(Replica),
         name="actserve",
@@ -72,13 +83,13 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": scale.cpus},
         graceful_shutdown_timeout_s=DRAIN_S,
         logging_config=LoggingConfig(enable_access_log=settings.access_log),
-        request_router_config=RequestRouterConfig(request_router_class=Homeward),
-        **size,
+        request_router_config=RequestRouterConfig(request_router_class=SessionRouter),
+        **replicas,
     )
     return deployment.bind()
 
 
-app = build  # as Ray's documentation calls what it runs
+app = build  # the usual name in Ray's documentation
 
 
 def read_arguments(arguments: dict[str, Any]) -> tuple[Scale, Settings]:
@@ -91,26 +102,29 @@ def read_arguments(arguments: dict[str, Any]) -> tuple[Scale, Settings]:
         settings = Settings.from_environment({**os.environ, **given})
     except ValidationError as error:
         raise UsageError(f"expected other arguments: {error}") from None
-    beyond = [name for name in PROXYS if getattr(settings, name) is not None]
-    if beyond:
-        raise UsageError(f"expected no {', '.join(beyond)}: behind Ray Serve, ports are its proxy's")
+    refused = [name for name in PROXY_SETTINGS if getattr(settings, name) is not None]
+    if refused:
+        raise UsageError(f"expected no {', '.join(refused)}: behind Ray Serve, only its proxy listens on ports")
     check(settings)
     return scale, settings.absolute()
 
 
-def with_files(settings: Settings) -> Settings:
-    """In a replica: with the files that the application's replicas on this Ray node share, in the folder of Ray's
-    session, unless the settings name others. With files of its own a node is a home of sessions."""
+def with_node_files(settings: Settings) -> Settings:
+    """The settings of a replica, completed with the files that the application's replicas on this Ray node share.
+
+    The files are in the folder of Ray's session, unless the settings name others. If the sessions file belongs to the
+    node, session ids carry the node as their home.
+    """
     node = ray.get_runtime_context().get_node_id()
     folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "actserve"
     folder.mkdir(mode=0o700, exist_ok=True)
     name = f"{quote(serve.get_replica_context().app_name, safe='')}-{node}"
-    own: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     if settings.sessions is None:
-        own |= {"sessions": folder / f"{name}.sessions", "session_home": home_of_node(node)}
+        files |= {"sessions": folder / f"{name}.sessions", "session_home": home_of_node(node)}
     if settings.counts is None:
-        own |= {"counts": folder / f"{name}.counts"}
-    return settings.model_copy(update=own)
+        files |= {"counts": folder / f"{name}.counts"}
+    return settings.model_copy(update=files)
 
 
 def home_of_node(node_id: str) -> int:
@@ -119,13 +133,15 @@ def home_of_node(node_id: str) -> int:
 
 
 class Replica:
-    """What Ray asks of a replica beside its requests."""
+    """The health check of a replica."""
 
-    app: FastAPI  # by serve.ingress
+    app: FastAPI  # set by serve.ingress
 
     async def check_health(self) -> None:
-        """As `/readyz`. The first time, which requests wait for, it waits until the store has been looked at. Raises
-        `NotServing`."""
+        """As `/readyz`. Waits while the policies load: Ray sends no requests before the first check has passed.
+
+        Raises `NotServing`.
+        """
         registry: Registry = self.app.state.registry
         while registry.loading:
             await asyncio.sleep(0.05)
@@ -133,9 +149,11 @@ class Replica:
             raise NotServing(reason)
 
 
-class Homeward(RequestRouter):
-    """Sends a session's requests to its home, all others anywhere: to the less busy one of two random replicas. Where
-    the home has no replica any one refuses, with `SessionElsewhere`."""
+class SessionRouter(RequestRouter):
+    """Sends a session's requests to its home node, all others to any node: to the less busy of two random replicas.
+
+    If the home has no replica, another one gets the request and refuses it with `SessionElsewhere`.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -143,5 +161,5 @@ class Homeward(RequestRouter):
         session = pending_request.metadata.session_id if pending_request is not None else ""
         home = home_of(session) if session else None
         at_home = [replica for replica in candidate_replicas if home_of_node(replica.node_id) == home]
-        among = at_home or candidate_replicas
-        return [random.sample(among, min(2, len(among)))]
+        candidates = at_home or candidate_replicas
+        return [random.sample(candidates, min(2, len(candidates)))]

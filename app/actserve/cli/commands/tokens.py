@@ -32,9 +32,9 @@ def new(
 
     A running service accepts the token within a second.
     """
-    from actserve.server.access.tokens import add
+    from actserve.server.access.tokens import add_token
 
-    token = add(file, name, rate, sessions)
+    token = add_token(file, name, rate, sessions)
     if json:
         print_json({"name": name, "token": token})
     else:
@@ -44,9 +44,9 @@ def new(
 @tokens.command()
 def show(file: File = Path(DEFAULT_FILE), json: Json = False) -> None:
     """List the tokens, one per line. To revoke a token, delete its line from the file."""
-    from actserve.server.access.tokens import read
+    from actserve.server.access.tokens import read_tokens
 
-    tokens = read(file)
+    tokens = read_tokens(file)
     if json:
         listed = [{"name": t.name, "sha256": t.digest.hex(), "rate": t.rate, "sessions": t.sessions} for t in tokens]
         print_json({"tokens": listed})

@@ -1,4 +1,4 @@
-"""TLS: whether the certificate and its key can be used."""
+"""TLS: checks the certificate and its key."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from actserve.core.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """To be called before the first worker starts. Raises `UsageError`."""
+    """Check the TLS files before the first worker starts. Raises `UsageError`."""
     if settings.tls_cert is None and settings.tls_key is None:
         return
     if settings.tls_cert is None or settings.tls_key is None:
-        raise UsageError("TLS needs both, a certificate and its key: --tls-cert and --tls-key")
+        raise UsageError("TLS needs both a certificate and its key: --tls-cert and --tls-key")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError

@@ -1,14 +1,13 @@
-"""Access: who may use the service, and how much of it. A file of tokens, one a line:
+"""Access: who may use the service, and how much of it. It reads a file of tokens, one a line:
 
     NAME SHA256 [rate=REQUESTS_PER_SECOND] [sessions=AT_MOST]
 
-A token is 32 random bytes, so its hash need not be slow: a slow hash makes it expensive to try what people think up,
-and nobody tries 2**256. A token is looked up by its SHA-256: how long that takes could tell how much of a *digest* was
-right, which helps nobody to the token, as tokens cannot be chosen by their digests; the digest that is found is
-compared in constant time all the same.
+A token is 32 random bytes and cannot be guessed, so a fast hash is enough: slow hashes protect passwords that people
+choose. Tokens are looked up by their SHA-256. The time of a lookup could reveal a part of a digest, but a digest does
+not help to find its token. The digests are compared in constant time nevertheless.
 
-Nothing is known of a client but the name of its token, which owns the sessions that are begun with it. Two lines may
-have one name: to replace a token, list both for a while.
+The service identifies a client only by the name of its token. The name owns the sessions that are started with the
+token. Two lines may have the same name: to replace a token, list both for a while.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from actserve.core.errors import RateLimited, Unauthorized, UsageError
 
 log = logging.getLogger("actserve")
 
-PREFIX = "actserve_"  # by which those who look for published secrets find it
-LOOK_EVERY_S = 1.0
+PREFIX = "actserve_"  # a fixed prefix, so that secret scanners recognise a token
+CHECK_EVERY_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LINE = re.compile(
     rf"(?P<name>{_NAME.pattern}) (?P<digest>[0-9a-f]{{64}})"
@@ -39,10 +38,10 @@ _BEARER = re.compile(rb"bearer +([\x21-\x7e]{1,200})", re.IGNORECASE)  # RFC 675
 
 
 class Token:
-    """One line of the file. `rate`: requests a second, of which each observation of a batch is one; 0: no limit.
-    `sessions`: how many may be held; None: as many as the service allows everybody.
+    """One line of the file.
 
-    What is left of the rate is in a bucket that holds one second's. It is this process's own.
+    `rate` is in observations a second; 0 is no limit. It fills a token bucket that holds one second's worth, separate
+    in each process. `sessions` bounds the sessions of this name; None is the default of the service.
     """
 
     def __init__(
@@ -59,23 +58,23 @@ class Token:
         self.set_rate(rate)
 
     def set_rate(self, rate: float) -> None:
-        """With a full bucket."""
+        """Set the rate, and fill the bucket."""
         self.rate = rate
-        self._room = self._left = max(1.0, rate)
-        self._since_s = self._clock()
+        self._capacity = self._left = max(1.0, rate)
+        self._refilled_s = self._clock()
 
     def charge(self, items: int = 1) -> None:
-        """Take `items` from the bucket, for one request. A batch may overdraw it: the next requests wait for that.
+        """Take `items` from the bucket, for one request. A batch may overdraw it; the next requests wait.
 
-        Raises `RateLimited`, or `Unauthorized` when the token is not in the file any more.
+        Raises `RateLimited`, or `Unauthorized` if the token was removed from the file.
         """
         if self.revoked:
             raise _unauthorized("another one")
         if not self.rate:
             return
         now_s = self._clock()
-        left = min(self._room, self._left + (now_s - self._since_s) * self.rate)
-        self._since_s = now_s
+        left = min(self._capacity, self._left + (now_s - self._refilled_s) * self.rate)
+        self._refilled_s = now_s
         if left < 1.0:
             self._left = left
             raise RateLimited(self.rate, math.ceil((1.0 - left) / self.rate))
@@ -87,22 +86,22 @@ class Token:
 
 
 class Access:
-    """The tokens in `file`, which is looked at once a second. Each of `workers` processes grants its share of a rate.
+    """The tokens in `file`, which is checked for changes once a second. Each of `workers` grants its share of a rate.
 
-    Raises `UsageError` for a file that cannot be used.
+    Raises `UsageError` for an invalid file.
     """
 
     def __init__(self, file: Path, workers: int = 1, clock: Callable[[], float] = monotonic) -> None:
-        self.generation = 0  # counts the changes
+        self.generation = 0  # increases with each change of the tokens
         self._file, self._workers, self._clock = file, workers, clock
         self._tokens: dict[bytes, Token] = {}  # by digest
-        self._looked_s = clock()
-        self._seen = _state(file)
-        self._take(read(file, clock))
+        self._checked_s = clock()
+        self._version = _file_version(file)
+        self._replace(read_tokens(file, clock))
 
     def find(self, authorization: bytes | None) -> Token | None:
         """The token in an Authorization header, if it is valid."""
-        self.look()
+        self.reload_if_changed()
         match = None if authorization is None else _BEARER.fullmatch(authorization)
         if match is None:
             return None
@@ -117,27 +116,27 @@ class Access:
             raise _unauthorized("none" if authorization is None else "another one")
         return token
 
-    def look(self) -> None:
-        """Read the file again if it has changed. A file that cannot be used changes nothing, and the log says so."""
+    def reload_if_changed(self) -> None:
+        """Read the file again if it has changed. An invalid file is logged, and the tokens stay as they are."""
         now_s = self._clock()
-        if now_s - self._looked_s < LOOK_EVERY_S:
+        if now_s - self._checked_s < CHECK_EVERY_S:
             return
-        self._looked_s = now_s
-        seen = _state(self._file)
-        if seen == self._seen:
+        self._checked_s = now_s
+        version = _file_version(self._file)
+        if version == self._version:
             return
-        self._seen = seen
+        self._version = version
         try:
-            self._take(read(self._file, self._clock))
+            self._replace(read_tokens(self._file, self._clock))
         except UsageError as error:
             log.error("%s; the tokens that were read before are still valid", error.message)
         else:
             log.info("there are %d tokens now", len(self._tokens))
 
-    def _take(self, found: list[Token]) -> None:
-        """Whatever stays keeps what is left to it."""
+    def _replace(self, tokens: list[Token]) -> None:
+        """Use `tokens` from now on. Tokens that were valid before keep their buckets."""
         before, self._tokens = self._tokens, {}
-        for token in found:
+        for token in tokens:
             rate = token.rate / self._workers
             kept = before.get(token.digest, token)
             if kept.name != token.name:
@@ -151,8 +150,8 @@ class Access:
         self.generation += 1
 
 
-def read(file: Path, clock: Callable[[], float] = monotonic) -> list[Token]:
-    """Raises `UsageError`, which names the line."""
+def read_tokens(file: Path, clock: Callable[[], float] = monotonic) -> list[Token]:
+    """The tokens in a file. Raises `UsageError`, which names the line."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -172,9 +171,11 @@ def read(file: Path, clock: Callable[[], float] = monotonic) -> list[Token]:
     return list(tokens.values())
 
 
-def add(file: Path, name: str, rate: float = 0.0, sessions: int | None = None) -> str:
-    """A new token. The file, which is made if need be, gets its hash: what is returned cannot be had again. Raises
-    `UsageError`."""
+def add_token(file: Path, name: str, rate: float = 0.0, sessions: int | None = None) -> str:
+    """Make a new token and append its hash to `file`, which is created if missing. Raises `UsageError`.
+
+    The token is returned once; the file does not contain it.
+    """
     if not _NAME.fullmatch(name):
         raise UsageError(f"expected a name of up to 64 letters, digits and '.', '_', '-'; got {name!r}")
     token = PREFIX + secrets.token_urlsafe(32)
@@ -184,8 +185,8 @@ def add(file: Path, name: str, rate: float = 0.0, sessions: int | None = None) -
     try:
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
         with open(descriptor, "r+b", buffering=0) as opened:
-            whole = opened.read()
-            opened.write((b"" if whole.endswith(b"\n") or not whole else b"\n") + line.encode() + b"\n")
+            content = opened.read()
+            opened.write((b"" if content.endswith(b"\n") or not content else b"\n") + line.encode() + b"\n")
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}") from error
     return token
@@ -195,8 +196,8 @@ def _unauthorized(got: str) -> Unauthorized:
     return Unauthorized(f"expected a valid token, as 'Authorization: Bearer TOKEN'; got {got}")
 
 
-def _state(file: Path) -> tuple[int, ...]:
-    """What changes when the file does; nothing where there is none."""
+def _file_version(file: Path) -> tuple[int, ...]:
+    """Differs when the file has changed; empty if there is no file."""
     try:
         status = file.stat()
     except OSError:

@@ -135,7 +135,7 @@ class FastPath:
                 connection.close_if_idle()
             access = self.admission.access
             if access is not None:
-                access.look()
+                access.reload_if_changed()
                 if self._tokens_generation != access.generation:
                     self._generation = -1  # cached heads may hold tokens that were revoked
 
