@@ -1,11 +1,12 @@
-// One screen, as a PNG: what would the policy do? `/act` answers.
+// Sends one screen, as a PNG, to `/act` and shows the policy's action.
 
 import { Bars } from "/page/bars.js";
 import * as token from "/page/token.js";
 
 const $ = (id) => document.getElementById(id);
 
-// `policy()`: {path, meanings, values, exploration} of what is chosen. `frame()`: the last frame's PNG, or null.
+// `policy()` returns {path, meanings, values, exploration} of the chosen policy. `frame()` returns the PNG of the last
+// frame, or null.
 export function install(policy, frame) {
   const bars = new Bars($("opinion"));
 
@@ -13,17 +14,17 @@ export function install(policy, frame) {
     const { path, meanings, values, exploration } = policy();
     const outputs = ["action", values].filter(Boolean).join();
     const query = new URLSearchParams({ outputs, ...(exploration && { exploration }) });
-    const begun = performance.now();
+    const started = performance.now();
     try {
       const response = await fetch(`${path}/act?${query}`, {
         method: "POST", headers: { ...token.headers(), "Content-Type": "image/png" }, body: png,
       });
-      const took = performance.now() - begun;
+      const duration = performance.now() - started;
       const document = await response.json();
       await draw(png);
       if (!response.ok) throw new Error(document.error.message);
       $("answer").replaceChildren("The policy would take ", strong(meanings[document.action] ?? document.action));
-      $("asked").textContent = `${took.toFixed(1)} ms there and back`;
+      $("asked").textContent = `${duration.toFixed(1)} ms round trip`;
       bars.name(values ? meanings : []);
       if (values) bars.show(document.action, document[values]);
     } catch (error) {
@@ -38,7 +39,7 @@ export function install(policy, frame) {
     pen.clearRect(0, 0, 160, 210);
     try {
       pen.drawImage(await createImageBitmap(png), 0, 0, 160, 210);
-    } catch {} // no picture: the service says what is wrong with it
+    } catch {} // not an image: the service answers with the error
   }
 
   $("file").addEventListener("change", () => {
@@ -47,17 +48,17 @@ export function install(policy, frame) {
   });
   $("use").addEventListener("click", async () => ask(frame() ?? (await (await fetch("/page/sample.png")).blob())));
 
-  let depth = 0; // of the elements that are dragged over
-  const over = (change) => {
+  let depth = 0; // how many nested elements the drag has entered
+  const dragOver = (change) => {
     depth = change ? depth + change : 0;
     document.body.classList.toggle("dropping", depth > 0);
   };
-  addEventListener("dragenter", () => over(1));
-  addEventListener("dragleave", () => over(-1));
+  addEventListener("dragenter", () => dragOver(1));
+  addEventListener("dragleave", () => dragOver(-1));
   addEventListener("dragover", (event) => event.preventDefault());
   addEventListener("drop", (event) => {
     event.preventDefault();
-    over(0);
+    dragOver(0);
     if (event.dataTransfer.files.length) ask(event.dataTransfer.files[0]);
   });
 }

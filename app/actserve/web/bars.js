@@ -1,4 +1,4 @@
-// One row for each action: its name, a bar from the least value of the step to the greatest, its value.
+// One row per action: its name, a bar and its value. The bars scale from the least value of the step to the greatest.
 
 export class Bars {
   constructor(list) {
@@ -18,7 +18,7 @@ export class Bars {
     this.list.replaceChildren(...this.rows.map(({ row }) => row));
   }
 
-  // `taken` is marked, and by whom if it was not the policy that chose it.
+  // Marks `chosen`, the policy's action, and "you" at `taken` if the user took another action.
   show(chosen, values, taken = chosen) {
     const finite = (values ?? []).filter(Number.isFinite);
     const low = Math.min(...finite), high = Math.max(...finite);
@@ -27,12 +27,12 @@ export class Bars {
       mark.textContent = index === taken && taken !== chosen ? "you" : "";
       const share = values ? (high > low ? (values[index] - low) / (high - low) : 1) : 0;
       bar.style.transform = `scaleX(${Math.min(1, Math.max(0.015, share || 0))})`;
-      value.textContent = values ? written(values[index]) : "";
+      value.textContent = values ? formatted(values[index]) : "";
     });
   }
 }
 
-function written(value) {
+function formatted(value) {
   if (!Number.isFinite(value)) return String(value ?? "–").replace("Infinity", "∞");
   return Math.abs(value) < 1000 ? value.toFixed(2) : value.toExponential(1);
 }

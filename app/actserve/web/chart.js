@@ -1,16 +1,16 @@
-// Lines of the last minute, drawn on a canvas: a point for every half second.
+// A line chart of the last minute on a canvas, with a point every half second.
 
 export const POINTS = 120;
 export const POINT_MS = 500;
 
 export class Chart {
-  // `least`: what the top of the scale stands for at least. `colours`: custom properties of the page's style.
-  // `floor`: what the bottom stands for; above zero the scale is logarithmic, in decades.
-  constructor(canvas, unit, least, colours, floor = 0) {
+  // `minTop`: the smallest value for the top of the scale. `colours`: CSS custom properties, one per line. `floor`: the
+  // value at the bottom; above zero the scale is logarithmic, in decades.
+  constructor(canvas, unit, minTop, colours, floor = 0) {
     this.floor = floor;
     this.unit = unit;
     this.canvas = canvas;
-    this.least = least;
+    this.minTop = minTop;
     this.colours = colours;
     this.clear();
     new ResizeObserver(() => this.draw()).observe(canvas);
@@ -22,7 +22,7 @@ export class Chart {
     this.draw();
   }
 
-  // One value for each line; null leaves a gap.
+  // Takes one value per line; null leaves a gap.
   add(...values) {
     this.lines.forEach((line, index) => {
       line.push(values[index]);
@@ -39,7 +39,7 @@ export class Chart {
     canvas.height = height * ratio;
     const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
     pen.scale(ratio, ratio);
-    const most = Math.max(this.least, ...this.lines.flat().filter((value) => value !== null));
+    const most = Math.max(this.minTop, ...this.lines.flat().filter((value) => value !== null));
     const { top, ticks, share } = this.floor ? decades(this.floor, most) : linear(most);
     const y = (value) => height - 3 - (height - 15) * share(value);
     pen.strokeStyle = style.getPropertyValue("--edge");
@@ -71,7 +71,7 @@ export class Chart {
   }
 }
 
-// Scales: the value at the top, where lines go, and how far up a value is, from 0 to 1.
+// A scale: `top`, the value at the top; `ticks`, the values of the grid lines; `share`, a value's height from 0 to 1.
 
 function linear(most) {
   const power = 10 ** Math.floor(Math.log10(most));
@@ -86,7 +86,7 @@ function decades(floor, most) {
   return { top: Number(ticks[count].toPrecision(1)), ticks, share };
 }
 
-// The value that a share of `values` is at most; null for none.
+// The quantile of `values` at `share` (0 to 1); null for no values.
 export function quantile(values, share) {
   if (!values.length) return null;
   const sorted = values.toSorted((one, other) => one - other);

@@ -1,9 +1,9 @@
-// One game: its WebSocket, its messages, and the commands that it is given. Pictures that come too fast are skipped.
+// One game: its WebSocket, the messages from the service and the commands to it. Skips frames that it cannot draw in time.
 
 import * as token from "/page/token.js";
 
 export class Game {
-  // `on`: hello(hello), picture(head, bitmap, png), end(reason), each called while the game is this page's.
+  // `on`: the callbacks hello(hello), picture(head, bitmap, png) and end(game). None is called after `stop`.
   constructor(choice, command, on) {
     const query = new URLSearchParams(Object.entries(choice).filter(([, value]) => value));
     const url = new URL(`/games?${query}`, location.href);
@@ -12,8 +12,8 @@ export class Game {
     this.command = command;
     this.over = false;
     this.error = null;
-    this.next = null; // to be drawn, {head, png}
-    this.drawing = null; // a promise, while it is
+    this.next = null; // the frame to draw next, {head, png}
+    this.drawing = null; // the promise of `draw` while it runs
     this.socket = new WebSocket(url, token.protocols());
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.text(JSON.parse(data)) : this.binary(data));
@@ -28,7 +28,7 @@ export class Game {
     this.socket.close();
   }
 
-  tell(change) {
+  send(change) {
     Object.assign(this.command, change);
     if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(this.command));
   }
@@ -37,7 +37,7 @@ export class Game {
     if (message.error) this.error = message.error.message;
     else {
       this.on?.hello(message);
-      this.tell({});
+      this.send({});
     }
   }
 

@@ -1,14 +1,14 @@
 // Held keys and buttons -> the index of one of the game's actions.
 
-const PARTS = { ArrowUp: "UP", ArrowDown: "DOWN", ArrowLeft: "LEFT", ArrowRight: "RIGHT", " ": "FIRE" };
-const ORDER = ["UP", "DOWN", "RIGHT", "LEFT", "FIRE"]; // as ALE spells "UPRIGHTFIRE"
-const SIDEWAYS = { UP: "RIGHT", DOWN: "LEFT" }; // a paddle that ALE turns: RIGHT is up on Pong's screen
+const KEY_PARTS = { ArrowUp: "UP", ArrowDown: "DOWN", ArrowLeft: "LEFT", ArrowRight: "RIGHT", " ": "FIRE" };
+const ORDER = ["UP", "DOWN", "RIGHT", "LEFT", "FIRE"]; // ALE spells "UPRIGHTFIRE"
+const SIDEWAYS = { UP: "RIGHT", DOWN: "LEFT" }; // for a paddle: RIGHT moves up on Pong's screen
 
-// The action that is nearest to what is held, or null for nothing held.
+// The index of the action that is nearest to the held keys, or null if no key is held.
 export function action(held, meanings) {
   if (!held.size) return null;
   const vertical = meanings.some((meaning) => /UP|DOWN/.test(meaning));
-  const parts = new Set([...held].map((key) => (vertical ? PARTS[key] : SIDEWAYS[PARTS[key]] ?? PARTS[key])));
+  const parts = new Set([...held].map((key) => (vertical ? KEY_PARTS[key] : SIDEWAYS[KEY_PARTS[key]] ?? KEY_PARTS[key])));
   for (const [one, other] of [["UP", "DOWN"], ["LEFT", "RIGHT"]]) {
     if (parts.has(one) && parts.has(other)) parts.delete(one), parts.delete(other);
   }
@@ -21,8 +21,8 @@ export function action(held, meanings) {
   return Math.max(0, meanings.indexOf("NOOP"));
 }
 
-// Calls `changed(held)` whenever another set of keys or of the pad's buttons is held. `wanted()`: whether keys count.
-export function listen(pad, wanted, changed) {
+// Calls `changed(held)` whenever the set of held keys and pad buttons changes. `enabled()` returns whether to listen.
+export function listen(pad, enabled, changed) {
   const held = new Set();
   const set = (key, down) => {
     if (held.has(key) === down) return;
@@ -32,8 +32,8 @@ export function listen(pad, wanted, changed) {
   };
   const release = () => [...held].forEach((key) => set(key, false));
   addEventListener("keydown", (event) => {
-    const elsewhere = event.target.closest?.("select, input") || (event.key === " " && event.target.closest?.("button, a"));
-    if (!(event.key in PARTS) || elsewhere || !wanted() || event.ctrlKey || event.altKey || event.metaKey) return;
+    const inControl = event.target.closest?.("select, input") || (event.key === " " && event.target.closest?.("button, a"));
+    if (!(event.key in KEY_PARTS) || inControl || !enabled() || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
     set(event.key, true);
   });
@@ -43,7 +43,7 @@ export function listen(pad, wanted, changed) {
     button.addEventListener("pointerdown", (event) => {
       event.preventDefault();
       button.setPointerCapture(event.pointerId);
-      if (wanted()) set(button.dataset.key, true);
+      if (enabled()) set(button.dataset.key, true);
     });
     for (const kind of ["pointerup", "pointercancel"]) button.addEventListener(kind, () => set(button.dataset.key, false));
     button.addEventListener("contextmenu", (event) => event.preventDefault());

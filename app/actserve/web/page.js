@@ -1,4 +1,4 @@
-// The page: what is chosen, the game that is on, and the figures beside it.
+// The page: the choice of a policy, the current game, and its figures.
 
 import * as ask from "/page/ask.js";
 import { Bars } from "/page/bars.js";
@@ -14,10 +14,10 @@ const latency = new Chart($("latency"), "ms", 10, ["--bar", "--accent"], 0.1);
 const batches = new Chart($("batches"), "items", 2, ["--accent"]);
 
 let described = null; // GET /policies/{name} of the chosen policy
-let game = null; // the one that is on
-let frame = null; // the last frame, a PNG
-let meanings = []; // of the actions
-let playable = false;
+let game = null; // the current game
+let frame = null; // the PNG of the last frame
+let meanings = []; // the actions' names
+let playable = false; // whether the service can run games
 
 const json = async (path) => {
   const response = await fetch(path, { headers: token.headers() });
@@ -27,7 +27,7 @@ const json = async (path) => {
   return document;
 };
 
-// What is chosen
+// The choice of a policy
 
 const options = (select, values) => select.replaceChildren(...values.map(([value, text]) => new Option(text, value)));
 
@@ -48,9 +48,10 @@ async function describe() {
   if (!playable) return;
   if (!manifest) $("note").textContent = `No version of ${described.name} can be served.`;
   else if (!meanings.length) $("note").textContent = `${described.name} was not trained on an Atari game.`;
-  else $("note").textContent = `${described.name} plays ${manifest.environment.id}: live, on this service, as it sees it.`;
+  else $("note").textContent = `${described.name} plays ${manifest.environment.id}, live on this service.`;
 }
 
+// The name of the output with one value per action, if there is one.
 function values() {
   const outputs = described?.manifest?.signature.outputs ?? [];
   return outputs.slice(1).find(({ shape }) => shape.length === 1 && shape[0] === meanings.length)?.name;
@@ -59,21 +60,21 @@ function values() {
 const chosen = () => ({
   policy: $("policy").value,
   version: $("version").value,
-  // As it is served, unless somebody wants another: the same version, whatever its runtime.
+  // Empty for the live runtime: then the game plays the policy as it is served.
   runtime: $("runtime").value === described.runtime ? "" : $("runtime").value,
   exploration: $("exploration").value,
 });
 
-// The game that is on
+// The current game
 
-const WINDOW = 5; // marks: two seconds, over which rates are taken
-const meter = { took: [], last: null, marks: [] };
+const WINDOW = 5; // marks, over which rates are measured: two seconds
+const meter = { latencies: [], last: null, marks: [] };
 
 function start() {
   game?.stop();
   const command = { held: held(), speed: Number($("speed").value), paused: document.hidden };
   for (const line of [latency, batches]) line.clear();
-  Object.assign(meter, { took: [], last: null, marks: [] });
+  Object.assign(meter, { latencies: [], last: null, marks: [] });
   $("score").textContent = "0";
   $("verdict").textContent = $("note").textContent = "";
   $("start").disabled = true;
@@ -91,7 +92,7 @@ function hello({ policy, version, runtime, environment, seed, values }) {
   for (const id of ["pause", "stop", "manual"]) $(id).disabled = false;
   $("pause").textContent = "Pause";
   $("use").textContent = "use this frame";
-  $("screen").focus(); // and not a button that the space bar would press
+  $("screen").focus(); // so that the space bar presses no button
 }
 
 function picture(head, bitmap, png) {
@@ -103,10 +104,10 @@ function picture(head, bitmap, png) {
   if (head.rewards.length) {
     $("score").textContent = signed(head.score);
     $("score").classList.remove("scored");
-    void $("score").offsetWidth; // so that the animation begins again
+    void $("score").offsetWidth; // restarts the animation
     $("score").classList.add("scored");
   }
-  head.queue_us.forEach((queue, index) => meter.took.push((queue + head.run_us[index]) / 1000));
+  head.queue_us.forEach((queue, index) => meter.latencies.push((queue + head.run_us[index]) / 1000));
   meter.last = head;
 }
 
@@ -116,7 +117,7 @@ function end({ over, error }) {
   $("start").disabled = false;
   $("start").textContent = over ? "Play again" : "Play";
   $("verdict").textContent = over ? `Game over: ${$("score").textContent}` : "";
-  $("note").textContent = error ?? (over ? "" : "The connection is gone.");
+  $("note").textContent = error ?? (over ? "" : "The connection was lost.");
   $("pad").hidden = $("yours").hidden = true;
   for (const id of ["pause", "stop", "manual"]) $(id).disabled = true;
 }
@@ -128,10 +129,10 @@ function stop() {
 
 const signed = (score) => score.toLocaleString("en").replace("-", "−");
 
-// What is counted, every half second
+// The figures, updated every half second
 
 function count() {
-  const { took, last, marks } = meter;
+  const { latencies, last, marks } = meter;
   if (!last || !game || game.command.paused) {
     meter.marks = [];
     return;
@@ -140,7 +141,7 @@ function count() {
   const before = marks.at(-1) ?? mark, first = marks[0] ?? mark;
   marks.push(mark);
   if (marks.length > WINDOW) marks.shift();
-  const p50 = quantile(took, 0.5), p99 = quantile(took, 0.99);
+  const p50 = quantile(latencies, 0.5), p99 = quantile(latencies, 0.99);
   const calls = mark.batches - before.batches;
   const mean = calls ? (mark.items - before.items) / calls : null;
   latency.add(p99, p50);
@@ -151,47 +152,48 @@ function count() {
     $("pace").textContent = perSecond((mark.step - first.step) / (mark.at - first.at));
     $("rate").textContent = perSecond((mark.items - first.items) / (mark.at - first.at));
   }
-  meter.took = [];
+  meter.latencies = [];
 }
 
 const perSecond = (rate) => Math.round(rate).toLocaleString("en");
 
-// What it is told
+// The controls
 
 const listening = () => game !== null;
-let fingers = new Set();
+let heldKeys = new Set();
 
 const manual = () => $("manual").getAttribute("aria-pressed") === "true";
 
 function held() {
-  const taken = keys.action(fingers, meanings);
-  return taken === null && manual() ? Math.max(0, meanings.indexOf("NOOP")) : taken;
+  const action = keys.action(heldKeys, meanings);
+  return action === null && manual() ? Math.max(0, meanings.indexOf("NOOP")) : action;
 }
 
 function toggleManual() {
   $("manual").setAttribute("aria-pressed", String(!manual()));
-  game?.tell({ held: held() });
+  game?.send({ held: held() });
   $("screen").focus();
 }
 
 function togglePause() {
-  game?.tell({ paused: !game.command.paused });
-  $("pause").textContent = game?.command.paused ? "Go on" : "Pause";
+  game?.send({ paused: !game.command.paused });
+  $("pause").textContent = game?.command.paused ? "Resume" : "Pause";
 }
 
 async function begin() {
   try {
-    await offer();
+    await loadPolicies();
   } catch (error) {
     $("served").textContent = "";
-    $("note").textContent = $("token").hidden ? error.message : "This service asks for a token.";
+    $("note").textContent = $("token").hidden ? error.message : "This service requires a token.";
   }
 }
 
-async function offer() {
-  const { playable: can, reason } = await json("/games");
-  playable = can;
-  $("note").textContent = can ? "" : `${reason[0].toUpperCase()}${reason.slice(1)}. A PNG of a screen can be asked about all the same.`;
+async function loadPolicies() {
+  const games = await json("/games");
+  const { reason } = games;
+  playable = games.playable;
+  $("note").textContent = playable ? "" : `${reason[0].toUpperCase()}${reason.slice(1)}. You can still try a PNG of a screen.`;
   const { default: first, policies } = await json("/policies");
   if (!policies.length) {
     $("note").textContent = "No policy is served yet.";
@@ -208,8 +210,8 @@ $("stop").addEventListener("click", stop);
 $("pause").addEventListener("click", togglePause);
 $("manual").addEventListener("click", toggleManual);
 $("speed").addEventListener("change", () => {
-  game?.tell({ speed: Number($("speed").value) });
-  $("screen").focus(); // or the arrow keys would go on choosing
+  game?.send({ speed: Number($("speed").value) });
+  $("screen").focus(); // so that the arrow keys no longer change the speed
 });
 $("choice").addEventListener("submit", (event) => event.preventDefault());
 $("token").addEventListener("submit", (event) => {
@@ -219,27 +221,27 @@ $("token").addEventListener("submit", (event) => {
   begin();
 });
 $("choice").addEventListener("change", async ({ target }) => {
-  const on = game !== null;
-  if (on) stop();
+  const wasPlaying = game !== null;
+  if (wasPlaying) stop();
   try {
     if (target.id === "policy") await describe();
-    if (on) start();
+    if (wasPlaying) start();
   } catch (error) {
     $("note").textContent = error.message;
   }
 });
 document.addEventListener("visibilitychange", () => {
   if (!game || $("pause").textContent !== "Pause") return;
-  game.tell({ paused: document.hidden });
+  game.send({ paused: document.hidden });
 });
-addEventListener("pagehide", () => game && stop()); // a browser may keep the page, and the socket with it
+addEventListener("pagehide", () => game && stop()); // a browser may cache the page with its socket open
 keys.listen($("pad"), listening, (now) => {
-  fingers = now;
-  game?.tell({ held: held() });
+  heldKeys = now;
+  game?.send({ held: held() });
 });
 ask.install(
   () => ({
-    // By default the default: before the policies are known, a screen can be asked about already.
+    // "" until the policies are loaded: then `/act` asks the default policy.
     path: $("version").value && `/policies/${$("policy").value}/versions/${$("version").value}`, meanings, values: values(),
     exploration: $("exploration").value,
   }),

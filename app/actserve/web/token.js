@@ -1,14 +1,14 @@
-// The token, where the service wants one. It stays in this tab.
+// The token, for a service that requires one. It is stored for this tab only.
 
-const KEPT = "actserve token";
-let token = sessionStorage.getItem(KEPT);
+const STORAGE_KEY = "actserve token";
+let token = sessionStorage.getItem(STORAGE_KEY);
 
 export function keep(value) {
   token = value;
-  sessionStorage.setItem(KEPT, value);
+  sessionStorage.setItem(STORAGE_KEY, value);
 }
 
 export const headers = () => (token ? { Authorization: `Bearer ${token}` } : {});
 
-// A browser sends no header of ours with a WebSocket.
+// Browsers cannot set headers on a WebSocket, so the token goes into the subprotocols.
 export const protocols = () => (token ? ["actserve", `bearer.${token}`] : []);
