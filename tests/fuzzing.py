@@ -30,7 +30,7 @@ from actserve.core.signature import Arrays, Signature, TensorSpec
 from actserve.server.access.tokens import Access
 from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.request_heads import HeadParser, may_become_a_head
-from actserve.server.protocols.oip import http
+from actserve.server.protocols.oip import http_infer
 from actserve.wire.accept_header import quality
 from actserve.wire.stream_messages import Hello, ReplyCodec
 from tests.fake_policy import SIGNATURE
@@ -115,7 +115,7 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
 
     def oip(data: bytes) -> None:
         size, _, content = data.partition(b"|")
-        http.split(content, size.decode("latin-1") or None).tensors(SIGNATURE)
+        http_infer.split(content, size.decode("latin-1") or None).tensors(SIGNATURE)
 
     tensors: Arrays = {"pixels": PIXELS, "speed": np.array([[0.5, 1]], np.float32)}
     document = {"pixels": PIXELS.tolist(), "speed": [[0.5, 1]], "is_init": [True], "seed": 3}

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actserve.server.protocols.grpc.infer_stream import WINDOW, Conversation
+from actserve.server.protocols.grpc.infer_stream import WINDOW, InferStream
 
 Act = Callable[[int], Awaitable[int]]
 
@@ -24,7 +24,7 @@ async def converse(numbers: list[int], act: Act, sequence: Callable[[int], Any])
     async def send(reply: int) -> None:
         sent.append(reply)
 
-    assert await Conversation(act, sequence, send).run(received(), asyncio.Event())
+    assert await InferStream(act, sequence, send).run(received(), asyncio.Event())
     return sent
 
 

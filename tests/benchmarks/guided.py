@@ -15,7 +15,7 @@ with atheris.instrument_imports(
     include=[
         "actserve.wire",
         "actserve.server.protocols.oip.codec",
-        "actserve.server.protocols.oip.schema",
+        "actserve.server.protocols.oip.infer_request",
         "actserve.server.fastpath",
         "actserve.server.access.tokens",
     ]

@@ -17,7 +17,7 @@ from actserve.engine.policy import Policy
 from actserve.engine.runtimes.load import RUNTIMES
 from actserve.server.arcade.broadcast import GameBroadcast
 from actserve.server.arcade.game import Find, Game, GameSlots
-from actserve.server.http.error_responses import document
+from actserve.server.http.error_responses import error_json
 from actserve.server.http.requests import admission_of, registry_of
 from actserve.server.http.websocket import LIMIT
 
@@ -49,7 +49,7 @@ async def play(websocket: WebSocket) -> None:
     """
     await websocket.accept()
     if LIMIT in websocket.scope["extensions"]:
-        websocket.scope["extensions"][LIMIT]["bound"](_MAX_COMMAND_BYTES)
+        websocket.scope["extensions"][LIMIT]["set_max_bytes"](_MAX_COMMAND_BYTES)
     try:
         code = await _play(websocket)
         await websocket.close(code)
@@ -76,7 +76,7 @@ async def _play(websocket: WebSocket) -> int:
                 finally:
                     game.close()
     except ActserveError as error:
-        await websocket.send_text(document(error.code, error.message, error.detail).decode())
+        await websocket.send_text(error_json(error.code, error.message, error.detail).decode())
         return _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED
 
 

@@ -22,7 +22,7 @@ TYPES = {
     "png": "image/png",
 }
 HEADERS = {
-    "Content-Security-Policy": security.OWN,
+    "Content-Security-Policy": security.PAGE_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # asked for again, and mostly not sent again

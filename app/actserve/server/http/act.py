@@ -25,9 +25,8 @@ from actserve.server.http.requests import (
 from actserve.wire.payload import Body
 
 
-class Direct(APIRoute):
-    """A route of which the endpoint takes the request and the path's parameters as they are: nothing to solve or
-    validate, which would cost 50 µs a request."""
+class UnvalidatedRoute(APIRoute):
+    """Calls the endpoint with the request and the path parameters. FastAPI's validation costs 50 µs a request."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def handle(request: Request) -> Response:
@@ -37,16 +36,16 @@ class Direct(APIRoute):
         return handle
 
 
-router = APIRouter(tags=["act"], route_class=Direct)
+router = APIRouter(tags=["act"], route_class=UnvalidatedRoute)
 
 _DESCRIPTION = """
 Post one observation and get the policy's action for it.
 
 * `application/octet-stream`: the raw bytes of the observation, row-major. For an Atari policy that is one RGB screen,
   210x160x3 uint8: 100,800 bytes. k observations back to back are a batch of k.
-* State is carried by the client: a recurrent policy's answer has its state; send it back with the next observation.
-  Without state, or with `"is_init": true`, an episode begins.
-* Or it is held by the service: see `/policies/{name}/sessions`.
+* Client-carried state: the answer of a recurrent policy has its state. Send it back with the next observation.
+  Without state, or with `"is_init": true`, a new episode begins.
+* State held by the service: see `/policies/{name}/sessions`.
 * `application/safetensors`: any of the policy's inputs by name, each one item or a batch of them, and the metadata
   `seed`, `exploration` and `session`.
 * `application/json`: the same, as `{"pixels": nested lists}` or
@@ -78,20 +77,21 @@ _EXTRA: dict[str, Any] = {
             "name": "outputs",
             "in": "query",
             "schema": {"type": "string"},
-            "description": "Which outputs to answer, comma-separated; the action alone by default.",
+            "description": "The outputs to return, comma-separated; by default only the action.",
             "example": "action,action_value",
         },
         {
             "name": "exploration",
             "in": "query",
             "schema": {"type": "string", "enum": ["deterministic", "random"]},
-            "description": "Act as trained, or as while training; what the policy can do is in its signature.",
+            "description": "How to choose the action; the policy's signature lists its modes, the default first.",
         },
         {
             "name": "seed",
             "in": "query",
             "schema": {"type": "integer", "minimum": 0},
-            "description": "The same seed gives the same random actions; without one the answer tells a fresh one.",
+            "description": "The same seed gives the same random actions. Without one, a random seed is chosen and "
+            "returned.",
         },
         {
             "name": "Content-Encoding",
@@ -103,20 +103,20 @@ _EXTRA: dict[str, Any] = {
             "name": DEADLINE_HEADER,
             "in": "header",
             "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999},
-            "description": "Milliseconds that the request may wait to be begun. What has waited longer, or would, is "
-            "refused with 503 before anything runs.",
+            "description": "Milliseconds that the request may wait in the queue. A request that has waited longer, or "
+            "would, is refused with 503 before it runs.",
         },
         {
-            "name": sessions.ID,
+            "name": sessions.SESSION_HEADER,
             "in": "header",
             "schema": {"type": "string"},
-            "description": "The session that takes this step; it holds the state.",
+            "description": "The id of the session that takes this step. The session holds the state.",
         },
         {
-            "name": sessions.STEP,
+            "name": sessions.STEP_HEADER,
             "in": "header",
             "schema": {"type": "integer", "minimum": 1},
-            "description": "The step's number: one more than the last; or the last, for the answer that it had.",
+            "description": "The step's number: one more than the last. The last number again returns the same answer.",
         },
     ],
 }
@@ -130,14 +130,14 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         },
     },
     "4XX": {
-        "description": "What was expected and what came.",
+        "description": "The request is invalid. The message says what was expected and what came.",
         "content": {
             wire.JSON: {
                 "example": {"error": {"code": "invalid_tensor", "message": "...", "detail": {"name": "pixels"}}}
             }
         },
     },
-    503: {"description": "Loading, closing, or too much is waiting; try again after `Retry-After` seconds."},
+    503: {"description": "The service is loading, closing or overloaded. Try again after `Retry-After` seconds."},
 }
 
 
@@ -167,47 +167,49 @@ async def act_by_version(request: Request, name: str, version: str) -> Response:
 
 
 async def _act(request: Request, policy: Policy, version: int | None = None) -> Response:
-    """Decode, ask the policy, encode: what is refused is refused before anything runs. `version`: the URL's, if any."""
+    """Decode, act, encode. All checks come before the run. `version` is the one in the URL, if any."""
     body = await read_body(request)
-    if sessions.ID in request.headers:
-        return await _step(request, policy, version, request.headers[sessions.ID], body)
+    if sessions.SESSION_HEADER in request.headers:
+        return await _step(request, policy, version, request.headers[sessions.SESSION_HEADER], body)
     registry = registry_of(request)
     if version is None:
         policy = registry.route(policy)
     items = _decode(request, body, policy)
     if items.session is not None:
         return await _step(request, policy, version, items.session, body)
-    if sessions.STEP in request.headers:
-        raise InvalidRequest(f"{sessions.STEP} numbers the steps of a session: expected {sessions.ID} too; got none")
-    names = _wanted(request, policy, policy.signature.state)
+    if sessions.STEP_HEADER in request.headers:
+        raise InvalidRequest(
+            f"{sessions.STEP_HEADER} numbers the steps of a session: expected {sessions.SESSION_HEADER} too; got none"
+        )
+    names = _output_names(request, policy, policy.signature.state)
     exploration, seed = _randomness(request, items)
     admission, patience_ns = admission_of(request), read_patience_ns(request)
     acted = await admission.act(policy, items.tensors, items.size, exploration, seed, patience_ns)
     if version is None:
         registry.mirror(policy, items.tensors, items.size, exploration, acted)
-    return _answer(request, acted, names, items.batched)
+    return _respond(request, acted, names, items.batched)
 
 
 async def _step(request: Request, policy: Policy, version: int | None, id_: str, body: Body) -> Response:
-    """The same for a session of `policy`, which may have begun with another version."""
-    stepping = await sessions.stepping(request, policy, version, id_)
-    names = _wanted(request, stepping.policy)
-    stepped = await sessions.step(request, stepping, lambda: _decode(request, body, stepping.policy))
-    return _answer(request, stepped.acted, names, False, sessions.headers(stepped))
+    """A step of a session of `policy`. The session may have begun with another version."""
+    step = await sessions.read_step_request(request, policy, version, id_)
+    names = _output_names(request, step.policy)
+    result = await sessions.take_step(request, step, lambda: _decode(request, body, step.policy))
+    return _respond(request, result.acted, names, False, sessions.step_headers(result))
 
 
 def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
     return wire.decode(request.headers.get("content-type", ""), body, policy.signature)
 
 
-def _wanted(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
-    """The outputs to answer, and `state`. Raises `UnknownOutput`, or `NotAcceptable` for what cannot be encoded."""
+def _output_names(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
+    """The names of the outputs to return, and of `state`. Raises `UnknownOutput` or `NotAcceptable`."""
     names = [*selected_outputs(request.query_params, policy.signature), *(part.spec.name for part in state)]
     wire.negotiate(request.headers.get("accept", ""), len(names))
     return names
 
 
-def _answer(
+def _respond(
     request: Request, acted: Acted, names: Sequence[str], batched: bool, headers: dict[str, str] | None = None
 ) -> Response:
     outputs = {name: acted.outputs[name] for name in names}
@@ -216,6 +218,6 @@ def _answer(
 
 
 def _randomness(request: Request, items: wire.Payload) -> tuple[Exploration | None, int | None]:
-    """What the query says, which any encoding can have, before what the body says."""
+    """Exploration and seed from the query, or else from the body."""
     exploration, seed = wire.read_randomness(request.query_params)
     return exploration or items.exploration, items.seed if seed is None else seed

@@ -1,4 +1,4 @@
-"""Errors -> answers: the only place that knows status codes. One JSON shape for all of them."""
+"""Errors -> responses. Only this module knows status codes. All errors have one JSON shape."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ STATUS: dict[type[errors.ActserveError], int] = {
     errors.ActserveError: 500,
 }
 RETRY_AFTER_S = 1
+INTERNAL = "the service failed on this request; its log says why"
 
 
 def status_of(error: errors.ActserveError) -> int:
@@ -47,7 +48,7 @@ def status_of(error: errors.ActserveError) -> int:
 
 
 def headers_of(error: errors.ActserveError) -> dict[str, str] | None:
-    """What the answer says beside its body."""
+    """The headers of the response to `error`."""
     if isinstance(error, errors.Unavailable):
         return {"Retry-After": str(RETRY_AFTER_S)}
     if isinstance(error, errors.RateLimited):
@@ -55,45 +56,41 @@ def headers_of(error: errors.ActserveError) -> dict[str, str] | None:
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, errors.Unauthorized) else None
 
 
-def answer(status: int, code: str, message: str, detail: Any = None, headers: dict[str, str] | None = None) -> Response:
-    return Response(document(code, message, detail), status, headers, media_type="application/json")
-
-
-def document(code: str, message: str, detail: Any, **beside: Any) -> bytes:
-    """The JSON that tells of an error."""
+def error_json(code: str, message: str, detail: Any = None, **fields: Any) -> bytes:
+    """The JSON document of an error, with `fields` at its top level."""
     return pydantic_core.to_json(
-        {"error": {"code": code, "message": message, "detail": detail}, **beside}, fallback=str
+        {"error": {"code": code, "message": message, "detail": detail}, **fields}, fallback=str
     )
 
 
 def install(app: FastAPI) -> None:
-    """Give every error that can leave a route the agreed shape."""
-    app.add_exception_handler(errors.ActserveError, _ours)
-    app.add_exception_handler(HTTPException, _routing)
-    app.add_exception_handler(RequestValidationError, _validation)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _unexpected)
+    """Register the handlers that give every error the same JSON shape."""
+    app.add_exception_handler(errors.ActserveError, _handle_actserve_error)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    app.add_exception_handler(ClientDisconnect, _handle_disconnect)
+    app.add_exception_handler(Exception, _handle_unexpected)
 
 
 def response(error: errors.ActserveError) -> Response:
-    """The answer to a request that ended in `error`."""
+    """The response to a request that raised `error`."""
     call.record_refusal(error.code)
-    report(error)
-    return answer(status_of(error), error.code, error.message, error.detail, headers_of(error))
+    log_if_internal(error)
+    return _json_response(status_of(error), error_json(error.code, error.message, error.detail), headers_of(error))
 
 
-def report(error: errors.ActserveError) -> None:
-    """To the log, if only the operator can mend it."""
+def log_if_internal(error: errors.ActserveError) -> None:
+    """Log an error that only the operator can fix."""
     if status_of(error) >= 500 and not isinstance(error, errors.Unavailable):
         log.error("%s", error.message, exc_info=error.__cause__)
 
 
-async def _ours(_request: Request, error: Exception) -> Response:
+async def _handle_actserve_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ActserveError)
     return response(error)
 
 
-async def _routing(request: Request, error: Exception) -> Response:
+async def _handle_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     call.record_refusal(code)
@@ -101,21 +98,25 @@ async def _routing(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     if allowed:
         message += f"; expected {allowed}"
-    return answer(error.status_code, code, message, headers=dict(error.headers or {}))
+    return _json_response(error.status_code, error_json(code, message), dict(error.headers or {}))
 
 
-async def _validation(_request: Request, error: Exception) -> Response:
+async def _handle_validation_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     call.record_refusal("invalid_request")
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return answer(422, "invalid_request", f"{where}: {first['msg']}")
+    return _json_response(422, error_json("invalid_request", f"{where}: {first['msg']}"))
 
 
-async def _gone(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=400)  # nobody is there to read it
+async def _handle_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)  # the client has disconnected
 
 
-async def _unexpected(_request: Request, error: Exception) -> Response:
+async def _handle_unexpected(_request: Request, error: Exception) -> Response:
     call.record_refusal("internal")
-    return answer(500, "internal", "the service failed on this request; its log says why")
+    return _json_response(500, error_json("internal", INTERNAL))
+
+
+def _json_response(status: int, content: bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(content, status, headers, media_type="application/json")

@@ -17,9 +17,9 @@ async def healthz() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/readyz", responses={503: {"description": "Not yet, and why."}})
+@router.get("/readyz", responses={503: {"description": "The service is not ready; the message says why."}})
 async def readyz(request: Request) -> Response:
-    """Policies are loaded, verified against their golden samples and thereby warm."""
+    """Policies are loaded, verified against their golden samples and warm."""
     if reason := registry_of(request).not_ready():
         raise NotServing(reason)
     return Response(b'{"status":"ready"}', media_type="application/json")

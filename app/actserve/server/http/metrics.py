@@ -1,4 +1,4 @@
-"""`/metrics` for Prometheus, and `/policies/{name}/stats` for everybody else."""
+"""`/metrics` for Prometheus, and `/policies/{name}/stats` as JSON."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ router = APIRouter(tags=["metrics"])
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """What all workers counted, in Prometheus's text format, or in OpenMetrics'."""
-    from actserve.server.metrics.exposition import expose
+    """The metrics of all workers, in the text format of Prometheus or OpenMetrics."""
+    from actserve.server.metrics.exposition import expose  # prometheus_client is not needed to start
 
     content, content_type = expose(await _publisher(request).families(), request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": content_type})
@@ -26,11 +26,11 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/policies/{name}/stats")
 async def stats(request: Request, name: str) -> dict[str, Any]:
-    """What all workers counted of one policy, of all its versions that are remembered.
+    """The metrics of one policy, over all workers and all versions that have counts.
 
-    `rate`: actions a second, of the last ten seconds. `buckets`: inference calls by their number of items, each bound
-    with those above the bound before. Percentiles are taken from the histograms of `/metrics`, and no finer than their
-    buckets; null before the first call.
+    `rate`: actions a second, over the last ten seconds. `buckets`: inference calls by their number of items; each key
+    is the upper bound of its bucket, and the counts are not cumulative. Percentiles come from the histograms of
+    `/metrics` and are as coarse as their buckets; null before the first call.
     """
     known = registry_of(request).names
     if name not in known:
@@ -39,5 +39,5 @@ async def stats(request: Request, name: str) -> dict[str, Any]:
 
 
 def _publisher(request: Request) -> Publisher:
-    found: Publisher = request.app.state.metrics
-    return found
+    publisher: Publisher = request.app.state.metrics
+    return publisher

@@ -1,6 +1,6 @@
-"""Observed: around all routes. It gives each request its id, counts its answer, and traces and logs it if that is on.
+"""ObservabilityMiddleware: gives each request its id, counts the response, and traces and logs it if configured.
 
-The fast lane's requests never come here; its doors count for themselves.
+Requests on the fast path do not pass this middleware; the fast path counts them itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from actserve.telemetry.counts import DEFAULT
 log = logging.getLogger("actserve.access")
 
 _ID = HEADER.lower().encode()
-# What can be the first message of an answer, and the status where the message has none.
-_STARTS = {
+# The messages that can begin a response, and their status if the message has none.
+_FIRST_MESSAGES = {
     "http.response.start": 500,
     "websocket.accept": 101,
     "websocket.close": 403,
@@ -28,8 +28,7 @@ _STARTS = {
 
 
 class ObservabilityMiddleware:
-    """An ASGI application around the app's others. What it is to do is in `app.state`: `registry`, `traces` and
-    `settings.access_log`."""
+    """The outermost ASGI middleware. It is configured in `app.state`: `registry`, `traces`, `settings.access_log`."""
 
     def __init__(self, inner: ASGIApp) -> None:
         self._inner = inner
@@ -39,15 +38,15 @@ class ObservabilityMiddleware:
             await self._inner(scope, receive, send)
             return
         call = Call.of(next((v.decode("latin-1") for k, v in scope["headers"] if k == _ID), None))
-        current.set(call)  # for good: a request is a task of its own
+        current.set(call)  # never reset: each request has its own task
         state = scope["app"].state
         state.traces.begin(call)
         status = 0
 
-        async def answer(message: Message) -> None:
+        async def send_observed(message: Message) -> None:
             nonlocal status
-            if not status and message["type"] in _STARTS:
-                status = message.get("status", _STARTS[message["type"]])
+            if not status and message["type"] in _FIRST_MESSAGES:
+                status = message.get("status", _FIRST_MESSAGES[message["type"]])
                 policy = _policy(scope, state.registry)
                 state.registry.counts.tally(policy, "http", _route(scope)).add(str(status), call.reason)
                 state.traces.end(call, policy)
@@ -56,19 +55,19 @@ class ObservabilityMiddleware:
             await send(message)
 
         try:
-            await self._inner(scope, receive, answer)
+            await self._inner(scope, receive, send_observed)
         finally:
             if state.settings.access_log:
                 _log(scope, call, status)
 
 
 def _route(scope: Scope) -> str:
-    """The route's template; "" where there is none."""
+    """The route's template, or ""."""
     return getattr(scope.get("route"), "path", "")
 
 
 def _policy(scope: Scope, registry: Registry) -> str:
-    """The policy that the route is about, if there is such a one."""
+    """The name of the policy that the route is about, or ""."""
     name = registry.default if _route(scope) in DEFAULT else scope.get("path_params", {}).get("name")
     return name if name in registry.names else ""
 

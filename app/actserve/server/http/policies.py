@@ -1,4 +1,4 @@
-"""`/policies`: what is served, and the manifests."""
+"""`/policies`: the policies that are served, and their manifests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ router = APIRouter(tags=["policies"])
 
 @router.get("/policies")
 async def list_policies(request: Request) -> dict[str, Any]:
-    """Every policy: its live version, its runtime and why that one; the default is the one behind `/act`."""
+    """Every policy: its live version, its runtime and the reason for it. `/act` uses the default policy."""
     registry = registry_of(request)
     return {"default": registry.default, "policies": [registry.describe(name) for name in registry.names]}
 
 
 @router.get("/policies/{name}")
 async def get_policy(request: Request, name: str) -> dict[str, Any]:
-    """One policy with its whole manifest, and the versions that are not served with their reasons."""
+    """One policy with its manifest, and the versions that were refused, with reasons."""
     registry = registry_of(request)
     return {**registry.describe(name), "manifest": registry.manifest(name)}

@@ -1,4 +1,4 @@
-"""What the routes of several topics need of a request."""
+"""Reads what several routes need from a request."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from actserve.core.errors import BodyTooLarge, InvalidRequest
 from actserve.core.signature import Signature
 from actserve.engine.registry import Registry
 from actserve.server.admission import Admission
+from actserve.server.sessions import Sessions
 from actserve.wire.payload import Body
 
 DEADLINE_HEADER = "X-Deadline-Ms"
 
 
 def admission_of(request: HTTPConnection) -> Admission:
-    found: Admission = request.app.state.admission
-    return found
+    admission: Admission = request.app.state.admission
+    return admission
 
 
 def registry_of(request: HTTPConnection) -> Registry:
-    found: Registry = request.app.state.registry
-    return found
+    registry: Registry = request.app.state.registry
+    return registry
+
+
+def sessions_of(request: HTTPConnection) -> Sessions:
+    sessions: Sessions = request.app.state.sessions
+    return sessions
 
 
 def selected_outputs(query: QueryParams, signature: Signature) -> tuple[str, ...]:
-    """The names of those that a query asks for; the action's alone where it does not. Raises `UnknownOutput`."""
+    """The names of the outputs in the query; by default only the action. Raises `UnknownOutput`."""
     return signature.select([name for name in query.get("outputs", "").split(",") if name])
 
 
 def read_patience_ns(request: Request) -> int:
-    """How long the request may wait; 0: for ever. Raises `InvalidRequest`."""
+    """How long the request may wait in the queue; 0 is no limit. Raises `InvalidRequest`."""
     value = request.headers.get(DEADLINE_HEADER)
     if value is None:
         return 0
@@ -44,7 +50,7 @@ def read_patience_ns(request: Request) -> int:
 
 
 async def read_body(request: Request) -> Body:
-    """The body as it was before it was compressed, bounded before and after: a kilobyte may expand to gigabytes."""
+    """The decompressed body, bounded before and after decompression: a kilobyte can expand to gigabytes."""
     limit_bytes = admission_of(request).max_body_bytes
     body = await read_raw_body(request, limit_bytes)
     encoding = ", ".join(request.headers.getlist("content-encoding"))
@@ -54,11 +60,11 @@ async def read_body(request: Request) -> Body:
 
 
 async def read_raw_body(request: Request, limit_bytes: int) -> bytearray:
-    """The body, bounded: a declared length is refused before the first byte is read."""
+    """The body as sent, bounded: a declared length is refused before the first byte is read."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit_bytes:
         raise BodyTooLarge(limit_bytes, int(declared))
-    body = bytearray()  # writable, so that no runtime has to copy what it is given
+    body = bytearray()  # writable, so that runtimes do not copy it
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit_bytes:

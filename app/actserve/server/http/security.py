@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actserve.core.errors import ActserveError, ForbiddenOrigin
 from actserve.core.settings import Settings
 from actserve.server.admission import Admission, Ticket, current_ticket
-from actserve.server.http import error_responses as errors
+from actserve.server.http.error_responses import response
 from actserve.server.protocols.oip.error_responses import response as oip_response
 
 PUBLIC = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/"})  # need no token
@@ -21,8 +21,8 @@ PAGE = "/page/"  # the page's files need none either
 METRICS = "/metrics"
 SUBPROTOCOL, TOKEN = "actserve", "bearer."
 
-OWN = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-_DOCS = (  # FastAPI's pages load scripts from a CDN
+PAGE_POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_DOCS_POLICY = (  # FastAPI's pages load scripts from a CDN
     "default-src 'self'; script-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; "
     "style-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; img-src 'self' data: https://fastapi.tiangolo.com; "
     "worker-src blob:; frame-ancestors 'none'"
@@ -30,18 +30,18 @@ _DOCS = (  # FastAPI's pages load scripts from a CDN
 
 
 def install(app: FastAPI, admission: Admission, settings: Settings) -> None:
-    """Add the middleware, and CORS if the settings name origins."""
+    """Add the middleware, and CORS if the settings list origins."""
     origins = settings.origins
     public = PUBLIC | {METRICS} if settings.public_metrics else PUBLIC
     app.add_middleware(SecurityMiddleware, admission=admission, public=public, origins=origins)
-    if origins:  # outermost: a preflight carries no token, and the browser must be able to read a refusal
+    if origins:  # outside the token check: a preflight carries no token, and the browser must be able to read a refusal
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
 
 
 class SecurityMiddleware:
-    """Opens a ticket for each request, refuses WebSockets of other sites' pages, and adds our security headers."""
+    """Opens a ticket for each request, refuses WebSockets from other sites, and adds security headers."""
 
     def __init__(self, app: ASGIApp, admission: Admission, public: frozenset[str], origins: list[str]) -> None:
         self._app, self._admission, self._public, self._origins = app, admission, public, origins
@@ -61,7 +61,7 @@ class SecurityMiddleware:
             await _refusal(scope["path"], error)(scope, receive, send)
             return
 
-        async def send_safely(message: Message) -> None:
+        async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 _protect(scope["path"], MutableHeaders(scope=message))
             elif message["type"] == "websocket.accept" and SUBPROTOCOL in scope.get("subprotocols", ()):
@@ -70,17 +70,17 @@ class SecurityMiddleware:
 
         before = current_ticket.set(ticket)
         try:
-            await self._app(scope, receive, send_safely)
+            await self._app(scope, receive, send_secured)
         finally:
             current_ticket.reset(before)
 
     def _check_origin(self, headers: Headers) -> None:
-        """Raise `ForbiddenOrigin` for a WebSocket that a page of another site opens: browsers do not prevent it."""
+        """Raises `ForbiddenOrigin` for a WebSocket from another site's page: browsers do not prevent it."""
         origin = headers.get("origin")
         if origin is None or "*" in self._origins or origin in self._origins:
             return
         if urlsplit(origin).netloc != headers.get("host"):
-            raise ForbiddenOrigin("expected a WebSocket from a page of this service; the origin is another one")
+            raise ForbiddenOrigin("expected a WebSocket from a page of this service; got another origin")
 
 
 def _authorization(scope: Scope, headers: Headers) -> bytes | None:
@@ -97,11 +97,13 @@ def _authorization(scope: Scope, headers: Headers) -> bytes | None:
 
 
 def _refusal(path: str, error: ActserveError) -> Response:
-    return oip_response(error) if path.startswith("/v2") else errors.response(error)
+    return oip_response(error) if path.startswith("/v2") else response(error)
 
 
 def _protect(path: str, headers: MutableHeaders) -> None:
     """Add the security headers of an HTML page."""
     if headers.get("content-type", "").startswith("text/html"):
-        headers.setdefault("Content-Security-Policy", _DOCS if path.startswith(("/docs", "/redoc")) else OWN)
+        headers.setdefault(
+            "Content-Security-Policy", _DOCS_POLICY if path.startswith(("/docs", "/redoc")) else PAGE_POLICY
+        )
         headers.setdefault("Referrer-Policy", "no-referrer")

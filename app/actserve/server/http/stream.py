@@ -1,4 +1,4 @@
-"""`/policies/{name}/stream`: a WebSocket that is an episode. `wire.stream_messages` has its message formats."""
+"""`/policies/{name}/stream`: one WebSocket is one episode. `wire.stream_messages` has the message formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actserve.core.errors import ActserveError, NotServing, Unauthorized, Unavai
 from actserve.core.settings import Settings
 from actserve.engine.policy import Policy
 from actserve.server.http.requests import admission_of, registry_of
-from actserve.server.http.stream_episode import BINARY, WINDOW, StreamEpisode
+from actserve.server.http.stream_episode import ENCODINGS, WINDOW, StreamEpisode
 from actserve.server.http.websocket import LIMIT, RESTART
 from actserve.telemetry.counts import STREAM
 
@@ -22,9 +22,9 @@ log = logging.getLogger("actserve")
 router = APIRouter(tags=["stream"])
 
 FAST_PATH = "actserve.fast_path"  # ASGI extension: the `FastPathStream` that may step an episode
-_REASON_BYTES = 123  # what a close frame has room for
+_REASON_BYTES = 123  # the space of a close frame
 _IDLE, _UNUSABLE, _REFUSED, _INTERNAL, _TRY_AGAIN = 1001, 1003, 1008, 1011, 1013
-_ENDING: dict[type[ActserveError], int] = {  # errors that last
+_ENDING: dict[type[ActserveError], int] = {  # errors that end a stream, and the close code
     UnsupportedContentType: _UNUSABLE,
     NotServing: RESTART,
     Unauthorized: _REFUSED,
@@ -33,29 +33,31 @@ _ENDING: dict[type[ActserveError], int] = {  # errors that last
 _DESCRIPTION = f"""
 Upgrade to a WebSocket: the connection is the episode, and the service keeps its state.
 
-1. The service says hello, in JSON: policy, version, runtime, the signature of a message, environment, seed, window.
-2. Send a **binary message** for each step: the raw bytes of the observation, as for `/act`; or a **text message**:
-   `{{"pixels": ..., "is_init": true}}` as for `/act`, which can carry several observations, and begin anew.
+1. The service sends a hello in JSON: policy, version, runtime, the signature of a message, environment, seed, window.
+2. Send a **binary message** for each step: the raw bytes of the observation, as for `/act`. Or send a **text message**:
+   `{{"pixels": ..., "is_init": true}}` as for `/act`, with all inputs by name; `is_init` begins a new episode.
 3. Replies come in order. To a text message: `{{"action": 3, "step": 1, "queue_us": 40, "run_us": 310}}`. To a binary
-   one, little-endian: step (uint64), queue_us (uint32), run_us (uint32), and each output at its offset in the hello.
+   message, little-endian: step (uint64), queue_us (uint32), run_us (uint32), and each output at its offset in the
+   hello.
 
-Up to `window` ({WINDOW}) messages may be unanswered. A message that cannot be used is answered with
-`{{"error": {{"code", "message", "detail"}}, "status", "step"}}` and moves nothing; the stream goes on.
+Up to `window` ({WINDOW}) messages may be unanswered. An invalid message is answered with
+`{{"error": {{"code", "message", "detail"}}, "status", "step"}}` and does not change the state; the stream continues.
 
-In the query `outputs` (the action is always the first), `exploration` and `seed` are as for `/act`; the noise of step
-k comes from the seed and k. `binary` says what binary messages are: {", ".join(f"`{known}`" for known in BINARY)}.
+In the query, `outputs` (the action always comes first), `exploration` and `seed` are as for `/act`. The noise of step
+k comes from the seed and k. `binary` is the encoding of binary messages:
+{", ".join(f"`{name}`" for name in ENCODINGS)}.
 
 Close codes: {_IDLE} idle for too long, {_UNUSABLE} this policy takes text messages only, 1007 text that is not UTF-8,
-{_REFUSED} the token is not valid any more, 1009 a message larger than the hello allows, {_INTERNAL} the service failed
-or had no answer to its pings, {RESTART} the service restarts; what it had taken in has been answered. What
-cannot begin is refused as on `/act`, by an HTTP error.
+{_REFUSED} the token was revoked, 1009 a message larger than the hello allows, {_INTERNAL} the service failed or got no
+reply to its pings, {RESTART} the service restarts; it has answered all messages that it received. A stream that cannot
+begin is refused with an HTTP error, as on `/act`.
 """
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[None]])
 
 
 def _route(path: str) -> Callable[[_Endpoint], _Endpoint]:
-    """The WebSocket; and a page of /docs that says how to speak to it, for whoever comes without an upgrade."""
+    """A WebSocket route, and a GET route that documents it in /docs and answers 426."""
     router.get(path, status_code=426, summary="Stream (WebSocket)", description=_DESCRIPTION)(_upgrade)
     return router.websocket(path)
 
@@ -79,17 +81,17 @@ async def stream_by_version(websocket: WebSocket, name: str, version: str) -> No
     await _serve(websocket, registry_of(websocket).find(name, version))
 
 
-async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
+async def _serve(websocket: WebSocket, finding: Awaitable[Policy]) -> None:
     settings: Settings = websocket.app.state.settings
     counts = registry_of(websocket).counts
     try:
-        policy = await found
+        policy = await finding
         tally = counts.tally(policy.name, "websocket", STREAM)
         admission = admission_of(websocket)
         episode = StreamEpisode(policy, websocket.query_params, settings, admission, tally)
     except ActserveError as error:
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
-            raise  # to be answered like any other request
+            raise  # answered with an HTTP error
         await websocket.accept()
         await _close(websocket, _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED, error.message)
         return
@@ -99,12 +101,12 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
     try:
         await websocket.accept()
         if LIMIT in extensions:
-            extensions[LIMIT]["bound"](episode.hello.max_message_bytes)
+            extensions[LIMIT]["set_max_bytes"](episode.hello.max_message_bytes)
         await websocket.send_text(episode.hello.to_json())
-        code, reason = await _converse(websocket, episode, fast_path)
+        code, reason = await _answer_messages(websocket, episode, fast_path)
         await _close(websocket, code, reason)
     except (WebSocketDisconnect, OSError):
-        pass  # nobody is there any more
+        pass  # the client has disconnected
     finally:
         counts.streams -= 1
         if fast_path is not None:
@@ -112,10 +114,10 @@ async def _serve(websocket: WebSocket, found: Awaitable[Policy]) -> None:
         episode.close()
 
 
-async def _converse(websocket: WebSocket, episode: StreamEpisode, fast_path: Any) -> tuple[int, str]:
-    """Answer message after message; the code and the reason to close with. Raises `WebSocketDisconnect`.
+async def _answer_messages(websocket: WebSocket, episode: StreamEpisode, fast_path: Any) -> tuple[int, str]:
+    """Answer messages until the stream ends; returns the close code and reason. Raises `WebSocketDisconnect`.
 
-    While one is being answered nothing more is read, so that what a client sends ahead waits in the sockets' buffers.
+    It reads one message at a time. Further messages wait in the buffers of the sockets.
     """
     idle_s = episode.hello.idle_s
     while True:
@@ -126,7 +128,7 @@ async def _converse(websocket: WebSocket, episode: StreamEpisode, fast_path: Any
             async with asyncio.timeout(idle_s):
                 message = await websocket.receive()
         except TimeoutError:
-            if episode.steps > steps:  # the fast path took them
+            if episode.steps > steps:  # on the fast path
                 continue
             return _IDLE, f"idle for {idle_s:g} s"
         if fast_path is not None:
@@ -138,10 +140,10 @@ async def _converse(websocket: WebSocket, episode: StreamEpisode, fast_path: Any
         try:
             reply = await episode.step(message)
         except ActserveError as error:
-            await websocket.send_text(episode.error(error))
+            await websocket.send_text(episode.error_json(error))
             if type(error) in _ENDING:
                 return _ENDING[type(error)], error.message
-            await asyncio.sleep(0)  # nothing was awaited: a flood of these would hold the event loop
+            await asyncio.sleep(0)  # a flood of invalid messages must not block the event loop
         except Exception:
             log.exception("a stream of %s failed", episode.hello.policy)
             episode.tally.add("500", "internal")

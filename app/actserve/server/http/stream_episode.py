@@ -1,4 +1,4 @@
-"""StreamEpisode: what one stream asks for, and its state from step to step."""
+"""StreamEpisode: the options of one stream, and its state from step to step."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from actserve.core.signature import Arrays
 from actserve.engine.batcher import BatchResult
 from actserve.engine.policy import Policy
 from actserve.server.admission import Admission, Ticket, current_token
-from actserve.server.http.error_responses import document, report, status_of
+from actserve.server.http.error_responses import error_json, log_if_internal, status_of
 from actserve.server.http.requests import selected_outputs
 from actserve.telemetry.counts import Tally
 from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
 
-WINDOW = 8  # replies to so many fit into any socket's buffers, so that neither side waits for the other forever
-BINARY = (wire.RAW, wire.PNG, wire.SAFETENSORS)  # what binary messages can be, the first by default
+WINDOW = 8  # unanswered messages; their replies fit into any socket's buffers, which prevents a deadlock
+ENCODINGS = (wire.RAW, wire.PNG, wire.SAFETENSORS)  # of binary messages; the first is the default
 _BYTES_PER_ELEMENT = 32  # the longest number in JSON, with room to spare
-_BYTES_BESIDE = 64 << 10  # names, and the head of a safetensors message or a PNG
+_OVERHEAD_BYTES = 64 << 10  # for names, and the header of a safetensors message or a PNG
 
 
 class StreamEpisode:
-    """Begun by what the query asks for; raises `InvalidRequest`, or `UnsupportedContentType` for its `binary`."""
+    """An episode with the options in `query`. Raises `InvalidRequest`, or `UnsupportedContentType` for `binary`."""
 
     def __init__(
         self, policy: Policy, query: QueryParams, settings: Settings, admission: Admission, tally: Tally
     ) -> None:
         signature = policy.signature
         self.tally = tally
-        asked = selected_outputs(query, signature)
-        outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in asked)
+        selected = selected_outputs(query, signature)
+        outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in selected)
         exploration, seed = choose_exploration(signature, *wire.read_randomness(query))
-        self._binary = query.get("binary", BINARY[0])
-        if self._binary not in BINARY:
-            raise UnsupportedContentType(self._binary[:80], BINARY)
-        # Of one message and its reply: state and noise stay here.
+        self._encoding = query.get("binary", ENCODINGS[0])
+        if self._encoding not in ENCODINGS:
+            raise UnsupportedContentType(self._encoding[:80], ENCODINGS)
+        # The signature of one message and its reply: the episode keeps state and noise.
         self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=())
         self._replies = ReplyCodec(outputs)
         self._policy = policy
-        self._state: Arrays = {}  # each (1, *shape); none before the first step, or where the arena has it
+        self._state: Arrays = {}  # each (1, *shape); empty before the first step, and if the arena has the state
         self.steps = 0
         self.admission = admission
-        self.ticket: Ticket | None = None  # of a message that the fast path has charged and handed over
+        self.ticket: Ticket | None = None  # of a message that the fast path charged and left to the route
         self._token = current_token()
         self.hello = Hello(
             policy=policy.name,
@@ -63,39 +63,39 @@ class StreamEpisode:
             idle_s=settings.session_idle_s,
         )
         self.batcher = policy.batcher
-        by_default = seed is None and exploration == signature.exploration[0]
-        # What the lane steps it with.
-        self.arena = policy.batcher.arena if by_default and self._binary == wire.RAW else None
+        default_actions = seed is None and exploration == signature.exploration[0]
+        # The fast path steps the episode with the arena; None: it cannot.
+        self.arena = policy.batcher.arena if default_actions and self._encoding == wire.RAW else None
         self.slot = self.arena.keep() if self.arena is not None else None
 
     def new_ticket(self) -> Ticket:
-        """For one message; charged when the message is admitted."""
+        """A ticket for one message, charged when the message is admitted."""
         return Ticket(self._token)
 
     def close(self) -> None:
-        """Forget the state."""
+        """Free the state."""
         if self.arena is not None:
             self.arena.forget(self.slot)
 
     async def step(self, message: Any) -> dict[str, Any]:
-        """One ASGI message -> the one that answers it. Whatever this raises, the episode has not moved."""
+        """One ASGI message -> the reply. If this raises, the state has not changed."""
         ticket, self.ticket = self.ticket or self.new_ticket(), None
         self.admission.open_message(ticket)
         text = message.get("text")
         if text is None:
-            items = wire.decode(self._binary, bytearray(message["bytes"]), self._signature)  # a copy: it is writable
+            items = wire.decode(self._encoding, bytearray(message["bytes"]), self._signature)  # a writable copy
         else:
             items = wire.decode(wire.JSON, text.encode(), self._signature)
         if items.batched:
             raise InvalidRequest(f"expected one item, as a stream takes at each step; got a batch of {items.size}")
         if items.metadata:
-            raise InvalidRequest(f"a stream's query sets these; got with a message {', '.join(items.metadata)}")
+            raise InvalidRequest(f"expected {', '.join(items.metadata)} in the stream's query; got it with a message")
         seed = None if self.hello.seed is None else step_seed(self.hello.seed, self.steps + 1)
         state = self._state
         if self.arena is not None and self.slot is not None and self.steps:
             state = self.arena.state(self.slot)
         acted = await self.admission.act(self._policy, items.tensors | state, 1, self.hello.exploration, seed)
-        # Copies: what came is a part of the whole batch's array, which it would keep.
+        # `state_after` copies: a view would keep the array of the whole batch in memory.
         state = self._policy.state_after(acted)
         if self.arena is not None and self.slot is not None:
             self.arena.set_state(self.slot, state)
@@ -109,27 +109,27 @@ class StreamEpisode:
         return {"type": "websocket.send", "text": self._replies.to_json(reply)}
 
     def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
-        """What the lane calls: a binary message has been answered, and its state is kept."""
+        """The reply to a binary message that the fast path has stepped; the arena has the state."""
         self.steps += 1
         self.tally.answered += 1
         return self._replies.pack(self._reply(outcome.outputs, start, queue_ns, outcome.run_ns))
 
     def refusal(self, error: ActserveError) -> bytes:
-        """What the lane calls: a binary message could not be answered; nothing has moved."""
-        return self.error(error).encode()
+        """The reply to a message that the fast path could not step; the state has not changed."""
+        return self.error_json(error).encode()
 
-    def error(self, error: ActserveError) -> str:
-        """The same as text."""
-        report(error)
+    def error_json(self, error: ActserveError) -> str:
+        """The reply to a message that raised `error`; counts it."""
+        log_if_internal(error)
         status = status_of(error)
         self.tally.add(str(status), error.code)
-        return document(error.code, error.message, error.detail, status=status, step=self.steps + 1).decode()
+        return error_json(error.code, error.message, error.detail, status=status, step=self.steps + 1).decode()
 
     def _reply(self, results: Arrays, start: int, queue_ns: int, run_ns: int) -> Reply:
         outputs = {spec.name: results[spec.name][start] for spec in self._signature.outputs}
         return Reply(self.steps, outputs, queue_ns // 1000, run_ns // 1000)
 
     def _max_message_bytes(self) -> int:
-        """Enough for one item in any encoding."""
+        """The size of one item in the largest encoding."""
         elements = sum(spec.item_bytes // spec.numpy_dtype.itemsize for spec in self._signature.request_inputs)
-        return _BYTES_BESIDE + _BYTES_PER_ELEMENT * elements
+        return _OVERHEAD_BYTES + _BYTES_PER_ELEMENT * elements

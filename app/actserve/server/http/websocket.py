@@ -1,13 +1,13 @@
-"""uvicorn's WebSocket protocol, mended where a stream needs it: to be named as its `ws`.
+"""uvicorn's WebSocket protocol with five changes. It is uvicorn's `ws` setting.
 
-* A stream sets its own bound on messages, which is enforced on a frame's head, before its payload is taken in.
-* At shutdown uvicorn closes every connection at once, and the answer on its way is lost. Here the application is told
-  first, by a disconnect with code 1012 that queues behind the messages already taken in; the application closes.
-* Nonsense that follows a handshake at once closes the connection; uvicorn would fail on it.
-* A refusal with a body ends the handshake; uvicorn would log it as an error of the application.
-* A peer that neither reads nor answers pings is dropped; closing would wait for it to read the rest.
+* Each stream sets its own limit on messages. The limit is checked in the header of a frame, before its payload is read.
+* At shutdown uvicorn closes every connection at once, and replies are lost. Here the application gets a disconnect with
+  code 1012, queued behind the messages already received. Then the application closes the connection.
+* Invalid data right after a handshake closes the connection; uvicorn raises.
+* A refusal with a body ends the handshake; uvicorn logs it as an error of the application.
+* A client that neither reads nor answers pings is disconnected; closing would wait until it has read the rest.
 
-`disconnected` makes the application's further messages go nowhere without an error in the log.
+`disconnected` drops further messages of the application without an error in the log.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-LIMIT = "actserve.limit"  # the extension in an ASGI scope: `bound(max_message_bytes)`
+LIMIT = "actserve.limit"  # ASGI extension: `set_max_bytes(max_message_bytes)`
 RESTART = 1012  # "service restart" (IANA's registry of close codes)
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
-        if not self.close_sent:  # else it was no handshake, and has been refused
+        if not self.close_sent:  # otherwise the handshake was refused
             extensions: Any = self.scope["extensions"]
-            extensions[LIMIT] = {"bound": self._bound}
+            extensions[LIMIT] = {"set_max_bytes": self._set_max_bytes}
 
     async def send(self, message: Any) -> None:
         await super().send(message)
@@ -40,7 +40,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.disconnected = True
 
     def handle_parser_exception(self) -> None:
-        if self.conn.close_sent is None:  # nonsense behind a handshake that has not been answered
+        if self.conn.close_sent is None:  # invalid data after a handshake that was not answered yet
             self.handshake_complete = self.close_sent = True
             self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
             self.transport.close()
@@ -52,5 +52,5 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().keepalive_timeout()
         self.transport.abort()
 
-    def _bound(self, max_message_bytes: int) -> None:
+    def _set_max_bytes(self, max_message_bytes: int) -> None:
         self.conn.max_message_size = max_message_bytes

@@ -1,7 +1,7 @@
-"""`inference.GRPCInferenceService`: the Open Inference Protocol over gRPC, beside the `/v2` routes.
+"""`inference.GRPCInferenceService`: the Open Inference Protocol over gRPC. Off unless `grpc_port` is set.
 
-Off unless `grpc_port` is set. tritonclient has the message classes and stubs; `protocols.oip` has the meaning of a
-request. The module `server`, which imports grpc and tritonclient, is imported only when the server is on.
+tritonclient has the message classes and stubs; `protocols.oip` handles the requests. The module `server`, which imports
+grpc and tritonclient, is imported only if the server is on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Serving = Callable[[Registry, Sessions, Settings, Admission], AbstractAsyncConte
 def serving(
     registry: Registry, sessions: Sessions, settings: Settings, admission: Admission
 ) -> AbstractAsyncContextManager[None]:
-    """The server, for as long as the app runs; nothing where no port is set. Raises `UsageError`."""
+    """Serve gRPC while the app runs, if a port is set. Raises `UsageError`."""
     if settings.grpc_port is None:
         return nullcontext()
     serve: Serving = import_extra("grpc", SERVING)
@@ -32,15 +32,17 @@ def serving(
 
 
 def check(settings: Settings) -> None:
-    """To be called before the first worker starts: they share the port, and none would find that another service has
-    it. Raises `UsageError` when the port is taken or the libraries are not installed."""
+    """Check before the first worker starts. Raises `UsageError` if the port is taken or the libraries are missing.
+
+    The workers share the port, and would not notice that another service has it.
+    """
     if settings.grpc_port is None:
         return
     import_extra("grpc", SERVING)
     family = socket.AF_INET6 if ":" in settings.grpc_host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended are no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # despite connections in TIME_WAIT
             probe.bind((settings.grpc_host, settings.grpc_port))
     except OSError as error:
         where = f"{settings.grpc_host}, port {settings.grpc_port}"

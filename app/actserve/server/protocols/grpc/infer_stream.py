@@ -1,4 +1,4 @@
-"""ModelStreamInfer: the requests of one stream, several in flight, answered in the order in which they came."""
+"""InferStream: the requests of one ModelStreamInfer call. Several are in flight; responses keep the request order."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import nullcontext
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
-WINDOW = 16  # requests that one stream may have in flight; what is sent ahead of them waits in the sockets' buffers
+WINDOW = 16  # requests in flight in one stream; further ones wait in the buffers of the sockets
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 
 
-class Conversation(Generic[Request, Reply]):
-    """Requests that go on from each other, those of one `sequence`, act one after the other; the others at once.
+class InferStream(Generic[Request, Reply]):
+    """Runs requests of the same sequence one after the other, all others concurrently.
 
-    `act` never raises. `sequence` says which sequence a request is of, or None.
+    `act` never raises. `sequence` returns the sequence of a request, or None.
     """
 
     def __init__(
@@ -34,11 +34,13 @@ class Conversation(Generic[Request, Reply]):
         self._in_flight: asyncio.Queue[asyncio.Task[Reply] | None] = asyncio.Queue()
 
     async def run(self, received: AsyncIterator[Request], closing: asyncio.Event) -> bool:
-        """Until the client has no more to ask (true) or `closing` is set (false); then what was received has been
-        answered. Raises what `received` and `send` raise, in an `ExceptionGroup`."""
+        """Answer requests until the client ends the stream (returns true) or `closing` is set (false).
+
+        All requests that were received are answered. Errors of `received` and `send` are raised in an `ExceptionGroup`.
+        """
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._read(received, group))
-            interrupting = group.create_task(_interrupt(reading, closing))
+            interrupting = group.create_task(_cancel_when(closing, reading))
             while (task := await self._in_flight.get()) is not None:
                 await self._send(await task)
                 self._window.release()
@@ -56,12 +58,12 @@ class Conversation(Generic[Request, Reply]):
 
     async def _act_in_turn(self, request: Request) -> Reply:
         sequence = self._sequence(request)
-        # A lock lets those that wait in, first come first served, and tasks start in the order of their making.
+        # A lock is first come, first served, and tasks start in the order of their creation.
         turn = nullcontext() if sequence is None else self._turns.setdefault(sequence, asyncio.Lock())
         async with turn:
             return await self._act(request)
 
 
-async def _interrupt(reading: asyncio.Task[None], closing: asyncio.Event) -> None:
+async def _cancel_when(closing: asyncio.Event, reading: asyncio.Task[None]) -> None:
     await closing.wait()
     reading.cancel()

@@ -9,8 +9,9 @@ from tritonclient.grpc import service_pb2 as pb
 
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, Arrays, Signature, TensorSpec
-from actserve.server.protocols.oip import codec, schema
+from actserve.server.protocols.oip import codec
 from actserve.server.protocols.oip.infer import InferResponse
+from actserve.server.protocols.oip.infer_request import from_fields
 from actserve.wire.oip import DATATYPES
 from actserve.wire.payload import check_value_count
 
@@ -25,13 +26,13 @@ CONTENTS = {
 
 
 class GrpcInferRequest:
-    """A ModelInferRequest. Its tensors are in `raw_input_contents`, all of them, or each in its own `contents`.
+    """A ModelInferRequest. Its tensors are all in `raw_input_contents`, or each in its own `contents`.
 
-    Raises `MalformedBody` for a field or a parameter of another kind.
+    Raises `MalformedBody` for a field or parameter of the wrong type.
     """
 
     def __init__(self, message: pb.ModelInferRequest) -> None:
-        self.request = schema.check(
+        self.request = from_fields(
             {
                 "id": message.id or None,
                 "parameters": parameters(message),
@@ -57,12 +58,12 @@ class GrpcInferRequest:
             expected = f"{len(self.request.inputs)}, one for each input, or none"
             raise MalformedBody(f"raw_input_contents: expected {expected}; got {len(raw)}")
         found: Arrays = {}
-        for index, (given, spec) in enumerate(codec.matched(self.request.inputs, signature)):
+        for index, (given, spec) in enumerate(codec.match_inputs(self.request.inputs, signature)):
             contents = {field.name: values for field, values in self._message.inputs[index].contents.ListFields()}
             if raw and contents:
                 raise InvalidTensor(spec.name, "either contents or raw_input_contents", "both")
             if raw:
-                # A copy, which is writable, so that no runtime has to make it.
+                # A writable copy, so that runtimes do not make one.
                 found[spec.name] = codec.from_bytes(bytearray(raw[index]), given.shape, spec)
             else:
                 found[spec.name] = _from_contents(contents, given.shape, spec)
@@ -78,24 +79,24 @@ def _from_contents(contents: Mapping[str, Any], shape: list[int], spec: TensorSp
     return codec.from_values(list(contents[field]), shape, spec)
 
 
-def written(answer: InferResponse) -> pb.ModelInferResponse:
-    """The outputs' data is in `raw_output_contents`."""
+def encode(response: InferResponse) -> pb.ModelInferResponse:
+    """The message of a response, with the data in `raw_output_contents`."""
     message = pb.ModelInferResponse(
-        model_name=answer.model_name,
-        model_version=answer.model_version,
-        id=answer.id or "",
+        model_name=response.model_name,
+        model_version=response.model_version,
+        id=response.id or "",
         outputs=[
             {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": array.shape}
-            for name, array in answer.outputs.items()
+            for name, array in response.outputs.items()
         ],
-        raw_output_contents=[codec.to_bytes(array) for array in answer.outputs.values()],
+        raw_output_contents=[codec.to_bytes(array) for array in response.outputs.values()],
     )
-    if answer.seed is not None:
-        message.parameters["seed"].int64_param = answer.seed
+    if response.seed is not None:
+        message.parameters["seed"].int64_param = response.seed
     return message
 
 
 def parameters(part: Any) -> dict[str, Any]:
-    """The parameters of a request, an input or an output as Python's own values; without those that are not set."""
+    """The parameters of a request, input or output as Python values, without unset ones."""
     chosen = {name: (value, value.WhichOneof("parameter_choice")) for name, value in part.parameters.items()}
     return {name: getattr(value, choice) for name, (value, choice) in chosen.items() if choice}

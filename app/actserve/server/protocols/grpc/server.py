@@ -1,4 +1,4 @@
-"""The gRPC server: in the event loop of the app, for as long as the app runs."""
+"""The gRPC server. It runs in the event loop of the app."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from actserve.server.sessions import Sessions
 
 log = logging.getLogger("actserve")
 
-DRAIN_S = 30.0  # for calls that were accepted; as long as the HTTP side has
-ROOM_BYTES = 64 << 10  # for what a message has beside its tensors
+DRAIN_S = 30.0  # for accepted calls, as with HTTP
+OVERHEAD_BYTES = 64 << 10  # for the fields of a message that are not tensors
 
 
 @asynccontextmanager
 async def serving(
     registry: Registry, sessions: Sessions, settings: Settings, admission: Admission
 ) -> AsyncIterator[None]:
-    """The service on `grpc_host` and `grpc_port`, a port that other processes may share. At the end what was accepted
-    is answered. Raises `UsageError` when it cannot listen there."""
-    limit_bytes = admission.max_body_bytes + ROOM_BYTES
+    """Serve on `grpc_host` and `grpc_port`; other workers may share the port. On exit, accepted calls are answered.
+
+    Raises `UsageError` if it cannot listen.
+    """
+    limit_bytes = admission.max_body_bytes + OVERHEAD_BYTES
     server = grpc.aio.server(
         options=[
-            # Before and after a message is decompressed.
+            # The limit applies before and after decompression.
             ("grpc.max_receive_message_length", limit_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 1),

@@ -1,4 +1,4 @@
-"""The methods of `inference.GRPCInferenceService`; the protocol gives them their names."""
+"""The methods of `inference.GRPCInferenceService`. The protocol defines their names."""
 # ruff: noqa: N802
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actserve.engine.registry import Registry
 from actserve.server.admission import Admission, current_ticket
 from actserve.server.protocols.grpc import messages
 from actserve.server.protocols.grpc import status as errors
-from actserve.server.protocols.grpc.infer_stream import Conversation
+from actserve.server.protocols.grpc.infer_stream import InferStream
 from actserve.server.protocols.oip import infer, metadata, statistics
 from actserve.server.sessions import Sessions
 from actserve.telemetry import call
@@ -30,17 +30,17 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-def _answering(
+def _unary(
     method: Callable[[InferenceService, _Request], Awaitable[_Response]],
 ) -> Callable[[InferenceService, _Request | MalformedBody, ServicerContext], Awaitable[_Response]]:
-    """A method of one request and one response, whose errors end the call with their status."""
+    """Wraps a method with one request and one response: checks the token, and turns errors into a status."""
 
     @functools.wraps(method)
     async def answer(self: InferenceService, request: _Request | MalformedBody, context: ServicerContext) -> _Response:
         try:
             if method.__name__ not in PROBES:
                 self.admit(context)
-            return await method(self, _sound(request))
+            return await method(self, _valid(request))
         except Exception as error:
             status = errors.status(error)
         await context.abort(*status)
@@ -50,7 +50,7 @@ def _answering(
 
 
 class InferenceService:
-    """What each method answers is what its route of `/v2` answers. `close` ends the streams."""
+    """Each method returns the same content as its `/v2` route. `close` ends the streams."""
 
     def __init__(self, registry: Registry, sessions: Sessions, admission: Admission) -> None:
         self._registry = registry
@@ -59,92 +59,92 @@ class InferenceService:
         self._closing = asyncio.Event()
 
     def close(self) -> None:
-        """From now on streams take nothing more; what they have taken is answered."""
+        """Streams stop reading. The requests that they have received are answered."""
         self._closing.set()
 
     def admit(self, context: ServicerContext) -> None:
-        """Let the call in by its token, in the metadata as `authorization`. Raises `Unauthorized`, `RateLimited`."""
+        """Check the token in the metadata field `authorization`. Raises `Unauthorized` or `RateLimited`."""
         given = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
         current_ticket.set(self._admission.open(given[0].encode() if len(given) == 1 else None))
 
-    @_answering
+    @_unary
     async def ServerLive(self, _request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    @_answering
+    @_unary
     async def ServerReady(self, _request: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=self._registry.not_ready() is None)
 
-    @_answering
+    @_unary
     async def ModelReady(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
-        """A model that is not there is not ready, as in Triton."""
+        """An unknown model is not ready, as in Triton."""
         try:
             await self._find(request.name, request.version)
         except ActserveError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
 
-    @_answering
+    @_unary
     async def ServerMetadata(self, _request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(**metadata.server())
 
-    @_answering
+    @_unary
     async def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         policy = await self._find(request.name, request.version)
         return pb.ModelMetadataResponse(**metadata.model(policy, self._registry))
 
-    @_answering
+    @_unary
     async def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         return pb.ModelConfigResponse(config=metadata.config(await self._find(request.name, request.version)))
 
-    @_answering
+    @_unary
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
-        """Of the live version of every policy where none is named."""
+        """Without a name, the statistics of the live version of every policy."""
         if not request.name:
             return pb.ModelStatisticsResponse(model_stats=statistics.describe_live(self._registry))
         policy = await self._find(request.name, request.version)
         return pb.ModelStatisticsResponse(model_stats=[statistics.describe(policy)])
 
-    @_answering
+    @_unary
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
         return pb.RepositoryIndexResponse(models=metadata.index(self._registry, request.ready))
 
-    @_answering
+    @_unary
     async def ModelInfer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         return await self._infer(request)
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest | MalformedBody], context: ServicerContext
     ) -> None:
-        """Errors are in the responses, and the stream goes on; several requests may be in flight, responses come in
-        order. UNAVAILABLE when the service closes."""
+        """Several requests may be in flight; responses come in order. Errors are in the responses and do not end the
+        stream. UNAVAILABLE when the service closes."""
         try:
             self.admit(context)
         except ActserveError as error:
             await context.abort(*errors.status(error))
-        conversation = Conversation(self._respond, _sequence, context.write)
-        if not await conversation.run(requests, self._closing):
+        stream = InferStream(self._respond, _sequence, context.write)
+        if not await stream.run(requests, self._closing):
             await context.abort(
-                grpc.StatusCode.UNAVAILABLE, "the service is closing; what it had taken in has been answered"
+                grpc.StatusCode.UNAVAILABLE, "the service is closing; it has answered all requests that it received"
             )
 
     async def _find(self, name: str, version: str) -> Policy:
         return await self._registry.find(name, version or None)
 
     async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
-        """Counted, under its own id or a new one."""
-        call.current.set(Call.of(request.id))  # for good: it is a task of its own
+        """Act and count, with the id of the request or a new one."""
+        call.current.set(Call.of(request.id))  # never reset: each request has its own task
         name = request.model_name if request.model_name in self._registry.names else ""
         tally = self._registry.counts.tally(name, "grpc", "ModelInfer")
         try:
-            response = await infer.answer(
+            response = await infer.handle_infer(
                 self._admission,
                 self._sessions,
                 self._registry,
                 await self._find(request.model_name, request.model_version),
                 bool(request.model_version),
                 lambda: messages.GrpcInferRequest(request),
-                messages.written,
+                messages.encode,
             )
         except Exception as error:
             tally.add(errors.code(error).name, error.code if isinstance(error, ActserveError) else "internal")
@@ -155,18 +155,18 @@ class InferenceService:
     async def _respond(self, request: pb.ModelInferRequest | MalformedBody) -> pb.ModelStreamInferResponse:
         try:
             self._admission.open_message()
-            return pb.ModelStreamInferResponse(infer_response=await self._infer(_sound(request)))
+            return pb.ModelStreamInferResponse(infer_response=await self._infer(_valid(request)))
         except Exception as error:
             _, message = errors.status(error)
-            which = {} if isinstance(request, MalformedBody) else {"model_name": request.model_name, "id": request.id}
-            return pb.ModelStreamInferResponse(error_message=message, infer_response=which)
+            fields = {} if isinstance(request, MalformedBody) else {"model_name": request.model_name, "id": request.id}
+            return pb.ModelStreamInferResponse(error_message=message, infer_response=fields)
 
 
 def handlers(service: InferenceService) -> grpc.GenericRpcHandler:
-    """Every method of the protocol; those that `InferenceService` has not are UNIMPLEMENTED, and say what is offered.
+    """Handlers of every method of the protocol. Methods that `InferenceService` lacks return UNIMPLEMENTED.
 
-    Not the generated `add_GRPCInferenceServiceServicer_to_server`: what is no message it answers with UNKNOWN and the
-    name of a class, and logs a traceback each time.
+    The generated `add_GRPCInferenceServiceServicer_to_server` is not used: it answers an invalid message with UNKNOWN
+    and the name of a class, and logs a traceback.
     """
     described = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     methods = {}
@@ -187,21 +187,21 @@ async def _not_offered(_request: Any, context: ServicerContext) -> None:
 
 
 def _read(kind: Any, message: bytes) -> Any:
-    """A message, or the error that it is to be answered with."""
+    """The message, or the error for the client."""
     try:
         return kind.FromString(message)
     except DecodeError:
         return MalformedBody(f"expected a {kind.DESCRIPTOR.name}; got something else")
 
 
-def _sound(request: _Request | MalformedBody) -> _Request:
+def _valid(request: _Request | MalformedBody) -> _Request:
     if isinstance(request, MalformedBody):
         raise request
     return request
 
 
 def _sequence(request: pb.ModelInferRequest | MalformedBody) -> Hashable | None:
-    """The sequence that a request is of; 7 and "7" are two."""
+    """The sequence of a request, if any. The ids 7 and "7" differ."""
     if isinstance(request, MalformedBody):
         return None
     id_ = messages.parameters(request).get("sequence_id")

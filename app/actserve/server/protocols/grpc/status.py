@@ -1,11 +1,11 @@
-"""Errors -> status codes of gRPC. The messages are those of HTTP."""
+"""Errors -> status codes of gRPC. The messages are the same as over HTTP."""
 
 from __future__ import annotations
 
 from grpc import StatusCode
 
 from actserve.core import errors
-from actserve.server.protocols.oip.error_responses import told
+from actserve.server.protocols.oip.error_responses import client_message
 
 STATUS: dict[type[errors.ActserveError], StatusCode] = {
     errors.BodyTooLarge: StatusCode.RESOURCE_EXHAUSTED,
@@ -23,13 +23,14 @@ STATUS: dict[type[errors.ActserveError], StatusCode] = {
     errors.RuntimeRefused: StatusCode.UNAVAILABLE,
     errors.ActserveError: StatusCode.INTERNAL,
 }
-MESSAGE_CHARACTERS = 1000  # a status travels in a header, which clients bound: to 8 KiB by default
+MESSAGE_CHARACTERS = 1000  # a status is sent in a header, and clients limit headers to 8 KiB by default
 
 
 def status(error: Exception) -> tuple[StatusCode, str]:
-    """The code of the nearest ancestor that has one, and the message. What is the service's fault is logged."""
-    return code(error), told(error)[:MESSAGE_CHARACTERS]
+    """The code and message of an error. Counts it, and logs it if it is internal."""
+    return code(error), client_message(error)[:MESSAGE_CHARACTERS]
 
 
 def code(error: Exception) -> StatusCode:
+    """The code of the nearest ancestor that has one."""
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), StatusCode.INTERNAL)

@@ -1,4 +1,4 @@
-"""Infer requests <-> named arrays, as far as it is the same over HTTP and gRPC."""
+"""Infer requests <-> named arrays: the part that HTTP and gRPC share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 
 from actserve.core.errors import InvalidRequest, InvalidTensor, UnknownOutput
 from actserve.core.signature import Array, Signature, TensorSpec
-from actserve.server.protocols.oip import schema
+from actserve.server.protocols.oip.infer_request import InferRequest, Input, Output, OutputParameters
 from actserve.wire.as_json import array_from_lists
 from actserve.wire.oip import DATATYPES
 from actserve.wire.payload import Body, array_from_bytes, find_spec
 
 
-def matched(inputs: Iterable[schema.Input], signature: Signature) -> Iterator[tuple[schema.Input, TensorSpec]]:
-    """Each input with what the signature says of it; name, datatype and shape fit, so that nothing later can be
-    surprised by its size. Raises `InvalidRequest`."""
+def match_inputs(inputs: Iterable[Input], signature: Signature) -> Iterator[tuple[Input, TensorSpec]]:
+    """Each input with its spec. The checks of datatype and shape bound its size. Raises `InvalidRequest`."""
     seen: set[str] = set()
     for given in inputs:
         spec = find_spec(given.name, signature.request_inputs)
@@ -55,20 +54,19 @@ def size_bytes(shape: Sequence[int], spec: TensorSpec) -> int:
     return math.prod(shape) * spec.numpy_dtype.itemsize
 
 
-def select(request: schema.InferRequest, specs: Iterable[TensorSpec]) -> dict[str, bool]:
-    """The outputs that were asked for, all of `specs` by default; whether each is to be binary. Raises
-    `InvalidRequest`."""
+def select_outputs(request: InferRequest, specs: Iterable[TensorSpec]) -> dict[str, bool]:
+    """The requested outputs, by default all of `specs`, and whether each is sent as binary. Raises `InvalidRequest`."""
     names = [spec.name for spec in specs]
-    by_default = request.parameters.binary_data_output
+    default = request.parameters.binary_data_output
     selected: dict[str, bool] = {}
-    for output in request.outputs or [schema.Output(name=name) for name in names]:
+    for output in request.outputs or [Output(name=name) for name in names]:
         if output.name not in names:
             raise UnknownOutput(output.name[:80], names)
-        parameters = output.parameters or schema.OutputParameters()
+        parameters = output.parameters or OutputParameters()
         _refuse_shared_memory(output.name, parameters.shared_memory_region)
         if parameters.classification:
             raise InvalidRequest(f"{output.name}: classification is not offered; ask for the tensor itself")
-        selected[output.name] = by_default if parameters.binary_data is None else parameters.binary_data
+        selected[output.name] = default if parameters.binary_data is None else parameters.binary_data
     return selected
 
 

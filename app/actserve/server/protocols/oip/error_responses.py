@@ -1,5 +1,7 @@
-"""Errors as the protocol tells them: over HTTP as `{"error": "message"}`, for routers whose `route_class` is
-`OipRoute`; over gRPC `actserve.server.protocols.grpc.status` has the status codes."""
+"""Errors in the format of the protocol: `{"error": "message"}`, for routers with `route_class=OipRoute`.
+
+For gRPC, `actserve.server.protocols.grpc.status` has the status codes.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +16,37 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from actserve.core.errors import ActserveError, BodyTooLarge, InvalidRequest, StepConflict, TooManyItems
-from actserve.server.http.error_responses import headers_of, report, status_of
+from actserve.server.http.error_responses import INTERNAL, headers_of, log_if_internal, status_of
 from actserve.telemetry import call
 
 log = logging.getLogger("actserve")
-
-FAILED = "the service failed on this request; its log says why"
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def status(error: ActserveError) -> int:
-    """As elsewhere, but for bad input, which the protocol answers with 400."""
+    """The status of the other routes, except that the protocol answers invalid input with 400."""
     bad_input = isinstance(error, InvalidRequest) and not isinstance(error, BodyTooLarge | TooManyItems | StepConflict)
     return 400 if bad_input else status_of(error)
 
 
-def told(error: Exception) -> str:
-    """What the client is told. What is not the client's fault goes into the log, too."""
+def client_message(error: Exception) -> str:
+    """The message for the client. Counts the error, and logs it if it is internal."""
     if not isinstance(error, ActserveError):
         call.record_refusal("internal")
         log.error("a request failed", exc_info=error)
-        return FAILED
+        return INTERNAL
     call.record_refusal(error.code)
-    report(error)
+    log_if_internal(error)
     return error.message
 
 
-def answer(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def message_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     return Response(pydantic_core.to_json({"error": message}), status, headers, media_type="application/json")
 
 
 def response(error: ActserveError) -> Response:
-    return answer(status(error), told(error), headers_of(error))
+    return message_response(status(error), client_message(error), headers_of(error))
 
 
 class OipRoute(APIRoute):
@@ -61,6 +61,6 @@ class OipRoute(APIRoute):
             except ActserveError as error:
                 return response(error)
             except Exception as error:
-                return answer(500, told(error))
+                return message_response(500, client_message(error))
 
         return handle

@@ -1,4 +1,4 @@
-"""An infer request, from what came to what goes out: what HTTP and gRPC share. Each has its way to read and write."""
+"""Handles an infer request. HTTP and gRPC share this; each passes a function that reads and one that writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server.admission import Admission
 from actserve.server.protocols.oip import codec, metadata, sequences, statistics
-from actserve.server.protocols.oip.schema import Asked
+from actserve.server.protocols.oip.infer_request import ReceivedRequest
 from actserve.server.sessions import Sessions
 
 _Written = TypeVar("_Written")
@@ -21,55 +21,62 @@ _Written = TypeVar("_Written")
 
 @dataclass(frozen=True)
 class InferResponse:
-    """What there is to say."""
+    """The outputs and parameters to send back."""
 
     model_name: str
     model_version: str
     id: str | None  # the request's
-    seed: int | None  # what anything random came from
-    outputs: Arrays  # those asked for, in that order, each (B, *shape)
-    binary: Mapping[str, bool]  # whether an output is to follow the JSON; of HTTP only
+    seed: int | None  # of the random noise; None: there was none
+    outputs: Arrays  # the requested ones in the requested order, each (B, *shape)
+    binary: Mapping[str, bool]  # HTTP only: whether an output follows the JSON as bytes
 
 
-async def answer(
+async def handle_infer(
     admission: Admission,
     sessions: Sessions,
     registry: Registry,
     policy: Policy,
     pinned: bool,
-    read: Callable[[], Asked],
+    read: Callable[[], ReceivedRequest],
     write: Callable[[InferResponse], _Written],
 ) -> _Written:
-    """Read the request, act, write the answer, count all of it. `pinned`: the version of `policy` was asked for, and
-    no other. Raises an `ActserveError`."""
+    """Read the request, act, write the response, and count all of it. Raises an `ActserveError`.
+
+    `pinned`: the client asked for this version of `policy`.
+    """
     begun_ns = time.perf_counter_ns()
     try:
-        asked = read()
-        async with Admission.deadline(asked.request.parameters.timeout):
-            acting, acted, selected = await _act(admission, sessions, registry, policy, pinned, asked)
+        received = read()
+        async with Admission.deadline(received.request.parameters.timeout):
+            acting, acted, selected = await _act(admission, sessions, registry, policy, pinned, received)
         acted_ns = time.perf_counter_ns()
-        written = write(_answer(asked, acting, acted, selected))
+        written = write(_response(received, acting, acted, selected))
     except BaseException:
-        statistics.of(policy).fail.add(time.perf_counter_ns() - begun_ns)
+        statistics.counters_of(policy).fail.add(time.perf_counter_ns() - begun_ns)
         raise
     ended_ns = time.perf_counter_ns()
-    statistics.of(acting).succeeded(ended_ns - begun_ns, acted, ended_ns - acted_ns)
+    statistics.counters_of(acting).succeeded(ended_ns - begun_ns, acted, ended_ns - acted_ns)
     return written
 
 
 async def _act(
-    admission: Admission, sessions: Sessions, registry: Registry, policy: Policy, pinned: bool, asked: Asked
+    admission: Admission,
+    sessions: Sessions,
+    registry: Registry,
+    policy: Policy,
+    pinned: bool,
+    received: ReceivedRequest,
 ) -> tuple[Policy, Acted, dict[str, bool]]:
-    """Which policy acted, how, and which of its outputs to answer."""
-    parameters = asked.request.parameters
+    """The policy that acted, the result, and the outputs to return."""
+    parameters = received.request.parameters
     sequence = await sequences.find(sessions, registry, parameters, policy, pinned)
     if sequence:
-        selected = codec.select(asked.request, sequence.policy.signature.outputs)
-        return sequence.policy, await sequences.step(sessions, registry, sequence, asked), selected
+        selected = codec.select_outputs(received.request, sequence.policy.signature.outputs)
+        return sequence.policy, await sequences.step(sessions, registry, sequence, received), selected
     if not pinned:
         policy = registry.route(policy)
-    selected = codec.select(asked.request, metadata.outputs(policy.signature))
-    tensors = asked.tensors(policy.signature)
+    selected = codec.select_outputs(received.request, metadata.outputs(policy.signature))
+    tensors = received.tensors(policy.signature)
     size = len(next(iter(tensors.values())))
     exploration, seed = wire.read_randomness(vars(parameters))
     acted = await admission.act(policy, tensors, size, exploration, seed)
@@ -78,6 +85,6 @@ async def _act(
     return policy, acted, selected
 
 
-def _answer(asked: Asked, policy: Policy, acted: Acted, selected: dict[str, bool]) -> InferResponse:
+def _response(received: ReceivedRequest, policy: Policy, acted: Acted, selected: dict[str, bool]) -> InferResponse:
     outputs = {name: acted.outputs[name] for name in selected}
-    return InferResponse(policy.name, str(policy.version), asked.request.id, acted.seed, outputs, selected)
+    return InferResponse(policy.name, str(policy.version), received.request.id, acted.seed, outputs, selected)

@@ -1,4 +1,4 @@
-"""What the protocol tells about the server and its models."""
+"""Server and model metadata, model configuration and repository index of the protocol."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def server() -> dict[str, Any]:
 
 
 def model(policy: Policy, registry: Registry) -> dict[str, Any]:
-    """Names are the signature's; the batch axis is -1. New state goes out under the name of the input it replaces."""
+    """Model metadata, with the names of the signature. New state has the name of the input that it replaces."""
     described = registry.describe(policy.name)
     return {
         "name": policy.name,
@@ -40,25 +40,25 @@ def model(policy: Policy, registry: Registry) -> dict[str, Any]:
 
 
 def config(policy: Policy) -> dict[str, Any]:
-    """The part of Triton's ModelConfig that says something here; shapes are per item, as `max_batch_size` wants it."""
+    """The fields of Triton's ModelConfig that apply here. Shapes are per item, as `max_batch_size` requires."""
     signature = policy.signature
     needed = {spec.name for spec in signature.observations}
     return {
         "name": policy.name,
         "platform": PLATFORMS[policy.choice.runtime],
         "max_batch_size": signature.max_batch,
-        "input": [_configured(spec) | {"optional": spec.name not in needed} for spec in signature.request_inputs],
-        "output": [_configured(spec) for spec in outputs(signature)],
+        "input": [_tensor_config(spec) | {"optional": spec.name not in needed} for spec in signature.request_inputs],
+        "output": [_tensor_config(spec) for spec in outputs(signature)],
     }
 
 
 def outputs(signature: Signature) -> tuple[TensorSpec, ...]:
-    """What an answer has outside a sequence: the outputs, and the new state."""
+    """The outputs and the new state: the content of a response outside a sequence."""
     return (*signature.outputs, *(state.spec for state in signature.state))
 
 
 def index(registry: Registry, only_ready: bool) -> list[dict[str, str]]:
-    """Every version of every policy. UNKNOWN is one that is loaded and verified when it is first asked for."""
+    """Every version of every policy. UNKNOWN: it is loaded and verified at its first request."""
     found = [entry for name in registry.names for entry in _versions(registry, name)]
     return [entry for entry in found if entry["state"] == "READY" or not only_ready]
 
@@ -71,7 +71,7 @@ def _versions(registry: Registry, name: str) -> Iterable[dict[str, str]]:
         elif version in described["refused"]:
             state, reason = "UNAVAILABLE", described["refused"][version]["message"]
         else:
-            state, reason = "UNKNOWN", "not the live version: loaded when it is first asked for"
+            state, reason = "UNKNOWN", "not the live version: loaded at its first request"
         yield {"name": name, "version": str(version), "state": state, "reason": reason}
 
 
@@ -79,5 +79,5 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *spec.shape]}
 
 
-def _configured(spec: TensorSpec) -> dict[str, Any]:
+def _tensor_config(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": list(spec.shape)}

@@ -13,8 +13,8 @@ from starlette.routing import Match
 from actserve.core.errors import MalformedBody, NotServing
 from actserve.engine.policy import Policy
 from actserve.server.http.requests import read_raw_body, registry_of
-from actserve.server.protocols.oip import http, metadata, statistics
-from actserve.server.protocols.oip.error_responses import OipRoute, answer
+from actserve.server.protocols.oip import http_infer, metadata, statistics
+from actserve.server.protocols.oip.error_responses import OipRoute, message_response
 from actserve.telemetry import call
 
 router = APIRouter(tags=["Open Inference Protocol v2"], route_class=OipRoute)
@@ -26,13 +26,13 @@ _VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type"
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 
-def _on_model(method: str, what: str = "") -> Callable[[_Endpoint], _Endpoint]:
-    """A route about a model, whose version may be left out."""
+def _model_route(method: str, suffix: str = "") -> Callable[[_Endpoint], _Endpoint]:
+    """Registers two routes of a model, with and without a version."""
 
     def register(endpoint: _Endpoint) -> _Endpoint:
         for path, parameters in (("", [_NAME]), ("/versions/{version}", [_NAME, _VERSION])):
             router.add_api_route(
-                f"/v2/models/{{name}}{path}{what}",
+                f"/v2/models/{{name}}{path}{suffix}",
                 endpoint,
                 methods=[method],
                 openapi_extra={"parameters": parameters},
@@ -45,7 +45,7 @@ def _on_model(method: str, what: str = "") -> Callable[[_Endpoint], _Endpoint]:
 @router.get("/v2")
 @router.get("/v2/", include_in_schema=False)
 async def get_server() -> dict[str, Any]:
-    """The server, and the extensions of the protocol that it offers."""
+    """The name of the server, and the protocol extensions that it supports."""
     return metadata.server()
 
 
@@ -65,15 +65,15 @@ async def ready(request: Request) -> dict[str, bool]:
 
 @router.post("/v2/repository/index")
 async def index(request: Request) -> list[dict[str, str]]:
-    """Every version of every policy and its state; `{"ready": true}` asks for those that are ready."""
+    """Every version of every policy and its state; with `{"ready": true}`, only versions that are ready."""
     body = await read_raw_body(request, INDEX_LIMIT_BYTES)
     try:
-        asked = pydantic_core.from_json(body or b"{}")
+        options = pydantic_core.from_json(body or b"{}")
     except ValueError as error:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
-    if not isinstance(asked, dict) or asked.get("ready") not in (None, True, False):
-        raise MalformedBody(f'expected {{"ready": true or false}}, or nothing; got {asked}'[:200])
-    return metadata.index(registry_of(request), asked.get("ready") is True)
+    if not isinstance(options, dict) or options.get("ready") not in (None, True, False):
+        raise MalformedBody(f'expected {{"ready": true or false}}, or nothing; got {options}'[:200])
+    return metadata.index(registry_of(request), options.get("ready") is True)
 
 
 @router.get("/v2/models/stats")
@@ -82,52 +82,52 @@ async def get_all_statistics(request: Request) -> dict[str, Any]:
     return {"model_stats": statistics.describe_live(registry_of(request))}
 
 
-@_on_model("GET", "/stats")
+@_model_route("GET", "/stats")
 async def get_statistics(request: Request) -> dict[str, Any]:
     """One policy's statistics, as this worker process counted them."""
     return {"model_stats": [statistics.describe(await _policy(request))]}
 
 
-@_on_model("GET")
+@_model_route("GET")
 async def get_model(request: Request) -> dict[str, Any]:
-    """A policy's versions, inputs and outputs. Everything but the observations may be left out."""
+    """A policy's versions, inputs and outputs. All inputs except the observations are optional."""
     return metadata.model(await _policy(request), registry_of(request))
 
 
-@_on_model("GET", "/config")
+@_model_route("GET", "/config")
 async def get_config(request: Request) -> dict[str, Any]:
-    """The same in the terms of Triton's model configuration."""
+    """The same as a Triton model configuration."""
     return metadata.config(await _policy(request))
 
 
-@_on_model("GET", "/ready")
+@_model_route("GET", "/ready")
 async def model_ready(request: Request) -> dict[str, Any]:
-    """200 if it can act; else the reason."""
+    """200 if the policy can act; otherwise an error with the reason."""
     return {"name": (await _policy(request)).name, "ready": True}
 
 
-@_on_model("POST", "/infer")
+@_model_route("POST", "/infer")
 async def infer_model(request: Request) -> Response:
-    """Observations in, actions out; JSON, or binary tensor data after it.
+    """Observations in, actions out; as JSON, or as binary tensor data after it.
 
     Parameters: `sequence_id`, `sequence_start`, `sequence_end` (the service holds the state of a sequence), `timeout`
     in microseconds, `binary_data_output`, `seed`, `exploration`. `priority` has no effect: requests are answered in
-    turn. Bodies may be compressed, both ways.
+    order. Request and response bodies may be compressed.
     """
-    return await http.infer(request, await _policy(request), "version" in request.path_params)
+    return await http_infer.infer(request, await _policy(request), "version" in request.path_params)
 
 
 @router.api_route("/v2/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
-async def nothing(request: Request) -> Response:
-    """Whatever no route above takes: parts of the protocol that are not offered, too."""
-    asked = f"{request.method} {request.url.path}"
-    fits = [route for route in router.routes if route.matches(request.scope)[0] is Match.PARTIAL]
-    allowed = ", ".join(sorted(method for route in fits for method in getattr(route, "methods", ())))
+async def unknown_route(request: Request) -> Response:
+    """All other paths, for example of extensions that are not supported."""
+    got = f"{request.method} {request.url.path}"
+    routes = [route for route in router.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+    allowed = ", ".join(sorted(method for route in routes for method in getattr(route, "methods", ())))
     if allowed:
         call.record_refusal("method_not_allowed")
-        return answer(405, f"{asked}: expected {allowed}", {"Allow": allowed})
+        return message_response(405, f"{got}: expected {allowed}", {"Allow": allowed})
     call.record_refusal("no_such_route")
-    return answer(404, f"{asked}: no such route; the extensions offered are {', '.join(metadata.EXTENSIONS)}")
+    return message_response(404, f"{got}: no such route; the extensions offered are {', '.join(metadata.EXTENSIONS)}")
 
 
 async def _policy(request: Request) -> Policy:

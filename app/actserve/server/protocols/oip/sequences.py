@@ -1,7 +1,7 @@
 """Sequences: `sequence_id`, `sequence_start` and `sequence_end` as sessions.
 
-A sequence is a session that the client named: whoever knows a policy and the name shares it, as in Triton. It stays on
-the version that it began with.
+A sequence is a session whose id the client chooses. As in Triton, clients that use the same policy and id share it. It
+stays on the version that it began with.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from actserve.core.errors import InvalidRequest
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server.admission import current_token
-from actserve.server.protocols.oip.schema import Asked, Parameters
+from actserve.server.protocols.oip.infer_request import Parameters, ReceivedRequest
 from actserve.server.sessions import Session, Sessions, policy_of
 
 
 @dataclass(frozen=True)
 class Sequence:
-    policy: Policy  # that acts: the version that the sequence began with
-    session: Session | None  # None: it starts with this request
+    policy: Policy  # the version that the sequence began with
+    session: Session | None  # None: the sequence starts with this request
 
 
 async def find(
     sessions: Sessions, registry: Registry, parameters: Parameters, policy: Policy, pinned: bool
 ) -> Sequence | None:
-    """The sequence that a request to `policy` names, if it does. `pinned`: it asks for this version and for no other.
+    """The sequence that a request to `policy` names, if any. `pinned`: the client asked for this version of `policy`.
 
-    Raises `UnknownSession` for one that was not started, `InvalidRequest` for a start or an end of nothing.
+    Raises `UnknownSession` if it was not started, and `InvalidRequest` for a start or end without an id.
     """
     if not parameters.sequence_id:
         if parameters.sequence_start or parameters.sequence_end:
@@ -44,11 +44,11 @@ async def find(
     return Sequence(await policy_of(registry, session), session)
 
 
-async def step(sessions: Sessions, registry: Registry, sequence: Sequence, asked: Asked) -> Acted:
-    """One step. When it fails the sequence is where it was, or is none if this was its start."""
-    parameters = asked.request.parameters
+async def step(sessions: Sessions, registry: Registry, sequence: Sequence, received: ReceivedRequest) -> Acted:
+    """Take one step. If it fails, the state does not change, and a sequence that started with it does not exist."""
+    parameters = received.request.parameters
     exploration, seed = wire.read_randomness(vars(parameters))
-    tensors = asked.tensors(sequence.policy.signature)
+    tensors = received.tensors(sequence.policy.signature)
     session = sequence.session
     if session is None:
         session = sessions.begin(
@@ -62,11 +62,11 @@ async def step(sessions: Sessions, registry: Registry, sequence: Sequence, asked
     elif seed not in (None, session.seed) or exploration not in (None, session.exploration):
         raise InvalidRequest("a sequence's seed and exploration are set when it starts; got others later")
     try:
-        stepped = await sessions.step(registry, session, tensors)
+        result = await sessions.step(registry, session, tensors)
     except BaseException:
         if sequence.session is None:
             sessions.end(session)
         raise
     if parameters.sequence_end:
         sessions.end(session)
-    return stepped.acted
+    return result.acted

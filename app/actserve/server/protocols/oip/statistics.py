@@ -1,4 +1,4 @@
-"""What this process was asked through the protocol, HTTP or gRPC, in the terms of Triton's statistics extension."""
+"""Counts of the infer requests to this process, over HTTP and gRPC, as in Triton's statistics extension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actserve.engine.registry import Registry
 @dataclass
 class Duration:
     count: int = 0
-    ns: int = 0  # all together
+    ns: int = 0  # total
 
     def add(self, ns: int) -> None:
         self.count += 1
@@ -23,15 +23,18 @@ class Duration:
 
 @dataclass
 class Counters:
-    """Infer requests to one policy. A success is the sum of its four parts; a run that is shared counts for each."""
+    """Infer requests to one policy. The time of a success is the sum of its four parts.
+
+    The time of a batch counts for each request in it.
+    """
 
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
-    compute_input: Duration = field(default_factory=Duration)  # decoding, and what is none of the others
+    compute_input: Duration = field(default_factory=Duration)  # decoding, and the rest of the time
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)  # encoding
-    last_ms: int = 0  # when the last success was answered, since the epoch
+    last_ms: int = 0  # time of the last success, since the epoch
 
     def succeeded(self, total_ns: int, acted: Acted, output_ns: int) -> None:
         self.success.add(total_ns)
@@ -45,13 +48,13 @@ class Counters:
 _counters: WeakKeyDictionary[Policy, Counters] = WeakKeyDictionary()
 
 
-def of(policy: Policy) -> Counters:
+def counters_of(policy: Policy) -> Counters:
     return _counters.setdefault(policy, Counters())
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """One of `model_stats`. `inference_count` (items) and `execution_count` (runtime calls) are of every route."""
-    inference_stats = asdict(of(policy))
+    """An entry of `model_stats`. `inference_count` (items) and `execution_count` (runtime calls) include all routes."""
+    inference_stats = asdict(counters_of(policy))
     last_ms = inference_stats.pop("last_ms")
     batches = policy.statistics()
     return {
@@ -66,5 +69,5 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def describe_live(registry: Registry) -> list[dict[str, Any]]:
-    """`model_stats` of the live version of every policy."""
+    """The `model_stats` of the live version of every policy."""
     return [describe(policy) for policy in sorted(registry.live, key=lambda policy: policy.name)]

@@ -1,5 +1,7 @@
-"""An infer request, without its binary data. Fields and parameters that are not known are passed over, as the protocol
-has it."""
+"""InferRequest: the fields of an infer request, without its binary data.
+
+Unknown fields and parameters are ignored, as the protocol requires.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,18 @@ from actserve.wire.payload import check_json_size
 _Source = TypeVar("_Source")
 
 Count = Annotated[int, Field(ge=0, lt=2**64)]
-Name = Annotated[str, Field(max_length=128)]  # as long as a sequence's may be in Triton
+Name = Annotated[str, Field(max_length=128)]  # the limit of Triton for sequence ids
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
 
-class _Placement(_Part):
+class _TensorParameters(_Part):
     shared_memory_region: Any = None
 
 
-class InputParameters(_Placement):
+class InputParameters(_TensorParameters):
     binary_data_size: Count | None = None
 
 
@@ -39,7 +41,7 @@ class Input(_Part):
     data: Any = None  # flat or nested lists, row-major
 
 
-class OutputParameters(_Placement):
+class OutputParameters(_TensorParameters):
     binary_data: bool | None = None
     classification: Any = None
 
@@ -50,13 +52,13 @@ class Output(_Part):
 
 
 class Parameters(_Part):
-    """What is said beside the tensors. `priority` is read and has no effect: requests are answered in turn."""
+    """The parameters of a request. `priority` is read and has no effect: requests are answered in order."""
 
     sequence_id: Count | Name = 0  # 0 and "": none
     sequence_start: bool = False
     sequence_end: bool = False
     priority: Count = 0
-    timeout: Count = 0  # microseconds until the answer is of no use; 0: none
+    timeout: Count = 0  # microseconds for the whole request; 0: no limit
     binary_data_output: bool = False
     seed: Any = None
     exploration: Any = None
@@ -69,8 +71,8 @@ class InferRequest(_Part):
     parameters: Parameters = Parameters()
 
 
-class Asked(Protocol):
-    """An infer request, whichever way it came. Which tensors it should have is known once it is known who acts."""
+class ReceivedRequest(Protocol):
+    """An infer request as HTTP or gRPC received it. Its tensors are decoded once the policy is known."""
 
     @property
     def request(self) -> InferRequest: ...
@@ -79,14 +81,14 @@ class Asked(Protocol):
         """The inputs, a valid request: each (B, *shape). Raises `InvalidTensor` or `MalformedBody`."""
 
 
-def parse(document: bytes) -> InferRequest:
-    """From JSON. Raises `MalformedBody`, which names the field."""
+def parse_json(document: bytes) -> InferRequest:
+    """Raises `MalformedBody`, which names the field."""
     check_json_size(document)
     return _validated(InferRequest.model_validate_json, document)
 
 
-def check(fields: Mapping[str, Any]) -> InferRequest:
-    """From fields that are Python's own. Raises `MalformedBody`, which names the field."""
+def from_fields(fields: Mapping[str, Any]) -> InferRequest:
+    """Raises `MalformedBody`, which names the field."""
     return _validated(InferRequest.model_validate, fields)
 
 
