@@ -123,7 +123,7 @@ def test_the_contracts_are_those_of_the_service(scaled: Scaled) -> None:
         assert (status, answer["error"]["code"]) == (422, "invalid_tensor")
         status, answer = ask("POST", "/act", bytes(2 << 20), **raw)
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
-        status, answer = ask("POST", "/act", SCREEN.tobytes(), **raw, **{"X-RemoteSession": "never issued"})
+        status, answer = ask("POST", "/act", SCREEN.tobytes(), **raw, **{"X-Session": "never issued"})
         assert (status, answer["error"]["code"]) == (404, "unknown_session")
         assert ask("GET", "/readyz") == (200, {"status": "ready"})
         assert ask("GET", f"/v2/models/{NAME}/ready")[0] == 200

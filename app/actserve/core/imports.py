@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
 
@@ -14,6 +15,6 @@ def import_extra(extra: str, name: str) -> Any:
     Raises `UsageError` with the command that installs them.
     """
     try:
-        return resolve_name(name)
+        return resolve_name(name) if ":" in name else import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(f'this needs {error.name}; install it with: pip install "actserve[{extra}]"') from error
