@@ -34,11 +34,11 @@ def work(listener: socket.socket, start: Start) -> None:
     signal.signal(signal.SIGTERM, tell)
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
-        selector.register(start.lifeline, selectors.EVENT_READ)
+        selector.register(start.lifeline_fd, selectors.EVENT_READ)
         while not told:
-            os.write(start.pulse, b".")
+            os.write(start.heartbeat_fd, b".")
             for key, _ in selector.select(0.05):
-                if key.fd == start.lifeline:
+                if key.fd == start.lifeline_fd:
                     return
                 listener.setblocking(False)
                 try:
@@ -60,7 +60,7 @@ def answer(client: socket.socket, start: Start) -> None:
         os._exit(3)
     if command == "hang":
         time.sleep(60)
-    told = {"pid": os.getpid(), "replaces": start.replaces, "rest_s": start.rest_s, "reason": start.reason}
+    told = {"pid": os.getpid(), "replaces": start.replaces, "delay_s": start.delay_s, "reason": start.reason}
     client.sendall(json.dumps(told).encode())
 
 

@@ -127,7 +127,7 @@ def test_a_policy_that_cannot_play_is_refused() -> None:
     with pytest.raises(InvalidTensor, match="pixels"):
         played(1, counting(signature=grey))
     one_hot = replace(SIGNATURE, outputs=(TensorSpec("action", "int64", (6,)),))
-    with pytest.raises(InvalidRequest, match="the index of one"):
+    with pytest.raises(InvalidRequest, match="whose action is an index"):
         played(1, counting(signature=one_hot))
     with pytest.raises(InvalidRequest, match="exploration"):
         played(1, counting(signature=replace(SIGNATURE, exploration=("deterministic",), noise=())), "random")

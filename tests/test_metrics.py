@@ -131,7 +131,7 @@ def test_what_is_told_of_versions_stays_small_however_many_there_have_been() -> 
 def test_what_is_counted_is_told_while_the_sessions_file_cannot_be_used(tmp_path: Path) -> None:
     with running(counts=tmp_path / "counts") as service:
         service.app.state.sessions._file.close()
-        seen = service.app.state.metrics._seen
+        seen = service.app.state.metrics._history
         service.wait(lambda: len(seen) > 2)  # it goes on publishing
         names = {name for name, _ in scrape(service)}
     assert "actserve_streams" in names

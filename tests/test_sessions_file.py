@@ -110,7 +110,7 @@ def test_a_damaged_file_and_a_newer_one_are_refused(sessions_file: Path) -> None
 
 def test_no_folder_no_sessions(tmp_path: Path) -> None:
     with (
-        pytest.raises(SessionsUnavailable, match="cannot be made: No such file"),
+        pytest.raises(SessionsUnavailable, match="cannot be created: No such file"),
         Sessions(tmp_path / "no" / "x", SessionLimits()),
     ):
         pass

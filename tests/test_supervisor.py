@@ -21,7 +21,7 @@ import pytest
 from actserve.cli.tools.local_service import free_port
 from actserve.core.errors import UsageError
 from actserve.server.processes.address import Address
-from actserve.server.processes.supervisor import MOST_S, pause_s
+from actserve.server.processes.supervisor import MAX_DELAY_S, restart_delay_s
 from tests.waiting import WITHIN_S, until
 
 
@@ -97,21 +97,21 @@ def test_a_lone_one_that_dies_again_and_again_rests_and_says_why() -> None:
     with running(1) as service:
         first = service.tell()
         assert first is not None
-        assert (first["replaces"], first["rest_s"]) == (False, 0)
+        assert (first["replaces"], first["delay_s"]) == (False, 0)
         assert service.tell("crash") is None
         second = service.tell()
         assert second is not None
-        assert (second["replaces"], second["rest_s"], second["reason"]) == (True, 0, "")
-        for number, rest_s in ((2, 1), (3, 2)):
+        assert (second["replaces"], second["delay_s"], second["reason"]) == (True, 0, "")
+        for number, delay_s in ((2, 1), (3, 2)):
             assert service.tell("crash") is None
             resting = service.tell()
             assert resting is not None
-            assert 0 < resting["rest_s"] <= rest_s
+            assert 0 < resting["delay_s"] <= delay_s
             assert resting["reason"].endswith(f"signal 11 (SIGSEGV), death {number} in a row")
 
 
 def test_it_rests_for_twice_as_long_each_time_and_never_gives_up() -> None:
-    assert [pause_s(failures) for failures in (1, 2, 3, 4, 8, 5000)] == [0, 1, 2, 4, MOST_S, MOST_S]
+    assert [restart_delay_s(failures) for failures in (1, 2, 3, 4, 8, 5000)] == [0, 1, 2, 4, MAX_DELAY_S, MAX_DELAY_S]
 
 
 def test_others_take_the_share_of_one_that_dies_again_and_again() -> None:

@@ -411,7 +411,7 @@ def test_a_session_whose_version_was_taken_away_is_told(store: Path, tmp_path: P
 def test_a_sessions_file_that_cannot_be_used_is_one_line(store: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a database\n" * 100)
     with (
-        pytest.raises(ServiceUnreachable, match="error: the sessions' file cannot be used: file is not a"),
+        pytest.raises(ServiceUnreachable, match="error: the sessions file cannot be used: file is not a"),
         local.serve(store, environment=environment(sessions=tmp_path / "notes.txt")),
     ):
         pass

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -86,7 +87,7 @@ def serve(
     from actserve.server.app import check
     from actserve.server.processes.address import Address
     from actserve.server.processes.supervisor import Supervisor
-    from actserve.server.processes.worker import serving
+    from actserve.server.processes.worker import serve as serve_worker
     from actserve.telemetry import logs
 
     gc.enable()
@@ -115,7 +116,7 @@ def serve(
     logging.config.dictConfig(logs.configuration(settings.log_format))
     address = Address(host, port, uds)
     with _shared_files(settings) as complete:
-        supervisor = Supervisor(address, workers, serving(complete.absolute()))
+        supervisor = Supervisor(address, workers, partial(serve_worker, complete.absolute()))
         log.info("listening on %s", address)
         code = supervisor.run()
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""What goes over the WebSocket of one game: a hello, pictures of its steps, and the page's commands."""
+"""GameBroadcast: plays one game over a WebSocket. It sends a hello and pictures, and receives commands."""
 
 from __future__ import annotations
 
@@ -15,72 +15,74 @@ from actserve.core.errors import InvalidRequest
 from actserve.server.arcade.game import Game, GameStep
 from actserve.server.http.websocket import RESTART
 
-PICTURE_S = 1 / 60  # no screen shows more
-FPS = 60  # of the console, and so of a game at its own speed
-REMEMBERED = 256  # steps that one message tells of: a browser that takes its time misses the ones before
+PICTURE_S = 1 / 60  # between two pictures: the refresh rate of a usual screen
+FPS = 60  # of the console: the normal speed of a game
+REMEMBERED = 256  # steps in one message; a slow browser misses older ones
 _OVER, _IDLE = 1000, 1001
 
 
 class Command(BaseModel):
-    """What the page says: all of it, each time."""
+    """A message of the page. Each message sets all fields."""
 
     model_config = ConfigDict(extra="forbid")
 
     held: int | None = Field(None, ge=0)  # the action to take instead of the policy's
-    speed: float = Field(1, ge=0, le=16)  # times the game's own; 0: as fast as it goes
+    speed: float = Field(1, ge=0, le=16)  # a multiple of the normal speed; 0: unlimited
     paused: bool = False
 
 
 class GameBroadcast:
-    """One game on one WebSocket. Playing, showing and listening go on side by side, and none waits for another."""
+    """One game on one WebSocket. Playing, sending and receiving run as concurrent tasks."""
 
     def __init__(self, websocket: WebSocket, game: Game, idle_s: float) -> None:
         self._websocket = websocket
         self._game = game
         self._idle_s = idle_s  # the longest pause
         self._command = Command()
-        self._told = asyncio.Event()  # a command has come
-        self._steps: deque[GameStep] = deque(maxlen=REMEMBERED)  # not shown yet
+        self._command_came = asyncio.Event()
+        self._steps: deque[GameStep] = deque(maxlen=REMEMBERED)  # not sent yet
         self._stepped = asyncio.Event()
 
     async def run(self) -> int:
-        """From the hello to the end; the code to close with. Raises `WebSocketDisconnect`, `InvalidRequest` for a
-        command that is none, or what the policy raises."""
+        """Play the whole game; returns the close code.
+
+        Raises `WebSocketDisconnect`, `InvalidRequest` for an invalid command, and as the policy.
+        """
         await self._websocket.send_text(self._hello())
-        parts = {asyncio.create_task(part) for part in (self._listen(), self._play(), self._show())}
-        running = parts
+        tasks = {asyncio.create_task(task) for task in (self._receive_commands(), self._play(), self._send_pictures())}
+        running = tasks
         try:
             while True:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for part in done:
-                    if (code := part.result()) is not None:
+                for task in done:
+                    if (code := task.result()) is not None:
                         return code
         finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _play(self) -> int | None:
-        """GameStep after step, in the game's own time; what cannot be kept up with is not made up for."""
+        """Play at the chosen speed. If a step is late, the next ones do not hurry to catch up."""
         clock = asyncio.get_running_loop().time
         due = clock()
         while not self._game.over:
             if self._command.paused:
-                self._told.clear()
+                self._command_came.clear()
                 try:
-                    await asyncio.wait_for(self._told.wait(), self._idle_s)
+                    await asyncio.wait_for(self._command_came.wait(), self._idle_s)
                 except TimeoutError:
                     return _IDLE
                 continue
             self._steps.append(await self._game.step(self._command.held))
             self._stepped.set()
-            own_s = self._game.environment.frame_skip / FPS
-            due = max(clock(), due + own_s / self._command.speed if self._command.speed else 0)
+            step_s = self._game.environment.frame_skip / FPS
+            due = max(clock(), due + step_s / self._command.speed if self._command.speed else 0)
             await asyncio.sleep(due - clock())
-        return None  # the last picture has yet to be shown
+        return None  # the last picture must still be sent
 
-    async def _show(self) -> int:
-        """The latest step, as often as a screen can show it and the browser takes it."""
+    async def _send_pictures(self) -> int:
+        """Send the latest step, at most once every `PICTURE_S`, and as fast as the browser receives."""
         while True:
             await self._stepped.wait()
             self._stepped.clear()
@@ -93,17 +95,17 @@ class GameBroadcast:
                 return _OVER
             await asyncio.sleep(PICTURE_S)
 
-    async def _listen(self) -> int:
+    async def _receive_commands(self) -> int:
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
                 if message["code"] == RESTART:
                     return RESTART
                 raise WebSocketDisconnect(message["code"])
-            self._command = self._read(message.get("text") or "")
-            self._told.set()
+            self._command = self._parse(message.get("text") or "")
+            self._command_came.set()
 
-    def _read(self, text: str) -> Command:
+    def _parse(self, text: str) -> Command:
         actions = len(self._game.environment.actions)
         try:
             command = Command.model_validate_json(text)
@@ -129,7 +131,7 @@ class GameBroadcast:
         return pydantic_core.to_json(hello).decode()
 
     def _head(self, steps: list[GameStep]) -> dict[str, Any]:
-        last, counted = steps[-1], self._game.policy.statistics()
+        last, statistics = steps[-1], self._game.policy.statistics()
         return {
             "step": last.number,
             "score": last.score,
@@ -140,6 +142,6 @@ class GameBroadcast:
             "over": last.over,
             "queue_us": [step.queue_ns // 1000 for step in steps],
             "run_us": [step.run_ns // 1000 for step in steps],
-            "items": counted.items,  # that the policy has answered so far, whoever asked
-            "batches": counted.batches,  # in so many runtime calls
+            "items": statistics.items,  # answered by the policy so far, for all clients
+            "batches": statistics.batches,  # runtime calls for these items
         }

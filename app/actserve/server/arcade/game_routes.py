@@ -1,4 +1,4 @@
-"""`/games`: a policy of this service plays a game here, and the page shows it. One WebSocket is one game."""
+"""`/games`: a policy plays a game on this service, and the page shows it. One WebSocket is one game."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from actserve.core.settings import Settings
 from actserve.engine.policy import Policy
 from actserve.engine.runtimes.load import RUNTIMES
 from actserve.server.arcade.broadcast import GameBroadcast
-from actserve.server.arcade.game import Find, Game, GameSlots
+from actserve.server.arcade.game import FindPolicy, Game, GameSlots
 from actserve.server.http.error_responses import error_json
 from actserve.server.http.requests import admission_of, registry_of
 from actserve.server.http.websocket import LIMIT
@@ -29,7 +29,7 @@ _REFUSED, _TRY_AGAIN = 1008, 1013
 
 @router.get("/games")
 async def games(request: Request) -> dict[str, Any]:
-    """Whether games can be played here, why not, how many may be and how many are."""
+    """Whether this service plays games, the reason if it does not, the maximum and the current number of games."""
     game_slots: GameSlots = request.app.state.game_slots
     why = game_slots.why_closed()
     return {"playable": why is None, "reason": why, "most": game_slots.limit, "playing": game_slots.taken}
@@ -37,15 +37,15 @@ async def games(request: Request) -> dict[str, Any]:
 
 @router.websocket("/games")
 async def play(websocket: WebSocket) -> None:
-    """In the query `policy`, `version`, `runtime`, `exploration` and `seed`, each optional.
+    """Play a game. The query has `policy`, `version`, `runtime`, `exploration` and `seed`, each optional.
 
-    1. A hello in JSON: what plays what.
-    2. For the picture of a step a binary message: the length of a head (uint32, little-endian), the head in JSON, and
-       the screen that the policy saw, as a PNG. No more come than a screen shows, or than are taken; the head has the
-       times of all steps since the last one.
-    3. The page sends `Command`s in JSON at any time.
+    1. The service sends a hello in JSON: the policy, its environment and the options of the game.
+    2. It sends pictures as binary messages: the length of a head (uint32, little-endian), the head in JSON, and the
+       screen that the policy saw, as a PNG. It skips pictures for slow clients and beyond 60 a second; each head has
+       the times of all steps since the last picture.
+    3. The client may send a `Command` in JSON at any time.
 
-    What cannot be is answered with an `{"error": ...}` as elsewhere, and the connection is closed.
+    On an error, the service sends `{"error": ...}` as for other routes, and closes the connection.
     """
     await websocket.accept()
     if LIMIT in websocket.scope["extensions"]:
@@ -54,11 +54,11 @@ async def play(websocket: WebSocket) -> None:
         code = await _play(websocket)
         await websocket.close(code)
     except (WebSocketDisconnect, OSError):
-        pass  # nobody watches any more
+        pass  # the client has disconnected
 
 
 async def _play(websocket: WebSocket) -> int:
-    """The whole game; the code to close with. Raises `WebSocketDisconnect`."""
+    """Play the whole game; returns the close code. Raises `WebSocketDisconnect`."""
     settings: Settings = websocket.app.state.settings
     game_slots: GameSlots = websocket.app.state.game_slots
     query = websocket.query_params
@@ -67,7 +67,7 @@ async def _play(websocket: WebSocket) -> int:
         if reason := game_slots.why_closed():
             raise InvalidRequest(reason)
         with game_slots.take():
-            async with _finding(websocket, settings) as find:
+            async with _policy_finder(websocket, settings) as find:
                 seed = secrets.randbelow(1 << 31) if seed is None else seed
                 game = Game(find, exploration, seed, admission_of(websocket))
                 try:
@@ -81,8 +81,11 @@ async def _play(websocket: WebSocket) -> int:
 
 
 @asynccontextmanager
-async def _finding(websocket: WebSocket, settings: Settings) -> AsyncIterator[Find]:
-    """Where to find the policy for every step: the one that is served, or for another runtime one of the game's own."""
+async def _policy_finder(websocket: WebSocket, settings: Settings) -> AsyncIterator[FindPolicy]:
+    """The function that finds the policy for each step.
+
+    With another runtime than the served one, it loads a copy of the policy, for this game alone.
+    """
     registry, query = registry_of(websocket), websocket.query_params
     served = await registry.find(query["policy"], query.get("version")) if "policy" in query else await registry.get()
     runtime = query.get("runtime")
@@ -91,13 +94,13 @@ async def _finding(websocket: WebSocket, settings: Settings) -> AsyncIterator[Fi
         return
     if runtime not in RUNTIMES:
         raise InvalidRequest(f"expected a runtime of {' or '.join(RUNTIMES)}; got {runtime[:80]!r}")
-    own = await asyncio.to_thread(Policy.load, served.artifact, settings.model_copy(update={"runtime": runtime}))
-    own.start()
+    copy = await asyncio.to_thread(Policy.load, served.artifact, settings.model_copy(update={"runtime": runtime}))
+    copy.start()
 
     async def find() -> Policy:
-        return own
+        return copy
 
     try:
         yield find
     finally:
-        await own.close()
+        await copy.close()

@@ -1,4 +1,4 @@
-"""The page at `/`: static files that ship with the package, and nothing from elsewhere."""
+"""The page at `/`: static files of the package. They load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEADERS = {
     "Content-Security-Policy": security.PAGE_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked for again, and mostly not sent again
+    "Cache-Control": "no-cache",  # browsers revalidate it with the entity tag
 }
 
 

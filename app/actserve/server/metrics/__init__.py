@@ -1,7 +1,7 @@
-"""The service's metrics, collected when somebody asks.
+"""The metrics of the service.
 
-collect.py      this process's counts as families
-publisher.py    those of all worker processes
-exposition.py   families as Prometheus reads them
-summary.py      families as a person or the page reads them, for one policy
+collect.py      the counts of this process -> families
+publisher.py    the families of all worker processes
+exposition.py   families -> the text that Prometheus scrapes
+summary.py      families -> the main numbers of one policy, as JSON
 """

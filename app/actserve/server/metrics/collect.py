@@ -1,4 +1,4 @@
-"""This process's metrics. Every name that `/metrics` has is here; `docs/observability.md` explains them."""
+"""The metrics of this process. All names in `/metrics` are here; `docs/observability.md` explains them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from actserve.server.sessions import Sessions
 from actserve.telemetry.counts import OK
 from actserve.telemetry.families import Families, Family, Merge
 
-SECOND = 1e-9  # in nanoseconds, which meters count
+SECONDS = 1e-9  # meters count nanoseconds
 
 
 def collect(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -> Families:
     """`rates`: actions a second, by policy."""
-    found = [*_answers(registry), *_programs(registry), *_state(registry, sessions, rates), *_process()]
-    return {family.name: family for family in found}
+    families = [*_requests(registry), *_programs(registry), *_state(registry, sessions, rates), *_process()]
+    return {family.name: family for family in families}
 
 
 def _counter(name: str, help_: str) -> Family:
@@ -33,9 +33,9 @@ def _histogram(name: str, help_: str) -> Family:
     return Family(name, help_, "histogram", Merge.TOTAL)
 
 
-def _answers(registry: Registry) -> list[Family]:
-    requests = _counter("actserve_requests", "Requests and messages of streams that were answered, by status.")
-    refused = _counter("actserve_refused", "Those that were answered with an error, by its code.")
+def _requests(registry: Registry) -> list[Family]:
+    requests = _counter("actserve_requests", "Answered requests and stream messages, by status.")
+    refused = _counter("actserve_refused", "Requests and stream messages answered with an error, by its code.")
     for (policy, transport, route), tally in registry.counts.tallies.items():
         labels = {"policy": policy, "transport": transport, "route": route}
         for code, count in {OK: tally.answered, **tally.codes}.items():
@@ -47,54 +47,54 @@ def _answers(registry: Registry) -> list[Family]:
 
 
 def _programs(registry: Registry) -> list[Family]:
-    actions = _counter("actserve_actions", "Items that were acted on.")
+    actions = _counter("actserve_actions", "Items that a policy acted on.")
     sizes = _histogram("actserve_batch_size", "Items of an inference call.")
     run = _histogram("actserve_inference_seconds", "Time of an inference call.")
-    queue = _histogram("actserve_queue_seconds", "Time that a request waited, from when it was whole until its call.")
+    queue = _histogram("actserve_queue_seconds", "Time from the last byte of a request until its inference call.")
     for program, meters in registry.counts.programs.items():
         labels = program._asdict()
         actions.add(labels, meters.sizes.total, "_total")
         sizes.add_histogram(labels, meters.sizes)
-        run.add_histogram(labels, meters.run_ns, SECOND)
-        queue.add_histogram(labels, meters.queue_ns, SECOND)
+        run.add_histogram(labels, meters.run_ns, SECONDS)
+        queue.add_histogram(labels, meters.queue_ns, SECONDS)
     return [actions, sizes, run, queue]
 
 
 def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -> list[Family]:
-    info = _gauge("actserve_policy_info", "1 for each program that is live.", Merge.MAX)
-    waiting = _gauge("actserve_waiting", "Items that wait or are run.")
+    info = _gauge("actserve_policy_info", "1 for each live program.", Merge.MAX)
+    waiting = _gauge("actserve_waiting", "Items that wait or run.")
     for policy in registry.live:
         labels = policy.program._asdict()
         info.add(labels, 1)
         waiting.add(labels, policy.statistics().waiting)
-    rate = _gauge("actserve_actions_per_second", "Actions a second, of the last ten seconds.")
+    rate = _gauge("actserve_actions_per_second", "Actions a second, over the last ten seconds.")
     for name, value in rates.items():
         rate.add({"policy": name}, value)
-    counted = _gauge("actserve_sessions", "Sessions that are held, of all workers.", Merge.MAX)
-    size = _gauge("actserve_session_bytes", "State and last answers of all sessions.", Merge.MAX)
-    with suppress(SessionsUnavailable):  # all else is told
-        held = sessions.statistics()
-        counted.add({}, held.sessions)
-        size.add({}, held.bytes)
-    swaps = _counter("actserve_swaps", "Live versions that another has replaced, in each worker.")
-    shadows = _counter("actserve_shadow_items", "Items for a shadow, in each worker, by what came of them.")
+    count = _gauge("actserve_sessions", "Sessions of all workers.", Merge.MAX)
+    size = _gauge("actserve_session_bytes", "Size of the states and last answers of all sessions.", Merge.MAX)
+    with suppress(SessionsUnavailable):  # the other metrics are still available
+        statistics = sessions.statistics()
+        count.add({}, statistics.sessions)
+        size.add({}, statistics.bytes)
+    swaps = _counter("actserve_swaps", "Swaps of the live version, in each worker.")
+    shadows = _counter("actserve_shadow_items", "Items for a shadow, in each worker, by outcome.")
     for name in registry.names:
         swaps.add({"policy": name}, registry.swaps[name], "_total")
         for outcome, items in registry.shadow_outcomes(name).items():
             shadows.add({"policy": name, "outcome": outcome}, items, "_total")
-    streams = _gauge("actserve_streams", "WebSocket streams that are open.")
+    streams = _gauge("actserve_streams", "Open WebSocket streams.")
     streams.add({}, registry.counts.streams)
-    return [info, waiting, rate, counted, size, swaps, shadows, streams]
+    return [info, waiting, rate, count, size, swaps, shadows, streams]
 
 
 def _process() -> list[Family]:
-    """prometheus_client's, of this worker."""
+    """The process metrics of prometheus_client, for this worker."""
     from prometheus_client import PROCESS_COLLECTOR  # it is not needed to start
 
-    found = []
+    families = []
     for metric in PROCESS_COLLECTOR.collect():
         family = Family(metric.name, metric.documentation, metric.type, Merge.SUM)
         for sample in metric.samples:
             family.add({"worker": os.getpid()}, sample.value, sample.name.removeprefix(metric.name))
-        found.append(family)
-    return found
+        families.append(family)
+    return families

@@ -1,4 +1,4 @@
-"""Families -> the text that Prometheus scrapes, by prometheus_client."""
+"""Families -> the text that Prometheus scrapes, with prometheus_client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from actserve.telemetry.families import Families
 
 
-class _Collected(Collector):
+class _FamiliesCollector(Collector):
     def __init__(self, families: Families) -> None:
         self._families = families
 
@@ -24,8 +24,8 @@ class _Collected(Collector):
 
 
 def expose(families: Families, accept: str) -> tuple[bytes, str]:
-    """(the text, its content type): of Prometheus, or OpenMetrics where `accept` asks for that."""
+    """(text, content type): the format of Prometheus, or OpenMetrics if `accept` asks for it."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(families))
+    registry.register(_FamiliesCollector(families))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type

@@ -1,4 +1,4 @@
-"""Publisher: what makes a scrape of one worker one of the service."""
+"""Publisher: shares counts between workers, so that each worker can report the metrics of the whole service."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ RATE_OVER_S = 10
 
 
 class Publisher:
-    """One worker's. Enter it before there is anything to count, leave it after. `path`: of the file that all workers
-    share; None: there are no others."""
+    """The publisher of one worker. Enter it before the first request, and exit it after the last.
+
+    All workers share the file at `path`; None if there is only one worker.
+    """
 
     def __init__(self, registry: Registry, sessions: Sessions, path: Path | None) -> None:
         self._registry, self._sessions = registry, sessions
         self._shared = None if path is None else CountsFile(path)
-        self._writing = asyncio.Lock()  # so that what is written later was collected later
-        self._seen: deque[tuple[float, Mapping[ProgramLabels, int]]] = deque(maxlen=RATE_OVER_S + 1)  # once a second
+        self._writing = asyncio.Lock()  # keeps writes in the order of collection
+        self._history: deque[tuple[float, Mapping[ProgramLabels, int]]] = deque(maxlen=RATE_OVER_S + 1)  # each second
 
     async def __aenter__(self) -> Publisher:
         if self._shared is not None:
             await asyncio.to_thread(self._shared.open)
-        self._seen.append((time.monotonic(), self._actions()))
+        self._history.append((time.monotonic(), self._actions()))
         self._publishing = asyncio.create_task(self._publish())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._publishing.cancel()
-        await self._write_if_it_can()
+        await self._try_to_write()
 
     async def families(self) -> Families:
-        """Of all workers."""
+        """The metrics of all workers."""
         if self._shared is None:
             return self._collect()
         await self._write(self._shared)
@@ -54,10 +56,10 @@ class Publisher:
     async def _publish(self) -> None:
         while True:
             await asyncio.sleep(EVERY_S)
-            self._seen.append((time.monotonic(), self._actions()))
-            await self._write_if_it_can()
+            self._history.append((time.monotonic(), self._actions()))
+            await self._try_to_write()
 
-    async def _write_if_it_can(self) -> None:
+    async def _try_to_write(self) -> None:
         if self._shared is not None:
             try:
                 await self._write(self._shared)
@@ -69,13 +71,13 @@ class Publisher:
             await asyncio.to_thread(shared.write, self._collect())
 
     def _collect(self) -> Families:
-        then_s, before = self._seen[0]
-        passed_s = time.monotonic() - then_s
-        done: Counter[str] = Counter()
-        for program, n in self._actions().items():
-            done[program.policy] += n - before.get(program, 0)
-        return collect(self._registry, self._sessions, {policy: n / passed_s for policy, n in done.items()})
+        then_s, before = self._history[0]
+        elapsed_s = time.monotonic() - then_s
+        actions: Counter[str] = Counter()
+        for program, total in self._actions().items():
+            actions[program.policy] += total - before.get(program, 0)
+        return collect(self._registry, self._sessions, {policy: n / elapsed_s for policy, n in actions.items()})
 
     def _actions(self) -> dict[ProgramLabels, int]:
-        """So far."""
+        """The number of actions so far, by program."""
         return {program: meters.sizes.total for program, meters in self._registry.counts.programs.items()}

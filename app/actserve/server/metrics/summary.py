@@ -1,4 +1,4 @@
-"""One policy's families in a few numbers."""
+"""The main numbers of one policy, computed from its families."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from actserve.telemetry.families import Families
 
-_MS = 1000  # of a second
+_MS_PER_S = 1000
 
 
 def summary(families: Families, policy: str) -> dict[str, Any]:
-    """JSON-able: see `GET /policies/{name}/stats`."""
+    """The body of `GET /policies/{name}/stats`."""
     sizes = _buckets(families, "actserve_batch_size", policy)
     actions = _sum(families, "actserve_actions", "_total", policy)
     calls = _sum(families, "actserve_batch_size", "_count", policy)
@@ -22,7 +22,7 @@ def summary(families: Families, policy: str) -> dict[str, Any]:
         "rate": round(_sum(families, "actserve_actions_per_second", "", policy), 3),
         "batch_size": {
             "mean": round(actions / calls, 3) if calls else None,
-            "buckets": {_bound(le): count for le, count in _apart(sizes).items() if count},
+            "buckets": {_bound(le): count for le, count in _differences(sizes).items() if count},
         },
         "queue_ms": _percentiles(_buckets(families, "actserve_queue_seconds", policy)),
         "inference_ms": _percentiles(_buckets(families, "actserve_inference_seconds", policy)),
@@ -30,10 +30,10 @@ def summary(families: Families, policy: str) -> dict[str, Any]:
 
 
 def quantile(buckets: dict[float, float], q: float) -> float | None:
-    """Of a histogram, as Prometheus's `histogram_quantile` has it; None if it is empty.
+    """The quantile of a histogram, computed as Prometheus's `histogram_quantile` does; None if it is empty.
 
-    `buckets`: by upper bound, ascending to infinity, how many are at most that. Within a bucket they are taken to be
-    spread evenly; what is above the last finite bound is taken to be there.
+    `buckets` are cumulative counts by upper bound, ascending to infinity. Values are assumed to be spread evenly within
+    a bucket. Values above the last finite bound count as that bound.
     """
     rank = q * buckets[math.inf]
     if not rank:
@@ -43,29 +43,29 @@ def quantile(buckets: dict[float, float], q: float) -> float | None:
         if count >= rank:
             return low if bound == math.inf else low + (bound - low) * (rank - below) / (count - below)
         low, below = bound, count
-    raise AssertionError("the last bucket has all")
+    raise AssertionError("the last bucket counts all values")
 
 
 def _percentiles(buckets: dict[float, float]) -> dict[str, float | None]:
-    found = {"p50": quantile(buckets, 0.5), "p99": quantile(buckets, 0.99)}
-    return {name: None if value is None else round(value * _MS, 3) for name, value in found.items()}
+    quantiles = {"p50": quantile(buckets, 0.5), "p99": quantile(buckets, 0.99)}
+    return {name: None if value is None else round(value * _MS_PER_S, 3) for name, value in quantiles.items()}
 
 
 def _buckets(families: Families, family: str, policy: str) -> dict[float, float]:
-    """Of all versions and runtimes, by upper bound, cumulative."""
-    found: dict[float, float] = {math.inf: 0}
+    """Cumulative counts by upper bound, over all versions and runtimes."""
+    buckets: dict[float, float] = {math.inf: 0}
     for (name, labels), value in families[family].samples.items():
-        given = dict(labels)
-        if name == family + "_bucket" and given["policy"] == policy:
-            bound = float(given["le"])
-            found[bound] = found.get(bound, 0) + value
-    return dict(sorted(found.items()))
+        by_name = dict(labels)
+        if name == family + "_bucket" and by_name["policy"] == policy:
+            bound = float(by_name["le"])
+            buckets[bound] = buckets.get(bound, 0) + value
+    return dict(sorted(buckets.items()))
 
 
-def _apart(buckets: dict[float, float]) -> dict[float, float]:
-    """Not cumulative."""
+def _differences(buckets: dict[float, float]) -> dict[float, float]:
+    """Cumulative counts -> the count of each bucket."""
     before = [0, *buckets.values()]
-    return {bound: count - less for (bound, count), less in zip(buckets.items(), before, strict=False)}
+    return {bound: count - below for (bound, count), below in zip(buckets.items(), before, strict=False)}
 
 
 def _bound(bound: float) -> str:

@@ -1,4 +1,4 @@
-"""Address: where the service listens: a host and a port, or a Unix socket."""
+"""Address: the host and port, or the Unix socket, that the service listens on."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from actserve.core.errors import UsageError
 
 BACKLOG = 2048
-# A screen and its head fit into what the kernel takes in before the loop looks (with its default of 128 KB they do not:
-# the rest of each comes later, and of a crowd's some come seconds later). More than that is the kernel's choice again.
+# Room for one screen and its head: the kernel can receive a whole request before the event loop reads it. With the
+# default of 128 KB, the rest of a request comes later, and with many clients seconds later.
 RECEIVE_BUFFER_BYTES = 256 << 10
-SO_BUF_LOCK = 72  # Linux 5.11; not in Python's socket
+SO_BUF_LOCK = 72  # since Linux 5.11; Python's socket module lacks it
 UDS_MODE = 0o666
 
 
 @dataclass
 class Address:
-    """`path`: of a Unix socket; then the rest does not matter. Port 0 becomes a free one."""
+    """A Unix socket if `path` is set, otherwise a host and a port. `listen` replaces port 0 by a free port."""
 
     host: str
     port: int
     path: Path | None = None
-    shared = False  # each worker has a socket of its own
+    shared = False  # whether each worker has its own socket on the port
 
     def __str__(self) -> str:
         if self.path is not None:
@@ -34,30 +34,31 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def listen(self, count: int) -> list[socket.socket]:
-        """A socket for each of `count` workers. Raises `UsageError` when somebody else listens here.
+        """A listening socket for each of `count` workers. Raises `UsageError` if another process listens here.
 
-        On a port the system deals connections out between them; a Unix socket they have in common.
+        On a port, each worker has its own socket, and the kernel distributes connections between them. A Unix socket
+        is shared by all workers.
         """
         try:
             if self.path is not None:
                 return [self._listen_on_path()] * count
-            alone = self._bind(shared=False)  # or it would share the port with another service
-            self.port = alone.getsockname()[1]
+            exclusive = self._bind(shared=False)  # fails if another service has the port
+            self.port = exclusive.getsockname()[1]
             if count == 1:
-                alone.listen(BACKLOG)
-                return [alone]
-            alone.close()
+                exclusive.listen(BACKLOG)
+                return [exclusive]
+            exclusive.close()
             self.shared = True
-            return [self.listen_once_more() for _ in range(count)]
+            return [self.listen_again() for _ in range(count)]
         except OSError as error:
             hint = "" if self.path else "; choose another port with --port"
             raise UsageError(f"cannot listen on {self}: {error.strerror or error}{hint}") from error
 
-    def listen_once_more(self) -> socket.socket:
-        """One socket more on the port."""
-        made = self._bind(shared=True)
-        made.listen(BACKLOG)
-        return made
+    def listen_again(self) -> socket.socket:
+        """Another socket on the shared port."""
+        listener = self._bind(shared=True)
+        listener.listen(BACKLOG)
+        return listener
 
     def close(self) -> None:
         if self.path is not None:
@@ -65,41 +66,41 @@ class Address:
                 self.path.unlink()
 
     def _bind(self, shared: bool) -> socket.socket:
-        family, kind, protocol, _, where = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        made = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
         try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
             with suppress(OSError):
-                made.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
+                listener.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
             if shared:
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            made.bind(where)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
         except OSError:
-            made.close()
+            listener.close()
             raise
-        return made
+        return listener
 
     def _listen_on_path(self) -> socket.socket:
         assert self.path is not None
-        made = socket.socket(socket.AF_UNIX)
+        listener = socket.socket(socket.AF_UNIX)
         try:
             with suppress(FileNotFoundError):
                 if stat.S_ISSOCK(self.path.stat().st_mode):
-                    self._clear(self.path)
-            made.bind(str(self.path))
+                    self._remove_stale(self.path)
+            listener.bind(str(self.path))
             os.chmod(self.path, UDS_MODE)
-            made.listen(BACKLOG)
+            listener.listen(BACKLOG)
         except OSError:
-            made.close()
+            listener.close()
             raise
-        return made
+        return listener
 
     @staticmethod
-    def _clear(path: Path) -> None:
-        """Take away what a service left that was killed. Raises `OSError` if one listens."""
+    def _remove_stale(path: Path) -> None:
+        """Remove the socket of a service that was killed. Raises `OSError` if a service listens there."""
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(path))

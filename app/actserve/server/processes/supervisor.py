@@ -1,15 +1,16 @@
-"""Supervisor: keeps worker processes alive that share one address, and ends when it is told to.
+"""Supervisor: runs worker processes that share one address, and replaces workers that die.
 
-    SIGTERM, SIGINT       the address is let go of, and every worker answers what it has; the deadline ends the rest
-    a worker dies         its connections are reset by the system, at once; another one takes its seat
-    again and again       the next one waits, twice as long each time; if no other is left, it rests: it says why it
-                          cannot serve until it tries again
-    a worker hangs        it is ended, when its loop has not turned for `HANG_S`
-    the supervisor dies   every worker sees its lifeline end, answers what it has, and ends
+    SIGTERM, SIGINT       it closes the address, and the workers answer all accepted requests; after a deadline they
+                          are killed
+    a worker dies         the kernel resets its connections; a new worker takes its slot
+    it dies repeatedly    each new worker waits, twice as long each time; if it is the only one, it starts at once, but
+                          refuses requests with the reason, and loads its policies after the wait
+    a worker hangs        the worker is killed if its event loop has not run for `HANG_S`
+    the supervisor dies   the lifeline of each worker ends; the workers answer all accepted requests, and end
 
-Workers are forks of the supervisor, which has imported what they need and has started nothing: another one is there in
-milliseconds, and what they share is in memory once. Each has a socket of its own on the port, which stays open while
-its seat is empty: who connects meanwhile waits for the next one.
+Workers are forks of the supervisor, which has imported their modules and started nothing. A new worker starts in
+milliseconds, and all share the memory of the modules. Each worker has its own socket on the port. The socket stays open
+while the slot is empty, so new connections wait for the next worker.
 """
 
 from __future__ import annotations
@@ -31,96 +32,97 @@ from actserve.server.processes.address import Address
 
 log = logging.getLogger("actserve")
 
-DRAIN_S = 35.0  # for workers that were told to end, which have 30 themselves
+DRAIN_S = 35.0  # for workers to end after SIGTERM; their own deadline is 30 s
 HANG_S = 30.0
-STEADY_S = 60.0  # a worker that lived for so long did not die of what its predecessors did
-MOST_S = 30.0  # between two tries
+STEADY_S = 60.0  # after this lifetime a death is not counted as a repeated one
+MAX_DELAY_S = 30.0  # between two starts
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a worker begins. `lifeline` ends with the supervisor; what is written to `pulse` shows that the loop turns.
+    """How a worker starts.
 
-    `replaces` another one: it takes no connection before its policies are loaded. `rest_s`: how long it waits before it
-    loads them, and `reason` why.
+    `lifeline_fd` reaches its end when the supervisor dies. The worker writes to `heartbeat_fd` while its event loop
+    runs. A worker that `replaces` another accepts no connections before its policies are loaded. It loads them after
+    `delay_s`, and `reason` says why it waits.
     """
 
-    lifeline: int
-    pulse: int
+    lifeline_fd: int
+    heartbeat_fd: int
     replaces: bool = False
-    rest_s: float = 0.0
+    delay_s: float = 0.0
     reason: str = ""
 
 
-Work = Callable[[socket.socket, Start], None]
+WorkerMain = Callable[[socket.socket, Start], None]
 
 
-class Worker:
-    def __init__(self, pid: int, pulse: int, rest_s: float) -> None:
+class WorkerProcess:
+    def __init__(self, pid: int, heartbeat_fd: int, delay_s: float) -> None:
         self.pid = pid
-        self.pulse = pulse
-        self.begun_s = self.seen_s = monotonic() + rest_s
-        self.ran = False  # its loop has turned
+        self.heartbeat_fd = heartbeat_fd
+        self.begun_s = self.last_heartbeat_s = monotonic() + delay_s
+        self.ran = False  # its event loop has run
 
 
-class Seat:
-    """A worker's place: its socket, and what became of those who had it."""
+class WorkerSlot:
+    """The place of one worker: its socket, and the history of the workers that had it."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener: socket.socket | None = listener
-        self.worker: Worker | None = None
-        self.begun = 0  # workers
+        self.worker: WorkerProcess | None = None
+        self.starts = 0
         self.failures = 0  # in a row
-        self.came_up = True  # the last one, before it died
-        self.due_s = 0.0  # when the next one is to begin
+        self.last_ran = True  # whether the last worker ran before it died
+        self.due_s = 0.0  # when the next worker starts
 
 
 class Supervisor:
-    """Runs `count` workers at `address`, each of which is `work` in a process of its own."""
+    """Runs `count` processes of `worker_main` at `address`."""
 
-    def __init__(self, address: Address, count: int, work: Work) -> None:
+    def __init__(self, address: Address, count: int, worker_main: WorkerMain) -> None:
         self._address = address
-        self._work = work
-        self._seats = [Seat(listener) for listener in address.listen(count)]
+        self._worker_main = worker_main
+        self._slots = [WorkerSlot(listener) for listener in address.listen(count)]
         self._selector = selectors.DefaultSelector()
-        self._lifeline, self._alive = os.pipe()
-        os.set_blocking(self._lifeline, False)
-        self._told = False  # to end
-        self._stopping_s = 0.0  # since when; 0: no
+        self._lifeline_fd, self._lifeline_write_fd = os.pipe()
+        os.set_blocking(self._lifeline_fd, False)
+        self._signalled = False
+        self._stopping_s = 0.0  # since when; 0: it is not stopping
         self._reason = ""
-        self._code = 0
+        self._exit_code = 0
 
     def run(self) -> int:
-        """Until it is told to end: 0; or with what a worker ended with that could not begin."""
-        gc.freeze()  # so that no collection of a worker's writes to what all share
+        """Run until a signal comes; returns 0, or the exit code of a worker that could not start."""
+        gc.freeze()  # garbage collections in the workers do not write to shared memory
         with self._signals():
-            for seat in self._seats:
-                self._fork(seat)
+            for slot in self._slots:
+                self._fork(slot)
             while self._workers or not self._stopping_s:
                 self._wait()
-                if self._told:
+                if self._signalled:
                     self._stop()
                 self._reap()
-                self._end_hanging()
+                self._kill_hanging()
                 if not self._stopping_s:
-                    self._refill()
+                    self._fill_slots()
         self._address.close()
-        return self._code
+        return self._exit_code
 
     @property
-    def _workers(self) -> list[Worker]:
-        return [seat.worker for seat in self._seats if seat.worker is not None]
+    def _workers(self) -> list[WorkerProcess]:
+        return [slot.worker for slot in self._slots if slot.worker is not None]
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        woken, wake = os.pipe()
-        for end in (woken, wake):
-            os.set_blocking(end, False)
-        before = {number: signal.signal(number, self._tell) for number in SIGNALS}
+        wakeup_read_fd, wakeup_write_fd = os.pipe()
+        for fd in (wakeup_read_fd, wakeup_write_fd):
+            os.set_blocking(fd, False)
+        before = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wake)
-        self._selector.register(woken, selectors.EVENT_READ)
+        signal.set_wakeup_fd(wakeup_write_fd)
+        self._selector.register(wakeup_read_fd, selectors.EVENT_READ)
         try:
             yield
         finally:
@@ -128,93 +130,94 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _tell(self, _number: int, _frame: FrameType | None) -> None:
-        self._told = True
+    def _handle_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._signalled = True
 
     def _stop(self) -> None:
         if self._stopping_s:
             return
         self._stopping_s = monotonic()
-        for seat in self._seats:
-            if seat.listener is not None:
-                seat.listener.close()  # or who connects now would wait for nobody
+        for slot in self._slots:
+            if slot.listener is not None:
+                slot.listener.close()  # otherwise new connections would wait in vain
         for worker in self._workers:
             os.kill(worker.pid, signal.SIGTERM)
 
     def _wait(self) -> None:
-        """For a signal, a pulse, or the next second."""
+        """Wait for a signal or a heartbeat, at most for a second."""
         for key, _ in self._selector.select(1.0):
             try:
-                beats = os.read(key.fd, 4096)
+                data = os.read(key.fd, 4096)
             except BlockingIOError:
                 continue
             for worker in self._workers:
-                if worker.pulse == key.fd and beats:  # none: it has ended
-                    worker.seen_s, worker.ran = monotonic(), True
+                if worker.heartbeat_fd == key.fd and data:  # no data: the worker has ended
+                    worker.last_heartbeat_s, worker.ran = monotonic(), True
 
     def _reap(self) -> None:
-        for seat in self._seats:
-            if seat.worker is None:
+        for slot in self._slots:
+            if slot.worker is None:
                 continue
-            pid, status = os.waitpid(seat.worker.pid, os.WNOHANG)
+            pid, status = os.waitpid(slot.worker.pid, os.WNOHANG)
             if pid:
-                worker, seat.worker = seat.worker, None
-                self._selector.unregister(worker.pulse)
-                os.close(worker.pulse)
+                worker, slot.worker = slot.worker, None
+                self._selector.unregister(worker.heartbeat_fd)
+                os.close(worker.heartbeat_fd)
                 if not self._stopping_s:
-                    self._mourn(seat, worker, os.waitstatus_to_exitcode(status))
+                    self._record_death(slot, worker, os.waitstatus_to_exitcode(status))
 
-    def _mourn(self, seat: Seat, worker: Worker, code: int) -> None:
-        if code >= 0 and not worker.ran and seat.begun == 1:  # the service cannot be as it is wished; it has said why
-            self._code = code or 1
+    def _record_death(self, slot: WorkerSlot, worker: WorkerProcess, code: int) -> None:
+        if code >= 0 and not worker.ran and slot.starts == 1:  # wrong settings, for example; the worker has logged them
+            self._exit_code = code or 1
             self._stop()
             return
-        seat.failures = 1 if monotonic() - worker.begun_s > STEADY_S else seat.failures + 1
-        seat.came_up = worker.ran
-        wait_s = pause_s(seat.failures)
-        seat.due_s = monotonic() + wait_s
-        self._reason = f"worker {worker.pid} ended by {_cause(code)}, death {seat.failures} in a row"
-        log.error("%s; the next one begins %s", self._reason, f"in {wait_s:g} s" if wait_s else "at once")
-        if wait_s and self._workers and self._address.shared and seat.listener is not None:
-            seat.listener.close()  # the others take its share
-            seat.listener = None
+        slot.failures = 1 if monotonic() - worker.begun_s > STEADY_S else slot.failures + 1
+        slot.last_ran = worker.ran
+        delay_s = restart_delay_s(slot.failures)
+        slot.due_s = monotonic() + delay_s
+        self._reason = f"worker {worker.pid} ended by {_cause(code)}, death {slot.failures} in a row"
+        log.error("%s; the next one starts %s", self._reason, f"in {delay_s:g} s" if delay_s else "at once")
+        if delay_s and self._workers and self._address.shared and slot.listener is not None:
+            slot.listener.close()  # the other workers get its connections
+            slot.listener = None
 
-    def _end_hanging(self) -> None:
+    def _kill_hanging(self) -> None:
         limit_s = DRAIN_S if self._stopping_s else HANG_S
         for worker in self._workers:
-            silent_s = monotonic() - (self._stopping_s or worker.seen_s)
+            silent_s = monotonic() - (self._stopping_s or worker.last_heartbeat_s)
             if silent_s > limit_s:
-                log.error("worker %d has done nothing for %.0f s and is ended", worker.pid, silent_s)
+                log.error("worker %d has not responded for %.0f s and is killed", worker.pid, silent_s)
                 os.kill(worker.pid, signal.SIGKILL)
 
-    def _refill(self) -> None:
-        for seat in self._seats:
-            if seat.worker is None:
-                rest_s = max(0.0, seat.due_s - monotonic())
-                if not rest_s or (seat.came_up and not self._workers):
-                    self._fork(seat, rest_s)
+    def _fill_slots(self) -> None:
+        for slot in self._slots:
+            if slot.worker is None:
+                delay_s = max(0.0, slot.due_s - monotonic())
+                if not delay_s or (slot.last_ran and not self._workers):
+                    self._fork(slot, delay_s)
 
-    def _fork(self, seat: Seat, rest_s: float = 0.0) -> None:
-        if seat.listener is None:
-            seat.listener = self._address.listen_once_more()
-        beat, pulse = os.pipe()
-        os.set_blocking(beat, False)
-        os.set_blocking(pulse, False)
-        start = Start(self._lifeline, pulse, seat.begun > 0 and not rest_s, rest_s, self._reason if rest_s else "")
+    def _fork(self, slot: WorkerSlot, delay_s: float = 0.0) -> None:
+        if slot.listener is None:
+            slot.listener = self._address.listen_again()
+        read_fd, write_fd = os.pipe()
+        os.set_blocking(read_fd, False)
+        os.set_blocking(write_fd, False)
+        replaces = slot.starts > 0 and not delay_s
+        start = Start(self._lifeline_fd, write_fd, replaces, delay_s, self._reason if delay_s else "")
         sys.stdout.flush()
         sys.stderr.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # each is for one of the two, and for the right one
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers
         pid = os.fork()
         if not pid:
-            self._be_a_worker(seat, start)
+            self._run_worker(slot, start)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.close(pulse)
-        seat.begun += 1
-        seat.worker = Worker(pid, beat, rest_s)
-        self._selector.register(beat, selectors.EVENT_READ)
+        os.close(write_fd)
+        slot.starts += 1
+        slot.worker = WorkerProcess(pid, read_fd, delay_s)
+        self._selector.register(read_fd, selectors.EVENT_READ)
 
-    def _be_a_worker(self, seat: Seat, start: Start) -> None:
-        """Never returns: what the supervisor has begun is not the worker's to end."""
+    def _run_worker(self, slot: WorkerSlot, start: Start) -> None:
+        """In the child. Never returns: the cleanup on the stack belongs to the supervisor."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -222,14 +225,14 @@ class Supervisor:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self._selector.close()
-            os.close(self._alive)
-            for other in self._seats:
+            os.close(self._lifeline_write_fd)
+            for other in self._slots:
                 if other.worker is not None:
-                    os.close(other.worker.pulse)
-                if other.listener is not None and other.listener is not seat.listener:
+                    os.close(other.worker.heartbeat_fd)
+                if other.listener is not None and other.listener is not slot.listener:
                     other.listener.close()
-            assert seat.listener is not None
-            self._work(seat.listener, start)
+            assert slot.listener is not None
+            self._worker_main(slot.listener, start)
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
@@ -242,13 +245,13 @@ class Supervisor:
             os._exit(code)
 
 
-def pause_s(failures: int) -> float:
-    """How long the next worker waits after so many failures in a row."""
-    return min(2.0 ** min(failures - 2, 10), MOST_S) if failures > 1 else 0.0
+def restart_delay_s(failures: int) -> float:
+    """How long the next worker waits after `failures` deaths in a row."""
+    return min(2.0 ** min(failures - 2, 10), MAX_DELAY_S) if failures > 1 else 0.0
 
 
 def _cause(code: int) -> str:
     if code >= 0:
         return f"itself, with exit code {code}"
     name = signal.Signals(-code).name
-    return f"signal {-code} ({name}{', perhaps for want of memory' if name == 'SIGKILL' else ''})"
+    return f"signal {-code} ({name}{', possibly out of memory' if name == 'SIGKILL' else ''})"

@@ -1,4 +1,4 @@
-"""Worker: one process that serves, as the supervisor starts it."""
+"""The main function of a worker process: uvicorn with the fast path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, cast
 
 import uvicorn
@@ -16,17 +15,13 @@ import uvicorn
 from actserve.core.settings import Settings
 from actserve.server.app import create_app
 from actserve.server.fastpath.acceptor import Acceptor
-from actserve.server.processes.supervisor import SIGNALS, Start, Work
+from actserve.server.processes.supervisor import SIGNALS, Start
 
-GRACE_S = 30  # for what was accepted, once the service is to end
-
-
-def serving(settings: Settings) -> Work:
-    """What a worker does."""
-    return partial(_serve, settings)
+DRAIN_S = 30  # at shutdown, for accepted requests
 
 
-def _serve(settings: Settings, listener: socket.socket, start: Start) -> None:
+def serve(settings: Settings, listener: socket.socket, start: Start) -> None:
+    """Serve on `listener` until a signal comes or the supervisor dies."""
     config = uvicorn.Config(
         create_app(settings, start),
         loop="uvloop",
@@ -39,7 +34,7 @@ def _serve(settings: Settings, listener: socket.socket, start: Start) -> None:
         headers=[("X-Content-Type-Options", "nosniff")],
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=DRAIN_S,
     )
     _WorkerServer(config, start).run([listener])
 
@@ -51,7 +46,7 @@ class _WorkerServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn would end by the signal in the end; here that it was told to end is no failure."""
+        """uvicorn would raise the signal again at the end; here the process ends with exit code 0."""
         for number in SIGNALS:
             signal.signal(number, self.handle_exit)
         yield
@@ -59,27 +54,27 @@ class _WorkerServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:
             with suppress(OSError):
-                os.write(self._start.pulse, b".")
+                os.write(self._start.heartbeat_fd, b".")
             self.should_exit = self.should_exit or self._is_orphan()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for _ in range(2):  # who has connected is accepted before the socket is closed
+        for _ in range(2):  # accept the connections that wait before the socket is closed
             await asyncio.sleep(0)
-        telling = asyncio.create_task(self._tell_the_late(set(self.server_state.connections)))
+        late = asyncio.create_task(self._shut_down_late(set(self.server_state.connections)))
         await super().shutdown(sockets)
-        telling.cancel()
+        late.cancel()
 
-    async def _tell_the_late(self, told: set[Any]) -> None:
-        """A connection that was accepted at the last moment is made when the others have been told to close."""
+    async def _shut_down_late(self, known: set[Any]) -> None:
+        """Shut down connections that were accepted last, and appear after uvicorn has shut down the others."""
         while True:
             await asyncio.sleep(0.05)
-            for connection in self.server_state.connections - told:
+            for connection in self.server_state.connections - known:
                 connection.shutdown()
-                told.add(connection)
+                known.add(connection)
 
     def _is_orphan(self) -> bool:
         try:
-            return os.read(self._start.lifeline, 1) == b""
+            return os.read(self._start.lifeline_fd, 1) == b""
         except BlockingIOError:
             return False

@@ -1,10 +1,11 @@
-"""Sessions: state held by the server between two requests of one client.
+"""Sessions: state that the service holds between two requests of one client.
 
-They live in one SQLite file, so that every worker process reaches every session, and a restart or a redeploy loses
-none. Routing by id would carry each 100 KB screen through a second process; state sealed into a token would change
-the id at each step, and could be neither bounded, listed nor ended. Nothing is locked while a policy runs: a step
-reads the session, runs, and writes only if the session is still where it was (compare and swap on the step number).
-Of two attempts at one step one wins; the other gives its answer.
+Sessions are in one SQLite file, so every worker process reaches every session, and sessions survive restarts and
+redeploys. Two alternatives were rejected. Routing by id would send each 100 KB screen through a second process. State
+sealed into a token would change the id at each step, and could not be bounded, listed or ended.
+
+Nothing is locked while a policy runs. A step reads the session, runs, and writes only if the step number has not
+changed (compare and swap). If two requests take the same step, one writes, and the other returns the stored answer.
 """
 
 from __future__ import annotations
@@ -40,37 +41,37 @@ from actserve.server.sessions.step_record import StepRecord
 log = logging.getLogger("actserve")
 
 SWEEP_EVERY_S = 1.0
-SWEEP_AT_MOST = 100  # sessions, so that a sweep holds the event loop for a millisecond
+MAX_SWEPT = 100  # sessions in one sweep, which takes about a millisecond of the event loop
 
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """What the sessions of one service may cost."""
+    """Bounds of the sessions of one service."""
 
     sessions: int = 10_000
-    bytes: int = 256 << 20  # state and last answers together
-    idle_s: float = 600.0  # without a step for so long, a session is forgotten
-    sessions_each: int = 1000  # of the holders of one token, unless that says otherwise
+    bytes: int = 256 << 20  # of states and last answers
+    idle_s: float = 600.0  # a session expires after so long without a step
+    sessions_each: int = 1000  # sessions of one token, unless the token has its own limit
 
 
 @dataclass(frozen=True)
 class Session:
-    """One session as it stands. `step` is the number of the last step done; the first one will be 1."""
+    """A snapshot of a session. `step` is the number of the last step; 0 before the first one."""
 
     id: str
     policy: str
     version: int
     step: int
-    seed: int | None  # of the whole session; each step's noise comes from (seed, step)
+    seed: int | None  # the noise of each step comes from (seed, step)
     exploration: Exploration | None
     idle_s: float  # since the last step
-    number: int  # in the file
-    holder: Token | None  # who alone may use it; None: whoever has the id
+    number: int  # the primary key in the file
+    holder: Token | None  # only this token may use the session; None: anyone who knows the id
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The answer to one step. `replayed`: the step had been done before, and this is what it came to then."""
+    """The answer to one step. `replayed`: the step was taken before, and this is the stored answer."""
 
     acted: Acted  # outputs only, no state, each (1, *shape)
     step: int
@@ -79,12 +80,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class SessionStatistics:
-    sessions: int  # held now; of those that timed out some for a second or so yet
-    bytes: int  # their state and last answers
+    sessions: int  # including some that expired in the last second
+    bytes: int  # of their states and last answers
 
 
 async def policy_of(registry: Registry, session: Session) -> Policy:
-    """The version that the session began with. Raises `SessionExpired` when that is no longer in the store."""
+    """The policy version that the session began with. Raises `SessionExpired` if the store no longer has it."""
     try:
         return await registry.resume(session.policy, session.version)
     except NotFound as error:
@@ -92,9 +93,11 @@ async def policy_of(registry: Registry, session: Session) -> Policy:
 
 
 class Sessions:
-    """The sessions of one service, a context manager over their file. Every method is short and may be called in the
-    event loop, from any worker. All raise `SessionsUnavailable` when the file cannot be used. `home`: which host this
-    is, where several have files of their own."""
+    """The sessions of one service. A context manager that opens and closes their file.
+
+    Every method is short enough for the event loop. All raise `SessionsUnavailable` if the file cannot be used. `home`
+    is the number of this host, if several hosts hold sessions.
+    """
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class Sessions:
         self._admission = admission or Admission()
         self._file = SessionFile(path, first_number(home or 0))
         self._home = home
-        self._clock = clock  # seconds: all processes of a host have the same, and nobody can set it
+        self._clock = clock  # monotonic: the same in all processes of a host, and never set back
         self._swept_s = 0.0
         self._ids = SessionIds(b"")
 
@@ -116,7 +119,7 @@ class Sessions:
         self._file.open()
         ((key,),) = self._file.rows("SELECT key FROM service")
         self._ids = SessionIds(key, self._home)
-        now_ms = self._now_ms()  # what was used after it was used before the host began anew
+        now_ms = self._now_ms()  # the clock restarts with the host, so older times can be in the future
         self._file.change("UPDATE session SET used_ms = ? WHERE used_ms > ?", now_ms, now_ms)
         return self
 
@@ -136,31 +139,38 @@ class Sessions:
         sequence: int | str | None = None,
         holder: Token | None = None,
     ) -> Session:
-        """A new session. `owner` is a secret that `owned` lists by. `sequence`: addressed by a number or a name that
-        the client chose, within `policy`, `owner` and `holder`, instead of an id; it replaces one of that name.
-        `holder`: whoever has this token, or one of its name, owns it, and to all others it does not exist. Where there
-        is no room, the session that was idle for longest goes, of the holder's own if there is one."""
+        """Start a session.
+
+        `owner` is a secret of the client, for `owned`. `sequence` is a number or name that the client chose instead of
+        an id, within `policy`, `owner` and `holder`; it replaces an older sequence with this name. `holder` is the
+        token that owns the session: for tokens of another name, the session does not exist. If there is no room, the
+        session that was idle for longest is deleted, one of the same holder if possible.
+        """
         seed = secrets.randbelow(MAX_SEED) if seed is None else seed
         if not 0 <= seed <= MAX_SEED:
             raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
-        owned_by = self._ids.owner(owner, holder)
-        named = None if sequence is None else self._ids.sequence(policy, sequence, owner, holder)
+        owner_digest = self._ids.owner(owner, holder)
+        sequence_digest = None if sequence is None else self._ids.sequence(policy, sequence, owner, holder)
         with self._file.transaction():
-            self._file.change("DELETE FROM session WHERE sequence = ?", named)
+            self._file.change("DELETE FROM session WHERE sequence = ?", sequence_digest)
             ((number,),) = self._file.rows(
                 "INSERT INTO session (used_ms, policy, version, seed, exploration, owner, sequence)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING number",
-                *(self._now_ms(), policy, version, seed, exploration, owned_by, named),
+                *(self._now_ms(), policy, version, seed, exploration, owner_digest, sequence_digest),
             )
             if holder is not None:
-                self._keep_within(holder, number)
+                self._enforce_token_limit(holder, number)
             self._make_room(number, holder)
         id_ = self._ids.id(policy, number, holder)
         return Session(id_, policy, version, 0, seed, exploration, 0.0, number, holder)
 
     def get(self, policy: str, id_: str, holder: Token | None = None) -> Session:
-        """Raises `UnknownSession` (never issued here for this policy and this holder), `SessionExpired` (issued, and
-        gone) or `SessionElsewhere` (issued by another host)."""
+        """The session with this id. Raises:
+
+        `UnknownSession`: this host never issued the id for this policy and holder.
+        `SessionExpired`: the id was issued, but its session is gone.
+        `SessionElsewhere`: another host issued the id.
+        """
         found = self._find(holder, "number = ?", self._ids.number(policy, id_, holder))
         if not found:
             raise SessionExpired
@@ -169,19 +179,19 @@ class Sessions:
     def sequence(
         self, policy: str, sequence: int | str, owner: str | None = None, holder: Token | None = None
     ) -> Session:
-        """The session begun with this `sequence`; the number 1 and the text "1" are two. Raises `UnknownSession`."""
+        """The session begun with this `sequence`. The number 1 and the text "1" differ. Raises `UnknownSession`."""
         found = self._find(holder, "sequence = ?", self._ids.sequence(policy, sequence, owner, holder))
         if not found:
             raise UnknownSession(f"no sequence {str(sequence)[:80]!r} of {policy}: never begun, ended or timed out")
         return found[0]
 
     def owned(self, policy: str, owner: str | None, holder: Token | None = None) -> list[Session]:
-        """The sessions begun with this `owner`, or by this `holder`, the first begun first."""
+        """The sessions of this `holder` or, without one, of this `owner`, oldest first."""
         found = self._find(holder, "owner = ? AND policy = ?", self._ids.owner(owner, holder), policy)
         return sorted(found, key=lambda session: session.number)
 
     def versions(self) -> set[tuple[str, int]]:
-        """The policies, by name and version, that any session is on."""
+        """(policy name, version) of all sessions."""
         found = self._file.rows("SELECT DISTINCT policy, version FROM session WHERE used_ms > ?", self._idle_since_ms())
         return {(policy, version) for policy, version in found}
 
@@ -196,11 +206,11 @@ class Sessions:
     async def step(
         self, registry: Registry, session: Session, tensors: Arrays, step: int | None = None, patience_ns: int = 0
     ) -> StepResult:
-        """One item's step: `tensors` are observations and flags, each (1, *shape), without state.
+        """Take one step. `tensors` are observations and flags, each (1, *shape), without state.
 
-        `step` numbers it (the last one's number plus one); the last one's number again gives the stored answer; any
-        other raises `StepConflict`. None: whatever comes next. Raises `InvalidRequest`, `SessionExpired`, or what the
-        policy raises; then the session has not moved.
+        `step` is the number of the step: the last one plus one, or None for the next one. The last number again returns
+        the stored answer; any other raises `StepConflict`. Also raises `InvalidRequest`, `SessionExpired`, and as the
+        policy. If it raises, the state of the session has not changed.
         """
         policy = await policy_of(registry, session)
         while True:
@@ -214,12 +224,12 @@ class Sessions:
             inputs = tensors | last.carried(policy.signature)
             noise_seed = step_seed(seed, number)
             acted = await self._admission.act(policy, inputs, 1, session.exploration, noise_seed, patience_ns)
-            if self._move(session, last, StepRecord.of(number, acted, policy.signature)):
+            if self._write(session, last, StepRecord.of(number, acted, policy.signature)):
                 outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
                 return StepResult(replace(acted, outputs=outputs), number, replayed=False)
 
     def stored(self, policy: Policy, session: Session, step: int) -> StepResult | None:
-        """The answer to `step` if that is the last one done: what a retry gets, whatever else it carries."""
+        """The stored answer if `step` is the last step: the answer to a retry, whatever its body."""
         last, seed = self._read(session)
         return StepResult(last.acted(policy.signature, seed), step, replayed=True) if 0 < last.step == step else None
 
@@ -235,55 +245,57 @@ class Sessions:
         seed, checksum, *fields = found[0]
         record = StepRecord(*fields)
         if record.step and checksum != record.checksum(session.number):
-            log.error("the record of a session of %s is damaged: the session is forgotten", session.policy)
+            log.error("the record of a session of %s is damaged: the session is deleted", session.policy)
             self.end(session)
             raise SessionExpired
         return record, seed
 
-    def _move(self, session: Session, last: StepRecord, new: StepRecord) -> bool:
-        """From `last` on to `new`. False when another attempt has. Raises `SessionTooLarge`."""
+    def _write(self, session: Session, last: StepRecord, new: StepRecord) -> bool:
+        """Replace `last` by `new`. False if another request has taken the step. Raises `SessionTooLarge`."""
         number = session.number
         values = (self._now_ms(), new.step, new.seeded, new.checksum(number), new.answer, new.state)
         columns = "used_ms = ?, step = ?, seeded = ?, checksum = ?, answer = ?, state = ?"
         where = "WHERE number = ? AND step = ?"
-        if new.size_bytes == last.size_bytes:  # nobody has to make room
+        if new.size_bytes == last.size_bytes:  # the total size does not change
             return self._file.change(f"UPDATE session SET {columns} {where}", *values, number, last.step) > 0
         with self._file.transaction():
             update = f"UPDATE session SET {columns}, bytes = ? {where}"
-            moved = self._file.change(update, *values, new.size_bytes, number, last.step) > 0
+            written = self._file.change(update, *values, new.size_bytes, number, last.step) > 0
             self._make_room(number, session.holder)
-        return moved
+        return written
 
-    def _keep_within(self, holder: Token, keep: int) -> None:
-        """Forget the holder's sessions that were idle for longest, `keep` never, until it has no more than it may."""
+    def _enforce_token_limit(self, holder: Token, keep: int) -> None:
+        """Delete sessions of the token that were idle for longest, but not session `keep`, down to its limit."""
         ((count,),) = self._file.rows("SELECT count(*) FROM session WHERE owner = ?", self._ids.owner(None, holder))
         for _ in range(count - (holder.sessions or self.limits.sessions_each)):
-            self._forget(keep, holder)
+            self._delete_oldest(keep, holder)
 
     def _make_room(self, keep: int, holder: Token | None) -> None:
-        """Forget the sessions that were idle for longest, `keep` never, the holder's own before those of others, until
-        the rest fits."""
+        """Delete sessions that were idle for longest, but not session `keep`, until the others fit.
+
+        Sessions of the holder go first.
+        """
         while True:
             ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
             if count <= self.limits.sessions and size <= self.limits.bytes:
                 return
-            if not ((holder is not None and self._forget(keep, holder)) or self._forget(keep)):
+            if not ((holder is not None and self._delete_oldest(keep, holder)) or self._delete_oldest(keep)):
                 raise SessionTooLarge(self.limits.bytes, size)
 
-    def _forget(self, keep: int, holder: Token | None = None) -> bool:
-        """The session that was idle for longest, of all or of the holder's, if there is another one than `keep`."""
-        whose, values = ("", ()) if holder is None else (" AND owner = ?", (self._ids.owner(None, holder),))
-        oldest = f"(SELECT number FROM session WHERE number <> ?{whose} ORDER BY used_ms LIMIT 1)"
+    def _delete_oldest(self, keep: int, holder: Token | None = None) -> bool:
+        """Delete the session, if any, that was idle for longest, but not `keep`. With `holder`, only one of its own."""
+        condition, values = ("", ()) if holder is None else (" AND owner = ?", (self._ids.owner(None, holder),))
+        oldest = f"(SELECT number FROM session WHERE number <> ?{condition} ORDER BY used_ms LIMIT 1)"
         return self._file.change(f"DELETE FROM session WHERE number = {oldest}", keep, *values) > 0
 
     def _sweep(self) -> None:
-        """Every second or so, forget some of those that were idle for too long."""
+        """Once a second, delete expired sessions."""
         now = self._clock()
         if 0 <= now - self._swept_s < SWEEP_EVERY_S:
             return
         idle = "(SELECT number FROM session WHERE used_ms <= ? ORDER BY used_ms LIMIT ?)"
-        gone = self._file.change(f"DELETE FROM session WHERE number IN {idle}", self._idle_since_ms(), SWEEP_AT_MOST)
-        if gone < SWEEP_AT_MOST:
+        swept = self._file.change(f"DELETE FROM session WHERE number IN {idle}", self._idle_since_ms(), MAX_SWEPT)
+        if swept < MAX_SWEPT:
             self._swept_s = now
 
     def _find(self, holder: Token | None, condition: str, *values: Any) -> list[Session]:
@@ -310,7 +322,7 @@ class Sessions:
 
 
 def _check(signature: Signature, tensors: Arrays) -> None:
-    """Raises `InvalidRequest` unless `tensors` are one item without state."""
+    """Raise `InvalidRequest` unless `tensors` are one item without state."""
     carried = [state.spec.name for state in signature.state if state.spec.name in tensors]
     if carried:
         raise InvalidRequest(f"expected no state, which the session holds; got {', '.join(carried)}", got=carried)

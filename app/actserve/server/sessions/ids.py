@@ -1,10 +1,10 @@
-"""SessionIds: what sessions are called by: ids, and digests of what their clients call them and of who owns them.
+"""SessionIds: ids of sessions, and digests of their owners and sequence names.
 
-An id is the session's number and a keyed digest of it, of its policy and of the token's name, if it was begun with a
-token: it cannot be guessed, it is no id at all with another token, and one that was issued here is known for genuine
-after its session has gone, without a record of the gone.
+An id is the number of the session and a keyed digest of the number, the policy and the name of the token, if any. It
+cannot be guessed, and is not valid with another token. After its session is gone, it can still be verified, without a
+record of old sessions.
 
-Where several hosts each have a file of their own, a number begins with the host, the session's home.
+If several hosts hold sessions, each in its own file, a number begins with the host, the session's home.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from actserve.server.access.tokens import Token
 
 _DIGEST_BYTES = 16
 _NUMBER_BYTES = 8
-HOME_BITS = 23  # of the 63 that a number has; half a million million sessions remain for each home
+HOME_BITS = 23  # of the 63 bits of a number; each home has 2**40 numbers
 _HOME_SHIFT = 63 - HOME_BITS
 
 
 def first_number(home: int) -> int:
-    """The number that the first session of a home follows."""
+    """The number before the first session of a home."""
     return home << _HOME_SHIFT
 
 
 def home_of(id_: str) -> int | None:
-    """The home that an id names; None if it is no id."""
+    """The home in an id; None if it is not an id."""
     try:
         return _number(id_) >> _HOME_SHIFT
     except ValueError:
@@ -35,7 +35,7 @@ def home_of(id_: str) -> int | None:
 
 
 def _number(id_: str) -> int:
-    """Raises ValueError."""
+    """The number in an id. Raises `ValueError`."""
     data = base64.urlsafe_b64decode(id_)
     if len(data) != _NUMBER_BYTES + _DIGEST_BYTES:
         raise ValueError
@@ -50,15 +50,15 @@ class SessionIds:
         self._home = home
 
     def id(self, policy: str, number: int, holder: Token | None) -> str:
-        whose = () if holder is None else (holder.name,)
-        data = number.to_bytes(_NUMBER_BYTES, "big") + self._digest("session", policy, number, *whose)
+        owner = () if holder is None else (holder.name,)
+        data = number.to_bytes(_NUMBER_BYTES, "big") + self._digest("session", policy, number, *owner)
         return base64.urlsafe_b64encode(data).decode()
 
     def number(self, policy: str, id_: str, holder: Token | None) -> int:
-        """Raises `UnknownSession` unless `id_` was issued here for this policy and this holder, `SessionElsewhere` if
-        it says that it was issued at another home."""
+        """The number in `id_`. Raises `SessionElsewhere` if the id is from another home, and `UnknownSession` if this
+        host has not issued it for this policy and holder."""
         if self._home is not None and home_of(id_) not in (None, self._home):
-            raise SessionElsewhere("another host holds the session, and no request reaches that now; try again shortly")
+            raise SessionElsewhere("another host holds the session, and cannot be reached now; try again shortly")
         try:
             number = _number(id_)
             genuine = hmac.compare_digest(self.id(policy, number, holder).encode(), id_.encode())
@@ -69,7 +69,7 @@ class SessionIds:
         return number
 
     def owner(self, owner: str | None, holder: Token | None) -> bytes | None:
-        """Of all sessions of the holder or, without one, of those begun with the secret `owner`."""
+        """The digest of the holder's name or, without a holder, of the secret `owner`."""
         if holder is not None:
             return self._digest("holder", holder.name)
         return None if owner is None else self._digest("owner", owner)
@@ -80,5 +80,5 @@ class SessionIds:
         return self._digest("sequence", policy, owner, sequence)
 
     def _digest(self, *parts: str | int | None) -> bytes:
-        """16 bytes; `repr` keeps 1 and "1" apart, and where parts end."""
+        """16 bytes. `repr` distinguishes 1 from "1", and separates the parts."""
         return hmac.digest(self._key, repr(parts).encode(), "sha256")[:_DIGEST_BYTES]

@@ -1,10 +1,11 @@
-"""SessionFile: the SQLite file that the sessions of one service live in, shared by its worker processes.
+"""SessionFile: the SQLite file with the sessions of one service, shared by its worker processes.
 
 Rows of one or two kilobytes in pages of 4 KB would waste up to half of each page; pages of 1 KB with overflow pages
-waste less than a page for a row of any size. Freed pages are used again, so the file never grows past what the limits
-on sessions allow. `synchronous` is OFF: an fsync would hold the event loop for milliseconds, and the death of a
-process loses nothing without it. The death of the host may leave old or mixed pages: the file is looked over when it
-is opened, and each row carries a checksum.
+waste less than a page for a row of any size. Freed pages are used again, so the limits on sessions bound the file.
+
+`synchronous` is OFF: an fsync would block the event loop for milliseconds, and without it the crash of a process loses
+nothing. A crash of the host may leave old or mixed pages. Therefore the file is checked when it is opened, and each row
+has a checksum.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from actserve.core.errors import SessionsUnavailable
 
 log = logging.getLogger("actserve")
 
-FORMAT = 1  # of the tables; another one is refused
-LOCK_TIMEOUT_S = 5.0  # a write by another worker takes some 20 µs
+FORMAT = 1  # of the tables; files with another format are refused
+LOCK_TIMEOUT_S = 5.0  # a write by another worker takes about 20 µs
 KEY_BYTES = 32
 _SCHEMA = f"""
 PRAGMA synchronous = OFF;
@@ -33,19 +34,19 @@ PRAGMA journal_mode = WAL;
 PRAGMA user_version = {FORMAT};
 CREATE TABLE service (key BLOB NOT NULL, sessions INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT;
 CREATE TABLE session (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, -- ascending, so that pages are full, and never given twice
-    used_ms INTEGER NOT NULL, -- the last step, or the begin, by the host's monotonic clock
+    number INTEGER PRIMARY KEY AUTOINCREMENT, -- ascending, which fills pages, and never used twice
+    used_ms INTEGER NOT NULL, -- time of the last step or of the start, by the monotonic clock of the host
     step INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL DEFAULT 0, -- of the answer and the state
     policy TEXT NOT NULL,
     version INTEGER NOT NULL,
     seed INTEGER NOT NULL,
     exploration TEXT,
-    owner BLOB, -- digests, not what clients sent
+    owner BLOB, -- a digest, as is sequence
     sequence BLOB,
     seeded INTEGER NOT NULL DEFAULT 0, -- whether the last step drew random numbers
     checksum INTEGER NOT NULL DEFAULT 0,
-    answer BLOB NOT NULL DEFAULT x'', -- last, as they alone are large
+    answer BLOB NOT NULL DEFAULT x'', -- the large columns come last
     state BLOB NOT NULL DEFAULT x''
 ) STRICT;
 CREATE INDEX by_use ON session (used_ms);
@@ -64,24 +65,27 @@ END;
 
 
 class SessionFile:
-    """One process's way into the file at `path`, which is made when there is none. Everything here raises
-    `SessionsUnavailable` for whatever SQLite or the disk refuses."""
+    """A connection to the file at `path`, which is created if missing.
+
+    All methods raise `SessionsUnavailable` for errors of SQLite or the disk. In a new file, the number of the first
+    session is `after` plus one.
+    """
 
     def __init__(self, path: Path, after: int = 0) -> None:
         self.path = path
-        self._after = after  # the number that the first session of a new file follows
+        self._after = after
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> None:
         with _translated():
             if not self.path.exists():
-                _make(self.path, self._after)
+                _create(self.path, self._after)
             self._connection = sqlite3.connect(
                 self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
         try:
             self.rows("PRAGMA synchronous = OFF")
-            self._look_over()
+            self._check()
         except BaseException:
             self.close()
             raise
@@ -92,18 +96,18 @@ class SessionFile:
             self._connection = None
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
-        """The rows that a query finds."""
+        """The rows of a query."""
         with _translated():
             return self._open_connection().execute(statement, values).fetchall()
 
     def change(self, statement: str, *values: Any) -> int:
-        """How many rows an INSERT, UPDATE or DELETE changed."""
+        """The number of rows that an INSERT, UPDATE or DELETE changed."""
         with _translated():
             return self._open_connection().execute(statement, values).rowcount
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of the block's changes or, on an exception, none."""
+        """Commits the changes of the block, or none of them if it raises."""
         self.rows("BEGIN IMMEDIATE")
         try:
             yield
@@ -117,21 +121,23 @@ class SessionFile:
             raise SessionsUnavailable("sessions are closed; try again shortly")
         return self._connection
 
-    def _look_over(self) -> None:
+    def _check(self) -> None:
         ((found,),) = self.rows("PRAGMA user_version")
         if found != FORMAT:
-            raise SessionsUnavailable(f"{self.path.name} has format {found} and this actserve reads {FORMAT}: move it")
+            raise SessionsUnavailable(
+                f"{self.path.name} has format {found} and this actserve reads {FORMAT}: move the file away"
+            )
         ((problem,),) = self.rows("PRAGMA quick_check(1)")
         if problem != "ok":
-            raise SessionsUnavailable(f"{self.path.name} is damaged: move it away to begin anew")
+            raise SessionsUnavailable(f"{self.path.name} is damaged: move it away to start a new file")
 
 
-def _make(path: Path, after: int) -> None:
-    """Appears whole, by one link: of several workers that find no file one makes it."""
-    descriptor, draft = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # readable by its owner alone
+def _create(path: Path, after: int) -> None:
+    """Create the file in full, then link it to `path`: if several workers try, one succeeds."""
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # readable only by its owner
     os.close(descriptor)
     try:
-        connection = sqlite3.connect(draft, isolation_level=None)
+        connection = sqlite3.connect(temporary, isolation_level=None)
         try:
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO service VALUES (?, 0, 0)", (secrets.token_bytes(KEY_BYTES),))
@@ -139,11 +145,11 @@ def _make(path: Path, after: int) -> None:
         finally:
             connection.close()
         try:
-            os.link(draft, path)
+            os.link(temporary, path)
         except FileExistsError:
             return
     finally:
-        os.unlink(draft)
+        os.unlink(temporary)
 
 
 @contextmanager
@@ -152,6 +158,6 @@ def _translated() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         log.error("sessions: %s", error)
-        raise SessionsUnavailable(f"the sessions' file cannot be used: {error}") from error
+        raise SessionsUnavailable(f"the sessions file cannot be used: {error}") from error
     except OSError as error:
-        raise SessionsUnavailable(f"the sessions' file cannot be made: {error.strerror}") from error
+        raise SessionsUnavailable(f"the sessions file cannot be created: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""StepRecord: what a session's last step came to, as it is stored: every output, and the state that goes on."""
+"""StepRecord: the stored result of a session's last step: every output, and the state for the next step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from actserve.engine.policy import Acted
 
 @dataclass(frozen=True)
 class StepRecord:
-    """After step number `step`; 0: nothing was done yet, and there is neither answer nor state."""
+    """The result of step number `step`. Before the first step it is 0, and answer and state are empty."""
 
     step: int
     seeded: bool  # whether the step drew random numbers
-    answer: bytes  # every output, row-major, in the signature's order
-    state: bytes  # likewise
+    answer: bytes  # every output, row-major, in the order of the signature
+    state: bytes  # every state, likewise
 
     @classmethod
     def of(cls, step: int, acted: Acted, signature: Signature) -> StepRecord:
-        """`acted`: of one item."""
+        """`acted` is the result for one item."""
         answer = _pack(signature.outputs, acted.outputs)
         state = _pack([state.spec for state in signature.state], acted.outputs)
         return cls(step, acted.seed is not None, answer, state)
@@ -34,16 +34,16 @@ class StepRecord:
         return len(self.answer) + len(self.state)
 
     def checksum(self, number: int) -> int:
-        """Over the record and the number of its session."""
+        """A checksum of the record and of the number of its session."""
         head = b"%d %d %d" % (number, self.step, self.seeded)
         return zlib.crc32(self.state, zlib.crc32(self.answer, zlib.crc32(head)))
 
     def carried(self, signature: Signature) -> Arrays:
-        """The state for the next step, each (1, *shape); before the first step nothing."""
+        """The state for the next step, each (1, *shape); empty before the first step."""
         return _unpack([state.spec for state in signature.state], self.state) if self.step else {}
 
     def acted(self, signature: Signature, seed: int) -> Acted:
-        """What the step was answered: outputs only. `seed` is the session's."""
+        """The answer to the step, without state. `seed` is the seed of the session."""
         outputs = _unpack(signature.outputs, self.answer)
         return Acted(outputs, step_seed(seed, self.step) if self.seeded else None, queue_ns=0, run_ns=0)
 
@@ -53,7 +53,7 @@ def _pack(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> bytes:
 
 
 def _unpack(specs: Sequence[TensorSpec], data: bytes) -> Arrays:
-    """What `_pack` made -> arrays of their own, each (1, *shape)."""
+    """Packed bytes -> arrays that own their memory, each (1, *shape)."""
     arrays: Arrays = {}
     offset = 0
     for spec in specs:
