@@ -42,7 +42,9 @@ def _plugin_commands() -> dict[str, Any]:
     for plugin in entry_points(group=PLUGINS):
         try:
             commands = plugin.load()
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != plugin.module.partition(".")[0]:
+                raise
             continue
         group = typer.main.get_command(commands)
         assert isinstance(group, TyperGroup)
