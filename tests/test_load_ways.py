@@ -108,9 +108,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     monkeypatch.setattr(Sessions, "begin", count_begin)
     monkeypatch.setattr(Sessions, "__exit__", count_left)
-    monkeypatch.setattr(
-        "actserve.loadtest.backends.base.OBSERVATIONS", 4
-    )  # the same is asked again soon, on a busy machine
+    # The same is asked again soon, and a slow machine has time to end the pilot's sessions.
+    monkeypatch.setattr("actserve.loadtest.backends.base.OBSERVATIONS", 4)
+    monkeypatch.setattr("actserve.loadtest.generator.PILOT_S", 60.0)
     yield counts
     assert not counts.left
 
