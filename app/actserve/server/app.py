@@ -34,7 +34,7 @@ from actserve.store.remote import open_store
 from actserve.store.trust import Trust
 from actserve.telemetry.traces import Traces
 
-LOAD_WAIT_S = 2.0  # a worker loads for so long before it accepts connections that other workers could answer
+LOAD_WAIT_S = 2.0  # while other workers serve, a worker loads for this long before it accepts connections
 
 
 def check(settings: Settings) -> None:

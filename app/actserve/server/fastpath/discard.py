@@ -23,7 +23,7 @@ def discard(transport: asyncio.BaseTransport, count: int) -> int:
     borrowed = socket.socket(connection.family, socket.SOCK_STREAM, 0, connection.fileno())
     try:
         return borrowed.recv_into(_NOWHERE, min(count, MAX_BYTES), socket.MSG_TRUNC | socket.MSG_DONTWAIT)
-    except OSError:  # nothing has come, or the connection broke, which the next read reports
+    except OSError:  # no bytes have come, or the connection broke, which the next read reports
         return 0
     finally:
         borrowed.detach()

@@ -25,13 +25,13 @@ from actserve.telemetry.counts import ACT, Tally
 
 Headers = list[tuple[bytes, bytes]]
 UNAVAILABLE = str(errors.STATUS[Unavailable])
-TRIM_EVERY_S = 10  # seconds between two checks whether freed memory goes back to the system
+TRIM_EVERY_S = 10  # how often memory of closed connections is returned to the system
 MAX_REFUSALS = 64  # cached
 MAX_ANSWERS = 4096  # cached; a policy with more actions has each answer built
 
 
 class Endpoint:
-    """One live policy: where its requests go, and its responses, byte for byte as the route would write them."""
+    """One live policy: its batcher, and its responses, byte for byte as the route would write them."""
 
     def __init__(self, batcher: Batcher, arena: Arena, policy: Policy, tally: Tally) -> None:
         self.batcher, self.arena = batcher, arena
@@ -110,7 +110,7 @@ class FastPath:
         self.connections: set[TimedConnection] = set()
         self._registry = registry
         self._observed = observed
-        self._generation = -1  # of the registry, and of the tokens, for which the endpoints were built
+        self._generation = -1  # of the registry and of the tokens, when the endpoints were built
         self._tokens_generation = 0
         self._heads: HeadParser[Endpoint] = HeadParser({})
 
@@ -159,7 +159,7 @@ class FastPath:
         for policy in self._registry.live:
             batcher, name = policy.batcher, policy.name
             if self._registry.has_candidate(name):
-                continue  # with a canary or a shadow, the route decides who acts
+                continue  # with a canary or a shadow, the route chooses the version
             if batcher.arena is not None and not policy.signature.state:  # the answer to state is not prebuilt
                 tally = self._registry.counts.tally(name, "fastpath", ACT)
                 endpoint = endpoints[f"/policies/{name}/act".encode()] = Endpoint(batcher, batcher.arena, policy, tally)

@@ -41,12 +41,12 @@ TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length
 
 
 class Phase(Enum):
-    """What a connection is doing."""
+    """The state of a connection."""
 
     IDLE = auto()  # between two requests
     RECEIVING = auto()
     ANSWERING = auto()
-    SENDING = auto()  # an answer that the client does not read
+    SENDING = auto()  # the client has not read the whole answer
 
 
 class FastPathProtocol(Receiver):
@@ -65,16 +65,16 @@ class FastPathProtocol(Receiver):
         self._connections: set[Any] = server_state.connections
         self._fast_path: FastPath | None = app_state.get("fast_path")
         self._endpoint: Endpoint | None = None  # of the request that is being received or answered
-        self._request_id: bytes | None = None  # to be repeated in the answer
-        self._to_discard = 0  # bytes of a refused body that are still to come
+        self._request_id: bytes | None = None  # returned in the answer
+        self._to_discard = 0  # remaining bytes of a refused body
         self._head_bytes = FIRST_HEAD_BYTES  # expected length of the next head
         self._passing = False  # bytes go to uvicorn's protocol
         self._closing = False  # after the next answer
-        self._requests = 0  # begun on this connection, on both paths
+        self._requests = 0  # started on this connection, on the fast path or not
         self._before: tuple[Phase, int] = (Phase.IDLE, -1)  # at the last `close_if_idle`
         self._unchanged_s = 0
 
-    # what asyncio calls
+    # called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -110,7 +110,7 @@ class FastPathProtocol(Receiver):
             self._to_discard -= count
         elif self._endpoint is not None:
             self._keep(count)
-        elif self._passing and not self._inner.rests:
+        elif self._passing and not self._inner.is_idle:
             self._inner.data_received(bytes(self._buffer[:count]))
         else:
             self._begin(self._data + self._buffer[:count])
@@ -122,7 +122,7 @@ class FastPathProtocol(Receiver):
         if self._missing is not None:
             self._leave()
 
-    # what uvicorn's server calls
+    # called by uvicorn's server
 
     def shutdown(self) -> None:
         """Answer the request in progress, or one that the client has just sent, then close."""
@@ -134,7 +134,7 @@ class FastPathProtocol(Receiver):
         if self.transport is not None and self._endpoint is None:
             self._inner.shutdown()
 
-    # what uvicorn's protocol calls
+    # called by uvicorn's protocol
 
     def forget(self) -> None:
         """The connection has closed, or belongs to a WebSocket now, which has time-outs of its own."""
@@ -142,7 +142,7 @@ class FastPathProtocol(Receiver):
         if self._fast_path is not None:
             self._fast_path.connections.discard(self)
 
-    # a request comes
+    # a request arrives
 
     def _begin(self, data: bytes) -> None:
         end = data.find(b"\r\n\r\n") + 4
@@ -169,7 +169,7 @@ class FastPathProtocol(Receiver):
         self._take(head, data, end, expanded)
 
     def _take(self, head: RequestHead[Endpoint], data: bytes, end: int, expanded: bytearray | None) -> None:
-        """Admit the request that `data` begins with; its head ends at `end`, its body was `expanded` if compressed."""
+        """Admit the request at the start of `data`. Its head ends at `end`. A compressed body is in `expanded`."""
         assert self._fast_path is not None
         endpoint, admission = head.endpoint, self._fast_path.admission
         self._endpoint, self._request_id, self.patience_ns = endpoint, head.request_id, head.patience_ns
@@ -221,7 +221,7 @@ class FastPathProtocol(Receiver):
         except ActserveError as error:
             self._answer(self._endpoint.refusal(error, self._state.default_headers))
 
-    # what the batcher calls
+    # called by the batcher
 
     def settle(self, outcome: BatchResult, start: int) -> None:
         assert self._endpoint is not None
@@ -247,7 +247,7 @@ class FastPathProtocol(Receiver):
         self._endpoint = self._request_id = None
         super()._leave()
 
-    # what the fast path calls once a second
+    # called by the fast path once a second
 
     def close_if_idle(self) -> None:
         """Close the connection if it has waited for the client for too long."""
@@ -273,9 +273,9 @@ class FastPathProtocol(Receiver):
             return Phase.RECEIVING
         if self._endpoint is not None:
             return Phase.ANSWERING
-        if self._data or (self._passing and not self._inner.between):
+        if self._data or (self._passing and not self._inner.between_messages):
             return Phase.RECEIVING
-        if self._passing and not self._inner.rests:
+        if self._passing and not self._inner.is_idle:
             return Phase.ANSWERING
         return Phase.IDLE
 

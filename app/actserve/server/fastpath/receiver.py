@@ -1,8 +1,8 @@
-"""Receiver: takes an observation from the socket to where the batch is read from.
+"""Receiver: receives an observation into the memory of a batch.
 
-A single observation has a row of the arena while it comes quickly. If rows run out, the slowest sender gives up its row
-and its observation continues in memory of its own, so a slow client delays no other. The memory of a batch is allocated
-before the batch has come, within `Admission.reserve`; beyond that it grows with the bytes that come.
+A single observation is received into a row of the arena. If rows run out, the slowest sender gives up its row, and its
+observation continues in separate memory, so a slow client delays no other. The memory of a batch is allocated before
+its bytes arrive, within `Admission.reserve`; beyond that limit it grows with the bytes that arrive.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     gets everything that does not take the fast path.
 
     `_arena` is set while a request is received or waits for a row, until `_leave`. Its bytes go to `row`, to `_block`
-    (memory for all of it), or to `_grown` (as much as has come). `_missing` is where the next bytes go. `_data` holds
-    bytes that have no place yet: the beginning of a head, or a request that was sent ahead.
+    (memory for all of it), or to `_grown` (memory for the bytes so far). `_missing` is where the next bytes go. `_data`
+    holds bytes without a place: the beginning of a head, or a request that was sent ahead.
     """
 
-    _buffer = memoryview(bytearray(BUFFER_BYTES))  # one for all connections: filled and emptied in one turn
+    # Shared by all connections: it is filled and emptied in one turn of the event loop.
+    _buffer = memoryview(bytearray(BUFFER_BYTES))
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -39,7 +40,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self.row: int | None = None
         self.size = 1  # observations in the request
         self._arena: Arena | None = None
-        self._admission: Admission | None = None  # that has reserved the block
+        self._admission: Admission | None = None  # the one that reserved the block
         self._block: Array | None = None
         self._grown: bytearray | None = None
         self._to_grow = 0  # bytes
@@ -52,9 +53,9 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
 
     @abstractmethod
     def _complete(self) -> None:
-        """The whole observation is there."""
+        """Handle the complete observation."""
 
-    # what asyncio calls
+    # called by asyncio
 
     def eof_received(self) -> bool | None:
         ended: bool | None = self._inner.eof_received()
@@ -69,7 +70,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     # a place for the observation
 
     def _seek(self, arena: Arena) -> None:
-        """Receive into a row, at once or when one is free."""
+        """Receive into a row, now or when one is free."""
         row = arena.acquire()
         if row is not None:
             self._receive_row(arena, row)
@@ -79,7 +80,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             arena.waiting.append(self)
 
     def seat(self, row: int) -> bool:
-        """Called by the arena when a row has become free; False if it is not needed any more."""
+        """Called by the arena when a row has become free; False if it is no longer needed."""
         if self.transport is None:
             self._leave()
             return False
@@ -102,31 +103,31 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self._admission, self._block = admission, arena.lend(self.size)
             self._fill(self._block.data)
         else:
-            came, self._data = self._data[:size_bytes], self._data[size_bytes:]
-            self._grow(bytearray(came), size_bytes - len(came))
+            received, self._data = self._data[:size_bytes], self._data[size_bytes:]
+            self._grow(bytearray(received), size_bytes - len(received))
 
     def _fill(self, place: memoryview) -> None:
-        """Put what has come into `place`, and have the rest received there."""
+        """Move the received bytes to `place`, and receive the rest there."""
         if self._data:
-            came = self._data[: len(place)]
-            self._data = self._data[len(came) :]
-            place[: len(came)] = came
-            place = place[len(came) :]
+            received = self._data[: len(place)]
+            self._data = self._data[len(received) :]
+            place[: len(received)] = received
+            place = place[len(received) :]
         if place:
             self._missing = place
         else:
             self._complete()
 
-    def _grow(self, came: bytearray, to_come: int) -> None:
-        """Continue in memory that grows with what comes."""
-        self._grown, self._to_grow = came, to_come
+    def _grow(self, received: bytearray, to_come: int) -> None:
+        """Continue in memory that grows with the bytes that arrive."""
+        self._grown, self._to_grow = received, to_come
         if to_come:
             self._missing = self._buffer[: min(to_come, BUFFER_BYTES)]
         else:
             self._complete()
 
     def _received(self, count: int) -> None:
-        """`count` bytes more have come to `_missing`."""
+        """Handle `count` more bytes in `_missing`."""
         assert self._missing is not None
         assert self._arena is not None
         if self._grown is not None:
@@ -143,7 +144,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self._complete()
 
     def unseat(self) -> int:
-        """Called by the arena while the observation is coming: give up the row, and continue elsewhere."""
+        """Called by the arena while the observation arrives: give up the row, and continue in other memory."""
         assert self._arena is not None
         assert self._missing is not None
         assert self.row is not None
@@ -154,7 +155,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         return row
 
     def _leave(self) -> None:
-        """The request is over, or the client has disconnected: give back its memory."""
+        """Free the memory of the request, when it is answered or the client has disconnected."""
         arena, row, block = self._arena, self.row, self._block
         self._arena = self.row = self._block = self._grown = None
         if arena is None:
@@ -178,7 +179,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self.transport.pause_reading()
 
     def _answer_with(self, answer: bytes) -> None:
-        """Write the answer, then handle what was sent ahead."""
+        """Write the answer, then handle the request that was sent ahead, if any."""
         self.transport.write(answer)
         self._go_on_soon()
 
@@ -206,7 +207,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         assert self._grown is not None
         return np.frombuffer(self._grown, np.uint8)
 
-    # what the batcher calls
+    # called by the batcher
 
     @property
     def cancelled(self) -> bool:

@@ -1,7 +1,7 @@
-"""Request heads: decides which requests take the fast path.
+"""HeadParser: decides which requests take the fast path.
 
-A head is either understood in full or left to uvicorn's parser, so the two can never read one head differently. Clients
-send the same head again and again: results are cached by the head's bytes.
+A head is either understood in full or left to uvicorn's parser, so the two never disagree about a head. Clients send
+the same head again and again, so results are cached by the bytes of the head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _IGNORED = {
     b"user-agent", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto",
     b"x-forwarded-server", b"x-real-ip",
 }  # fmt: skip
-# Trace context: W3C, then B3. It means something only while spans are recorded.
+# Trace context: W3C, then B3. It matters only if the service traces requests.
 _TRACE = {
     b"traceparent", b"tracestate", b"baggage", b"b3", b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid",
     b"x-b3-sampled", b"x-b3-flags",
@@ -43,11 +43,11 @@ _ONLY: dict[bytes, set[bytes]] = {
 
 
 class Target(Protocol):
-    """A policy that requests can go to."""
+    """An endpoint of the fast path."""
 
     @property
     def item_bytes(self) -> int:
-        """Of one observation."""
+        """The size of one observation."""
 
     @property
     def max_items(self) -> int:
@@ -60,9 +60,9 @@ FindToken = Callable[[bytes | None], Token | None]  # the token in an Authorizat
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the service records of each request. Requests that would have to be recorded go to the routes."""
+    """Whether the service logs or traces requests. The routes handle such requests, because they record them."""
 
-    requests: bool = False  # the access log
+    requests: bool = False  # in the access log
     traces: bool = False
 
 
@@ -71,14 +71,14 @@ NOTHING_OBSERVED = Observed()
 
 @dataclass(frozen=True, slots=True)
 class RequestHead(Generic[Endpoint]):
-    """A head that takes the fast path."""
+    """The parsed head of a request that takes the fast path."""
 
     endpoint: Endpoint
-    patience_ns: int  # how long the request may wait; 0: for ever
+    patience_ns: int  # how long the request may wait in the queue; 0 is no limit
     body_bytes: int
-    items: int  # in the body; 0: compressed, so one item once it is expanded
+    items: int  # in the body; 0: the body is compressed, and has one item
     token: Token | None = None
-    request_id: bytes | None = None  # to be repeated in the answer
+    request_id: bytes | None = None  # returned in the answer
 
 
 def may_become_a_head(data: bytes) -> bool:
@@ -104,7 +104,7 @@ class HeadParser(Generic[Endpoint]):
         self._cache: dict[bytes, RequestHead[Endpoint] | None] = {}
 
     def find(self, head: bytes) -> RequestHead[Endpoint] | None:
-        """`head` with its final empty line -> what it asks for; None: it goes to the routes."""
+        """Parse `head`, which ends with an empty line. None: the routes handle the request."""
         try:
             return self._cache[head]
         except KeyError:
@@ -116,7 +116,7 @@ class HeadParser(Generic[Endpoint]):
             return found
 
     def _parse(self, head: bytes) -> tuple[RequestHead[Endpoint] | None, bool]:
-        """(what the head asks for, whether other requests may have the same head)."""
+        """(the parsed head or None, whether the result may be cached for requests with the same head)."""
         request, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
         method, _, rest = request.partition(b" ")
         path, _, version = rest.partition(b" ")

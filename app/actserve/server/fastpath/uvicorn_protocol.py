@@ -19,16 +19,16 @@ class UvicornProtocol(HttpToolsProtocol):
     silence towards clients that have disconnected (uvicorn would log a traceback for each).
     """
 
-    between = True
+    between_messages = True
     closing = False  # after the next answer
-    outer: Any  # the `LaneProtocol` that holds it
+    outer: Any  # the `FastPathProtocol` that owns it
     _in_head = False
     _unparsed = 0  # bytes that belong to no body and have not completed a message
 
     def data_received(self, data: bytes) -> None:
         self._unparsed += len(data)
         super().data_received(data)
-        if self.between:
+        if self.between_messages:
             self._unparsed = 0
         elif self._unparsed >= MAX_BYTES and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
@@ -46,7 +46,7 @@ class UvicornProtocol(HttpToolsProtocol):
             extensions[FAST_PATH] = stream
 
     def on_message_begin(self) -> None:
-        self.between, self._in_head = False, True
+        self.between_messages, self._in_head = False, True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -64,21 +64,21 @@ class UvicornProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.between = True
+        self.between_messages = True
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        async def app_until_gone(scope: Any, receive: Any, send: Any) -> None:
-            async def send_if_there(message: Any) -> None:
+        async def app_until_disconnect(scope: Any, receive: Any, send: Any) -> None:
+            async def send_if_connected(message: Any) -> None:
                 if cycle.transport.is_closing():
                     cycle.disconnected = True
                 await send(message)
 
-            await app(scope, receive, send_if_there)
+            await app(scope, receive, send_if_connected)
 
-        super()._start_asgi_task(cycle, app_until_gone)
+        super()._start_asgi_task(cycle, app_until_disconnect)
 
     @property
-    def rests(self) -> bool:
-        """The next byte begins a message, and nothing is being answered."""
-        return self.between and not self.pipeline and (self.cycle is None or self.cycle.response_complete)
+    def is_idle(self) -> bool:
+        """Whether the next byte begins a message, and no response is in progress."""
+        return self.between_messages and not self.pipeline and (self.cycle is None or self.cycle.response_complete)

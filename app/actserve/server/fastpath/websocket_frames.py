@@ -1,4 +1,4 @@
-"""The heads of WebSocket frames (RFC 6455, 5.2): read a client's, write a server's."""
+"""Headers of WebSocket frames (RFC 6455, section 5.2): reads those of clients, writes those of the server."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import NamedTuple
 
 BINARY = 0x82  # a whole binary message: FIN and the opcode
 TEXT = 0x81
-_CONTROL = 0x08  # the bit of an opcode that is not of a message
+_CONTROL = 0x08  # the bit in the opcodes of control frames
 _U16, _U64 = struct.Struct("!H"), struct.Struct("!Q")
 
 
 class FrameHeader(NamedTuple):
     first: int  # FIN, three reserved bits, the opcode
-    mask: bytes  # 4 bytes, or none
+    mask: bytes  # 4 bytes, or empty
     length: int  # of the payload, in bytes
-    size: int  # of the head itself
+    size: int  # of the header, in bytes
 
     @property
-    def is_of_a_message(self) -> bool:
+    def is_data(self) -> bool:
         return not self.first & _CONTROL
 
 
 def read(data: bytes) -> FrameHeader | None:
-    """The head that `data` begins with; None: it is not all there. Whether it is a legal one is not looked at."""
+    """The header at the start of `data`, or None if it is incomplete. The header is not validated."""
     if len(data) < 2:
         return None
     masked, length, size = data[1] & 0x80, data[1] & 0x7F, 2
@@ -45,17 +45,17 @@ def read(data: bytes) -> FrameHeader | None:
 
 
 def masked_size(length: int) -> int:
-    """Of the head of a client's frame with so many bytes."""
+    """The size of the header of a client's frame with a payload of `length` bytes."""
     return 6 if length < 126 else 8 if length < 1 << 16 else 14
 
 
 def write(first: int, payload: bytes) -> bytes:
-    """A server's frame."""
+    """A frame of the server."""
     length = len(payload)
     if length < 126:
-        head = bytes((first, length))
+        header = bytes((first, length))
     elif length < 1 << 16:
-        head = bytes((first, 126)) + _U16.pack(length)
+        header = bytes((first, 126)) + _U16.pack(length)
     else:
-        head = bytes((first, 127)) + _U64.pack(length)
-    return head + payload
+        header = bytes((first, 127)) + _U64.pack(length)
+    return header + payload

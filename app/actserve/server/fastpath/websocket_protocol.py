@@ -1,9 +1,9 @@
 """One WebSocket connection: binary messages of one observation are received into a row of the arena.
 
-It stands in front of the WebSocket protocol as `FastPathProtocol` stands in front of HTTP's. It reads the headers of
-frames. Control frames, text and fragmented messages go unchanged to the WebSocket protocol, and so to the route in
+It wraps the WebSocket protocol as `FastPathProtocol` wraps the HTTP protocol. It reads the headers of frames. Control
+frames, text and fragmented messages go unchanged to the WebSocket protocol, which passes them to the route in
 `actserve.server.http.stream`. While the route waits for a message, it offers its episode, and the fast path may step
-it. A message for the route ends the offer.
+the episode. A message for the route ends the offer.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from actserve.server.http.websocket import WebSocketProtocol
 
 
 class SteppableEpisode(Protocol):
-    """An episode that the route offers."""
+    """The interface of an episode that the route offers."""
 
     batcher: Batcher
     arena: Arena
     admission: Admission
     slot: int | None
     steps: int
-    ticket: Ticket | None  # of a message that was charged and handed to the route
+    ticket: Ticket | None  # of a message that was charged and left to the route
 
     def new_ticket(self) -> Ticket:
-        """For the next message."""
+        """A ticket for the next message."""
 
     def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
-        """The payload of the reply to a step that was taken."""
+        """The payload of the reply to a step."""
 
     def refusal(self, error: ActserveError) -> bytes:
-        """The payload, text, of the reply to a step that was refused."""
+        """The text payload of the reply to a refused step."""
 
 
 class FastPathStream(Receiver):
@@ -54,11 +54,11 @@ class FastPathStream(Receiver):
         self._offered: SteppableEpisode | None = None
         self._episode: SteppableEpisode | None = None  # of the step in progress
         self._mask = b""
-        self._passing = 0  # bytes of a frame that are still to go to the inner protocol
+        self._passing = 0  # remaining bytes of a frame for the inner protocol
         self._idle = asyncio.Event()
         self._idle.set()
 
-    # what the route calls
+    # called by the route
 
     def offer(self, episode: SteppableEpisode) -> None:
         if self._inner.queue.empty():
@@ -69,7 +69,7 @@ class FastPathStream(Receiver):
         self._offered = None
         await self._idle.wait()
 
-    # what asyncio calls
+    # called by asyncio
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._missing is not None:
@@ -97,32 +97,32 @@ class FastPathStream(Receiver):
             self._leave()
         self._inner.connection_lost(error)
 
-    # frames come
+    # frames arrive
 
     def _begin(self, data: bytes) -> None:
         self._data = b""
         while data:
-            head = frames.read(data)
-            if head is None:
+            header = frames.read(data)
+            if header is None:
                 self._data = data
                 return
-            if self._take(head, data):
+            if self._take(header, data):
                 return
-            if head.is_of_a_message:
+            if header.is_data:
                 self._offered = None
-            end = head.size + head.length
+            end = header.size + header.length
             self._passing = max(0, end - len(data))
             self._inner.data_received(data[:end])
             data = data[end:]
 
-    def _take(self, head: frames.FrameHeader, data: bytes) -> bool:
-        """Whether the message that `data` begins with takes the fast path; then it is being received."""
+    def _take(self, header: frames.FrameHeader, data: bytes) -> bool:
+        """Start to receive the message at the start of `data`, if it takes the fast path; returns whether it does."""
         episode = self._offered
         if (
             episode is None
-            or head.first != frames.BINARY
-            or not head.mask
-            or head.length != episode.arena.item_bytes
+            or header.first != frames.BINARY
+            or not header.mask
+            or header.length != episode.arena.item_bytes
             or not self._inner.writable.is_set()
         ):
             return False
@@ -132,10 +132,10 @@ class FastPathStream(Receiver):
         except ActserveError:  # the route answers, and closes the stream if need be
             episode.ticket = ticket
             return False
-        self._episode, self._mask = episode, head.mask
+        self._episode, self._mask = episode, header.mask
         self.slot, self.begins = episode.slot, episode.steps == 0
         self._idle.clear()
-        self._data = data[head.size :]
+        self._data = data[header.size :]
         self._seek(episode.arena)
         return True
 
@@ -152,18 +152,18 @@ class FastPathStream(Receiver):
             self._leave()
             self._go_on_soon()
 
-    # what the batcher calls
+    # called by the batcher
 
     def settle(self, outcome: BatchResult, start: int) -> None:
         assert self._episode is not None
         if self.transport is None:
             self._leave()
         elif outcome.error is not None:
-            self._say(frames.TEXT, self._episode.refusal(outcome.error))
+            self._send(frames.TEXT, self._episode.refusal(outcome.error))
         else:
-            self._say(frames.BINARY, self._episode.reply(outcome, start, outcome.begun_ns - self.since_ns))
+            self._send(frames.BINARY, self._episode.reply(outcome, start, outcome.begun_ns - self.since_ns))
 
-    def _say(self, first: int, payload: bytes) -> None:
+    def _send(self, first: int, payload: bytes) -> None:
         self._leave()
         self._answer_with(frames.write(first, payload))
 
@@ -174,7 +174,7 @@ class FastPathStream(Receiver):
 
 
 def unmask(payload: Array, mask: bytes) -> None:
-    """`payload`, (n,) uint8, in place (RFC 6455, 5.3)."""
+    """Unmask `payload`, (n,) uint8, in place (RFC 6455, section 5.3)."""
     mask *= 2
     whole = len(payload) // 8 * 8
     words = payload[:whole].view(np.uint64)
