@@ -1,8 +1,8 @@
 """Bad input, a lot of it, in a bounded run: `python -m tests.benchmarks.fuzz --cases 100000`.
 
 Half of the cases are libFuzzer's, which looks for inputs that reach new code of the decoders (needs atheris, on Linux;
-without it they are mutated blindly). The others go to every decoder, to the sockets of a real server with the lane and
-without, and through schemathesis to every operation of the OpenAPI document. Exit code 1: something did harm, by a
+without it they are mutated blindly). The others go to every decoder, to the sockets of a real server with the fast path
+and without, and through schemathesis to every operation of the OpenAPI document. Exit code 1: something did harm, by a
 crash, an answer of 5xx, or one that took longer than a second.
 """
 
@@ -19,11 +19,11 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from tests import fuzzing, lane_service, stream_service
+from tests import fastpath_service, fuzzing, stream_service
 from tests.fake_policy import NAME as DIGEST
+from tests.fastpath_service import FAST, ITEM_BYTES, PLAIN
+from tests.fastpath_service import NAME as TINY
 from tests.fuzzing import GUIDED
-from tests.lane_service import ITEM_BYTES, LANE, PLAIN
-from tests.lane_service import NAME as TINY
 
 SOCKETS, SCHEMA = 0.1, 0.03  # shares of the cases
 OPERATIONS = 40  # in the OpenAPI document, both ways, more or less
@@ -45,10 +45,10 @@ def main() -> None:
         sockets, schema = int(asked.cases * SOCKETS), int(asked.cases * SCHEMA)
         fuzzing.throw_at_all(found, asked.cases - guided - sockets - schema, rng, report)
     tiny, digest = (fuzzing.requests_to(name, bytes(size)) for name, size in ((TINY, ITEM_BYTES), (DIGEST, 8)))
-    for http in (LANE, PLAIN):
-        # Without the lane it is uvicorn's own protocol, which logs an error whenever a client resets its connection.
-        watching = fuzzing.watched(report) if http == LANE else nullcontext()
-        with watching, lane_service.running(http) as up:
+    for http in (FAST, PLAIN):
+        # Without the fast path it is uvicorn's own protocol, which logs an error whenever a client resets its connection.
+        watching = fuzzing.watched(report) if http == FAST else nullcontext()
+        with watching, fastpath_service.running(http) as up:
             fuzzing.throw_over_sockets(f"sockets, {http}", up.port, tiny, sockets // 3, rng, report)
     with fuzzing.watched(report), stream_service.running() as stateful:
         port = int(stateful.url.rpartition(":")[2])

@@ -28,7 +28,8 @@ from torchrl.modules import MLP, QValueActor
 
 def small():
     torch.manual_seed(0)
-    policy = QValueActor(MLP(in_features=4, out_features=2, num_cells=[8]), ["observation"], Categorical(2))
+    network = MLP(in_features=4, out_features=2, num_cells=[8])
+    policy = QValueActor(network, in_keys=["observation"], spec=Categorical(2))
     return policy, TensorDict({"observation": torch.zeros(4)})
 """
 

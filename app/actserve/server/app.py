@@ -50,8 +50,9 @@ def check(settings: Settings) -> None:
 
 
 class Application(FastAPI):
+    """FastAPI with the observability middleware around everything, error handlers included."""
+
     def build_middleware_stack(self) -> ASGIApp:
-        """Put `ObservabilityMiddleware` outermost, around the error-handling middleware."""
         return ObservabilityMiddleware(super().build_middleware_stack())
 
 
