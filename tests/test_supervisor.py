@@ -149,9 +149,15 @@ def test_told_to_end_it_ends_with_all_its_workers() -> None:
         assert not listens(service.port)
 
 
+def _answering(service: Running) -> set[int]:
+    """The pids of workers that answer."""
+    return {told["pid"] for _ in range(20) if (told := service.tell()) is not None}
+
+
 def test_workers_that_do_not_end_are_ended_at_the_deadline() -> None:
     with running(2, "stubborn") as service:
         workers = service.workers
+        until(lambda: _answering(service) == set(workers))  # a worker that has not begun yet ends at once
         began = time.monotonic()
         service.process.send_signal(signal.SIGINT)
         assert service.process.wait(WITHIN_S) == 0

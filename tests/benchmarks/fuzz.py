@@ -46,7 +46,7 @@ def main() -> None:
         fuzzing.throw_at_all(found, asked.cases - guided - sockets - schema, rng, report)
     tiny, digest = (fuzzing.requests_to(name, bytes(size)) for name, size in ((TINY, ITEM_BYTES), (DIGEST, 8)))
     for http in (FAST, PLAIN):
-        # Without the fast path it is uvicorn's own protocol, which logs an error whenever a client resets its connection.
+        # Without the fast path, uvicorn's protocol logs an error whenever a client resets its connection.
         watching = fuzzing.watched(report) if http == FAST else nullcontext()
         with watching, fastpath_service.running(http) as up:
             fuzzing.throw_over_sockets(f"sockets, {http}", up.port, tiny, sockets // 3, rng, report)
