@@ -49,7 +49,7 @@ def check(settings: Settings) -> None:
     tls.check(settings)
 
 
-class Application(FastAPI):
+class _Application(FastAPI):
     """FastAPI with the observability middleware around everything, error handlers included."""
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -94,7 +94,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
                 finally:
                     await registry.close()
 
-    app = Application(
+    app = _Application(
         title="actserve",
         version=__version__,
         description="Answers `/act` with the action of a policy trained with TorchRL.",
