@@ -50,7 +50,7 @@ class RuntimeContract:
         observation = np.zeros((1, 4), np.float32)
         with pytest.raises(InvalidTensor, match="nothing"):
             runtime.run({})
-        with pytest.raises(InvalidTensor, match="none of them"):
+        with pytest.raises(InvalidTensor, match="an unknown name"):
             runtime.run({"observation": observation, "other": observation})
 
     def test_a_batch_beyond_the_signature_is_refused(self, runtime: Runtime) -> None:

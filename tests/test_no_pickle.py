@@ -109,7 +109,7 @@ sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "p
 pickle.loads(b"cbuiltins\\nlist\\n.")
 assert found.pop() == ("builtins", "list")
 from pathlib import Path
-from app import golden
+from actserve.engine import golden
 from actserve.engine.runtimes.load import load
 from actserve.store.local import ModelStore
 artifact = ModelStore(Path({str(cart.folder.parents[1])!r})).resolve("cart")
