@@ -81,8 +81,12 @@ def test_an_output_without_a_batch_is_refused() -> None:
         capture(source(Ends()))
 
 
-def test_lazy_layers_are_initialised_by_the_example() -> None:
-    assert str(capture(source(Lazy())).signature.action) == "float32[2]"
+def test_lazy_layers_that_never_ran_are_refused() -> None:
+    with pytest.raises(CaptureFailed, match=r"layer.weight was never initialised"):
+        capture(source(Lazy()))
+    ready = Lazy()
+    ready(torch.zeros(1, 3))
+    assert str(capture(source(ready)).signature.action) == "float32[2]"
 
 
 def test_outputs_are_made_contiguous() -> None:

@@ -60,7 +60,9 @@ def export(
             "export only your own), or an .onnx file.",
         ),
     ],
-    runtime: Annotated[str, typer.Option(help="Programs to build, comma-separated.")] = "onnx,pt2",
+    runtime: Annotated[
+        str | None, typer.Option(help="Programs that must be built, comma-separated; by default all that can be.")
+    ] = None,
     store: Store = DEFAULT_STORE,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (safetensors) to load into the policy.")] = None,
     name: Annotated[
@@ -82,10 +84,10 @@ def export(
     json: Json = False,
 ) -> None:
     """Export a policy to .onnx and .pt2, prove that they act the same, and publish them into the store."""
-    runtimes = [part for part in runtime.split(",") if part]
-    if int8 and "onnx" not in runtimes:
+    runtimes = None if runtime is None else [part for part in runtime.split(",") if part]
+    if int8 and runtimes is not None and "onnx" not in runtimes:
         raise UsageError("--int8 is made from the .onnx program: add onnx to --runtime")
-    if not runtimes or set(runtimes) - set(PROGRAMS):
+    if runtimes is not None and (not runtimes or set(runtimes) - set(PROGRAMS)):
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
     own = open_for_publishing(store, sign)
     from actserve.engine.tuning.tuned import tune_briefly

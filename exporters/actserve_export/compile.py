@@ -117,7 +117,7 @@ def _certify(draft: Artifact) -> dict[str, Any]:
         )
     return {
         "compared": agreement.compared,
-        "action_disagreements": 0,
+        "action_disagreements": len(agreement.differing),
         "largest_difference": dict(agreement.largest_difference),
         "against": "golden samples",
     }

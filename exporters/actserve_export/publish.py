@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from actserve import __version__
-from actserve.core.errors import UsageError
+from actserve.core.errors import CaptureFailed, UsageError
 from actserve.engine.runtimes import preflight
 from actserve.store.artifact import FORMAT, GOLDEN, Artifact, Manifest
 from actserve.store.local import ModelStore
@@ -23,7 +23,9 @@ from actserve_export.capture import capture
 from actserve_export.certify import certify
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 
+RUNTIMES = ("onnx", "pt2")
 HOST_BOUND = ("pt2",)  # native code
+MISSING = "missing"  # the certificate's entry on programs that could not be built
 EVALUATION = "evaluation"  # the certificate's entry on the games that the policy played
 GRAPH = "graph.txt"
 _TOOLS = ("torch", "torchrl", "tensordict", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -47,7 +49,7 @@ def export(
     store: ModelStore,
     *,
     origin: str,
-    runtimes: Sequence[str] = ("onnx", "pt2"),
+    runtimes: Sequence[str] | None = None,
     native: bool = False,
     device: str = "cpu",
     portable: bool = False,
@@ -56,8 +58,9 @@ def export(
 ) -> Export:
     """Publish `source` as the next version of `name`, if its programs agree with it.
 
-    `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU only, and
-    `device` for "cpu" or "cuda". `portable` certifies all programs, and publishes only the portable ones.
+    `runtimes` are the programs that must be built; by default those that can be, and the certificate says why another
+    is missing. `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU
+    only, and `device` for "cpu" or "cuda". `portable` certifies all programs, and publishes only the portable ones.
     The result of `evaluate` becomes part of the certificate. Without `evaluate`, an earlier version of the same export
     provides it.
     Raises `CaptureFailed`, `Disagreement`, `StoreError`, and the errors of `evaluate`.
@@ -65,7 +68,8 @@ def export(
     progress("capturing the policy")
     torch.set_num_threads(1)  # small batches gain nothing from more, and lose much on a busy machine
     captured = capture(source)
-    runtimes = _possible(runtimes, captured, progress)
+    insisted = runtimes is not None
+    runtimes = _possible(runtimes or RUNTIMES, captured, progress)
     target = {"native": native, "device": device}  # of the .pt2
     fingerprint = _fingerprint(captured, source, target)
     existing = store.find(name, fingerprint)
@@ -73,7 +77,9 @@ def export(
     for artifact in existing:
         if not store.is_signed(artifact):
             continue
-        if _runs_here(artifact, kept) and (evaluate is None or EVALUATION in artifact.manifest.certificate):
+        missing = artifact.manifest.certificate.get(MISSING, {})
+        needed = [runtime for runtime in kept if insisted or runtime not in missing]
+        if _runs_here(artifact, needed) and (evaluate is None or EVALUATION in artifact.manifest.certificate):
             return Export(artifact, published=False)
     manifest = Manifest(
         format=FORMAT,
@@ -95,16 +101,24 @@ def export(
     )
     with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
         folder = Path(name_of_folder)
-        programs = {}
+        programs, missing = {}, {}
         for runtime in runtimes:
             progress(f"building .{runtime}")
-            programs[runtime] = captured.build(runtime, folder, target)
+            try:
+                programs[runtime] = captured.build(runtime, folder, target)
+            except CaptureFailed as error:
+                if insisted or (runtime == runtimes[-1] and not programs):
+                    raise
+                progress(f"no .{runtime}: {error.message}")
+                missing[runtime] = error.message
         files = {program.file: folder / program.file for program in programs.values()}
         files |= {GRAPH: folder / GRAPH, **captured.save(folder, programs)}
         files[GRAPH].write_text(captured.graph())
         # A draft in a temporary store, so that certifying opens the programs in the same way as serving.
         draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
         evidence = certify.certify(captured, source, draft, progress)
+        if missing:
+            evidence.certificate[MISSING] = missing
         files[GOLDEN] = folder / GOLDEN
         files[GOLDEN].write_bytes(evidence.golden)
         certified = replace(draft.manifest, certificate=evidence.certificate)

@@ -14,15 +14,19 @@ from typing import Any
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_aio
+from rich.console import Console
 
 from actserve.atari.play import Act
 from actserve.atari.play import play as run_play
 from actserve.cli.tools import local_service as local
+from actserve.cli.tools import play_and_load as playing
 from actserve.cli.tools.local_service import LocalService
 from actserve.client.remote_policy import RemotePolicy
 from actserve.client.state_carriers import STATE_CARRIERS
 from actserve.core.signature import Array
 from actserve.store.local import ModelStore
+
+STEPS = 400
 
 
 def play(service: LocalService, *options: str) -> dict[str, Any]:
@@ -55,19 +59,18 @@ def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(ls
         port = local.free_port()
         with local.serve(lstm_store.root, "--runtime", runtime, "--grpc-port", str(port)) as service:
             for way in STATE_CARRIERS:
-                report = play(service, "--seed", "3", "--via", way)
-                assert (report["policy"], report["runtime"]) == ("pong-lstm", runtime)
-                games[runtime, way] = report["episodes"]
+                report = playing.play(service.url, None, via=way, seed=3, max_steps=STEPS, console=Console(quiet=True))
+                assert (report.policy, report.runtime) == ("pong-lstm", runtime)
+                games[runtime, way] = report.episodes
             with RemotePolicy(service.url) as remote:
                 world = remote.environment
             assert world is not None
             for client in (by_http(service), by_asyncio(service), by_grpc(port)):
                 with client as (name, act):
-                    report = run_play(always(act), world, episodes=1, seed=3).as_json()
-                games[runtime, name] = report["episodes"]
+                    games[runtime, name] = run_play(always(act), world, episodes=1, seed=3, max_steps=STEPS).episodes
     assert len(games) == 14
     first, *others = games.values()
-    assert first[0]["steps"] > 500
+    assert first[0].steps == STEPS
     assert others == [first] * 13
 
 

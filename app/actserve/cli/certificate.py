@@ -38,5 +38,9 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     if counts := certificate.get("actions"):
         shares = ", ".join(f"{action} in {count / samples:.0%}" for action, count in counts.items())
         print(f"chosen actions: {shares}" + ("; always the same action, which proves little" * (len(counts) == 1)))
+    for runtime, reason in certificate.get("missing", {}).items():
+        print(f"no .{runtime}: {reason}")
+    for gap in certificate.get("not_shown", ()):
+        print(f"not shown: {gap}")
     if certificate["smallest_margin"] is not None:
         print(f"smallest margin of a chosen action: {certificate['smallest_margin']:.3g}")

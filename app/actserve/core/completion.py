@@ -44,7 +44,7 @@ def complete(
     first_step = any(state.spec.name not in tensors for state in signature.state)
     for state in signature.state:
         if state.spec.name not in inputs:
-            inputs[state.spec.name] = np.full((size, *state.spec.shape), state.initial, state.spec.numpy_dtype)
+            inputs[state.spec.name] = state.initial_value(size)
     if signature.is_init and IS_INIT.name not in inputs:
         inputs[IS_INIT.name] = np.full(size, first_step)
     for parameter in signature.parameters:

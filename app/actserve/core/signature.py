@@ -88,7 +88,12 @@ class State:
 
     spec: TensorSpec  # the input
     output: str  # name of the output that replaces it
-    initial: float = 0.0  # initial value of every element
+    initial: float | tuple[float, ...] = 0.0  # initial value of every element, or of each one, row-major
+
+    def initial_value(self, batch: int) -> Array:
+        """(batch, *shape): the state at the beginning of an episode."""
+        one = np.reshape(self.initial, self.spec.shape) if isinstance(self.initial, tuple) else self.initial
+        return np.full((batch, *self.spec.shape), one, self.spec.numpy_dtype)
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,12 @@ class Signature:
     def results(self) -> tuple[TensorSpec, ...]:
         """All outputs of the program, in order: the policy's outputs, then the new state."""
         return (*self.outputs, *(replace(state.spec, name=state.output) for state in self.state))
+
+    @cached_property
+    def graph_results(self) -> tuple[TensorSpec, ...]:
+        """The results with their names in an .onnx graph, where no output has the name of an input."""
+        taken = {spec.name for spec in self.inputs}
+        return tuple(replace(spec, name=f"{spec.name}_out") if spec.name in taken else spec for spec in self.results)
 
     @property
     def action(self) -> TensorSpec:

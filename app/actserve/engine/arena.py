@@ -141,7 +141,10 @@ class Arena:
             for state in self._states:
                 more = state.spec.zeros(size + 9)
                 self._kept[state.spec.name] = np.concatenate([self._kept[state.spec.name], more])
-        return self._slots.pop()
+        slot = self._slots.pop()
+        for state in self._states:
+            self._kept[state.spec.name][slot] = state.initial_value(1)[0]
+        return slot
 
     def forget(self, slot: int | None) -> None:
         if slot is not None:

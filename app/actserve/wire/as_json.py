@@ -65,7 +65,9 @@ def array_from_lists(value: Any, spec: TensorSpec) -> Array:
     """
     shape, flat, types = _flatten(value, spec)
     kind = spec.numpy_dtype.kind
+    infinities = 0  # that are spelled out, as "Infinity"
     if kind == "f" and str in types:
+        infinities = sum(type(element) is str and element.endswith("Infinity") for element in flat)
         flat = [_NON_FINITE.get(element, element) if type(element) is str else element for element in flat]
         types = set(map(type, flat))
     wrong = types - _ACCEPTED[kind]
@@ -76,6 +78,9 @@ def array_from_lists(value: Any, spec: TensorSpec) -> Array:
         array: Array = np.array(flat, _WIDEST[kind])
     except OverflowError:
         raise InvalidTensor(spec.name, _ACCEPTED_NAMES[kind], "one of more than 64 bits") from None
+    if kind == "f" and np.isinf(array).sum() > infinities:
+        bounds = np.finfo(spec.numpy_dtype)
+        raise InvalidTensor(spec.name, f"{bounds.min} to {bounds.max}", "a larger number")
     if kind != "b":
         limits = np.iinfo(spec.numpy_dtype) if kind in "ui" else np.finfo(spec.numpy_dtype)
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array

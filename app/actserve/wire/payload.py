@@ -10,7 +10,7 @@ import numpy as np
 
 from actserve.core.completion import MAX_SEED
 from actserve.core.errors import InvalidTensor, MalformedBody
-from actserve.core.signature import Array, Arrays, Exploration, TensorSpec, describe
+from actserve.core.signature import IS_INIT, Array, Arrays, Exploration, TensorSpec, describe
 
 Body = bytes | bytearray | memoryview
 
@@ -130,6 +130,8 @@ def array_from_bytes(data: Body, spec: TensorSpec, shape: Sequence[int]) -> Arra
 
 def check_shape(shape: Sequence[int], spec: TensorSpec) -> None:
     """Raises `InvalidTensor` unless `shape` is the shape of one item or of a batch."""
+    if spec.name == IS_INIT.name and tuple(shape[1:]) == (1,):
+        return  # TorchRL's own shape: [1] an item
     if tuple(shape) != spec.shape and (len(shape) == 0 or tuple(shape[1:]) != spec.shape):
         got = f"{spec.dtype}[{', '.join(map(str, shape[:9]))}{', …' if len(shape) > 9 else ''}]"
         raise InvalidTensor(spec.name, f"{spec}, or a batch of them", got[:200])
@@ -142,6 +144,11 @@ def build_payload(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], meta
     for name, array in arrays.items():
         batched[name] = array.ndim > len(find_spec(name, specs).shape)
         tensors[name] = array if batched[name] else array[None]
+    others = {batched[name] for name in batched if name != IS_INIT.name}
+    if IS_INIT.name in arrays and len(others) == 1:
+        flag, batch = arrays[IS_INIT.name], others == {True}
+        if flag.ndim == batch + 1 and flag.shape[-1] == 1:  # TorchRL's own shape, [1] an item
+            batched[IS_INIT.name], tensors[IS_INIT.name] = batch, flag.reshape(-1)
     if len(set(batched.values())) > 1:
         raise MalformedBody(f"expected every tensor as one item or every tensor as a batch; got a mixture: {batched}")
     return Payload(tensors, any(batched.values()), **metadata)

@@ -20,6 +20,7 @@ from actserve.core.errors import CaptureFailed, one_line
 from actserve.core.signature import Array, Arrays, Signature, State, TensorSpec
 from actserve.engine import golden
 from actserve.store.artifact import Program
+from actserve_export.capture.company import ITEMS, dependence
 from actserve_export.capture.trace import MAX_BATCH
 from actserve_export.programs.onnx_graph import (
     add_argmax,
@@ -48,8 +49,16 @@ class OnnxPolicy:
 
     runtimes: ClassVar[tuple[str, ...]] = ("onnx",)
 
-    def __init__(self, model: Any, session: Any, signature: Signature, scores: str | None, rewrites: list[str]) -> None:
-        self.signature = signature
+    def __init__(
+        self,
+        model: Any,
+        session: Any,
+        signature: Signature,
+        scores: str | None,
+        rewrites: list[str],
+        single_item_reason: str | None,
+    ) -> None:
+        self.signature, self.single_item_reason = signature, single_item_reason
         self._model, self._session = model, session
         self._scores = scores
         self._rewrites = tuple(rewrites)
@@ -114,14 +123,13 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
         max_batch=1 if single else MAX_BATCH,
         state=tuple(State(spec, source.state[spec.name]) for spec in inputs if spec.name in source.state),
     )
-    if not single and not _batches(session, names, samples.collect(source, signature, 3)):
-        log.warning(
-            "exported one item at a time: for a batch the file fails, or its results differ from those of single items"
-        )
+    reason = "the file takes a batch of 1 only" if single else _batch_refusal(session, names, source, signature, scores)
+    if reason is not None and not single:
+        log.warning("exported one item at a time: %s", reason)
         signature = replace(signature, max_batch=1)
     write_signature(model.graph, signature)
     remove_source_traces(model.graph)
-    return OnnxPolicy(model, session, signature, scores, rewrites)
+    return OnnxPolicy(model, session, signature, scores, rewrites, reason)
 
 
 def _session(model: Any) -> Any:
@@ -148,16 +156,17 @@ def _one_by_one(session: Any, names: Sequence[str], inputs: Mapping[str, Array])
     return golden.in_batches(lambda item: _run(session, names, item), inputs, 1)
 
 
-def _batches(session: Any, names: Sequence[str], batch: Arrays) -> bool:
-    """Whether a batch gives the same results as its items alone."""
+def _batch_refusal(
+    session: Any, names: Sequence[str], source: OnnxSource, signature: Signature, scores: str | None
+) -> str | None:
+    """Why the file cannot take batches, or None."""
+    inputs = samples.collect(source, signature, ITEMS)
+
+    def run(batch: Arrays) -> Arrays:
+        results = _run(session, names, batch)
+        return results if scores is None else results | {"action": results[scores].argmax(-1)}
+
     try:
-        together = _run(session, names, batch)
-    except CaptureFailed:
-        return False
-    alone = _one_by_one(session, names, batch)
-    near = golden.Tolerance()
-    return all(
-        together[name].shape == alone[name].shape
-        and np.allclose(together[name], alone[name], near.relative, near.absolute)
-        for name in names
-    )
+        return dependence(run, signature, inputs)
+    except CaptureFailed as error:
+        return f"with a batch {error.message}"

@@ -26,6 +26,8 @@ class StepIO:
         self.parameters: dict[str, Parameter] = {}
         self.noises: list[Noise] = []
         self.uses_is_init = False
+        self.taken: set[str] = set()  # names of the policy's own inputs
+        self.overwritten: set[str] = set()  # inputs that the policy changes in place
         self.next_states: dict[str, Tensor] = {}
         self._inputs: Mapping[str, Tensor] | None = None
         self._batch: Any = 0
@@ -49,6 +51,7 @@ class StepIO:
 
     def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, initial: float = 0.0) -> Tensor:
         """The state `name`, (B, *shape)."""
+        name = self._free(name)
         if self._inputs is not None:
             return self._inputs[name]
         self.states[name] = State(TensorSpec(name, dtype_name(name, dtype), tuple(shape)), f"next_{name}", initial)
@@ -56,7 +59,14 @@ class StepIO:
 
     def set_next_state(self, name: str, tensor: Tensor) -> None:
         """Set `name` for the next step, (B, *shape)."""
+        name = self._free(name)
         self.next_states[name] = tensor
+
+    def _free(self, name: str) -> str:
+        """`name`, or if the policy has an input of this name, another one."""
+        while name in self.taken:
+            name += "_"
+        return name
 
     def is_init(self) -> Tensor:
         """(B,) bool: which items are at the first step of an episode."""
@@ -67,6 +77,7 @@ class StepIO:
 
     def parameter(self, name: str, default: float, low: float, high: float | None = None) -> Tensor:
         """The parameter `name`, (B,) float32."""
+        name = self._free(name)
         if self._inputs is not None:
             return self._inputs[name]
         self.parameters[name] = Parameter(name, default, low, high)
@@ -78,7 +89,7 @@ class StepIO:
         self._drawn += 1
         if self._inputs is not None:
             return self._inputs[self.noises[index].spec.name]
-        name = "noise" if index == 0 else f"noise_{index}"
+        name = self._free("noise" if index == 0 else f"noise_{index}")
         noise = Noise(TensorSpec(name, "float32", tuple(shape)), distribution)
         self.noises.append(noise)
         return torch.from_numpy(draw_noise((noise,), seed=0, size=self._batch)[name])

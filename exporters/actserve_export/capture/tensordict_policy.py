@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import keyword
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictSequential, set_composite_lp_aggregate
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictSequential, set_composite_lp_aggregate
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.errors import CaptureFailed, one_line
 from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
+from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
+from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.noise import NoiseFromInputs
 from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.steps import StepModule
@@ -28,6 +32,7 @@ from actserve_export.capture.swaps import reads_and_writes, swap
 from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.programs.exported import PROGRAM, save_program
 from actserve_export.programs.rewrites.optimize import optimize
+from actserve_export.sources import samples
 from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
 from actserve_export.sources.policy_source import PolicySource
 
@@ -35,6 +40,7 @@ log = logging.getLogger("actserve")
 TRACED_BATCH = 64  # tracing takes a batch of 1 for a constant, and AOTInductor chooses branches by the example
 # Outputs that the program returns besides the action, if the policy writes them.
 KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
+Initial = float | tuple[float, ...]
 MODES: dict[Exploration, Any] = {"deterministic": ExplorationType.DETERMINISTIC, "random": ExplorationType.RANDOM}
 
 
@@ -44,6 +50,7 @@ class Layout:
 
     observations: dict[str, Key]  # by name
     states: dict[str, tuple[Key, Key]]  # name -> (the key read, the key written)
+    initial: dict[str, Initial]  # of each state, from the example
     outputs: dict[str, Key]
     is_init: bool  # the policy itself reads "is_init"
     is_init_shape: tuple[int, ...]
@@ -61,11 +68,15 @@ class StepProgram(nn.Module):
 
     def bind(self, names: tuple[str, ...]) -> StepProgram:
         """Fix the order of the inputs. torch.export names the inputs after the parameters of forward."""
-        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        identifiers = _identifiers(names)
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in identifiers]
         signature = inspect.Signature(parameters)
 
         def forward(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-            return self.run(dict(signature.bind(*args, **kwargs).arguments), recording=False)
+            bound = signature.bind(*args, **kwargs).arguments
+            return self.run(
+                {name: bound[known] for name, known in zip(names, identifiers, strict=True)}, recording=False
+            )
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
@@ -84,10 +95,9 @@ class StepProgram(nn.Module):
 
     def _act(self, mode: Exploration, inputs: Mapping[str, Tensor], batch: Any, recording: bool) -> tuple[Tensor, ...]:
         tensordict = TensorDict({}, batch_size=[batch])
-        for name, key in self.layout.observations.items():
-            tensordict.set(key, inputs[name])
-        for name, (key, _) in self.layout.states.items():
-            tensordict.set(key, inputs[name])
+        keys = self.layout.observations | {name: key for name, (key, _) in self.layout.states.items()}
+        for name, key in keys.items():
+            tensordict.set(key, inputs[name].clone() if name in self.io.overwritten else inputs[name])
         if self.layout.is_init:
             tensordict.set(IS_INIT.name, self.io.is_init().reshape(-1, *self.layout.is_init_shape))
         self.io.next_states = {}
@@ -98,6 +108,19 @@ class StepProgram(nn.Module):
         if not recording:  # a deterministic step does not change the state of a noise process
             outputs += [self.io.next_states.get(name, inputs[name]) for name in self.io.states]
         return tuple(tensor.contiguous() for tensor in outputs)
+
+
+def _identifiers(names: Sequence[str]) -> list[str]:
+    """Python identifiers for names of any kind, each once."""
+    found: list[str] = []
+    for name in names:
+        plain = re.sub(r"\W", "_", name)
+        if not plain.isidentifier() or keyword.iskeyword(plain) or plain == "self":
+            plain = f"input_{plain}"
+        while plain in found:
+            plain += "_"
+        found.append(plain)
+    return found
 
 
 def _choose(explore: Tensor, random: Tensor, sure: Tensor) -> Tensor:
@@ -118,17 +141,21 @@ def _get(result: TensorDictBase, key: Key) -> Tensor:
 class TracedPolicy:
     """`program` is the traced policy; `reference` runs the policy eagerly. The program must repeat its results."""
 
-    program: torch.export.ExportedProgram
+    program: Any  # torch.export.ExportedProgram
     reference: nn.Module
     signature: Signature
     layout: Layout
+    single_item_reason: str | None = None  # why it takes one item a call; None: it takes batches
     runtimes: ClassVar[tuple[str, ...]] = ("onnx", "pt2")
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
         """The results of the policy, run eagerly. `inputs` by name, each (B, *shape)."""
         tensors = [torch.from_numpy(inputs[spec.name]) for spec in self.signature.inputs]
-        with torch.no_grad(), set_composite_lp_aggregate(False):
-            outputs = self.reference(*tensors)
+        try:
+            with torch.no_grad(), set_composite_lp_aggregate(False):
+                outputs = self.reference(*tensors)
+        except Exception as error:
+            raise CaptureFailed(f"the policy fails on a batch of {len(tensors[0])}: {one_line(error)}") from error
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)}
 
     def graph(self) -> str:
@@ -176,43 +203,89 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     """
     io = StepIO()
     policy = swap(source.policy, io).eval()
+    _refuse_lazy(policy)
     layout = _layout(source, policy)
+    io.taken = {*layout.observations, *layout.states}
     items = {name: source.example.get(key) for name, key in layout.observations.items()}
     items |= {name: source.example.get(read) for name, (read, _) in layout.states.items()}
     with torch.no_grad(), set_composite_lp_aggregate(False):
+        probe = StepProgram(policy, io, layout, ("random",))
+        refuse_hidden_state(policy, lambda: _record(probe, items, noisy=True))
         program = StepProgram(policy, io, layout, _modes(policy, io, layout, items, source.exploration))
         results = _record(program, items)
         signature = _signature(program, items, results)
         program.bind(tuple(spec.name for spec in signature.inputs))
-        try:
-            exported = trace(program, signature, TRACED_BATCH)
-        except CaptureFailed as error:
-            log.warning("exported one item at a time; with a batch the export failed: %s", error.message)
+        traced = TracedPolicy(None, program, signature, layout)
+        inputs = samples.collect(source, signature, ITEMS)
+        refuse_hidden_draws(traced.run_reference, inputs)
+        reason = dependence(traced.run_reference, signature, inputs)
+        if reason is None:
+            try:
+                exported = trace(program, signature, TRACED_BATCH)
+            except CaptureFailed as error:
+                reason = f"with a batch the export failed: {error.message}"
+        if reason is not None:
+            log.warning("exported one item at a time: %s", reason)
             signature = replace(signature, max_batch=1)
             exported = trace(program, signature, 1)
-    return TracedPolicy(exported, program, signature, layout)
+    return replace(traced, program=exported, signature=signature, single_item_reason=reason)
 
 
 def _layout(source: PolicySource, policy: nn.Module) -> Layout:
     """Sort the policy's keys into observations, state and outputs."""
     steps = modules_in_order(policy)
     reads, writes = reads_and_writes(steps)
-    # A transform that writes the key it reads prepares an observation. A module that does so carries state.
-    carried = {key for step in steps if not isinstance(step, (Transform, StepModule)) for key in step.out_keys}
+    # The environment gives the previous action: a policy that reads it does not carry it.
+    carried = {key for step in steps if not _prepares(step) for key in step.out_keys} - set(
+        _actions(source.policy, steps)
+    )
     present = set(source.example.keys(include_nested=True, leaves_only=True))
     needed = [key for key in reads if last_part(key) != IS_INIT.name]
     if missing := [key for key in needed if key not in present]:
         raise CaptureFailed(f"the policy reads {missing}, which the example lacks; it has {sorted(map(str, present))}")
     written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
+    if needed and len(written) == len(needed):
+        raise CaptureFailed(f"the policy overwrites everything that it reads ({needed}): expected an observation, too")
     names = keys_by_name(needed, "input")
     init = source.example.get(IS_INIT.name, None)
     return Layout(
         observations={name: key for name, key in names.items() if key not in written},
         states={name: (key, written[key]) for name, key in names.items() if key in written},
-        outputs=keys_by_name(source.outputs or _outputs(source.policy, steps, set(written.values())), "output"),
+        initial={name: _initial(source.example.get(key)) for name, key in names.items() if key in written},
+        outputs=_output_names(
+            source.outputs or _outputs(source.policy, steps, set(written.values())), set(map(key_name, written))
+        ),
         is_init=len(needed) < len(reads),
         is_init_shape=() if init is None else tuple(init.shape),
     )
+
+
+def _output_names(keys: Sequence[Key], states: set[str]) -> dict[str, Key]:
+    """name -> key. An output of the same name as a state is called NAME_out: an answer carries both."""
+    return {f"{name}_out" if name in states else name: key for name, key in keys_by_name(keys, "output").items()}
+
+
+def _prepares(step: Any) -> bool:
+    """Whether a step prepares observations: a transform, or a module that only overwrites keys that it reads.
+
+    A module that carries state writes more than its state, or writes it as ("next", key).
+    """
+    return isinstance(step, (Transform, StepModule)) or set(step.out_keys) <= set(step.in_keys)
+
+
+def _initial(value: Tensor) -> Initial:
+    """The value of a state in the example, with which episodes begin."""
+    flat = tuple(map(float, value.reshape(-1).tolist()))
+    return flat[0] if flat and len(set(flat)) == 1 else flat or 0.0
+
+
+def _refuse_lazy(policy: nn.Module) -> None:
+    for name, parameter in (*policy.named_parameters(), *policy.named_buffers()):
+        if is_lazy(parameter):
+            raise CaptureFailed(
+                f"{name} was never initialised: the policy has a lazy layer that never ran, so its weights would be "
+                "random; run it once, or load its weights, before the export"
+            )
 
 
 def modules_in_order(policy: nn.Module) -> list[Any]:
@@ -231,8 +304,27 @@ def _outputs(policy: Any, steps: list[Any], state: set[Key]) -> list[Key]:
     """The action first, then `KNOWN_OUTPUTS`. A policy without an action gives all its outputs."""
     state = state | {key for step in steps for key in getattr(step, "state_keys", ())}
     written = [key for key in policy.out_keys if key not in state and key_name(key) not in map(key_name, state)]
-    actions = [key for key in written if last_part(key) == "action"]
-    return [*actions, *(key for key in written if last_part(key) in KNOWN_OUTPUTS)] if actions else written
+    actions = [key for key in _actions(policy, steps) if key in written]
+    known = [key for key in written if last_part(key) in KNOWN_OUTPUTS and key not in actions]
+    return [*actions, *known] if actions else written
+
+
+def _actions(policy: Any, steps: list[Any]) -> list[Key]:
+    """The keys of the action: those called "action", or else those that a module which chooses actions writes."""
+    written = list(policy.out_keys)
+    return [key for key in written if last_part(key) == "action"] or _chosen(steps, written)
+
+
+def _chosen(steps: list[Any], written: list[Key]) -> list[Key]:
+    """The keys that the last module which chooses an action writes it to, whatever they are called."""
+    for step in reversed(steps):
+        if isinstance(step, ProbabilisticTensorDictModule):
+            keys = [key for key in step.out_keys if "log_prob" not in last_part(key)]
+        else:
+            keys = [key for key in (getattr(step, name, None) for name in ("action_key", "key")) if key is not None]
+        if keys and all(key in written for key in keys):
+            return keys
+    return []
 
 
 def _modes(
@@ -249,19 +341,29 @@ def _modes(
     except CaptureFailed as error:
         log.warning("this policy only acts at random; deterministic mode failed: %s", error.message)
         return ("random",)
+    if io.noises:
+        log.warning("this policy only acts at random: it draws in its deterministic mode, too")
+        return ("random",)
     return ("deterministic", "random")
 
 
-def _record(program: StepProgram, items: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The results of one eager call. It initialises lazy layers and records the requests to `StepIO`."""
+def _record(program: StepProgram, items: Mapping[str, Tensor], noisy: bool = False) -> tuple[Tensor, ...]:
+    """The results of one eager call on the example, which records the requests to `StepIO`.
+
+    `noisy` adds noise to floating-point inputs. Inputs that the policy changes in place are noted in `program.io`.
+    """
     program.io.clear()
-    examples = {name: item.expand(TRACED_BATCH, *item.shape).contiguous() for name, item in items.items()}
+    examples = {name: item.expand(TRACED_BATCH, *item.shape).clone() for name, item in items.items()}
+    if noisy:
+        examples = {n: x + torch.randn_like(x) if x.is_floating_point() else x for n, x in examples.items()}
+    originals = {name: tensor.clone() for name, tensor in examples.items()}
     try:
         results = program.run(examples, recording=True)
     except CaptureFailed:
         raise
     except Exception as error:
         raise CaptureFailed(f"the policy cannot run its own example: {one_line(error)}") from error
+    program.io.overwritten |= {name for name, tensor in examples.items() if not torch.equal(tensor, originals[name])}
     for name, tensor in zip(program.layout.outputs, results, strict=False):
         if tensor.shape[:1] != (TRACED_BATCH,):
             raise CaptureFailed(f"{name}: expected the batch first; got the shape {tuple(tensor.shape)}")
@@ -270,7 +372,7 @@ def _record(program: StepProgram, items: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 def _signature(program: StepProgram, items: Mapping[str, Tensor], results: tuple[Tensor, ...]) -> Signature:
     layout, io = program.layout, program.io
-    states = [State(_spec(name, items[name]), f"next_{name}") for name in layout.states]
+    states = [State(_spec(name, items[name]), f"next_{name}", layout.initial[name]) for name in layout.states]
     return Signature(
         observations=tuple(_spec(name, items[name]) for name in layout.observations),
         outputs=tuple(_spec(name, tensor[0]) for name, tensor in zip(layout.outputs, results, strict=False)),

@@ -49,13 +49,18 @@ def _assert_symbolic(program: torch.export.ExportedProgram) -> None:
             raise CaptureFailed(f"expected a batch of 1 to {MAX_BATCH}; tracing narrowed it to {bounds}")
 
 
-_DROPOUT = {torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.dropout.default}
-
-
 def _assert_deterministic(program: torch.export.ExportedProgram) -> None:
     """Refuse random nodes: they cannot be seeded, and the two runtimes would draw different numbers."""
     for node in program.graph.nodes:
-        if node.target in _DROPOUT:  # tagged as random for their dropout, which only training uses
-            continue
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
             raise CaptureFailed(f"{node.target} is random, and was not made an input of the program")
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operator that is tagged as random draws with these arguments: most do so in training mode only."""
+    declared = node.target._schema.arguments
+    values = {argument.name: argument.default_value for argument in declared}
+    values |= {argument.name: value for argument, value in zip(declared, node.args, strict=False)} | node.kwargs
+    training = values.get("train", values.get("training", True))
+    share = next((values[name] for name in ("dropout_p", "dropout", "p") if name in values), 1.0)
+    return bool(training) and share != 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ def certify(
     progress(f"collecting {SAMPLES} samples")
     inputs = samples.collect(source, signature, SAMPLES)
     sizes = [size for size in BATCH_SIZES if size <= signature.max_batch]
-    references = {size: golden.in_batches(captured.run_reference, inputs, size) for size in sizes}
+    reference = golden.in_batches(captured.run_reference, inputs, 1)  # each item alone
     rollout = _Rollout.of(captured, inputs) if signature.state else None
     certificate: dict[str, Any] = {
         "samples": SAMPLES,
@@ -54,9 +54,10 @@ def certify(
         "reference": source.reference,
         "batch_sizes": sizes,
         "tolerance": asdict(TOLERANCE),
-        "smallest_margin": smallest_score_margin(signature, references[sizes[0]]),
-        "actions": count_actions(signature, references[sizes[0]]),
+        "smallest_margin": smallest_score_margin(signature, reference),
+        "actions": count_actions(signature, reference),
         "programs": {},
+        "not_shown": _not_shown(captured, source),
     }
     if source.original is not None:
         progress(f"comparing with {source.original.name}")
@@ -65,7 +66,7 @@ def certify(
         progress(f"certifying .{name} on {SAMPLES} samples at batch {', '.join(map(str, sizes))}")
         runtime = load(name, draft)
         try:
-            found = _certify_program(name, runtime, inputs, references)
+            found = _certify_program(name, runtime, inputs, reference, sizes)
             if rollout is not None:
                 progress(f"certifying .{name} over {ROLLOUT_STEPS} steps with resets")
                 found["rollout"] = rollout.certify(name, runtime)
@@ -76,8 +77,20 @@ def certify(
         progress("comparing random actions with the policy's own")
         certificate["statistics"] = statistics.compare(captured, source, inputs)
     chosen = np.linspace(0, SAMPLES - 1, GOLDEN_SAMPLES).astype(int)
-    picked = [{k: v[chosen] for k, v in part.items()} for part in (inputs, references[sizes[0]])]
+    picked = [{k: v[chosen] for k, v in part.items()} for part in (inputs, reference)]
     return Evidence(certificate, golden.save(*picked))
+
+
+def _not_shown(captured: CapturedPolicy, source: ExportSource) -> list[str]:
+    """What the certificate does not show, as sentences."""
+    gaps = []
+    if source.samples_from == "random and boundary values":
+        gaps.append("real observations: the samples are random, because the source gives none")
+    if captured.single_item_reason is not None:
+        gaps.append(f"batches: the programs take one item a call, because {captured.single_item_reason}")
+    if captured.signature.noise and captured.signature.exploration == ("random",):
+        gaps.append("a deterministic mode: the policy draws whenever it acts")
+    return gaps
 
 
 def _compare_original(captured: CapturedPolicy, original: OriginalPolicy, inputs: Arrays) -> dict[str, Any]:
@@ -95,21 +108,27 @@ def _compare_original(captured: CapturedPolicy, original: OriginalPolicy, inputs
     return {"name": original.name, **found, "largest_difference": largest}
 
 
-def _certify_program(name: str, runtime: Runtime, inputs: Arrays, references: dict[int, Arrays]) -> dict[str, Any]:
-    found: dict[int, Agreement] = {}
-    for size, reference in references.items():
-        outputs = golden.in_batches(runtime.run, inputs, size)
-        found[size] = golden.compare(runtime.signature, outputs, reference, TOLERANCE)
-        if not found[size].holds:
-            raise _disagreement(f".{name} at batch {size}", runtime.signature, found[size], outputs, reference)
-    return _summary(found.values())
+def _certify_program(
+    name: str, runtime: Runtime, inputs: Arrays, reference: Arrays, sizes: Sequence[int]
+) -> dict[str, Any]:
+    """Run every item alone, and in batches of each size in random company: every result is the item's own."""
+    found: list[Agreement] = []
+    rng = np.random.default_rng(2)
+    for size in sizes:
+        order = np.arange(SAMPLES) if size == 1 else rng.permutation(SAMPLES)
+        outputs = golden.in_batches(runtime.run, {name: array[order] for name, array in inputs.items()}, size)
+        expected = {name: array[order] for name, array in reference.items()}
+        found.append(golden.compare(runtime.signature, outputs, expected, TOLERANCE))
+        if not found[-1].holds:
+            raise _disagreement(f".{name} at batch {size}", runtime.signature, found[-1], outputs, expected)
+    return _summary(found)
 
 
 def _summary(agreements: Any) -> dict[str, Any]:
     agreements = list(agreements)
     return {
         "compared": sum(agreement.compared for agreement in agreements),
-        "action_disagreements": 0,
+        "action_disagreements": sum(len(agreement.differing) for agreement in agreements),
         "largest_difference": {
             name: max(agreement.largest_difference[name] for agreement in agreements)
             for name in agreements[0].largest_difference
@@ -150,7 +169,7 @@ class _Rollout:
 
 def _run_steps(run: Callable[[Arrays], Arrays], signature: Signature, steps: list[Arrays]) -> list[Arrays]:
     rows = len(next(iter(steps[0].values())))
-    state = {s.spec.name: np.full((rows, *s.spec.shape), s.initial, s.spec.numpy_dtype) for s in signature.state}
+    state = {s.spec.name: s.initial_value(rows) for s in signature.state}
     results = []
     for step in steps:
         given = step | state

@@ -10,13 +10,27 @@ from typing import Any
 import onnx
 import torch
 
-from actserve.core.errors import CaptureFailed
+from actserve.core.errors import CaptureFailed, one_line
 from actserve.core.signature import Signature
 from actserve_export.programs.onnx_graph import opset_of, remove_source_traces
 
 
 def convert_program(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> dict[str, Any]:
     """Write `program` to `target`; returns its requirements on the host. Raises `CaptureFailed`."""
+    try:
+        model = _convert(program, signature, target)
+    except CaptureFailed:
+        raise
+    except Exception as error:  # the converter raises many types, with no common base
+        raise CaptureFailed(f"torch could not convert the program to ONNX: {one_line(error)}") from error
+    for value in (*model.graph.input, *model.graph.output):
+        if signature.max_batch > 1 and not value.type.tensor_type.shape.dim[0].dim_param:
+            raise CaptureFailed(f"{value.name}: expected a symbolic batch axis in the .onnx graph; it became fixed")
+    return {"opset": opset_of(model)}
+
+
+def _convert(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> Any:
+    """Write the model to `target`, checked, and return it."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent, which is not used
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -25,7 +39,7 @@ def convert_program(program: torch.export.ExportedProgram, signature: Signature,
             program,
             dynamo=True,
             input_names=[spec.name for spec in signature.inputs],
-            output_names=[spec.name for spec in signature.results],
+            output_names=[spec.name for spec in signature.graph_results],
             optimize=True,
             verbose=False,
         )
@@ -35,7 +49,4 @@ def convert_program(program: torch.export.ExportedProgram, signature: Signature,
     remove_source_traces(model.graph)
     onnx.save(model, str(target))
     onnx.checker.check_model(model)
-    for value in (*model.graph.input, *model.graph.output):
-        if signature.max_batch > 1 and not value.type.tensor_type.shape.dim[0].dim_param:
-            raise CaptureFailed(f"{value.name}: expected a symbolic batch axis in the .onnx graph; it became fixed")
-    return {"opset": opset_of(model)}
+    return model

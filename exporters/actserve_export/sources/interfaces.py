@@ -58,6 +58,10 @@ class CapturedPolicy(Protocol):
     def runtimes(self) -> tuple[str, ...]:
         """The runtimes that it can be built for."""
 
+    @property
+    def single_item_reason(self) -> str | None:
+        """Why the program takes one item a call; None: it takes batches."""
+
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
         """The results of the policy itself. `inputs` by name, each (B, *shape)."""
 

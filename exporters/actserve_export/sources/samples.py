@@ -23,7 +23,7 @@ def collect(source: ExportSource, signature: Signature, count: int) -> Arrays:
     begins = rng.random(count) < EPISODES_BEGIN
     for state in signature.state:
         values = state.spec.sample(rng, count)
-        values[begins] = state.initial
+        values[begins] = state.initial_value(1)
         inputs[state.spec.name] = np.abs(values) if state.spec.numpy_dtype.kind == "i" else values
     if signature.is_init:
         inputs[IS_INIT.name] = begins

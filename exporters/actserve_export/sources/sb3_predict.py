@@ -42,7 +42,8 @@ class Observations(nn.Module):
         self.channels_last_keys = [
             name for name, space in self.spaces.items() if channels_last and is_image_space(space)
         ]
-        self.statistics = statistics
+        # A function, because a VecNormalize that was read from a file cannot be copied, and modules are.
+        self.normalize_obs = None if statistics is None else (lambda given: statistics.normalize_obs(given))
         self.normalized: list[str] = []
         if statistics is None or not statistics.norm_obs:
             return
@@ -67,8 +68,8 @@ class Observations(nn.Module):
     def prepare(self, inputs: Arrays) -> Any:
         """The same with the library's own code, on numpy arrays."""
         given: Any = {name: inputs[name] for name in self.spaces} if self.by_name else inputs[_OBSERVATION]
-        if self.statistics is not None:
-            given = self.statistics.normalize_obs(given)
+        if self.normalize_obs is not None:
+            given = self.normalize_obs(given)
         if not self.by_name:
             return np.moveaxis(given, -1, 1) if self.channels_last_keys else given
         return given | {name: np.moveaxis(given[name], -1, 1) for name in self.channels_last_keys}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,34 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def open_package(path: Path) -> Any:
-    """Load a package. Raises any exception; an incompatible program may end the process."""
+_TMPDIR = threading.Lock()
+
+
+@contextmanager
+def _unpacking_into(folder: Path) -> Iterator[None]:
+    """Have the loader unpack packages into `folder`. It deletes them only when a program is closed in good order."""
+    with _TMPDIR:
+        before = os.environ.get("TMPDIR")
+        os.environ["TMPDIR"] = str(folder)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = before
+
+
+def open_package(path: Path, device: str = "cpu") -> Any:
+    """Load a package. Raises any exception; an incompatible program may end the process.
+
+    On the CPU the folder of `path` can be deleted afterwards: the loader unpacks the program there, and its code is
+    mapped. Programs for other devices read files later, so they are unpacked into the system's temporary directory.
+    """
     # Hides the warning that the CPU has more features than the program uses; the preflight checked the reverse case.
     logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
-    return aoti_load_package(str(path))
+    with _unpacking_into(path.parent) if device == "cpu" else nullcontext():
+        return aoti_load_package(str(path))
 
 
 def call(package: Any, arrays: list[Array], device: str) -> list[Array]:

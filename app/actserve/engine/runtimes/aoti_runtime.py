@@ -25,14 +25,14 @@ class AotiRuntime(Runtime):
     @classmethod
     def load(cls, artifact: Artifact, threads: int) -> AotiRuntime:
         set_threads(threads)
+        device = artifact.manifest.programs["pt2"].requires.get("device") or "cpu"
         with probed_copy(artifact) as path:
             try:
-                package = open_package(path)
+                package = open_package(path, device)
             except Exception as error:
                 raise RuntimeFailure(
                     f"{artifact.label}: the AOTI loader refused the package: {brief(error)}"
                 ) from error
-        device = artifact.manifest.programs["pt2"].requires.get("device") or "cpu"
         return cls(artifact.manifest.signature, package, device)
 
     def _run(self, arrays: list[Array]) -> list[Array]:

@@ -26,7 +26,7 @@ class OnnxRuntime(Runtime):
     def __init__(self, signature: Signature, session: Any) -> None:
         super().__init__(signature)
         self._session = session
-        self._names = [spec.name for spec in signature.results]
+        self._names = [spec.name for spec in signature.graph_results]
 
     @classmethod
     def load(cls, artifact: Artifact, threads: int) -> OnnxRuntime:
@@ -47,7 +47,7 @@ class OnnxRuntime(Runtime):
             raise RuntimeFailure(f"{artifact.label}: ONNX Runtime refused the program: {brief(error)}") from error
         signature = artifact.manifest.signature
         _compare(artifact.label, "input", session.get_inputs(), signature.inputs)
-        _compare(artifact.label, "output", session.get_outputs(), signature.results)
+        _compare(artifact.label, "output", session.get_outputs(), signature.graph_results)
         return cls(signature, session)
 
     def _run(self, arrays: list[Array]) -> list[Array]:

@@ -22,7 +22,7 @@ from actserve.engine.runtimes.base import brief
 def main(task: dict[str, Any]) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        package = open_package(Path(task["path"]))
+        package = open_package(Path(task["path"]), task["device"])
         for size in task["sizes"]:
             call(package, [np.zeros((size, *shape), dtype) for dtype, shape in task["inputs"]], task["device"])
     except Exception as error:

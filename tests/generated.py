@@ -1,0 +1,269 @@
+"""Policies made at random, and the check that each is served as it acts, or refused with a reason that names the cause.
+
+A generated policy has one or two observations, layers, perhaps a module that overwrites an observation in front, a
+buffer, state, noise, and perhaps mixes the items of a batch. `python -m tests.generated --count 2000` checks many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from actserve.core.completion import complete
+from actserve.core.errors import ActserveError
+from actserve.core.signature import Arrays
+from actserve.engine import golden
+from actserve.engine.runtimes.load import load
+from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
+from actserve_export.capture import capture
+from actserve_export.publish import export
+from actserve_export.sources import samples
+from actserve_export.sources.policy_source import PolicySource
+
+NOISES = ("none", "none", "none", "where", "bernoulli", "multinomial", "normal")
+MIXES = ("none", "none", "none", "max", "mean", "centre", "softmax")
+BUFFERS = ("none", "none", "frozen", "counts", "averages", "attribute")
+STATES = ("none", "none", "next", "beside")
+DTYPES = (torch.float32, torch.float32, torch.uint8, torch.int64)
+ITEMS = 24
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices that make a policy."""
+
+    seed: int
+    widths: tuple[int, ...]  # of the observations
+    dtypes: tuple[torch.dtype, ...]
+    hidden: int
+    actions: int
+    noise: str
+    mix: str
+    buffer: str
+    state: str
+    overwrites: bool  # a module in front writes the key that it reads
+    in_place: bool
+    dashed: bool  # the observations' names have dashes and dots
+
+    @property
+    def hides_state(self) -> bool:
+        return self.buffer in ("counts", "averages", "attribute")
+
+    @property
+    def names(self) -> list[str]:
+        names = ("robot-0.state", "noise") if self.dashed else ("observation", "action")
+        return list(names[: len(self.widths)])
+
+
+def recipe(seed: int) -> Recipe:
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 3))
+    return Recipe(
+        seed,
+        tuple(int(width) for width in rng.integers(1, 6, count)),
+        tuple(DTYPES[i] for i in rng.integers(0, len(DTYPES), count)),
+        int(rng.integers(4, 12)),
+        int(rng.integers(2, 6)),
+        NOISES[rng.integers(len(NOISES))],
+        MIXES[rng.integers(len(MIXES))],
+        BUFFERS[rng.integers(len(BUFFERS))],
+        STATES[rng.integers(len(STATES))],
+        bool(rng.random() < 0.3),
+        bool(rng.random() < 0.2),
+        bool(rng.random() < 0.2),
+    )
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() * 0.5
+
+
+class Generated(nn.Module):
+    """(observations..., h if there is state) -> action, action_value, the next h."""
+
+    def __init__(self, made: Recipe) -> None:
+        super().__init__()
+        torch.manual_seed(made.seed)
+        self.made = made
+        width = sum(made.widths) + (3 if made.state != "none" else 0)
+        self.body = nn.Sequential(nn.Linear(width, made.hidden), nn.Tanh(), nn.Linear(made.hidden, made.actions))
+        self.cell = nn.Linear(width, 3)
+        self.offset: Tensor
+        self.register_buffer("offset", torch.randn(width) * 0.1)
+        self.register_buffer("count", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x = torch.cat([tensor.float() / (255 if tensor.dtype == torch.uint8 else 1) for tensor in inputs], -1)
+        if self.made.in_place:
+            inputs[0].mul_(1 if inputs[0].dtype != torch.float32 else 0.5)
+        x = self._buffer(x)
+        q = self._mix(self.body(x))
+        action = self._noise(q)
+        if self.made.state == "none":
+            return action, q
+        return action, q, torch.tanh(self.cell(x))
+
+    def _buffer(self, x: Tensor) -> Tensor:
+        if self.made.buffer == "frozen":
+            return x - self.offset
+        if self.made.buffer == "counts":
+            self.count += 1
+            return x + 0.01 * self.count
+        if self.made.buffer == "averages":
+            self.offset = 0.9 * self.offset + 0.1 * x.detach().mean(0)
+            return x - self.offset
+        if self.made.buffer == "attribute":
+            self.calls += 1
+            return x + 0.1 * (self.calls % 3)
+        return x
+
+    def _mix(self, q: Tensor) -> Tensor:
+        if self.made.mix == "max":
+            return q / q.abs().max()
+        if self.made.mix == "mean":
+            return q - q.mean()
+        if self.made.mix == "centre":
+            return q - q.mean(0)
+        if self.made.mix == "softmax":
+            return q.softmax(0)
+        return q
+
+    def _noise(self, q: Tensor) -> Tensor:
+        if self.made.noise == "where":
+            return torch.where(torch.rand(q.shape[0]) < 0.3, torch.randint(q.shape[-1], (q.shape[0],)), q.argmax(-1))
+        if self.made.noise == "bernoulli":
+            return torch.bernoulli(torch.sigmoid(q))
+        if self.made.noise == "multinomial":
+            return torch.multinomial(q.softmax(-1), 1).squeeze(-1)
+        if self.made.noise == "normal":
+            return q + 0.1 * torch.randn_like(q)
+        return q.argmax(-1)
+
+
+def policy(made: Recipe) -> PolicySource:
+    names = made.names
+    example = {n: torch.zeros(w).to(t) for n, w, t in zip(names, made.widths, made.dtypes, strict=True)}
+    inputs, outputs = list(names), ["action", "action_value"]
+    if made.state != "none":
+        inputs.append("h")
+        outputs.append(("next", "h") if made.state == "next" else "h")  # type: ignore[arg-type]
+        example["h"] = torch.linspace(-1, 1, 3)
+    module: Any = TensorDictModule(Generated(made).eval(), in_keys=inputs, out_keys=outputs)
+    if made.overwrites:
+        front = TensorDictModule(Scaled(), in_keys=names[:1], out_keys=names[:1])
+        module = TensorDictSequential(front, module)
+    return PolicySource(module, TensorDict(example))
+
+
+def eager(source: PolicySource, made: Recipe, item: Arrays) -> Arrays:
+    """The user's own module on one item, (1, *shape) each; for policies without noise."""
+    names = {*made.names, "h"}
+    given = {name: torch.from_numpy(array.copy()) for name, array in item.items() if name in names}
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        result = source.policy(TensorDict(given, batch_size=[1]))
+    found = {name: result.get(name).numpy() for name in ("action", "action_value")}
+    if made.state != "none":
+        found["next_h"] = result.get(("next", "h") if made.state == "next" else "h").numpy()
+    return found
+
+
+def check(seed: int, runtimes: tuple[str, ...] = ("onnx",)) -> str:
+    """ "served" or "refused". Raises AssertionError if the policy is served differently, or refused for no cause."""
+    made = recipe(seed)
+    with tempfile.TemporaryDirectory(prefix="generated-") as folder:
+        try:
+            artifact = export(
+                policy(made), "generated", ModelStore(Path(folder)), origin="tests.generated", runtimes=runtimes
+            ).artifact
+        except ActserveError as error:
+            assert made.hides_state, f"{made} was refused: {error.message}"
+            hidden = {"counts": "count", "averages": "offset", "attribute": "calls"}[made.buffer]
+            assert hidden in error.message, f"{made}: the reason does not name {hidden!r}: {error.message}"
+            return "refused"
+        assert not made.hides_state, f"{made} has hidden state and was published"
+        for name in runtimes:
+            _check_program(artifact, name, made)
+    return "served"
+
+
+def _check_program(artifact: Artifact, name: str, made: Recipe) -> None:
+    signature = artifact.manifest.signature
+    rng = np.random.default_rng(made.seed)
+    source = policy(made)
+    reference = capture(source).run_reference
+    inputs = samples.collect(source, signature, ITEMS)
+    expected = golden.in_batches(reference, inputs, 1)
+    if made.noise == "none":
+        alone = [eager(policy(made), made, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(ITEMS)]
+        for output in alone[0]:
+            own = np.concatenate([item[output] for item in alone])
+            np.testing.assert_allclose(expected[output], own, rtol=1e-4, atol=1e-4, err_msg=f"{made}: {output}")
+    runtime = load(name, artifact)
+    size = min(8, signature.max_batch)
+    for _ in range(3):
+        order = rng.permutation(ITEMS)
+        ours = golden.in_batches(runtime.run, {k: np.ascontiguousarray(v[order]) for k, v in inputs.items()}, size)
+        agreement = golden.compare(signature, ours, {k: v[order] for k, v in expected.items()}, golden.Tolerance())
+        assert agreement.holds, f"{made} on .{name}: {agreement}"
+    if signature.state:
+        state = {s.spec.name: s.initial_value(1) for s in signature.state}
+        theirs = dict(state)
+        observed = [spec.name for spec in signature.observations]
+        for step in range(STEPS):
+            seen = {key: inputs[key][step : step + 1] for key in observed}
+            ours, own = (  # type: ignore[assignment]
+                run({k: complete(signature, seen | held, 1, seed=step).inputs[k] for k in _names(signature)})
+                for run, held in ((runtime.run, state), (reference, theirs))
+            )
+            np.testing.assert_allclose(ours[signature.action.name], own[signature.action.name], 1e-4, 1e-4)
+            state = {s.spec.name: ours[s.output] for s in signature.state}
+            theirs = {s.spec.name: own[s.output] for s in signature.state}
+    runtime.close()
+
+
+def _names(signature: Any) -> list[str]:
+    return [spec.name for spec in signature.inputs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--runtimes", default="onnx")
+    arguments = parser.parse_args()
+    logging.getLogger("actserve").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    found: Counter[str] = Counter()
+    begun = time.monotonic()
+    for seed in range(arguments.first, arguments.first + arguments.count):
+        try:
+            found[check(seed, tuple(arguments.runtimes.split(",")))] += 1
+        except Exception as error:  # the run goes on, and ends with a count of failures
+            found["failed"] += 1
+            print(f"seed {seed}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+        if seed % 20 == 0:
+            print(f"{seed - arguments.first + 1} of {arguments.count}: {dict(found)}", file=sys.stderr, flush=True)
+    print(f"{sum(found.values())} policies in {time.monotonic() - begun:.0f} s: {dict(found)}")
+    sys.exit(1 if found["failed"] else 0)
+
+
+if __name__ == "__main__":
+    main()
