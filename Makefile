@@ -1,24 +1,28 @@
 # make demo    install, export the bundled policy, serve it, and play a game over HTTP with each runtime
-# make test    install and run every test (10 minutes)
-# make test-fast   the tests that need no compiler, browser, cluster or training (2 minutes)
+# make test    install and run the tests (10 minutes)
+# make test-wide   more policies and games of the kinds that `make test` tries (half an hour)
+# make test-fast   the tests of the server, the client and the store in process (2 minutes)
 # make check   lint, types, format
 # make docs    the Python API reference, into build/api
 # make bench   CPU time per action, for actserve and other servers (half an hour): docs/cost.md
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=3 --dist=worksteal
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-fast chromium check format docs bench
+.PHONY: demo test test-wide test-fast chromium check format docs bench
 
 demo: .venv/all
 	$(BIN)/python -m actserve_export.demo
 
 test: .venv/dev .venv/kserve/installed .venv/ray/installed chromium
-	$(PYTEST)
+	$(PYTEST) -m "not wide"
+
+test-wide: .venv/dev
+	$(PYTEST) -m wide
 
 test-fast: .venv/dev
-	$(PYTEST) -m "not (browser or cluster or compiler or container or training)"
+	$(PYTEST) -m fast
 
 # For the tests of the page. Without a Chromium they are skipped, and say how to install one.
 chromium:

@@ -21,28 +21,48 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared-machine")
 
-# What tests need beside Python packages, by a fixture, a file or a function: `make test-fast` leaves these tests out.
-NEEDS = {
+# What `make test-fast` leaves out, by a fixture, a folder, a file or a function.
+LEFT_OUT = {
     "browser": {"test_page_browser.py"},
     "cluster": {"test_scale.py"},
     "compiler": {
         *("cart_store", "pong_store", "lstm_store", "gru_store", "recurrent_store", "published", "cartpole"),
-        *("test_int8.py", "test_what_a_document_says_works"),
+        *("test_int8.py", "test_what_a_document_says_works", "test_compile_takes_the_weights_from_the_onnx"),
+        "test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager",
         "test_native_code_that_ends_its_process_takes_no_other_request_with_it",
     },
     "container": {"test_compose_lays_an_override_over_the_rest"},
+    "exporter": {
+        *("test_behaviour.py", "test_capture.py", "test_commands.py", "test_compile.py"),
+        *("test_every_game.py", "test_modules.py", "test_onnx_file.py", "test_remote_episodes.py"),
+        *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
+        *("test_transforms.py", "test_export_of_a_users_module"),
+        "test_a_program_that_must_be_built_and_cannot_is_an_error",
+    },
+    "process": {"e2e", "test_cli.py"},
+    "slow": {
+        *("test_api.py", "test_benchmarks.py", "test_games.py", "test_load_ways.py", "test_oip_codec.py"),
+        *("test_request_heads.py", "test_sessions_model.py", "test_stream_connections.py"),
+        "test_users_import_from_the_top",
+    },
     "training": {"test_train.py", "test_any_game_can_be_trained_exported_and_played"},
 }
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m fast` does not import the files that it leaves out, which takes as long as many tests."""
+    fast = config.option.markexpr == "fast"
+    return True if fast and any(collection_path.name in names for names in LEFT_OUT.values()) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if isinstance(item, pytest.Function):
-            names = {*item.fixturenames, item.path.name, item.originalname}
-            for marker, needing in NEEDS.items():
-                if names & needing:
-                    item.add_marker(marker)
+        names = {*getattr(item, "fixturenames", ()), item.path.parent.name, item.path.name}
+        names.add(getattr(item, "originalname", item.name))
+        markers = [marker for marker, named in LEFT_OUT.items() if names & named]
+        for marker in markers or ["fast"]:
+            item.add_marker(marker)
 
 
 @pytest.fixture(scope="session")

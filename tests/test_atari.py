@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ale_py import Action as ALEAction
-from ale_py import AtariEnv, roms
+from ale_py import AtariEnv
 
 from actserve.atari.emulator import AtariGame
 from actserve.core.environment import Environment, GameAction
 from actserve.core.errors import EnvironmentMismatch, UsageError
 from actserve.core.signature import Array
-from actserve_export.training.atari import environment, screen
 
 ACTIONS = ("NOOP", 0), ("FIRE", 1), ("RIGHT", 3), ("LEFT", 4), ("RIGHTFIRE", 11), ("LEFTFIRE", 12)
 PONG = Environment("ALE/Pong-v5", "pong", "pixels", tuple(GameAction(*action) for action in ACTIONS))
@@ -114,27 +113,6 @@ def test_all_eighteen_actions_are_an_action_set_too() -> None:
         full.act(action)
         minimal.act([code for _, code in ACTIONS].index(action))
         assert np.array_equal(full.screen(), minimal.screen())
-
-
-FOR_TWO = ("combat", "joust", "maze_craze", "warlords")
-
-
-@pytest.mark.parametrize("game", FOR_TWO)
-def test_a_game_for_two_is_refused_and_the_process_lives(game: str) -> None:
-    with pytest.raises(UsageError, match="for two players"):
-        AtariGame(replace(PONG, game=game), 0)
-    with pytest.raises(UsageError, match="for two players"):
-        environment(game)
-
-
-@pytest.mark.parametrize("game", sorted(set(roms.get_all_rom_ids()) - set(FOR_TWO)))
-def test_every_other_game_that_ships_can_be_played(game: str) -> None:
-    playing = AtariGame(environment(game), 0)
-    height, width, _ = playing.screen().shape
-    assert (height, width, 3) == screen(game)
-    for step in range(5):
-        playing.act(step % len(playing.environment.actions))
-    assert playing.frames >= 5
 
 
 @pytest.mark.parametrize("index", [-1, 6, 11])

@@ -114,7 +114,6 @@ def test_usage_errors_exit_with_2_and_one_line(arguments: tuple[str, ...], messa
         (("load", "--url", "http://127.0.0.1:1", "--duration", "1"), "127.0.0.1:1"),
         (("inspect", "chess"), "no policy named 'chess'"),
         (("diff", "pong", "pong@7"), "pong has no version '7'"),
-        (("export", "tests.policies:cart_pair", "--device", "cuda"), "AOTInductor could not compile the program"),
     ],
 )
 def test_jobs_that_cannot_be_done_exit_with_1(arguments: tuple[str, ...], message: str) -> None:
@@ -122,6 +121,15 @@ def test_jobs_that_cannot_be_done_exit_with_1(arguments: tuple[str, ...], messag
     assert result.returncode == 1, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_program_that_must_be_built_and_cannot_is_an_error(tmp_path: Path) -> None:
+    wanted = ("--runtime", "pt2", "--device", "cuda", "--store", str(tmp_path))
+    result = actserve("export", "tests.policies:cart_pair", *wanted)
+    assert result.returncode == 1, result.stderr
+    assert "AOTInductor could not compile the program" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_policy_without_a_game_cannot_be_played(cart_store: ModelStore) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -63,6 +62,8 @@ def _own(captured: CapturedPolicy, source: ExportSource, full: Arrays) -> Array:
 
 
 def _test(ours: Array, theirs: Array) -> tuple[str, float]:
+    from scipy import stats  # takes a second, and few policies draw
+
     ours, theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
     kinds, where = np.unique(np.concatenate([ours, theirs]), axis=0, return_inverse=True)
     if len(kinds) == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import aoti_load_package
 
 from actserve.core.signature import Array
 
@@ -45,15 +43,14 @@ def open_package(path: Path, device: str = "cpu") -> Any:
     On the CPU the folder of `path` can be deleted afterwards: the loader unpacks the program there, and its code is
     mapped. Programs for other devices read files later, so they are unpacked into the system's temporary directory.
     """
-    # Hides the warning that the CPU has more features than the program uses; the preflight checked the reverse case.
-    logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
+    # What `torch._inductor.aoti_load_package` returns is a wrapper around this. Importing it takes as long as torch
+    # itself, and it parses the names of inputs and outputs anew for each call; ours are flat lists.
     with _unpacking_into(path.parent) if device == "cpu" else nullcontext():
-        return aoti_load_package(str(path))
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 
 
 def call(package: Any, arrays: list[Array], device: str) -> list[Array]:
     """Run a package. Inputs and outputs are in host memory; for another `device` than the CPU they are copied."""
     tensors = [torch.from_numpy(array) for array in arrays]
-    outputs = package(*tensors) if device == "cpu" else package(*(tensor.to(device) for tensor in tensors))
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    outputs = package.run(tensors if device == "cpu" else [tensor.to(device) for tensor in tensors])
     return [tensor.contiguous().cpu().numpy() for tensor in outputs]
