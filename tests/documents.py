@@ -130,6 +130,10 @@ class Reader:
         text, serving, beyond = _SERVE.split(text, maxsplit=1) if _SERVE.search(text) else (text, "", "")
         assert not beyond.strip(), f"nothing comes to pass after what serves: {beyond}"
         printed = self._script(text) if text.strip() else ""
+        deadline = time.monotonic() + READY_WITHIN_S
+        while '"unknown_policy"' in printed and self._service is not None and time.monotonic() < deadline:
+            time.sleep(0.2)  # the service looks for new versions now and then
+            printed = self._script(text)
         if serving:
             self._serve(serving.replace("actserve serve", f"exec actserve serve --port {self._ports['8000']}", 1))
         return printed
