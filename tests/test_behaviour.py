@@ -21,6 +21,7 @@ from torchrl.data import Categorical
 from torchrl.modules import MLP, QValueModule
 
 from actserve import wire
+from actserve.cli.commands.artifacts import inspect
 from actserve.core.errors import CaptureFailed, InvalidTensor
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
@@ -61,6 +62,13 @@ def published(source: PolicySource, folder: Path) -> Artifact:
     return export(source, "x", ModelStore(folder), origin="x", runtimes=("onnx",)).artifact
 
 
+def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `actserve inspect` shows, each sentence on one line."""
+    capsys.readouterr()
+    inspect("x", str(folder))
+    return capsys.readouterr().out
+
+
 def served(artifact: Artifact, observations: np.ndarray[Any, Any], **options: Any) -> list[Arrays]:
     """Every observation as a request of its own, all at the same time."""
 
@@ -95,11 +103,16 @@ DRAWING = {
 
 
 @pytest.mark.parametrize("name", DRAWING)
-def test_a_policy_that_always_draws_acts_at_random_only(name: str, tmp_path: Path) -> None:
+def test_a_policy_that_always_draws_acts_at_random_only(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = Function(DRAWING[name])
     artifact = published(from_module(module, ITEM, "identity"), tmp_path)
     assert artifact.manifest.signature.exploration == ("random",)
-    assert any("deterministic" in gap for gap in artifact.manifest.certificate["not_shown"])
+    shown = inspected(tmp_path, capsys)
+    assert "  modes  random\n  draws  noise: " in shown
+    assert "random actions have the policy's distribution" in shown
+    assert "not shown: a deterministic mode: the policy draws whenever it acts" in shown
     drawn = np.stack([outputs["action"][0] for outputs in served(artifact, np.repeat(BATCH[:1], 400, 0))])
     with torch.no_grad():
         own = module(torch.from_numpy(np.repeat(BATCH[:1], 4000, 0))).numpy()
@@ -121,11 +134,17 @@ MIXING = {
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_a_policy_that_mixes_items_takes_one_a_call(name: str, tmp_path: Path) -> None:
+def test_a_policy_that_mixes_items_takes_one_a_call(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = Function(MIXING[name])
     artifact = published(from_module(module, ITEM, "argmax"), tmp_path)
     assert artifact.manifest.signature.max_batch == 1
-    assert any("depends on the other items" in gap for gap in artifact.manifest.certificate["not_shown"])
+    shown = inspected(tmp_path, capsys)
+    assert "  modes  deterministic\n  batch  one item a call\n" in shown
+    assert (
+        "not shown: batches: the programs take one item a call, because an item's result depends on the other" in shown
+    )
     for item, outputs in zip(BATCH, served(artifact, BATCH), strict=True):
         with torch.no_grad():
             alone = module(torch.from_numpy(item[None])).numpy()
@@ -252,7 +271,9 @@ def test_any_name_that_a_dictionary_can_have(name: str, tmp_path: Path) -> None:
         assert list(wire.decode(content_type, body, signature).tensors) == [name]
 
 
-def test_one_program_is_enough_unless_both_are_insisted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_program_is_enough_unless_both_are_insisted_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise CaptureFailed("no compiler here")
 
@@ -261,6 +282,7 @@ def test_one_program_is_enough_unless_both_are_insisted_on(tmp_path: Path, monke
     done = export(source, "x", ModelStore(tmp_path), origin="x")
     assert list(done.artifact.manifest.programs) == ["onnx"]
     assert done.artifact.manifest.certificate["missing"] == {"pt2": "no compiler here"}
+    assert "no .pt2: no compiler here\n" in inspected(tmp_path, capsys)
     assert not export(source, "x", ModelStore(tmp_path), origin="x").published
     with pytest.raises(CaptureFailed, match="no compiler here"):
         export(source, "y", ModelStore(tmp_path), origin="x", runtimes=("onnx", "pt2"))

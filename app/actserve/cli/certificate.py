@@ -10,7 +10,8 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     from rich.table import Table
 
     samples, origin = certificate["samples"], certificate["samples_from"]
-    table = Table(title=f"certificate: {samples} samples ({origin}), in batches of several sizes")
+    sizes = ", ".join(map(str, certificate["batch_sizes"]))
+    table = Table(title=f"certificate: {samples} samples ({origin}), in batches of {sizes}")
     for heading in ("program", "compared", "actions that differ", "largest difference"):
         table.add_column(heading)
     for runtime, found in certificate["programs"].items():
@@ -21,6 +22,11 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     rollouts = {found["rollout"]["steps"] for found in certificate["programs"].values() if "rollout" in found}
     if rollouts:
         print(f"rollout of {max(rollouts)} steps with carried state and resets: no action differs")
+    if "statistics" in certificate:
+        found = certificate["statistics"]
+        print(
+            f"{found['draws']:,} random actions have the policy's distribution: {found['test']}, p = {found['p']:.2g}"
+        )
     if "original" in certificate:
         original = certificate["original"]
         print(f"the reference was compared with {original['name']}: {original['compared']} actions, none differs")

@@ -28,10 +28,14 @@ def inspect(
         print_json(manifest.to_dict())
         return
     print(f"{artifact.label}  created {manifest.created}")
-    for title, specs in (("takes", manifest.signature.inputs), ("gives", manifest.signature.outputs)):
+    signature = manifest.signature
+    for title, specs in (("takes", signature.request_inputs), ("gives", signature.outputs)):
         for spec in specs:
             print(f"  {title}  {spec.name}: {spec}")
-    print(f"  batch  1 to {manifest.signature.max_batch}")
+    print(f"  modes  {', '.join(signature.exploration)}")
+    for noise in signature.noise:
+        print(f"  draws  {noise.spec.name}: {noise.spec}, {noise.distribution}, from the seed of the request")
+    print(f"  batch  {f'1 to {signature.max_batch}' if signature.max_batch > 1 else 'one item a call'}")
     for runtime, program in manifest.programs.items():
         print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {_needs(program.requires)}")
         for rewrite in program.rewrites:
