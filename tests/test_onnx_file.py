@@ -111,8 +111,8 @@ NAMED_ACTION = [
 @pytest.mark.parametrize(
     ("how", "options", "message"),
     [
-        ({"inputs": [("obs", [8, 4])]}, {}, r"the batch first, of any size or of 1; the file's shape is \[8, 4"),
-        ({"inputs": [("obs", ["n", "m"])]}, {}, "expected fixed sizes after the batch"),
+        ({"inputs": [("obs", [8, 4])]}, {}, r"an axis for the batch, open or of size 1; the file's shape is \[8, 4"),
+        ({"inputs": [("obs", ["n", "m"])]}, {}, "expected one open axis, the batch"),
         ({"nodes": [helper.make_node("Relu", ["seed"], ["q"])], "inputs": [("seed", ["n", 3])]}, {}, "requests use"),
         ({"dtype": TensorProto.DOUBLE}, {}, "ONNX Runtime refused the file"),
         ({}, {"outputs": ("a",)}, "no output named 'a'; the file gives q"),
@@ -120,7 +120,7 @@ NAMED_ACTION = [
         ({}, {"action": "mean"}, "expected an action of argmax or identity; got 'mean'"),
         ({"nodes": [helper.make_node("RandomNormalLike", ["obs"], ["q"])]}, {}, "RandomNormalLike draws random"),
         ({"nodes": NAMED_ACTION}, {"action": "argmax"}, "a tensor named 'action' already"),
-        ({"nodes": [helper.make_node("ReduceMax", ["obs"], ["q"], keepdims=0)]}, {}, "q: expected the batch first"),
+        ({"nodes": [helper.make_node("ReduceMax", ["obs"], ["q"], keepdims=0)]}, {}, "q: expected an axis for the batch"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_policy_is_refused(

@@ -69,6 +69,18 @@ def export(
         str | None, typer.Option(help="The artifact's name; by default that of the factory or file.")
     ] = None,
     action: Annotated[Action | None, typer.Option(help="What the output of a plain module or .onnx file is.")] = None,
+    output: Annotated[
+        list[str] | None, typer.Option(help="An output of the .onnx file to keep, the action first. Can be repeated.")
+    ] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(metavar="IN=OUT", help="State of the .onnx file: an input, and its next value.")
+    ] = None,
+    constant: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the .onnx file, such as is_training=0.")
+    ] = None,
+    batch_axis: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=AXIS", help="Where a tensor of the .onnx file has the batch.")
+    ] = None,
     native: Annotated[bool, flag("--native", says="Build the .pt2 for this CPU only.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
     int8: Annotated[bool, flag("--int8", says="Also publish NAME-int8, with its own certificate.")] = False,
@@ -89,11 +101,19 @@ def export(
         raise UsageError("--int8 is made from the .onnx program: add onnx to --runtime")
     if runtimes is not None and (not runtimes or set(runtimes) - set(PROGRAMS)):
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
+    of_file = {
+        "outputs": tuple(output or ()),
+        "state": _pairs("--state", state, str),
+        "constants": _pairs("--constant", constant, float),
+        "batch_axes": _pairs("--batch-axis", batch_axis, int),
+    }
     own = open_for_publishing(store, sign)
     from actserve.engine.tuning.tuned import tune_briefly
 
     with steps("importing torch") as progress:
-        default_name, source = import_extra("export", "actserve_export.targets:find_source")(target, checkpoint, action)
+        default_name, source = import_extra("export", "actserve_export.targets:find_source")(
+            target, checkpoint, action, **{name: value for name, value in of_file.items() if value}
+        )
         if game is not None:
             source = import_extra("export", "actserve_export.targets:playing")(source, game)
         done = import_extra("export", "actserve_export.publish:export")(
@@ -108,10 +128,11 @@ def export(
             evaluate=_evaluation(evaluate, seed) if evaluate else None,
             progress=progress,
         )
+        tune_briefly(done.artifact, progress)
         if int8:
             quantise = import_extra("export", "actserve_export.int8:export_int8")
             done = quantise(done.artifact, source, own, _play_in_process, progress)
-        tune_briefly(done.artifact, progress)
+            tune_briefly(done.artifact, progress)
     manifest = done.artifact.manifest
     if json:
         print_json(
@@ -175,6 +196,20 @@ def _play_in_process(run: Callable[[Any], Any], environment: Any) -> list[float]
         return int(action[0])
 
     return play(lambda _seed: act, environment, episodes=1, seed=0).scores
+
+
+def _pairs(option: str, given: list[str] | None, kind: Callable[[str], Any]) -> dict[str, Any]:
+    """The values of an option of the form NAME=VALUE, by name. Raises `UsageError`."""
+    found = {}
+    for text in given or ():
+        name, _, value = text.rpartition("=")
+        try:
+            found[name] = kind(value)
+        except ValueError:
+            name = ""
+        if not name or not value:
+            raise UsageError(f"{option} takes NAME=VALUE; got {text!r}")
+    return found
 
 
 def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None]], dict[str, Any]]:

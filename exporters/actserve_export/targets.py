@@ -55,10 +55,13 @@ def playing(source: ExportSource, game: str) -> ExportSource:
     return replace(source, environment=replace(world, screen=screens[0]))
 
 
-def find_source(target: str, checkpoint: Path | None = None, action: str | None = None) -> tuple[str, ExportSource]:
+def find_source(
+    target: str, checkpoint: Path | None = None, action: str | None = None, **of_file: Any
+) -> tuple[str, ExportSource]:
     """(artifact name, source) for a known policy's name, a ``module:factory``, or a file (`.zip` of SB3, `.onnx`).
 
     `checkpoint` has the weights of a policy. `action` says what the output of a plain module or an `.onnx` file is.
+    `of_file` are attributes of an `OnnxSource`, such as `state`.
     Raises `UsageError` for a target that cannot be found, and `CaptureFailed` for another result of a factory.
     """
     sys.path.insert(0, str(Path.cwd()))  # the user's modules are in the current folder
@@ -67,6 +70,10 @@ def find_source(target: str, checkpoint: Path | None = None, action: str | None 
     finally:
         sys.path.pop(0)
     source = _as_source(target, made, action)
+    if of_file:
+        if not isinstance(source, OnnxSource):
+            raise UsageError(f"--output, --state, --constant and --batch-axis are for .onnx files; got {target}")
+        source = replace(source, **of_file)
     if checkpoint is not None:
         _restore(source, checkpoint)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), source

@@ -33,6 +33,7 @@ from actserve_export.programs.onnx_graph import (
     remove_source_traces,
     write_signature,
 )
+from actserve_export.programs.onnx_layout import constant_outputs, fix_constants, move_batch_first, plain, tensors_only
 from actserve_export.programs.onnx_session import open_session
 from actserve_export.sources import samples
 from actserve_export.sources.modules import ACTIONS
@@ -52,7 +53,7 @@ class OnnxPolicy:
     def __init__(
         self,
         model: Any,
-        session: Any,
+        session: FileSession,
         signature: Signature,
         scores: str | None,
         rewrites: list[str],
@@ -102,20 +103,32 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
     """Read the file and derive its signature. Raises `UsageError` for an unreadable file, and `CaptureFailed`."""
     if source.action not in ACTIONS:
         raise CaptureFailed(f"expected an action of {' or '.join(ACTIONS)}; got {source.action!r}")
-    model = read_model(Path(source.path))
-    refuse_random(model.graph)
-    session = _session(model)
-    inputs, single = inputs_of(model.graph)
+    file = read_model(Path(source.path))
+    model = plain(file)
+    graph = model.graph
+    refuse_random(graph)
+    constants = fix_constants(graph, source.constants)
+    inputs, axes, single = inputs_of(graph, source.batch_axes)
+    fixed = constant_outputs(graph)
     new_state = list(source.state.values())
-    names = outputs_of(model.graph, source.outputs, source.state)
-    alone = _run(session, names, {spec.name: spec.zeros(1) for spec in inputs})
+    names = outputs_of(graph, source.outputs, source.state, fixed)
+    tensors_only(graph, names)
+    session = FileSession(_session(file), constants, axes)
+    session.axes |= _output_axes(session, names, inputs, single, source.batch_axes)
+    alone = session.run(names, {spec.name: spec.zeros(1) for spec in inputs})
     outputs = {name: _output(name, array) for name, array in alone.items()}
     given = [outputs[name] for name in names if name not in new_state]
-    rewrites = [f"leave out {value.name}" for value in model.graph.output if value.name not in names]
+    rewrites = [f"constant: {name} = {number:g}" for name, number in source.constants.items()]
+    left_out = [value.name for value in graph.output if value.name not in names]
+    rewrites += [f"leave out {name}" + ", which no input changes" * (name in fixed) for name in left_out]
+    moved = {name: axis for name, axis in session.axes.items() if axis}
+    rewrites += [f"batch first: {name} has it at axis {axis} in the file" for name, axis in moved.items()]
+    ranks = {spec.name: len(spec.shape) + 1 for spec in (*inputs, *outputs.values())}
+    move_batch_first(graph, moved, ranks)
     scores = None
     if source.action == "argmax":
         scores = given[0].name
-        given.insert(0, add_argmax(model.graph, given[0]))
+        given.insert(0, add_argmax(graph, given[0]))
         rewrites.append(f"action: the largest of {scores}")
     signature = Signature(
         observations=tuple(spec for spec in inputs if spec.name not in source.state),
@@ -127,8 +140,8 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
     if reason is not None and not single:
         log.warning("exported one item at a time: %s", reason)
         signature = replace(signature, max_batch=1)
-    write_signature(model.graph, signature)
-    remove_source_traces(model.graph)
+    write_signature(graph, signature)
+    remove_source_traces(graph)
     return OnnxPolicy(model, session, signature, scores, rewrites, reason)
 
 
@@ -139,31 +152,69 @@ def _session(model: Any) -> Any:
         raise CaptureFailed(f"ONNX Runtime refused the file: {one_line(error)}") from error
 
 
-def _run(session: Any, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
-    try:
-        return dict(zip(names, session.run(list(names), dict(inputs)), strict=True))
-    except Exception as error:
-        raise CaptureFailed(f"ONNX Runtime could not run the file: {one_line(error)}") from error
+class FileSession:
+    """Runs the user's file, unchanged, on tensors with the batch first. `axes` says where the file has the batch."""
+
+    def __init__(self, session: Any, constants: Arrays, axes: dict[str, int]) -> None:
+        self.axes = axes
+        self._session, self._constants = session, constants
+
+    def run(self, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
+        given = {name: _moved(array, 0, self.axes[name]) for name, array in inputs.items()}
+        try:
+            found = self._session.run(list(names), given | self._constants)
+        except Exception as error:
+            raise CaptureFailed(f"ONNX Runtime could not run the file: {one_line(error)}") from error
+        return {name: _moved(array, self.axes.get(name, 0), 0) for name, array in zip(names, found, strict=True)}
+
+
+def _moved(array: Array, axis: int, target: int) -> Array:
+    return array if axis == target else np.ascontiguousarray(np.moveaxis(array, axis, target))
+
+
+def _output_axes(
+    session: FileSession, names: Sequence[str], inputs: Sequence[TensorSpec], single: bool, said: Mapping[str, int]
+) -> dict[str, int]:
+    """The axis of each output that has the batch's size (the first of several), where `said` does not say it."""
+    sizes = (1,) if single else (3, 5)
+    shapes = []
+    for size in sizes:
+        try:
+            shapes.append(
+                {n: np.shape(a) for n, a in session.run(names, {s.name: s.zeros(size) for s in inputs}).items()}
+            )
+        except CaptureFailed:
+            if size == 1:
+                raise
+            return _output_axes(session, names, inputs, True, said)  # the file takes one item at a time
+    found = dict(said)
+    for name in names:
+        axes = [i for i, of in enumerate(zip(*(shape[name] for shape in shapes), strict=True)) if of == sizes]
+        found.setdefault(name, axes[0] if axes else 0)
+    return {name: axis for name, axis in found.items() if name in names}
 
 
 def _output(name: str, array: Array) -> TensorSpec:
     if np.shape(array)[:1] != (1,):
-        raise CaptureFailed(f"{name}: expected the batch first; got the shape {np.shape(array)} for one item")
+        raise CaptureFailed(
+            f"{name}: expected an axis for the batch; got the shape {np.shape(array)} for one item (say which axis it "
+            "is, with batch_axes or --batch-axis NAME=AXIS, or leave the output out, with outputs or --output)"
+        )
     return TensorSpec(name, dtype_of(name, array.dtype), array.shape[1:])
 
 
-def _one_by_one(session: Any, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
-    return golden.in_batches(lambda item: _run(session, names, item), inputs, 1)
+def _one_by_one(session: FileSession, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
+    return golden.in_batches(lambda item: session.run(names, item), inputs, 1)
 
 
 def _batch_refusal(
-    session: Any, names: Sequence[str], source: OnnxSource, signature: Signature, scores: str | None
+    session: FileSession, names: Sequence[str], source: OnnxSource, signature: Signature, scores: str | None
 ) -> str | None:
     """Why the file cannot take batches, or None."""
     inputs = samples.collect(source, signature, ITEMS)
 
     def run(batch: Arrays) -> Arrays:
-        results = _run(session, names, batch)
+        results = session.run(names, batch)
         return results if scores is None else results | {"action": results[scores].argmax(-1)}
 
     try:

@@ -32,7 +32,7 @@ def opset_of(model: Any) -> int:
 
 def refuse_random(graph: Any) -> None:
     """Raise `CaptureFailed` for a graph that draws random numbers."""
-    for node in _nodes(graph):
+    for node in nodes_of(graph):
         if node.op_type in _RANDOM:
             raise CaptureFailed(
                 f"{node.op_type} draws random numbers that could not be seeded; export the deterministic policy"
@@ -41,38 +41,65 @@ def refuse_random(graph: Any) -> None:
 
 def remove_source_traces(graph: Any) -> None:
     """Remove the notes of exporters on each node's origin, which name folders of the machine."""
-    for node in _nodes(graph):
+    for node in nodes_of(graph):
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
+def nodes_of(graph: Any) -> Iterator[Any]:
+    """The nodes of the graph and of those inside its nodes, such as the branches of an If."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+                yield from nodes_of(inner)
 
 
-def inputs_of(graph: Any) -> tuple[list[TensorSpec], bool]:
-    """(the inputs of the graph, whether it takes only one item at a time). Raises `CaptureFailed`."""
+def inputs_of(graph: Any, axes: Mapping[str, int]) -> tuple[list[TensorSpec], dict[str, int], bool]:
+    """(the inputs of the graph, the batch axis of each, whether the graph takes only one item at a time).
+
+    `axes` says where the batch is. By default it is the first axis if that is open, or else the only open one, or
+    else an axis of size 1. Raises `CaptureFailed`.
+    """
     weights = {tensor.name for tensor in graph.initializer}
     values = {value.name: value.type.tensor_type for value in graph.input if value.name not in weights}
-    specs, single = [], False
+    for name in axes:
+        if name not in values and name not in [value.name for value in graph.output]:
+            raise CaptureFailed(f"no tensor named {name!r} with a batch axis; the file takes {', '.join(values)}")
+    specs, found, single = [], {}, False
     for name in keys_by_name(values, "input"):
         sizes: list[Any] = [axis.dim_value or axis.dim_param or "?" for axis in values[name].shape.dim]
-        if not sizes or (isinstance(sizes[0], int) and sizes[0] != 1):
-            raise CaptureFailed(f"{name}: expected the batch first, of any size or of 1; the file's shape is {sizes}")
-        if any(isinstance(size, str) for size in sizes[1:]):
-            raise CaptureFailed(f"{name}: expected fixed sizes after the batch; the file's shape is {sizes}")
-        single = single or sizes[0] == 1
+        axis = axes[name] if name in axes else _batch_axis(name, sizes)
+        if not 0 <= axis < len(sizes) or (isinstance(sizes[axis], int) and sizes[axis] != 1):
+            raise CaptureFailed(
+                f"{name}: expected a batch of any size or of 1 at axis {axis}; the file's shape is {sizes}"
+            )
+        single |= sizes.pop(axis) == 1
+        if any(isinstance(size, str) for size in sizes):
+            raise CaptureFailed(
+                f"{name}: expected one open axis, the batch; the file's other axes are {sizes} (if the batch is "
+                "another axis, say which: batch_axes, or --batch-axis NAME=AXIS)"
+            )
         dtype = onnx.helper.tensor_dtype_to_np_dtype(values[name].elem_type)
-        specs.append(TensorSpec(name, dtype_of(name, dtype), tuple(sizes[1:])))
-    return specs, single
+        specs.append(TensorSpec(name, dtype_of(name, dtype), tuple(sizes)))
+        found[name] = axis
+    return specs, found, single
 
 
-def outputs_of(graph: Any, asked: Sequence[str], state: Mapping[str, str]) -> list[str]:
-    """The names of the program's outputs: those in `asked` (if empty, all of the graph's), then new state.
+def _batch_axis(name: str, sizes: Sequence[Any]) -> int:
+    opened = [axis for axis, size in enumerate(sizes) if isinstance(size, str)]
+    if opened:
+        return 0 if 0 in opened or len(opened) > 1 else opened[0]
+    if 1 in sizes:
+        return sizes.index(1)
+    raise CaptureFailed(
+        f"{name}: expected an axis for the batch, open or of size 1; the file's shape is {list(sizes)}. If it is a "
+        "setting, give it a value (constants, or --constant NAME=VALUE); if not, export the file with a batch axis"
+    )
+
+
+def outputs_of(graph: Any, asked: Sequence[str], state: Mapping[str, str], fixed: Sequence[str]) -> list[str]:
+    """The names of the program's outputs: those in `asked` (if empty, all but `fixed`), then new state.
 
     `state` maps state inputs to the outputs that replace them. Raises `CaptureFailed` for an unknown name.
     """
@@ -82,7 +109,7 @@ def outputs_of(graph: Any, asked: Sequence[str], state: Mapping[str, str]) -> li
         if name not in taken:
             raise CaptureFailed(f"no input named {name!r} to be state; the file takes {', '.join(taken)}")
     new_state = list(state.values())
-    wanted = [*(asked or [name for name in there if name not in new_state]), *new_state]
+    wanted = [*(asked or [name for name in there if name not in (*fixed, *new_state)]), *new_state]
     for name in wanted:
         if name not in there:
             raise CaptureFailed(f"no output named {name!r}; the file gives {', '.join(there)}")

@@ -17,8 +17,11 @@ from actserve.core.signature import Arrays
 class OnnxSource:
     """A policy that is an `.onnx` file.
 
-    The first axis of every input is the batch. If the file fixes it at 1, the policy takes one item at a time.
-    `outputs` names the outputs of the program, the action first; by default all of the file's, in the graph's order.
+    The first axis of each input and output is the batch, or another one if only that is open. `batch_axes` says it for
+    tensors by name: {"h_in": 1} for [layers, batch, hidden]; requests always have the batch first. If the file fixes
+    the batch at 1, the policy takes one item at a time.
+    `outputs` names the outputs of the program, the action first; by default all of the file's that depend on an input.
+    `constants` gives inputs that are settings, such as `is_training`, one value for good.
     `action` "argmax": the first output has one value per action, (B, n); the program returns the best action before it,
     as `action`. "identity": the first output is the action.
     `state` maps inputs to the outputs that replace them in the next step. State starts at zero.
@@ -29,6 +32,8 @@ class OnnxSource:
     outputs: tuple[str, ...] = ()
     action: str = "identity"
     state: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, float] = field(default_factory=dict)
+    batch_axes: Mapping[str, int] = field(default_factory=dict)
     observe: Callable[[int], Arrays] | None = None
     environment: Environment | None = None
 
