@@ -104,7 +104,7 @@ def export(
     of_file = {
         "outputs": tuple(output or ()),
         "state": _pairs("--state", state, str),
-        "constants": _pairs("--constant", constant, float),
+        "constants": _pairs("--constant", constant, _numbers),
         "batch_axes": _pairs("--batch-axis", batch_axis, int),
     }
     own = open_for_publishing(store, sign)
@@ -210,6 +210,12 @@ def _pairs(option: str, given: list[str] | None, kind: Callable[[str], Any]) -> 
         if not name or not value:
             raise UsageError(f"{option} takes NAME=VALUE; got {text!r}")
     return found
+
+
+def _numbers(text: str) -> float | list[float]:
+    """`0`, `true`, or `1,0,1` for an array."""
+    found = [float({"true": 1, "false": 0}.get(part.strip().lower(), part)) for part in text.split(",")]
+    return found if len(found) > 1 else found[0]
 
 
 def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None]], dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Array, Arrays, Signature, State, TensorSpec
 from actserve.engine import golden
 from actserve.store.artifact import Program
@@ -33,8 +33,15 @@ from actserve_export.programs.onnx_graph import (
     remove_source_traces,
     write_signature,
 )
-from actserve_export.programs.onnx_layout import constant_outputs, fix_constants, move_batch_first, plain, tensors_only
-from actserve_export.programs.onnx_session import open_session
+from actserve_export.programs.onnx_layout import (
+    constant_outputs,
+    fix_constants,
+    move_batch_first,
+    open_axes,
+    plain,
+    tensors_only,
+)
+from actserve_export.programs.onnx_session import open_session, reason
 from actserve_export.sources import samples
 from actserve_export.sources.modules import ACTIONS
 from actserve_export.sources.onnx_source import OnnxSource
@@ -104,6 +111,7 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
     if source.action not in ACTIONS:
         raise CaptureFailed(f"expected an action of {' or '.join(ACTIONS)}; got {source.action!r}")
     file = read_model(Path(source.path))
+    open_axes(file)
     model = plain(file)
     graph = model.graph
     refuse_random(graph)
@@ -113,13 +121,26 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
     new_state = list(source.state.values())
     names = outputs_of(graph, source.outputs, source.state, fixed)
     tensors_only(graph, names)
+    if len(inputs) == len(source.state) or len(names) == len(new_state):
+        raise CaptureFailed("expected an observation and an output that depends on it; the file has none")
     session = FileSession(_session(file), constants, axes)
-    session.axes |= _output_axes(session, names, inputs, single, source.batch_axes)
+    sizes = (1,) if single else _sizes(session, names, inputs)
+    single = sizes == (1,)
+    runs = [session.run(names, {spec.name: spec.zeros(size) for spec in inputs}) for size in sizes]
+    if not (source.outputs or single):  # what depends on sizes only, and not on the batch's
+        of_sizes = constant_outputs(graph, ("Shape", "Size"))
+        fixed += [name for name in names if name in of_sizes and _unchanged(name, runs)]
+        names = [name for name in names if name not in fixed or name in new_state]
+    session.axes |= {name: _output_axis(name, [run[name] for run in runs], sizes, source.batch_axes) for name in names}
     alone = session.run(names, {spec.name: spec.zeros(1) for spec in inputs})
-    outputs = {name: _output(name, array) for name, array in alone.items()}
+    outputs = {name: TensorSpec(name, dtype_of(name, array.dtype), array.shape[1:]) for name, array in alone.items()}
     given = [outputs[name] for name in names if name not in new_state]
-    rewrites = [f"constant: {name} = {number:g}" for name, number in source.constants.items()]
+    _check_state(inputs, outputs, source.state)
+    rewrites = [f"constant: {name} = {_text(array)}" for name, array in constants.items()]
     left_out = [value.name for value in graph.output if value.name not in names]
+    if not source.outputs:
+        for name in left_out:
+            log.warning("left out the output %s: no input changes it", name)
     rewrites += [f"leave out {name}" + ", which no input changes" * (name in fixed) for name in left_out]
     moved = {name: axis for name, axis in session.axes.items() if axis}
     rewrites += [f"batch first: {name} has it at axis {axis} in the file" for name, axis in moved.items()]
@@ -136,20 +157,22 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
         max_batch=1 if single else MAX_BATCH,
         state=tuple(State(spec, source.state[spec.name]) for spec in inputs if spec.name in source.state),
     )
-    reason = "the file takes a batch of 1 only" if single else _batch_refusal(session, names, source, signature, scores)
-    if reason is not None and not single:
-        log.warning("exported one item at a time: %s", reason)
+    items = samples.collect(source, signature, ITEMS)
+    _refuse_draws(session, names, items)
+    refusal = "the file takes a batch of 1 only" if single else _batch_refusal(session, names, items, signature, scores)
+    if refusal is not None and not single:
+        log.warning("exported one item at a time: %s", refusal)
         signature = replace(signature, max_batch=1)
     write_signature(graph, signature)
     remove_source_traces(graph)
-    return OnnxPolicy(model, session, signature, scores, rewrites, reason)
+    return OnnxPolicy(model, session, signature, scores, rewrites, refusal)
 
 
 def _session(model: Any) -> Any:
     try:
         return open_session(model.SerializeToString())
     except Exception as error:
-        raise CaptureFailed(f"ONNX Runtime refused the file: {one_line(error)}") from error
+        raise CaptureFailed(f"ONNX Runtime refused the file: {reason(error)}") from error
 
 
 class FileSession:
@@ -164,7 +187,7 @@ class FileSession:
         try:
             found = self._session.run(list(names), given | self._constants)
         except Exception as error:
-            raise CaptureFailed(f"ONNX Runtime could not run the file: {one_line(error)}") from error
+            raise CaptureFailed(f"ONNX Runtime could not run the file: {reason(error)}") from error
         return {name: _moved(array, self.axes.get(name, 0), 0) for name, array in zip(names, found, strict=True)}
 
 
@@ -172,35 +195,58 @@ def _moved(array: Array, axis: int, target: int) -> Array:
     return array if axis == target else np.ascontiguousarray(np.moveaxis(array, axis, target))
 
 
-def _output_axes(
-    session: FileSession, names: Sequence[str], inputs: Sequence[TensorSpec], single: bool, said: Mapping[str, int]
-) -> dict[str, int]:
-    """The axis of each output that has the batch's size (the first of several), where `said` does not say it."""
-    sizes = (1,) if single else (3, 5)
-    shapes = []
-    for size in sizes:
-        try:
-            shapes.append(
-                {n: np.shape(a) for n, a in session.run(names, {s.name: s.zeros(size) for s in inputs}).items()}
-            )
-        except CaptureFailed:
-            if size == 1:
-                raise
-            return _output_axes(session, names, inputs, True, said)  # the file takes one item at a time
-    found = dict(said)
-    for name in names:
-        axes = [i for i, of in enumerate(zip(*(shape[name] for shape in shapes), strict=True)) if of == sizes]
-        found.setdefault(name, axes[0] if axes else 0)
-    return {name: axis for name, axis in found.items() if name in names}
+def _sizes(session: FileSession, names: Sequence[str], inputs: Sequence[TensorSpec]) -> tuple[int, ...]:
+    """Two sizes of batches to look at, or 1 if the file takes one item at a time, whatever it declares."""
+    try:
+        session.run(names, {spec.name: spec.zeros(3) for spec in inputs})
+    except CaptureFailed:
+        return (1,)
+    return (3, 5)
 
 
-def _output(name: str, array: Array) -> TensorSpec:
-    if np.shape(array)[:1] != (1,):
+def _unchanged(name: str, runs: Sequence[Arrays]) -> bool:
+    return all(np.array_equal(run[name], runs[0][name]) for run in runs)
+
+
+def _output_axis(name: str, arrays: Sequence[Array], sizes: Sequence[int], said: Mapping[str, int]) -> int:
+    """The axis that has the batch's size (the first of several). Raises `CaptureFailed` if `said` says another."""
+    shapes = [np.shape(array) for array in arrays]
+    axes = [axis for axis, of in enumerate(zip(*shapes, strict=False)) if of == tuple(sizes)]
+    axis = said.get(name, axes[0] if axes else 0)
+    axis += len(shapes[0]) * (axis < 0)
+    if axis not in axes:
         raise CaptureFailed(
-            f"{name}: expected an axis for the batch; got the shape {np.shape(array)} for one item (say which axis it "
-            "is, with batch_axes or --batch-axis NAME=AXIS, or leave the output out, with outputs or --output)"
+            f"{name}: expected an axis for the batch; for {sizes[-1]} items at once the shape is {shapes[-1]} (say "
+            "which axis it is, with batch_axes or --batch-axis NAME=AXIS, or leave the output out: name the others, "
+            "with outputs or --output)"
         )
-    return TensorSpec(name, dtype_of(name, array.dtype), array.shape[1:])
+    if len({shape[:axis] + shape[axis + 1 :] for shape in shapes}) > 1:
+        raise CaptureFailed(f"{name}: expected one axis for the batch; for 3 and 5 items the shapes are {shapes}")
+    return axis
+
+
+def _check_state(inputs: Sequence[TensorSpec], outputs: Mapping[str, TensorSpec], state: Mapping[str, str]) -> None:
+    for spec in inputs:
+        after = outputs.get(state.get(spec.name, ""))
+        if after is not None and str(after) != str(spec):
+            raise CaptureFailed(
+                f"state: {spec.name} is {spec} an item, but {after.name}, which replaces it, is {after}"
+            )
+
+
+def _text(array: Array) -> str:
+    return f"{array.reshape(-1)[0]:g}" if (array == array.reshape(-1)[0]).all() else str(array.tolist())
+
+
+def _refuse_draws(session: FileSession, names: Sequence[str], items: Arrays) -> None:
+    """Raise `CaptureFailed` if the same inputs give other results the second time."""
+    first, second = (_one_by_one(session, names, items) for _ in range(2))
+    changed = [name for name in names if first[name].tobytes() != second[name].tobytes()]
+    if changed:
+        raise CaptureFailed(
+            f"the same inputs give another {', '.join(changed)} each time: the file draws random numbers, such as a "
+            "Dropout in training mode; export it for inference"
+        )
 
 
 def _one_by_one(session: FileSession, names: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
@@ -208,16 +254,15 @@ def _one_by_one(session: FileSession, names: Sequence[str], inputs: Mapping[str,
 
 
 def _batch_refusal(
-    session: FileSession, names: Sequence[str], source: OnnxSource, signature: Signature, scores: str | None
+    session: FileSession, names: Sequence[str], items: Arrays, signature: Signature, scores: str | None
 ) -> str | None:
     """Why the file cannot take batches, or None."""
-    inputs = samples.collect(source, signature, ITEMS)
 
     def run(batch: Arrays) -> Arrays:
         results = session.run(names, batch)
         return results if scores is None else results | {"action": results[scores].argmax(-1)}
 
     try:
-        return dependence(run, signature, inputs)
+        return dependence(run, signature, items)
     except CaptureFailed as error:
         return f"with a batch {error.message}"

@@ -20,8 +20,11 @@ _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLi
 def read_model(path: Path) -> Any:
     """The model, including weights in external files. Raises `UsageError`."""
     try:
-        return onnx.load(str(path))
-    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+        model = onnx.load(str(path))
+        if not model.ByteSize():
+            raise DecodeError("it is empty")
+        return model
+    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError) as error:
         raise UsageError(f"{path.name} is no .onnx file that can be read: {one_line(error)}") from error
 
 
@@ -66,31 +69,37 @@ def inputs_of(graph: Any, axes: Mapping[str, int]) -> tuple[list[TensorSpec], di
     for name in axes:
         if name not in values and name not in [value.name for value in graph.output]:
             raise CaptureFailed(f"no tensor named {name!r} with a batch axis; the file takes {', '.join(values)}")
+    any_open = any(not axis.dim_value for tensor in values.values() for axis in tensor.shape.dim)
     specs, found, single = [], {}, False
     for name in keys_by_name(values, "input"):
+        if not values[name].HasField("shape"):
+            raise CaptureFailed(
+                f"{name}: the file does not state its shape; export the file with the shape of each input"
+            )
         sizes: list[Any] = [axis.dim_value or axis.dim_param or "?" for axis in values[name].shape.dim]
-        axis = axes[name] if name in axes else _batch_axis(name, sizes)
+        axis = axes[name] if name in axes else _batch_axis(name, sizes, any_open)
+        axis += len(sizes) * (axis < 0)
         if not 0 <= axis < len(sizes) or (isinstance(sizes[axis], int) and sizes[axis] != 1):
             raise CaptureFailed(
                 f"{name}: expected a batch of any size or of 1 at axis {axis}; the file's shape is {sizes}"
             )
-        single |= sizes.pop(axis) == 1
-        if any(isinstance(size, str) for size in sizes):
+        item = [size for index, size in enumerate(sizes) if index != axis]
+        if any(isinstance(size, str) for size in item):
             raise CaptureFailed(
-                f"{name}: expected one open axis, the batch; the file's other axes are {sizes} (if the batch is "
-                "another axis, say which: batch_axes, or --batch-axis NAME=AXIS)"
+                f"{name}: expected one open axis, the batch; the file's shape is {sizes}. Export the file with a fixed "
+                "size for every other axis"
             )
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(values[name].elem_type)
-        specs.append(TensorSpec(name, dtype_of(name, dtype), tuple(sizes)))
+        single |= sizes[axis] == 1
+        specs.append(TensorSpec(name, dtype_of(name, dtype_in_file(name, values[name])), tuple(item)))
         found[name] = axis
     return specs, found, single
 
 
-def _batch_axis(name: str, sizes: Sequence[Any]) -> int:
+def _batch_axis(name: str, sizes: Sequence[Any], any_open: bool) -> int:
     opened = [axis for axis, size in enumerate(sizes) if isinstance(size, str)]
     if opened:
         return 0 if 0 in opened or len(opened) > 1 else opened[0]
-    if 1 in sizes:
+    if 1 in sizes and not (any_open and set(sizes) == {1}):  # one number beside open batches is a setting
         return sizes.index(1)
     raise CaptureFailed(
         f"{name}: expected an axis for the batch, open or of size 1; the file's shape is {list(sizes)}. If it is a "
@@ -122,7 +131,19 @@ def dtype_of(name: str, dtype: np.dtype[Any]) -> DType:
         if dtype == known:
             result: DType = known
             return result
-    raise CaptureFailed(f"{name}: expected one of {', '.join(get_args(DType))}; got {dtype}")
+    got = "strings" if dtype.kind == "O" else dtype
+    raise CaptureFailed(
+        f"{name}: expected one of {', '.join(get_args(DType))}; got {got}. Export the file with one of these"
+    )
+
+
+def dtype_in_file(name: str, declared: Any) -> np.dtype[Any]:
+    """The numpy dtype of a declared tensor. Raises `CaptureFailed` if the file does not state it."""
+    try:
+        dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(declared.elem_type)
+        return dtype
+    except KeyError as error:
+        raise CaptureFailed(f"{name}: the file states no dtype that this onnx knows ({declared.elem_type})") from error
 
 
 def add_argmax(graph: Any, scores: TensorSpec) -> TensorSpec:
@@ -140,9 +161,12 @@ def add_argmax(graph: Any, scores: TensorSpec) -> TensorSpec:
 def write_signature(graph: Any, signature: Signature) -> None:
     """Declare the signature's inputs and outputs in the graph. A file may leave shapes open, and have more outputs."""
     batch = "batch" if signature.max_batch > 1 else 1
+    for spec, named in zip(signature.results, signature.graph_results, strict=True):
+        if spec.name != named.name:  # an input that is an output too
+            graph.node.append(onnx.helper.make_node("Identity", [spec.name], [named.name]))
     weights = {tensor.name for tensor in graph.initializer}
     defaults = [value for value in graph.input if value.name in weights]
-    for values, specs, kept in ((graph.input, signature.inputs, defaults), (graph.output, signature.results, [])):
+    for values, specs, kept in ((graph.input, signature.inputs, defaults), (graph.output, signature.graph_results, [])):
         declared = [
             onnx.helper.make_tensor_value_info(
                 spec.name, onnx.helper.np_dtype_to_tensor_dtype(spec.numpy_dtype), [batch, *spec.shape]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,25 +11,36 @@ from onnx.inliner import inline_local_functions
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Array
-from actserve_export.programs.onnx_graph import nodes_of
+from actserve_export.programs.onnx_graph import dtype_in_file, nodes_of
 
-_DOMAINS = ("", "ai.onnx", "com.microsoft")  # the last: operators that ONNX Runtime's optimiser puts in
+_DOMAINS = ("", "ai.onnx")
+_REMEDIES = {
+    "ai.onnx.ml": "for scikit-learn, convert with zipmap=False; its trees and linear models cannot be exported",
+    "com.microsoft": "export the file without the optimiser of ONNX Runtime, which puts such operators in",
+}
+
+
+def open_axes(model: Any) -> None:
+    """Sizes of -1 and 0, which some exporters write for an open axis, are left out, in place."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.HasField("dim_value") and axis.dim_value <= 0:
+                axis.Clear()
 
 
 def plain(model: Any) -> Any:
-    """A copy of `model` with its local functions inlined, and no size for open axes.
+    """A copy of `model` with its local functions inlined.
 
     Raises `CaptureFailed` for operators of other domains, and for inputs that are no tensors.
     """
     copy = onnx.ModelProto()
-    copy.CopyFrom(inline_local_functions(model) if model.functions else model)
+    copy.CopyFrom(_inlined(model) if model.functions else model)
     graph = copy.graph
     for node in nodes_of(graph):
         if node.domain not in _DOMAINS:
             raise CaptureFailed(
                 f"the node {node.name or node.output[0]!r} is {node.op_type} of {node.domain}, which is not one of "
-                "ONNX's own operators (for scikit-learn: convert without ZipMap; trees and linear models of "
-                "ai.onnx.ml cannot be exported)"
+                f"ONNX's own operators: {_REMEDIES.get(node.domain, 'export the file with those only')}"
             )
     opsets = [entry for entry in copy.opset_import if entry.domain in _DOMAINS]
     del copy.opset_import[:]
@@ -38,35 +49,50 @@ def plain(model: Any) -> Any:
         raise CaptureFailed("the file has no outputs; a policy gives at least an action")
     for value in graph.input:
         if not value.type.HasField("tensor_type"):
-            raise CaptureFailed(f"{value.name}: expected a tensor; got {_kind(value)}")
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.HasField("dim_value") and axis.dim_value <= 0:
-                axis.Clear()
+            raise CaptureFailed(f"{value.name}: expected a tensor; got {_kind(value)}. Export the file without it")
     return copy
 
 
+def _inlined(model: Any) -> Any:
+    """`model` without local functions. onnx rewrites those of another opset, but must be told the types of weights."""
+    inlined = inline_local_functions(model)
+    if not inlined.functions:
+        return inlined
+    for tensor in inlined.graph.initializer:
+        inlined.graph.value_info.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    try:
+        return inline_local_functions(onnx.shape_inference.infer_shapes(inlined), convert_version=True)
+    except Exception as error:  # the C++ part of onnx raises several types
+        names = ", ".join(sorted({function.name for function in inlined.functions}))
+        raise CaptureFailed(
+            f"functions of the file have another opset than the file ({names}) and cannot be inlined; export the file "
+            "with one opset"
+        ) from error
+
+
 def _kind(value: Any) -> str:
-    return f"a {value.type.WhichOneof('value').removesuffix('_type')}"
+    kind = (value.type.WhichOneof("value") or "no type").removesuffix("_type")
+    return {"optional": "an optional", "no type": kind}.get(kind, f"a {kind}")
 
 
 def tensors_only(graph: Any, names: Iterable[str]) -> None:
     """Raises `CaptureFailed` if an output of `names` is no tensor, such as a sequence of maps."""
     for value in graph.output:
         if value.name in names and not value.type.HasField("tensor_type"):
-            raise CaptureFailed(f"{value.name}: expected a tensor; got {_kind(value)}. Leave it out: name the outputs")
+            raise CaptureFailed(
+                f"{value.name}: expected a tensor; got {_kind(value)}. Leave it out: name the other outputs, with "
+                "outputs or --output"
+            )
 
 
-def fix_constants(graph: Any, constants: Mapping[str, float]) -> dict[str, Array]:
-    """Replace inputs by constants, in place -> the arrays by name. Raises `CaptureFailed` for an unknown input."""
+def fix_constants(graph: Any, constants: Mapping[str, Any]) -> dict[str, Array]:
+    """Replace inputs by constants, in place -> the arrays by name. Raises `CaptureFailed`."""
     values = {value.name: value for value in graph.input}
     arrays = {}
     for name, number in constants.items():
         if name not in values:
             raise CaptureFailed(f"no input named {name!r} to be constant; the file takes {', '.join(values)}")
-        tensor = values[name].type.tensor_type
-        sizes = [axis.dim_value or 1 for axis in tensor.shape.dim]
-        arrays[name] = np.full(sizes, number, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        arrays[name] = _constant(name, number, values[name].type.tensor_type)
         graph.input.remove(values[name])
         for default in [tensor for tensor in graph.initializer if tensor.name == name]:
             graph.initializer.remove(default)
@@ -74,13 +100,29 @@ def fix_constants(graph: Any, constants: Mapping[str, float]) -> dict[str, Array
     return arrays
 
 
-def constant_outputs(graph: Any) -> list[str]:
-    """The outputs that no input reaches, such as the version number that ML-Agents writes."""
+def _constant(name: str, given: Any, declared: Any) -> Array:
+    dtype = dtype_in_file(name, declared)
+    sizes = [axis.dim_value or 1 for axis in declared.shape.dim]
+    try:
+        numbers = np.broadcast_to(np.asarray(given, np.float64), sizes)
+    except ValueError as error:
+        raise CaptureFailed(f"{name}: expected numbers of shape {sizes} as its constant; got {given!r}") from error
+    array = numbers.astype(dtype)
+    if dtype.kind in "biu" and not np.array_equal(array, numbers):
+        raise CaptureFailed(f"{name}: expected a constant of {dtype}; got {given!r}")
+    return array
+
+
+def constant_outputs(graph: Any, ignored: Sequence[str] = ()) -> list[str]:
+    """The outputs that no input reaches, such as the version number that ML-Agents writes.
+
+    Operators of the types in `ignored` pass nothing on.
+    """
     weights = {tensor.name for tensor in graph.initializer}
     reached = {value.name for value in graph.input} - weights
     for node in graph.node:  # in topological order
         inner = {name for body in _bodies(node) for each in nodes_of(body) for name in each.input}
-        if reached & ({*node.input} | inner):
+        if node.op_type not in ignored and reached & ({*node.input} | inner):
             reached |= {*node.output}
     return [value.name for value in graph.output if value.name not in reached]
 

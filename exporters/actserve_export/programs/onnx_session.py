@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import onnxruntime as ort
+
+from actserve.core.errors import one_line
+
+_ORIGIN = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ .*?\) (?=[A-Z])"
+    r"|ONNX Runtime only \*guarantees\*.*? opset versions\. |The operator schemas and .*? compatibility\. "
+)
 
 
 def open_session(model: bytes) -> Any:
@@ -13,3 +21,8 @@ def open_session(model: bytes) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def reason(error: Exception) -> str:
+    """The message of an error of ONNX Runtime, without its own source lines."""
+    return one_line(Exception(_ORIGIN.sub("", " ".join(str(error).split())))) if str(error) else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnxruntime as ort
 
@@ -21,7 +21,7 @@ class OnnxSource:
     tensors by name: {"h_in": 1} for [layers, batch, hidden]; requests always have the batch first. If the file fixes
     the batch at 1, the policy takes one item at a time.
     `outputs` names the outputs of the program, the action first; by default all of the file's that depend on an input.
-    `constants` gives inputs that are settings, such as `is_training`, one value for good.
+    `constants` gives inputs that are settings, such as `is_training`, a number or an array for good.
     `action` "argmax": the first output has one value per action, (B, n); the program returns the best action before it,
     as `action`. "identity": the first output is the action.
     `state` maps inputs to the outputs that replace them in the next step. State starts at zero.
@@ -32,7 +32,7 @@ class OnnxSource:
     outputs: tuple[str, ...] = ()
     action: str = "identity"
     state: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, float] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     batch_axes: Mapping[str, int] = field(default_factory=dict)
     observe: Callable[[int], Arrays] | None = None
     environment: Environment | None = None
