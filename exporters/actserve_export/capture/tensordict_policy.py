@@ -20,12 +20,13 @@ from torch.nn.parameter import is_lazy
 from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
 from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.noise import NoiseFromInputs
+from actserve_export.capture.reasons import explain, refuse_what_has_no_values_or_source
 from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import reads_and_writes, swap
@@ -155,7 +156,7 @@ class TracedPolicy:
             with torch.no_grad(), set_composite_lp_aggregate(False):
                 outputs = self.reference(*tensors)
         except Exception as error:
-            raise CaptureFailed(f"the policy fails on a batch of {len(tensors[0])}: {one_line(error)}") from error
+            raise CaptureFailed(f"the policy fails on a batch of {len(tensors[0])}: {explain(error)}") from error
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)}
 
     def graph(self) -> str:
@@ -202,6 +203,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     Raises `CaptureFailed`.
     """
     io = StepIO()
+    refuse_what_has_no_values_or_source(source.policy)
     policy = swap(source.policy, io).eval()
     _refuse_lazy(policy)
     layout = _layout(source, policy)
@@ -362,7 +364,7 @@ def _record(program: StepProgram, items: Mapping[str, Tensor], noisy: bool = Fal
     except CaptureFailed:
         raise
     except Exception as error:
-        raise CaptureFailed(f"the policy cannot run its own example: {one_line(error)}") from error
+        raise CaptureFailed(f"the policy cannot run its own example: {explain(error)}") from error
     program.io.overwritten |= {name for name, tensor in examples.items() if not torch.equal(tensor, originals[name])}
     for name, tensor in zip(program.layout.outputs, results, strict=False):
         if tensor.shape[:1] != (TRACED_BATCH,):

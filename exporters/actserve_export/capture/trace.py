@@ -7,9 +7,10 @@ import warnings
 import torch
 from torch import nn
 
-from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
 from actserve_export.capture.noise import without_value_checks
+from actserve_export.capture.reasons import explain
 
 MAX_BATCH = 256
 
@@ -30,7 +31,7 @@ def trace(program: nn.Module, signature: Signature, batch: int) -> torch.export.
     except CaptureFailed:
         raise
     except Exception as error:  # torch.export raises a dozen types, with no common base
-        raise CaptureFailed(f"torch.export could not trace the policy: {one_line(error)}") from error
+        raise CaptureFailed(f"torch.export could not trace the policy: {explain(error)}") from error
     if batch > 1:
         _assert_symbolic(exported)
     _assert_deterministic(exported)

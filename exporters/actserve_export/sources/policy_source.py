@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from tensordict import TensorDict
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from torch import Tensor, nn
 
 from actserve.core.environment import Environment
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration
 from actserve_export.sources.interfaces import OriginalPolicy
 from actserve_export.sources.keys import key_name
+
+
+ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any] | float
+
+
+def as_tensors(example: Mapping[str, ArrayLike]) -> dict[str, Tensor]:
+    """The values of an example as tensors. Raises `CaptureFailed` for what is none."""
+    found = {}
+    for name, value in example.items():
+        try:
+            found[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CaptureFailed(f"{name}: expected a tensor as the example; got {type(value).__name__}") from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -20,7 +38,8 @@ class PolicySource:
     """A policy to export.
 
     `policy` takes and returns tensordicts; its in_keys are the observations.
-    `example` holds the inputs of one item, without a batch axis. The signature takes dtypes and shapes from it.
+    `example` holds the inputs of one item, without a batch axis; a dict of arrays will do. The signature takes dtypes
+    and shapes from it.
     `outputs` are the keys that the program returns, the action first. By default these are the action and, if the
     policy writes them, action values, logits, distribution parameters and log-probabilities.
     `exploration` lists the modes of the exported policy; by default every mode that it supports.
@@ -41,6 +60,10 @@ class PolicySource:
     library: str = "TorchRL"
     original: OriginalPolicy | None = None
     observed_in: str = "environment"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.example, TensorDictBase):
+            object.__setattr__(self, "example", TensorDict(as_tensors(self.example)))
 
     @property
     def reference(self) -> str:
