@@ -120,7 +120,7 @@ NAMED_ACTION = [
         ({}, {"action": "mean"}, "expected an action of argmax or identity; got 'mean'"),
         ({"nodes": [helper.make_node("RandomNormalLike", ["obs"], ["q"])]}, {}, "RandomNormalLike draws random"),
         ({"nodes": NAMED_ACTION}, {"action": "argmax"}, "a tensor named 'action' already"),
-        ({"nodes": [helper.make_node("ReduceMax", ["obs"], ["q"], keepdims=0)]}, {}, "q: expected an axis for the batch"),
+        ({"nodes": [helper.make_node("ReduceMax", ["obs"], ["q"], keepdims=0)]}, {}, "q: expected an axis for"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_policy_is_refused(

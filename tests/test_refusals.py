@@ -50,7 +50,7 @@ def leaves_torch(self: Any, x: Tensor) -> Any:
     return self.net(torch.from_numpy(np.tanh(x.numpy())))
 
 
-REFUSED = {
+REFUSED: dict[Any, str] = {
     decides: r"depends on the values of a tensor \(test_refusals.py, line \d+: if x.sum\(\) > 0:\).*torch.where",
     counts: r"depends on the values of a tensor \(test_refusals.py, line \d+: return self.net\(x\)\[:, int",
     leaves_torch: r"leaves torch for numpy \(test_refusals.py, line \d+: .*x.numpy\(\)\)\)\)\).*torch's functions",
@@ -147,7 +147,7 @@ def test_an_example_may_be_arrays_and_numbers(example: Any) -> None:
 
 def test_an_example_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(CaptureFailed, match="speed: expected a tensor as the example; got str"):
-        from_module(nn.Linear(4, 3), {"speed": "fast"}, "argmax")  # type: ignore[dict-item]
+        from_module(nn.Linear(4, 3), {"speed": "fast"}, "argmax")
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "export", "missing:x"), ("export", "missing:x", "--debug")])

@@ -18,7 +18,6 @@ from actserve.core.signature import Arrays, Exploration
 from actserve_export.sources.interfaces import OriginalPolicy
 from actserve_export.sources.keys import key_name
 
-
 ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any] | float
 
 
