@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torchrl.data import TensorSpec
 
 from actserve.core.environment import Environment
 from actserve.core.errors import CaptureFailed
@@ -21,12 +22,13 @@ from actserve_export.sources.keys import key_name
 ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any] | float
 
 
-def as_tensors(example: Mapping[str, ArrayLike]) -> dict[str, Tensor]:
-    """The values of an example as tensors. Raises `CaptureFailed` for what is none."""
-    found = {}
+def as_tensors(example: Mapping[str, Any] | TensorDictBase) -> dict[str, Tensor | TensorDictBase]:
+    """The values of an example as tensors, nested as it is. Raises `CaptureFailed` for what is none."""
+    found: dict[str, Tensor | TensorDictBase] = {}
     for name, value in example.items():
         try:
-            found[name] = torch.as_tensor(value)
+            nested = isinstance(value, (Mapping, TensorDictBase))
+            found[name] = TensorDict(as_tensors(value)) if nested else torch.as_tensor(value).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise CaptureFailed(f"{name}: expected a tensor as the example; got {type(value).__name__}") from error
     return found
@@ -44,6 +46,8 @@ class PolicySource:
     `exploration` lists the modes of the exported policy; by default every mode that it supports.
     `observe(n)` returns a TensorDict of n real observations, batch size [n], for the certificate. `observed_in`
     says where they come from. Without `observe`, the certificate uses random inputs within each dtype's range.
+    `spec` states the bounds of integer observations: TorchRL's observation spec, such as `env.observation_spec`. Bounds
+    that the policy's own embeddings and one-hot encodings state are found without it.
     `environment` is the contract that a client must reproduce to play; None if the policy plays no game.
     `weights` is the part of `policy` that a checkpoint fills; by default all of it.
     `library` is the library that trained the policy. If that is not TorchRL, `original` runs the policy there.
@@ -59,8 +63,17 @@ class PolicySource:
     library: str = "TorchRL"
     original: OriginalPolicy | None = None
     observed_in: str = "environment"
+    spec: TensorSpec | None = None
+    left_out: str = ""  # set by the capture: outputs that are left out, and why
 
     def __post_init__(self) -> None:
+        if not isinstance(self.policy, nn.Module) or not hasattr(self.policy, "in_keys"):
+            raise CaptureFailed(
+                "expected a module that takes and returns tensordicts as the policy (for others, there is from_module); "
+                f"got {type(self.policy).__name__}"
+            )
+        if not isinstance(self.example, (TensorDictBase, Mapping)):
+            raise CaptureFailed(f"expected an example by key; got {type(self.example).__name__}")
         if not isinstance(self.example, TensorDictBase):
             object.__setattr__(self, "example", TensorDict(as_tensors(self.example)))
 
