@@ -20,7 +20,7 @@ from actserve.engine.runtimes.load import load
 from actserve.store.local import ModelStore
 from actserve_export import PolicySource, from_module
 from actserve_export.capture import capture
-from actserve_export.capture.reasons import explain
+from actserve_export.programs.reasons import explain
 from actserve_export.publish import export
 
 ITEM = torch.zeros(4)

@@ -26,12 +26,12 @@ from actserve.store.artifact import Program
 from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.noise import NoiseFromInputs
-from actserve_export.capture.reasons import explain, refuse_what_has_no_values_or_source
 from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import reads_and_writes, swap
 from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.programs.exported import PROGRAM, save_program
+from actserve_export.programs.reasons import explain, refuse_what_has_no_values_or_source
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.sources import samples
 from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part

@@ -10,7 +10,7 @@ from torch import nn
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
 from actserve_export.capture.noise import without_value_checks
-from actserve_export.capture.reasons import explain
+from actserve_export.programs.reasons import explain
 
 MAX_BATCH = 256
 

@@ -12,8 +12,8 @@ import torch
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
-from actserve_export.capture.reasons import explain
 from actserve_export.programs.onnx_graph import opset_of, remove_source_traces
+from actserve_export.programs.reasons import explain
 
 
 def convert_program(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> dict[str, Any]:
