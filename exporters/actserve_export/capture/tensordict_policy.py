@@ -8,6 +8,7 @@ import keyword
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,8 +24,10 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
+from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
 from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
+from actserve_export.capture.log_prob import Check, misplaced_log_probs
 from actserve_export.capture.noise import NoiseFromInputs
 from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.steps import StepModule
@@ -39,6 +42,7 @@ from actserve_export.sources.policy_source import PolicySource
 
 log = logging.getLogger("actserve")
 TRACED_BATCH = 64  # tracing takes a batch of 1 for a constant, and AOTInductor chooses branches by the example
+DRAWS = 1024  # items whose log-probability is checked
 # Outputs that the program returns besides the action, if the policy writes them.
 KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
 Initial = float | tuple[float, ...]
@@ -65,6 +69,7 @@ class StepProgram(nn.Module):
         self.policy = policy
         self.layout = layout
         self.modes = modes
+        self.watching: list[Check] = []
         self.__dict__["io"] = io
 
     def bind(self, names: tuple[str, ...]) -> StepProgram:
@@ -104,6 +109,8 @@ class StepProgram(nn.Module):
         self.io.next_states = {}
         with set_exploration_type(MODES[mode]), NoiseFromInputs(self.io):
             result: TensorDictBase = self.policy(tensordict)
+            for watch in self.watching:
+                watch(result)
         outputs = [_get(result, key) for key in self.layout.outputs.values()]
         outputs += [_get(result, written) for _, written in self.layout.states.values()]
         if not recording:  # a deterministic step does not change the state of a noise process
@@ -147,6 +154,7 @@ class TracedPolicy:
     signature: Signature
     layout: Layout
     single_item_reason: str | None = None  # why it takes one item a call; None: it takes batches
+    left_out: str = ""  # the outputs that are left out, and why
     runtimes: ClassVar[tuple[str, ...]] = ("onnx", "pt2")
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
@@ -214,12 +222,16 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         probe = StepProgram(policy, io, layout, ("random",))
         refuse_hidden_state(policy, lambda: _record(probe, items, noisy=True))
         program = StepProgram(policy, io, layout, _modes(policy, io, layout, items, source.exploration))
-        results = _record(program, items)
+        bounds = IndexBounds()
+        results = _record(program, items, bounds)
         signature = _signature(program, items, results)
+        signature = _bounded(signature, bounds, source, layout)
         program.bind(tuple(spec.name for spec in signature.inputs))
         traced = TracedPolicy(None, program, signature, layout)
         inputs = samples.collect(source, signature, ITEMS)
         refuse_hidden_draws(traced.run_reference, inputs)
+        if unfit := _misplaced(program, signature, samples.collect(source, signature, DRAWS)):
+            return capture_policy(_without(source, layout, unfit))
         reason = dependence(traced.run_reference, signature, inputs)
         if reason is None:
             try:
@@ -230,7 +242,30 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
             log.warning("exported one item at a time: %s", reason)
             signature = replace(signature, max_batch=1)
             exported = trace(program, signature, 1)
-    return replace(traced, program=exported, signature=signature, single_item_reason=reason)
+    return replace(traced, program=exported, signature=signature, single_item_reason=reason, left_out=source.left_out)
+
+
+def _misplaced(program: StepProgram, signature: Signature, inputs: Arrays) -> list[str]:
+    """The outputs that are the log-probability of another action than the one that the policy returns."""
+    with misplaced_log_probs(program.policy) as (wrong, check):
+        program.watching.append(check)
+        program(*(torch.from_numpy(inputs[spec.name]) for spec in signature.inputs))
+        program.watching.clear()
+    return [name for name, key in program.layout.outputs.items() if key in wrong]
+
+
+def _without(source: PolicySource, layout: Layout, names: list[str]) -> PolicySource:
+    """`source` without outputs that are wrong. Raises `CaptureFailed` if it names them itself."""
+    listed = ", ".join(names)
+    reason = (
+        f"{listed}: not the log-probability of the action that the policy returns: the action is changed after it was "
+        "drawn (projected to a spec, clamped, exploration noise), or saturates so that float32 cannot hold it"
+    )
+    if source.outputs:
+        raise CaptureFailed(f"{reason}; leave it out of the outputs")
+    log.warning("left out %s", reason)
+    left = tuple(key for name, key in layout.outputs.items() if name not in names)
+    return replace(source, outputs=left, left_out=reason)
 
 
 def _layout(source: PolicySource, policy: nn.Module) -> Layout:
@@ -349,8 +384,10 @@ def _modes(
     return ("deterministic", "random")
 
 
-def _record(program: StepProgram, items: Mapping[str, Tensor], noisy: bool = False) -> tuple[Tensor, ...]:
-    """The results of one eager call on the example, which records the requests to `StepIO`.
+def _record(
+    program: StepProgram, items: Mapping[str, Tensor], bounds: IndexBounds | None = None, *, noisy: bool = False
+) -> tuple[Tensor, ...]:
+    """The results of one eager call on the example, which records the requests to `StepIO`, and `bounds` of inputs.
 
     `noisy` adds noise to floating-point inputs. Inputs that the policy changes in place are noted in `program.io`.
     """
@@ -359,11 +396,16 @@ def _record(program: StepProgram, items: Mapping[str, Tensor], noisy: bool = Fal
     if noisy:
         examples = {n: x + torch.randn_like(x) if x.is_floating_point() else x for n, x in examples.items()}
     originals = {name: tensor.clone() for name, tensor in examples.items()}
+    if bounds is not None:
+        bounds.watch(examples)
     try:
-        results = program.run(examples, recording=True)
+        with bounds or nullcontext():
+            results = program.run(examples, recording=True)
     except CaptureFailed:
         raise
     except Exception as error:
+        if noisy:  # a number that is an index must stay one
+            return _record(program, items)
         raise CaptureFailed(f"the policy cannot run its own example: {explain(error)}") from error
     program.io.overwritten |= {name for name, tensor in examples.items() if not torch.equal(tensor, originals[name])}
     for name, tensor in zip(program.layout.outputs, results, strict=False):
@@ -385,6 +427,21 @@ def _signature(program: StepProgram, items: Mapping[str, Tensor], results: tuple
         parameters=tuple(io.parameters.values()),
         noise=tuple(io.noises),
     )
+
+
+def _bounded(signature: Signature, found: IndexBounds, source: PolicySource, layout: Layout) -> Signature:
+    """`signature` with the bounds that the graph and the source's spec state."""
+    observations = []
+    for spec in signature.observations:
+        bounded = narrowed(spec, *found.found(spec.name))
+        observations.append(narrowed(bounded, *spec_bounds(source.spec, layout.observations[spec.name])))
+    states = tuple(
+        replace(state, spec=narrowed(state.spec, *found.found(state.spec.name)))
+        if state.spec.name in layout.states
+        else state
+        for state in signature.state
+    )
+    return replace(signature, observations=tuple(observations), state=states)
 
 
 def _spec(name: str, item: Tensor) -> TensorSpec:
