@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,17 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torchrl.modules import MultiAgentMLP
 
-from actserve.core.errors import CaptureFailed
+from actserve.core.errors import ActserveError, CaptureFailed
 from actserve.engine.runtimes.load import load
 from actserve.store.local import ModelStore
 from actserve_export import PolicySource, from_module
 from actserve_export.capture import capture
 from actserve_export.programs.reasons import explain
 from actserve_export.publish import export
+from actserve_export.targets import find_source
 
 ITEM = torch.zeros(4)
 BATCH = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
@@ -148,6 +152,170 @@ def test_an_example_may_be_arrays_and_numbers(example: Any) -> None:
 def test_an_example_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(CaptureFailed, match="speed: expected a tensor as the example; got str"):
         from_module(nn.Linear(4, 3), {"speed": "fast"}, "argmax")
+
+
+class Keyed(nn.Module):
+    """A module for `TensorDictModule`, whose result is any value."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: None, "another number of results than it has out_keys"),
+        (lambda x: (x, x), "another number of results than it has out_keys"),
+        (lambda x: {"a": x}, "action: expected a plain tensor; the policy gives TensorDict"),
+        (lambda x: "up", "action: expected a plain tensor; the policy gives NonTensor"),
+        (lambda x: x.half(), "action: expected one of uint8, .*got float16: .*convert it in the policy"),
+        (lambda x: torch.fft.fft(x), "action: expected one of uint8, .*got complex64"),
+        (lambda x: x.reshape(4), r"reshape\(4\).*it got a batch of 64 of observation float32\[4\]"),
+        (lambda x: x * random.random(), "draws random numbers from Python's random"),
+        (lambda x: x + np.random.rand(), "draws random numbers from numpy.random"),
+    ],
+)
+def test_results_that_a_program_cannot_give_are_refused(function: Callable[[Tensor], Any], reason: str) -> None:
+    policy = TensorDictModule(Keyed(function), ["observation"], ["action"])
+    with pytest.raises(CaptureFailed, match=reason):
+        capture(PolicySource(policy, TensorDict({"observation": ITEM})))
+
+
+def test_inputs_of_other_dtypes_are_refused_before_they_are_run() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.complex64):
+        with pytest.raises(CaptureFailed, match=f"observation: expected one of .*got {str(dtype)[6:]}: .*convert"):
+            capture(from_module(nn.Linear(4, 3, dtype=dtype), ITEM.to(dtype), "argmax"))
+
+
+FACTORIES = """
+import torch
+from torch import nn
+X = torch.zeros(4)
+def raises(): raise RuntimeError("no weights")
+def ends(): raise SystemExit("give weights")
+def nothing(): pass
+def kind(): return nn.Linear, X
+def weights(): return nn.Linear(4, 3).state_dict(), X
+def function(): return (lambda x: x), X
+def alone(): return nn.Linear(4, 3)
+def needs(size): return nn.Linear(size, 3), X
+number = 5
+module = nn.Linear(4, 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("made:raises", r"raised RuntimeError: no weights \(made.py, line 5: "),
+        ("made:ends", "raised SystemExit: give weights"),
+        ("made:nothing", "must return .*got None: does it lack a return"),
+        ("made:kind", r"must return .*got \(the class Linear, not an instance of it, Tensor\)"),
+        ("made:weights", r"must return .*got \(OrderedDict, Tensor\)"),
+        ("made:function", r"must return .*got \(function, Tensor\)"),
+        ("made:alone", r"must return .*got a module \(Linear\)"),
+        ("made:needs", "called without arguments; give them defaults"),
+        ("made:number", "must return .*got int"),
+        ("made:module", r"must return .*got a module \(Linear\)"),
+        ("made:missing", "cannot be imported: module 'made' has no attribute 'missing'"),
+        ("made.py:alone", "leave out .py"),
+        ("./made:alone", "expected module:factory, such as"),
+        ("wrong_syntax:x", r"SyntaxError: .*wrong_syntax.py, line 1"),
+        ("wrong_import:x", r"No module named 'no_such_library' \(wrong_import.py, line 1: import no_such_library\)"),
+        ("wrong_end:x", "cannot be imported: it ends the program, with 3"),
+        ("no_such_module:x", "cannot be imported: No module named 'no_such_module'"),
+    ],
+)
+def test_a_target_that_gives_no_policy_is_refused_in_a_sentence(
+    target: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "made": FACTORIES,
+        "wrong_syntax": "def x(:",
+        "wrong_import": "import no_such_library",
+        "wrong_end": "raise SystemExit(3)",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ActserveError, match=reason):
+        find_source(target)
+
+
+def test_names_that_requests_use_get_an_underscore() -> None:
+    signature = capture(from_module(nn.Bilinear(4, 4, 3), {"seed": ITEM, "explore": ITEM}, "argmax")).signature
+    assert [spec.name for spec in signature.observations] == ["seed_", "explore_"]
+    policy = TensorDictModule(nn.Linear(4, 3), ["observation"], ["session"])
+    assert capture(PolicySource(policy, TensorDict({"observation": ITEM}))).signature.action.name == "session_"
+
+
+class Ensemble(nn.Module):
+    """The mean of three networks that run side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights, _ = torch.func.stack_module_state([nn.Linear(4, 3) for _ in range(3)])
+        self.weights = nn.ParameterDict({name: nn.Parameter(value) for name, value in weights.items()})
+        self.__dict__["empty"] = nn.Linear(4, 3, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(weights: dict[str, Tensor]) -> Any:
+            return torch.func.functional_call(self.empty, weights, (x,))
+
+        result: Tensor = torch.vmap(one)(dict(self.weights)).mean(0)
+        return result
+
+
+class Constants(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return torch.vmap(lambda row: row * torch.tensor([1.0, 2.0, 3.0, 4.0]) + torch.ones(4))(x)
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale.expand_as(x)
+
+
+def agents(centralized: bool, share_params: bool) -> nn.Module:
+    return MultiAgentMLP(4, 2, 3, centralized=centralized, share_params=share_params, depth=1, num_cells=8)
+
+
+SHARING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "agents": (lambda: agents(False, False), (3, 4)),
+    "agents that see all": (lambda: agents(True, False), (3, 4)),
+    "agents of one network": (lambda: agents(False, True), (3, 4)),
+    "agents that see all, of one network": (lambda: agents(True, True), (3, 4)),
+    "an ensemble": (Ensemble, (4,)),
+    "constants inside of vmap": (Constants, (4,)),
+    "an expanded parameter": (Expanded, (4,)),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_networks_that_share_a_call_are_exported_and_stay_usable(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, shape = SHARING[name]
+    module = make()
+    batch = np.random.default_rng(0).standard_normal((8, *shape)).astype(np.float32)
+    with torch.no_grad():
+        own = module(torch.from_numpy(batch)).numpy()
+    policy = TensorDictModule(module, [("agents", "observation")], [("agents", "action")])
+    source = PolicySource(policy, TensorDict({"agents": {"observation": torch.zeros(shape)}}))
+    artifact = export(source, "x", ModelStore(tmp_path), origin="x", runtimes=("onnx",)).artifact
+    runtime = load("onnx", artifact)
+    np.testing.assert_allclose(runtime.run({"agents_observation": batch})["agents_action"], own, rtol=1e-4, atol=1e-5)
+    runtime.close()
+    with torch.no_grad():
+        np.testing.assert_array_equal(module(torch.from_numpy(batch)).numpy(), own)
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "export", "missing:x"), ("export", "missing:x", "--debug")])

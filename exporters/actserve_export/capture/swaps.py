@@ -13,7 +13,7 @@ from typing import Any
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -35,8 +35,10 @@ from torchrl.envs.transforms import (
     VecNormV2,
 )
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule, GRUModule, LSTMModule, OrnsteinUhlenbeckProcessModule
+from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from actserve.core.errors import CaptureFailed
+from actserve_export.capture.agents import AgentNetworks
 from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.steps import (
     EpsilonGreedy,
@@ -132,6 +134,10 @@ def _refuse(original: Any, _: StepIO) -> nn.Module:
     )
 
 
+def _swap_agents(original: MultiAgentNetBase, _: StepIO) -> nn.Module:
+    return original if any(map(is_lazy, original.parameters())) else AgentNetworks(original)
+
+
 _SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {
     LSTMModule: RecurrentStep,
     GRUModule: RecurrentStep,
@@ -150,4 +156,5 @@ _SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {
     RewardClipping: LeftOut,
     TensorDictPrimer: LeftOut,
     Compose: _swap_compose,
+    MultiAgentNetBase: _swap_agents,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import keyword
@@ -10,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,8 +143,10 @@ def _get(result: TensorDictBase, key: Key) -> Tensor:
     value = result.get(key, None)
     if value is None:
         raise CaptureFailed(f"the policy was expected to write {key!r}; it wrote {list(result.keys(True, True))}")
-    tensor: Tensor = value
-    return tensor
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        kind = f"a tensor that is {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        raise CaptureFailed(f"{key_name(key)}: expected a plain tensor; the policy gives {kind}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,9 @@ class TracedPolicy:
                 outputs = self.reference(*tensors)
         except Exception as error:
             raise CaptureFailed(f"the policy fails on a batch of {len(tensors[0])}: {explain(error)}") from error
-        return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)}
+        return {
+            spec.name: tensor.detach().numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)
+        }
 
     def graph(self) -> str:
         """The graph as torch prints it, without the machine's folders."""
@@ -213,11 +219,15 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     io = StepIO()
     refuse_what_has_no_values_or_source(source.policy)
     policy = swap(source.policy, io).eval()
+    if any(parameter.device.type != "cpu" for parameter in (*policy.parameters(), *policy.buffers())):
+        policy = policy.cpu()
     _refuse_lazy(policy)
     layout = _layout(source, policy)
     io.taken = {*layout.observations, *layout.states}
-    items = {name: source.example.get(key) for name, key in layout.observations.items()}
-    items |= {name: source.example.get(read) for name, (read, _) in layout.states.items()}
+    items = {name: source.example.get(key).cpu() for name, key in layout.observations.items()}
+    items |= {name: source.example.get(read).cpu() for name, (read, _) in layout.states.items()}
+    for name, item in items.items():
+        dtype_name(name, item.dtype)
     with torch.no_grad(), set_composite_lp_aggregate(False):
         probe = StepProgram(policy, io, layout, ("random",))
         refuse_hidden_state(policy, lambda: _record(probe, items, noisy=True))
@@ -235,14 +245,19 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         reason = dependence(traced.run_reference, signature, inputs)
         if reason is None:
             try:
-                exported = trace(program, signature, TRACED_BATCH)
+                exported = trace(partial(_copied, program, signature), signature, TRACED_BATCH)
             except CaptureFailed as error:
                 reason = f"with a batch the export failed: {error.message}"
         if reason is not None:
             log.warning("exported one item at a time: %s", reason)
             signature = replace(signature, max_batch=1)
-            exported = trace(program, signature, 1)
+            exported = trace(partial(_copied, program, signature), signature, 1)
     return replace(traced, program=exported, signature=signature, single_item_reason=reason, left_out=source.left_out)
+
+
+def _copied(program: StepProgram, signature: Signature) -> StepProgram:
+    """A copy to trace: a failed trace can leave a module without its weights."""
+    return copy.deepcopy(program).bind(tuple(spec.name for spec in signature.inputs))
 
 
 def _misplaced(program: StepProgram, signature: Signature, inputs: Arrays) -> list[str]:
@@ -283,7 +298,7 @@ def _layout(source: PolicySource, policy: nn.Module) -> Layout:
     written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
     if needed and len(written) == len(needed):
         raise CaptureFailed(f"the policy overwrites everything that it reads ({needed}): expected an observation, too")
-    names = keys_by_name(needed, "input")
+    names = keys_by_name(needed, "input", rename=True)
     init = source.example.get(IS_INIT.name, None)
     return Layout(
         observations={name: key for name, key in names.items() if key not in written},
@@ -299,7 +314,8 @@ def _layout(source: PolicySource, policy: nn.Module) -> Layout:
 
 def _output_names(keys: Sequence[Key], states: set[str]) -> dict[str, Key]:
     """name -> key. An output of the same name as a state is called NAME_out: an answer carries both."""
-    return {f"{name}_out" if name in states else name: key for name, key in keys_by_name(keys, "output").items()}
+    named = keys_by_name(keys, "output", rename=True)
+    return {f"{name}_out" if name in states else name: key for name, key in named.items()}
 
 
 def _prepares(step: Any) -> bool:
@@ -406,7 +422,10 @@ def _record(
     except Exception as error:
         if noisy:  # a number that is an index must stay one
             return _record(program, items)
-        raise CaptureFailed(f"the policy cannot run its own example: {explain(error)}") from error
+        given = ", ".join(f"{name} {_spec(name, item)}" for name, item in items.items())
+        raise CaptureFailed(
+            f"the policy cannot run its own example: {explain(error)}; it got a batch of {TRACED_BATCH} of {given}"
+        ) from error
     program.io.overwritten |= {name for name, tensor in examples.items() if not torch.equal(tensor, originals[name])}
     for name, tensor in zip(program.layout.outputs, results, strict=False):
         if tensor.shape[:1] != (TRACED_BATCH,):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import linecache
 import re
 import sysconfig
+import textwrap
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.errors import ActserveError, CaptureFailed, one_line
 
 _OURS = Path(__file__).parents[1]
 _NOT_THE_USERS = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_OURS), "<")
@@ -24,7 +26,7 @@ _MEANINGS = (
         "a decision depends on the values of a tensor{place}, and a program cannot branch: choose with torch.where",
     ),
     (
-        r"\.numpy\(\) is not supported|numpy\(\) on|__array__|to numpy",
+        r"\.numpy\(\) is not supported|numpy\(\) on|tolist\(\)|__array__|to numpy",
         "the policy leaves torch for numpy{place}, and a program cannot: use torch's functions instead",
     ),
     (
@@ -32,8 +34,35 @@ _MEANINGS = (
         "expected a result for each item of a batch of shape {batch}; got the shape {shape}{place}. The batch is the "
         "first axis, also when it is 1: .squeeze() without an axis drops it, .squeeze(-1) does not",
     ),
+    (
+        r"There are more (out_keys than tensors|tensors \()|lazy representation of a tensordict",
+        "the module gives another number of results than it has out_keys{place}: it must return a tensor for each",
+    ),
+    (
+        r"Constraints violated|specialized it to be a constant",
+        "the policy makes the size of the batch a constant{place}: use x.shape[0] or -1 instead of a number",
+    ),
+    (
+        r"Cannot convert -?oo to int|[Uu]nbacked",
+        "the policy takes numbers out of a tensor{place}, and a program cannot: leave out .item(), .tolist() and int()",
+    ),
+    (
+        r"FunctionalTensorMode|inside a function being vmapped",
+        "torch.vmap cannot be exported as it is used here{place}: write it with batched operators, such as einsum",
+    ),
     (r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)'", "ONNX has no operator for torch's {op}{place}"),
 )  # fmt: skip
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Foreign errors become a `CaptureFailed` that says what could not be done, and why."""
+    try:
+        yield
+    except ActserveError:
+        raise
+    except Exception as error:  # torch raises dozens of types, with no common base
+        raise CaptureFailed(f"could not {what}: {explain(error)}") from error
 
 
 def explain(error: Exception) -> str:
@@ -48,11 +77,11 @@ def explain(error: Exception) -> str:
     return _TERMINAL_COLOURS.sub("", one_line(chain[-1])) + place
 
 
-def place_of(error: Exception) -> str:
+def place_of(error: BaseException) -> str:
     """The last line of the user's own code that led to `error`, as " (mine.py, line 3: x.numpy())"; "" without one."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(_NOT_THE_USERS) and "/actserve/" not in frame.filename:
-            line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+            line = textwrap.shorten(linecache.getline(frame.filename, frame.lineno or 0), 100, placeholder=" …")
             return f" ({Path(frame.filename).name}, line {frame.lineno}{f': {line}' if line else ''})"
     return ""
 
@@ -78,4 +107,4 @@ def refuse_what_has_no_values_or_source(policy: nn.Module) -> None:
 
 
 def _named(path: str) -> str:
-    return path.removeprefix("module.").removeprefix("module.") or "the policy"
+    return re.sub(r"^(module(\.|$))+", "", path) or "the policy"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
@@ -19,7 +19,7 @@ ACTIONS = ("argmax", "identity")
 
 def from_module(
     module: nn.Module,
-    example: ArrayLike | Mapping[str, ArrayLike],
+    example: ArrayLike | Mapping[str, ArrayLike] | TensorDictBase,
     action: str | Callable[[Any], Tensor],
     *,
     call: Callable[..., Any] | None = None,
@@ -36,9 +36,13 @@ def from_module(
     with it, the artifact acts deterministically or at random.
     Raises `CaptureFailed` for another `action`.
     """
+    if not isinstance(module, nn.Module):
+        raise CaptureFailed(
+            f"expected an nn.Module; got {module if isinstance(module, type) else type(module).__name__}"
+        )
     if not callable(action) and action not in ACTIONS:
         raise CaptureFailed(f"expected an action of {', '.join(ACTIONS)} or a function; got {action!r}")
-    items = as_tensors(example if isinstance(example, Mapping) else {"observation": example})
+    items = as_tensors(example if isinstance(example, (Mapping, TensorDictBase)) else {"observation": example})
     out_keys = ["action", "action_value"] if action == "argmax" else ["action"]
     policy = TensorDictModule(_ModulePolicy(module, action, call, sample), in_keys=list(items), out_keys=out_keys)
     return PolicySource(policy, TensorDict(items), weights=module, library="PyTorch")

@@ -69,8 +69,8 @@ class PolicySource:
     def __post_init__(self) -> None:
         if not isinstance(self.policy, nn.Module) or not hasattr(self.policy, "in_keys"):
             raise CaptureFailed(
-                "expected a module that takes and returns tensordicts as the policy (for others, there is from_module); "
-                f"got {type(self.policy).__name__}"
+                f"expected a module that takes and returns tensordicts as the policy; got {type(self.policy).__name__} "
+                "(from_module makes a policy of an nn.Module)"
             )
         if not isinstance(self.example, (TensorDictBase, Mapping)):
             raise CaptureFailed(f"expected an example by key; got {type(self.example).__name__}")
