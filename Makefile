@@ -1,6 +1,6 @@
 # make demo    install, export the bundled policy, serve it, and play a game over HTTP with each runtime
-# make test    install and run the tests (10 minutes)
-# make test-wide   more policies and games of the kinds that `make test` tries (half an hour)
+# make test    install and run the tests (20 minutes)
+# make test-wide   more policies and games of the kinds that `make test` tries
 # make test-fast   the tests of the server, the client and the store in process (2 minutes)
 # make check   lint, types, format
 # make docs    the Python API reference, into build/api

@@ -21,7 +21,7 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared-machine")
 
-# What `make test-fast` leaves out, by a fixture, a folder, a file or a function.
+# The tests that `make test-fast` leaves out, named by a fixture, a folder, a file or a function.
 LEFT_OUT = {
     "browser": {"test_page_browser.py"},
     "cluster": {"test_scale.py"},
@@ -33,14 +33,8 @@ LEFT_OUT = {
     },
     "container": {"test_compose_lays_an_override_over_the_rest"},
     "exporter": {
-        *("test_behaviour.py", "test_capture.py", "test_commands.py", "test_compile.py"),
-        *(
-            "test_every_game.py",
-            "test_modules.py",
-            "test_onnx_file.py",
-            "test_onnx_kinds.py",
-            "test_remote_episodes.py",
-        ),
+        *("test_behaviour.py", "test_capture.py", "test_commands.py", "test_compile.py", "test_every_game.py"),
+        *("test_modules.py", "test_onnx_file.py", "test_onnx_kinds.py", "test_remote_episodes.py"),
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
         *("test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",

@@ -53,9 +53,14 @@ def nodes_of(graph: Any) -> Iterator[Any]:
     """The nodes of the graph and of those inside its nodes, such as the branches of an If."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from nodes_of(inner)
+        yield from nodes_inside(node)
+
+
+def nodes_inside(node: Any) -> Iterator[Any]:
+    """The nodes of the graphs that `node` holds."""
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            yield from nodes_of(inner)
 
 
 def inputs_of(graph: Any, axes: Mapping[str, int]) -> tuple[list[TensorSpec], dict[str, int], bool]:

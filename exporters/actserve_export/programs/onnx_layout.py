@@ -11,7 +11,7 @@ from onnx.inliner import inline_local_functions
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Array
-from actserve_export.programs.onnx_graph import dtype_in_file, nodes_of
+from actserve_export.programs.onnx_graph import dtype_in_file, nodes_inside, nodes_of
 
 _DOMAINS = ("", "ai.onnx")
 _REMEDIES = {
@@ -121,7 +121,7 @@ def constant_outputs(graph: Any, ignored: Sequence[str] = ()) -> list[str]:
     weights = {tensor.name for tensor in graph.initializer}
     reached = {value.name for value in graph.input} - weights
     for node in graph.node:  # in topological order
-        inner = {name for body in _bodies(node) for each in nodes_of(body) for name in each.input}
+        inner = {name for each in nodes_inside(node) for name in each.input}
         if node.op_type not in ignored and reached & ({*node.input} | inner):
             reached |= {*node.output}
     return [value.name for value in graph.output if value.name not in reached]
@@ -161,7 +161,3 @@ def _rename(graph: Any, old: str, new: str) -> None:
             for index, name in enumerate(names):
                 if name == old:
                     names[index] = new
-
-
-def _bodies(node: Any) -> list[Any]:
-    return [body for attribute in node.attribute for body in (attribute.g, *attribute.graphs)]
