@@ -36,6 +36,7 @@ LEFT_OUT = {
         *("test_behaviour.py", "test_capture.py", "test_commands.py", "test_compile.py", "test_every_game.py"),
         *("test_modules.py", "test_onnx_file.py", "test_onnx_kinds.py", "test_remote_episodes.py"),
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
+        "test_refusals.py",
         *("test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",
     },

@@ -21,6 +21,7 @@ from actserve.store.artifact import FORMAT, GOLDEN, Artifact, Manifest
 from actserve.store.local import ModelStore
 from actserve_export.capture import capture
 from actserve_export.certify import certify
+from actserve_export.programs.reasons import explained
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 
 RUNTIMES = ("onnx", "pt2")
@@ -105,14 +106,16 @@ def export(
         for runtime in runtimes:
             progress(f"building .{runtime}")
             try:
-                programs[runtime] = captured.build(runtime, folder, target)
+                with explained(f"build the .{runtime}"):
+                    programs[runtime] = captured.build(runtime, folder, target)
             except CaptureFailed as error:
                 if insisted or (runtime == runtimes[-1] and not programs):
                     raise
                 progress(f"no .{runtime}: {error.message}")
                 missing[runtime] = error.message
         files = {program.file: folder / program.file for program in programs.values()}
-        files |= {GRAPH: folder / GRAPH, **captured.save(folder, programs)}
+        with explained("save the program"):
+            files |= {GRAPH: folder / GRAPH, **captured.save(folder, programs)}
         files[GRAPH].write_text(captured.graph())
         # A draft in a temporary store, so that certifying opens the programs in the same way as serving.
         draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tensordict import TensorDict
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.errors import CaptureFailed, UsageError
 from actserve.core.signature import Array
+from actserve_export.programs.reasons import place_of
 from actserve_export.sources.interfaces import ExportSource
 from actserve_export.sources.keys import key_name
 from actserve_export.sources.modules import from_module
@@ -97,41 +98,75 @@ def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
         raise UsageError(
             f"no weights of {target} ship: train it (actserve train {target}), then export it with --checkpoint"
         )
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", path):
+        raise UsageError(f"expected module:factory, such as my_policies.walker:make; got {target!r}")
     try:
-        made = resolve_name(path)(*(known.arguments if known else ()))
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{target!r} cannot be imported: {error}") from error
-    except Exception as error:  # the user's own code
-        raise UsageError(f"{target} raised {type(error).__name__}: {error}{_place(error)}") from error
+        factory = resolve_name(path)
+    except Exception as error:
+        is_file = path.partition(":")[0].endswith(".py")
+        advice = ": leave out .py" if is_file else _place(error)
+        raise UsageError(f"{target!r} cannot be imported: {_reason(error)}{advice}") from error
+    except SystemExit as error:  # not ours: we would end without a word
+        raise UsageError(f"{target!r} cannot be imported: it ends the program, with {error.code!r}") from error
+    if isinstance(factory, nn.Module) or not callable(factory):
+        return target if known else path.partition(":")[2], factory
+    try:
+        made = factory(*(known.arguments if known else ()))
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise UsageError(f"{target} raised {_reason(error)}{_place(error)}{_needs(factory)}") from error
     return target if known else path.partition(":")[2], made
 
 
-def _place(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {text}"
+
+
+def _place(error: BaseException) -> str:
     """The file and line of an error in the user's code, for a message."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        return "" if "line" in str(error) else f" ({Path(error.filename).name})"
+    return place_of(error)
+
+
+def _needs(factory: Any) -> str:
+    """What to do about a factory that takes arguments."""
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        return ": it is called without arguments; give them defaults"
+    except ValueError:  # no signature is known
+        pass
+    return ""
 
 
 def _as_source(target: str, made: Any, action: str | None) -> PolicySource | OnnxSource:
     if isinstance(made, OnnxSource):
         return made if action is None else replace(made, action=action)
-    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], (Tensor, dict)):
+    policy, example = made if isinstance(made, tuple) and len(made) == 2 else (None, None)
+    of_keys = isinstance(getattr(policy, "_orig_mod", policy), TensorDictModuleBase)  # torch.compile wraps a module
+    if isinstance(policy, nn.Module) and not of_keys:
         if action is None:
             raise UsageError(f"{target} gives a plain module: say what its output is, with --action argmax or identity")
-        if isinstance(made[0], nn.Module):
-            return from_module(*made, action)
-    if action is not None:
-        raise UsageError(f"--action is for plain modules and .onnx files; {target} says itself what its action is")
-    if isinstance(made, PolicySource):
-        return made
-    if isinstance(made, tuple) and len(made) == 2:
-        policy, example = made
-        if isinstance(policy, TensorDictModuleBase) and isinstance(example, TensorDict):
-            return PolicySource(policy, example)
+        return from_module(policy, example, action)
+    if isinstance(made, PolicySource) or (of_keys and isinstance(example, (TensorDictBase, dict))):
+        if action is not None:
+            raise UsageError(f"--action is for plain modules and .onnx files; {target} says itself what its action is")
+        return made if isinstance(made, PolicySource) else PolicySource(policy, example)
     raise CaptureFailed(
         f"{target} must return (tensordict module, TensorDict), (module, example tensor or dict of them), "
-        f"a PolicySource or an OnnxSource; got {type(made).__name__}"
+        f"a PolicySource or an OnnxSource; got {_described(made)}"
     )
+
+
+def _described(made: Any) -> str:
+    if isinstance(made, tuple):
+        return f"({', '.join(map(_described, made))})"
+    if isinstance(made, type):
+        return f"the class {made.__name__}, not an instance of it"
+    if isinstance(made, nn.Module):
+        return f"a module ({type(made).__name__})"
+    return type(made).__name__ if made is not None else "None: does it lack a return?"
 
 
 def _restore(source: PolicySource | OnnxSource, checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ Exit codes: 0 success; 1 failure, with the reason on stderr; 2 usage error.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Annotated, Any, NoReturn
@@ -21,7 +22,7 @@ from actserve.cli.commands import artifacts, keys, play, routing, tokens
 from actserve.cli.commands.serve import serve
 from actserve.cli.commands.tune import tune
 from actserve.cli.terminal import console, flag
-from actserve.core.errors import ActserveError, UsageError
+from actserve.core.errors import ActserveError, UsageError, one_line
 
 PLUGINS = "actserve.commands"
 
@@ -74,19 +75,32 @@ cli.add_typer(tokens.tokens, name="tokens", rich_help_panel="Operate")
 
 
 @cli.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, flag("--version", says="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, flag("--version", says="Print the version.")] = False,
+    debug: Annotated[bool, flag("--debug", says="Show where an error was raised. Also after a command.")] = False,
+) -> None:
+    assert not debug, "main takes it away, so that it may stand anywhere"
     if version:
         print(__version__)
         raise typer.Exit
 
 
 def main() -> NoReturn:
-    """Run the command. Prints every `ActserveError` as one line on stderr."""
+    """Run the command. Prints an error as one line on stderr; with `--debug`, after its traceback."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
     try:
         cli()
         sys.exit(0)
-    except ActserveError as error:
+    except Exception as error:
         from rich.markup import escape
 
-        console().print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, ActserveError):
+            message = error.message
+        else:
+            message = f"{type(error).__name__}: {one_line(error)} (unexpected: --debug shows where it was raised)"
+        console().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
         sys.exit(2 if isinstance(error, UsageError) else 1)

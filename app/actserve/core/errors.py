@@ -9,6 +9,7 @@ ActserveError
 │   ├── BodyTooLarge             the body exceeds the size limit
 │   ├── TooManyItems             the batch exceeds the limit
 │   ├── InvalidTensor            a tensor's name, dtype, shape or values violate the signature
+│   ├── RefusedByProgram         the program fails on this request alone
 │   ├── UnknownOutput            the policy has no output of this name
 │   └── StepConflict             a session's step number is neither the next nor the last one
 ├── Unauthorized                 the token is missing or invalid
@@ -139,6 +140,19 @@ class InvalidTensor(InvalidRequest):
 
     def __init__(self, name: str, expected: str, got: str) -> None:
         super().__init__(f"{name}: expected {expected}; got {got}", name=name, expected=expected, got=got)
+
+
+class RefusedByProgram(InvalidRequest):
+    """The program fails on this request alone: an index out of range, for example."""
+
+    code = "refused_by_program"
+
+    def __init__(self, policy: str, reason: str) -> None:
+        super().__init__(
+            f"{policy}: the program cannot act on these inputs: {reason}; expected values that the policy can take, "
+            "such as indices within their range",
+            policy=policy,
+        )
 
 
 class UnknownOutput(InvalidRequest):

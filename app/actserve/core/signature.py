@@ -18,17 +18,23 @@ Arrays = dict[str, Array]  # by tensor name; the first axis is the batch
 DType = Literal["uint8", "int32", "int64", "float32", "float64", "bool"]
 
 
+Bound = float | tuple[float | None, ...] | None  # of the elements of a tensor; None: no bound
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor. `shape` is per item: the batch axis is never part of it. Bounds are inclusive."""
+    """One named tensor. `shape` is per item: the batch axis is never part of it.
+
+    Bounds are inclusive. They hold for every element; a tuple has one for each element of an item, row-major.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    low: float | None = None
-    high: float | None = None
+    low: Bound = None
+    high: Bound = None
 
     @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -50,10 +56,45 @@ class TensorSpec:
             raise InvalidTensor(self.name, "a row-major (C-contiguous) array", f"strides {batch.strides}")
         if self.numpy_dtype.kind == "f" and np.isnan(batch).any():
             raise InvalidTensor(self.name, "numbers", "NaN")
-        if self.low is not None and batch.size and batch.min() < self.low:
-            raise InvalidTensor(self.name, f"values of at least {self.low:g}", f"{batch.min()}")
-        if self.high is not None and batch.size and batch.max() > self.high:
-            raise InvalidTensor(self.name, f"values of at most {self.high:g}", f"{batch.max()}")
+        if self.low is not None and batch.size:
+            self._refuse(batch, batch < self.each_low, self.low, "at least")
+        if self.high is not None and batch.size:
+            self._refuse(batch, batch > self.each_high, self.high, "at most")
+
+    @cached_property
+    def each_low(self) -> Array:
+        """The lower bound: one number, or one for each element, (*shape); -inf: none."""
+        return self._each(self.low, -np.inf)
+
+    @cached_property
+    def each_high(self) -> Array:
+        return self._each(self.high, np.inf)
+
+    def _each(self, bound: Bound, default: float) -> Array:
+        """A bound of every element: one number, or (*shape)."""
+        values = bound if isinstance(bound, tuple) else (bound,)
+        array = np.array([default if value is None else value for value in values], np.float64)
+        return array.reshape(self.shape if isinstance(bound, tuple) else ())
+
+    def _refuse(self, batch: Array, wrong: Array, bound: Bound, relation: str) -> None:
+        """Raise `InvalidTensor` for the first value that is `wrong`, if there is one."""
+        if not wrong.any():
+            return
+        item, *place = (int(index) for index in np.argwhere(wrong)[0])
+        each = self._each(bound, np.nan)
+        limit = float(np.broadcast_to(each, self.shape)[tuple(place)])
+        where = f" at {place}" if isinstance(bound, tuple) else ""
+        raise InvalidTensor(self.name, f"values of {relation} {_number(limit)}{where}", f"{batch[(item, *place)]}")
+
+    @property
+    def range(self) -> str:
+        """The bounds for people: "0 to 6", or "0 to 2, 0 to 4" for two elements; empty without bounds."""
+        if self.low is None and self.high is None:
+            return ""
+        count = max(len(bound) if isinstance(bound, tuple) else 1 for bound in (self.low, self.high))
+        lows, highs = (bound if isinstance(bound, tuple) else (bound,) * count for bound in (self.low, self.high))
+        pairs = [_range(low, high) for low, high in zip(lows, highs, strict=True)]
+        return ", ".join(pairs[:8]) + (", …" if len(pairs) > 8 else "")
 
     def zeros(self, batch: int) -> Array:
         """(batch, *shape) of zeros."""
@@ -69,11 +110,21 @@ class TensorSpec:
         low, high = self._sampling_range()
         if self.numpy_dtype.kind == "f":
             return rng.uniform(low, high, shape).astype(self.numpy_dtype)
-        return rng.integers(int(low), int(high), shape, self.numpy_dtype, endpoint=True)
+        whole = (np.ceil(low).astype(np.int64), np.floor(high).astype(np.int64))
+        return rng.integers(*whole, shape, self.numpy_dtype, endpoint=True)
 
-    def _sampling_range(self) -> tuple[float, float]:
+    def blank(self, batch: int) -> Array:
+        """(batch, *shape) of zeros, or of the valid values nearest to zero."""
+        nearest = np.clip(0, self.each_low, self.each_high)
+        return np.ascontiguousarray(np.broadcast_to(nearest.astype(self.numpy_dtype), (batch, *self.shape)))
+
+    def _sampling_range(self) -> tuple[Array, Array]:
         low, high = (0.0, 255.0) if self.dtype == "uint8" else (-100.0, 100.0)
-        return (low if self.low is None else self.low, high if self.high is None else self.high)
+        least, most = self.each_low, self.each_high
+        return (
+            np.where(np.isfinite(least), least, np.minimum(low, most)),
+            np.where(np.isfinite(most), most, np.maximum(high, least)),
+        )
 
 
 Distribution = Literal["uniform", "normal", "gumbel", "exponential"]
@@ -216,6 +267,19 @@ def _validate(batch: Mapping[str, Array], known: Sequence[TensorSpec], needed: S
     if size < 1:
         raise InvalidTensor(names[0], "at least one item", "none")
     return size
+
+
+def _number(value: float) -> str:
+    """A bound for people: whole numbers in full."""
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return "any" if high is None else f"at most {_number(high)}"
+    if high is None:
+        return f"at least {_number(low)}"
+    return f"{_number(low)} to {_number(high)}"
 
 
 def describe(array: Array) -> str:

@@ -129,4 +129,5 @@ def load(name: str, artifact: Artifact, threads: int) -> Runtime:
             f"{len(agreement.differing)} of {agreement.compared} actions differ; "
             f"beyond tolerance: {', '.join(agreement.exceeding) or 'none'}"
         )
+    runtime.prove(artifact.manifest.name, read(artifact)[0])
     return runtime

@@ -6,6 +6,7 @@ from typing import overload
 
 from actserve_export.capture.onnx_file import OnnxPolicy, capture_onnx_file
 from actserve_export.capture.tensordict_policy import TracedPolicy, capture_policy
+from actserve_export.programs.reasons import explained
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 from actserve_export.sources.onnx_source import OnnxSource
 from actserve_export.sources.policy_source import PolicySource
@@ -21,7 +22,8 @@ def capture(source: OnnxSource) -> OnnxPolicy: ...
 def capture(source: ExportSource) -> CapturedPolicy: ...
 def capture(source: ExportSource) -> CapturedPolicy:
     """Capture `source`. Raises `CaptureFailed` if it cannot be exported, and `UsageError` for an unreadable file."""
-    if isinstance(source, OnnxSource):
-        return capture_onnx_file(source)
-    assert isinstance(source, PolicySource)
-    return capture_policy(source)
+    with explained("capture the policy"):
+        if isinstance(source, OnnxSource):
+            return capture_onnx_file(source)
+        assert isinstance(source, PolicySource)
+        return capture_policy(source)

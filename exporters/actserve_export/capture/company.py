@@ -6,6 +6,7 @@ batches, one client's observation would change another client's action.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -22,15 +23,25 @@ Run = Callable[[Arrays], Arrays]
 
 def refuse_hidden_draws(run: Run, inputs: Arrays) -> None:
     """Raise `CaptureFailed` if the same inputs, noise included, give other results the second time."""
+    before = _generators()
     first, second = run(inputs), run(inputs)
     changed = [
         name for name in first if not np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
     ]
+    if drew := [name for name, state in _generators().items() if state != before[name]]:
+        raise CaptureFailed(
+            f"the policy draws random numbers from {' and '.join(drew)}, and a program cannot: draw with torch instead"
+        )
     if changed:
         raise CaptureFailed(
             f"the same inputs give another {', '.join(changed)} each time: the policy draws random numbers outside of "
             "torch (numpy.random, random), or reads something that changes; draw with torch instead"
         )
+
+
+def _generators() -> dict[str, str]:
+    """The state of the random number generators of Python and numpy."""
+    return {"Python's random": repr(random.getstate()), "numpy.random": repr(np.random.get_state(legacy=False))}
 
 
 def dependence(run: Run, signature: Signature, inputs: Arrays) -> str | None:

@@ -102,4 +102,7 @@ def dtype_name(name: str, dtype: torch.dtype) -> DType:
         if found == known:
             result: DType = known
             return result
-    raise CaptureFailed(f"{name}: expected one of {', '.join(get_args(DType))}; got {found}")
+    raise CaptureFailed(
+        f"{name}: expected one of {', '.join(get_args(DType))}; got {found}: take one of these, and convert it in "
+        "the policy"
+    )

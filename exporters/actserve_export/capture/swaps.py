@@ -12,8 +12,11 @@ from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
-from torch.nn.parameter import UninitializedBuffer
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torchrl.envs.transforms import (
     CatFrames,
     Compose,
@@ -32,8 +35,10 @@ from torchrl.envs.transforms import (
     VecNormV2,
 )
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule, GRUModule, LSTMModule, OrnsteinUhlenbeckProcessModule
+from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from actserve.core.errors import CaptureFailed
+from actserve_export.capture.agents import AgentNetworks
 from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.steps import (
     EpsilonGreedy,
@@ -54,7 +59,34 @@ def swap(policy: nn.Module, io: StepIO) -> nn.Module:
         for module in policy.modules()
         if any(isinstance(buffer, UninitializedBuffer) for buffer in module._buffers.values())
     }
-    return _swap(copy.deepcopy(policy, uncopied), io)
+    computed = {  # a tensor that a hook computes from parameters, such as that of weight_norm, cannot be copied either
+        id(value): value.detach().clone()
+        for module in policy.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    copied = copy.deepcopy(policy, uncopied | computed)
+    for module in copied.modules():
+        _make_weights_plain(module)
+    return _swap(copied, io)
+
+
+def _make_weights_plain(module: nn.Module) -> None:
+    """Replace normalised, pruned and parametrised weights by their values."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            nn.utils.remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            nn.utils.remove_spectral_norm(module, hook.name)
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+    if parametrize.is_parametrized(module):
+        # remove_parametrizations would change the class, which the user's module has, too.
+        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
 
 
 def _swap(module: nn.Module, io: StepIO) -> nn.Module:
@@ -102,6 +134,10 @@ def _refuse(original: Any, _: StepIO) -> nn.Module:
     )
 
 
+def _swap_agents(original: MultiAgentNetBase, _: StepIO) -> nn.Module:
+    return original if any(map(is_lazy, original.parameters())) else AgentNetworks(original)
+
+
 _SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {
     LSTMModule: RecurrentStep,
     GRUModule: RecurrentStep,
@@ -120,4 +156,5 @@ _SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {
     RewardClipping: LeftOut,
     TensorDictPrimer: LeftOut,
     Compose: _swap_compose,
+    MultiAgentNetBase: _swap_agents,
 }

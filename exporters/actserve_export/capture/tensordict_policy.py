@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import keyword
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,17 +23,20 @@ from torch.nn.parameter import is_lazy
 from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
+from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
 from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
+from actserve_export.capture.log_prob import Check, misplaced_log_probs
 from actserve_export.capture.noise import NoiseFromInputs
 from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import reads_and_writes, swap
 from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.programs.exported import PROGRAM, save_program
+from actserve_export.programs.reasons import explain, refuse_what_has_no_values_or_source
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.sources import samples
 from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
@@ -38,6 +44,7 @@ from actserve_export.sources.policy_source import PolicySource
 
 log = logging.getLogger("actserve")
 TRACED_BATCH = 64  # tracing takes a batch of 1 for a constant, and AOTInductor chooses branches by the example
+DRAWS = 1024  # items whose log-probability is checked
 # Outputs that the program returns besides the action, if the policy writes them.
 KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
 Initial = float | tuple[float, ...]
@@ -64,6 +71,7 @@ class StepProgram(nn.Module):
         self.policy = policy
         self.layout = layout
         self.modes = modes
+        self.watching: list[Check] = []
         self.__dict__["io"] = io
 
     def bind(self, names: tuple[str, ...]) -> StepProgram:
@@ -103,6 +111,8 @@ class StepProgram(nn.Module):
         self.io.next_states = {}
         with set_exploration_type(MODES[mode]), NoiseFromInputs(self.io):
             result: TensorDictBase = self.policy(tensordict)
+            for watch in self.watching:
+                watch(result)
         outputs = [_get(result, key) for key in self.layout.outputs.values()]
         outputs += [_get(result, written) for _, written in self.layout.states.values()]
         if not recording:  # a deterministic step does not change the state of a noise process
@@ -133,8 +143,10 @@ def _get(result: TensorDictBase, key: Key) -> Tensor:
     value = result.get(key, None)
     if value is None:
         raise CaptureFailed(f"the policy was expected to write {key!r}; it wrote {list(result.keys(True, True))}")
-    tensor: Tensor = value
-    return tensor
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        kind = f"a tensor that is {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        raise CaptureFailed(f"{key_name(key)}: expected a plain tensor; the policy gives {kind}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,7 @@ class TracedPolicy:
     signature: Signature
     layout: Layout
     single_item_reason: str | None = None  # why it takes one item a call; None: it takes batches
+    left_out: str = ""  # the outputs that are left out, and why
     runtimes: ClassVar[tuple[str, ...]] = ("onnx", "pt2")
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
@@ -155,8 +168,10 @@ class TracedPolicy:
             with torch.no_grad(), set_composite_lp_aggregate(False):
                 outputs = self.reference(*tensors)
         except Exception as error:
-            raise CaptureFailed(f"the policy fails on a batch of {len(tensors[0])}: {one_line(error)}") from error
-        return {spec.name: tensor.numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)}
+            raise CaptureFailed(f"the policy fails on a batch of {len(tensors[0])}: {explain(error)}") from error
+        return {
+            spec.name: tensor.detach().numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)
+        }
 
     def graph(self) -> str:
         """The graph as torch prints it, without the machine's folders."""
@@ -202,33 +217,70 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     Raises `CaptureFailed`.
     """
     io = StepIO()
+    refuse_what_has_no_values_or_source(source.policy)
     policy = swap(source.policy, io).eval()
+    if any(parameter.device.type != "cpu" for parameter in (*policy.parameters(), *policy.buffers())):
+        policy = policy.cpu()
     _refuse_lazy(policy)
     layout = _layout(source, policy)
     io.taken = {*layout.observations, *layout.states}
-    items = {name: source.example.get(key) for name, key in layout.observations.items()}
-    items |= {name: source.example.get(read) for name, (read, _) in layout.states.items()}
+    items = {name: source.example.get(key).cpu() for name, key in layout.observations.items()}
+    items |= {name: source.example.get(read).cpu() for name, (read, _) in layout.states.items()}
+    for name, item in items.items():
+        dtype_name(name, item.dtype)
     with torch.no_grad(), set_composite_lp_aggregate(False):
         probe = StepProgram(policy, io, layout, ("random",))
         refuse_hidden_state(policy, lambda: _record(probe, items, noisy=True))
         program = StepProgram(policy, io, layout, _modes(policy, io, layout, items, source.exploration))
-        results = _record(program, items)
+        bounds = IndexBounds()
+        results = _record(program, items, bounds)
         signature = _signature(program, items, results)
+        signature = _bounded(signature, bounds, source, layout)
         program.bind(tuple(spec.name for spec in signature.inputs))
         traced = TracedPolicy(None, program, signature, layout)
         inputs = samples.collect(source, signature, ITEMS)
         refuse_hidden_draws(traced.run_reference, inputs)
+        if unfit := _misplaced(program, signature, samples.collect(source, signature, DRAWS)):
+            return capture_policy(_without(source, layout, unfit))
         reason = dependence(traced.run_reference, signature, inputs)
         if reason is None:
             try:
-                exported = trace(program, signature, TRACED_BATCH)
+                exported = trace(partial(_copied, program, signature), signature, TRACED_BATCH)
             except CaptureFailed as error:
                 reason = f"with a batch the export failed: {error.message}"
         if reason is not None:
             log.warning("exported one item at a time: %s", reason)
             signature = replace(signature, max_batch=1)
-            exported = trace(program, signature, 1)
-    return replace(traced, program=exported, signature=signature, single_item_reason=reason)
+            exported = trace(partial(_copied, program, signature), signature, 1)
+    return replace(traced, program=exported, signature=signature, single_item_reason=reason, left_out=source.left_out)
+
+
+def _copied(program: StepProgram, signature: Signature) -> StepProgram:
+    """A copy to trace: a failed trace can leave a module without its weights."""
+    return copy.deepcopy(program).bind(tuple(spec.name for spec in signature.inputs))
+
+
+def _misplaced(program: StepProgram, signature: Signature, inputs: Arrays) -> list[str]:
+    """The outputs that are the log-probability of another action than the one that the policy returns."""
+    with misplaced_log_probs(program.policy) as (wrong, check):
+        program.watching.append(check)
+        program(*(torch.from_numpy(inputs[spec.name]) for spec in signature.inputs))
+        program.watching.clear()
+    return [name for name, key in program.layout.outputs.items() if key in wrong]
+
+
+def _without(source: PolicySource, layout: Layout, names: list[str]) -> PolicySource:
+    """`source` without outputs that are wrong. Raises `CaptureFailed` if it names them itself."""
+    listed = ", ".join(names)
+    reason = (
+        f"{listed}: not the log-probability of the action that the policy returns: the action is changed after it was "
+        "drawn (projected to a spec, clamped, exploration noise), or saturates so that float32 cannot hold it"
+    )
+    if source.outputs:
+        raise CaptureFailed(f"{reason}; leave it out of the outputs")
+    log.warning("left out %s", reason)
+    left = tuple(key for name, key in layout.outputs.items() if name not in names)
+    return replace(source, outputs=left, left_out=reason)
 
 
 def _layout(source: PolicySource, policy: nn.Module) -> Layout:
@@ -246,7 +298,7 @@ def _layout(source: PolicySource, policy: nn.Module) -> Layout:
     written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
     if needed and len(written) == len(needed):
         raise CaptureFailed(f"the policy overwrites everything that it reads ({needed}): expected an observation, too")
-    names = keys_by_name(needed, "input")
+    names = keys_by_name(needed, "input", rename=True)
     init = source.example.get(IS_INIT.name, None)
     return Layout(
         observations={name: key for name, key in names.items() if key not in written},
@@ -262,7 +314,8 @@ def _layout(source: PolicySource, policy: nn.Module) -> Layout:
 
 def _output_names(keys: Sequence[Key], states: set[str]) -> dict[str, Key]:
     """name -> key. An output of the same name as a state is called NAME_out: an answer carries both."""
-    return {f"{name}_out" if name in states else name: key for name, key in keys_by_name(keys, "output").items()}
+    named = keys_by_name(keys, "output", rename=True)
+    return {f"{name}_out" if name in states else name: key for name, key in named.items()}
 
 
 def _prepares(step: Any) -> bool:
@@ -347,8 +400,10 @@ def _modes(
     return ("deterministic", "random")
 
 
-def _record(program: StepProgram, items: Mapping[str, Tensor], noisy: bool = False) -> tuple[Tensor, ...]:
-    """The results of one eager call on the example, which records the requests to `StepIO`.
+def _record(
+    program: StepProgram, items: Mapping[str, Tensor], bounds: IndexBounds | None = None, *, noisy: bool = False
+) -> tuple[Tensor, ...]:
+    """The results of one eager call on the example, which records the requests to `StepIO`, and `bounds` of inputs.
 
     `noisy` adds noise to floating-point inputs. Inputs that the policy changes in place are noted in `program.io`.
     """
@@ -357,12 +412,20 @@ def _record(program: StepProgram, items: Mapping[str, Tensor], noisy: bool = Fal
     if noisy:
         examples = {n: x + torch.randn_like(x) if x.is_floating_point() else x for n, x in examples.items()}
     originals = {name: tensor.clone() for name, tensor in examples.items()}
+    if bounds is not None:
+        bounds.watch(examples)
     try:
-        results = program.run(examples, recording=True)
+        with bounds or nullcontext():
+            results = program.run(examples, recording=True)
     except CaptureFailed:
         raise
     except Exception as error:
-        raise CaptureFailed(f"the policy cannot run its own example: {one_line(error)}") from error
+        if noisy:  # a number that is an index must stay one
+            return _record(program, items)
+        given = ", ".join(f"{name} {_spec(name, item)}" for name, item in items.items())
+        raise CaptureFailed(
+            f"the policy cannot run its own example: {explain(error)}; it got a batch of {TRACED_BATCH} of {given}"
+        ) from error
     program.io.overwritten |= {name for name, tensor in examples.items() if not torch.equal(tensor, originals[name])}
     for name, tensor in zip(program.layout.outputs, results, strict=False):
         if tensor.shape[:1] != (TRACED_BATCH,):
@@ -383,6 +446,21 @@ def _signature(program: StepProgram, items: Mapping[str, Tensor], results: tuple
         parameters=tuple(io.parameters.values()),
         noise=tuple(io.noises),
     )
+
+
+def _bounded(signature: Signature, found: IndexBounds, source: PolicySource, layout: Layout) -> Signature:
+    """`signature` with the bounds that the graph and the source's spec state."""
+    observations = []
+    for spec in signature.observations:
+        bounded = narrowed(spec, *found.found(spec.name))
+        observations.append(narrowed(bounded, *spec_bounds(source.spec, layout.observations[spec.name])))
+    states = tuple(
+        replace(state, spec=narrowed(state.spec, *found.found(state.spec.name)))
+        if state.spec.name in layout.states
+        else state
+        for state in signature.state
+    )
+    return replace(signature, observations=tuple(observations), state=states)
 
 
 def _spec(name: str, item: Tensor) -> TensorSpec:

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.export._trace import _export
 
-from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
 from actserve_export.capture.noise import without_value_checks
+from actserve_export.programs.reasons import explain
 
 MAX_BATCH = 256
 
 
-def trace(program: nn.Module, signature: Signature, batch: int) -> torch.export.ExportedProgram:
-    """Export `program`, a function of the signature's inputs, with a symbolic batch; with `batch` 1, for single items.
+def trace(program: Callable[[], nn.Module], signature: Signature, batch: int) -> torch.export.ExportedProgram:
+    """Export a function of the signature's inputs, with a symbolic batch; with `batch` 1, for single items.
 
-    Raises `CaptureFailed`.
+    `program` makes it anew: tracing can harm a module. Raises `CaptureFailed`.
     """
     examples = tuple(torch.from_numpy(spec.zeros(batch)) for spec in signature.inputs)
     dynamic = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch > 1 else None
     try:
         with without_value_checks(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*_flat_weights")  # torch's LSTM rebuilds its list of weights
-            exported = torch.export.export(
-                program, examples, dynamic_shapes=tuple(dynamic for _ in examples), strict=False
-            )
+            shapes = tuple(dynamic for _ in examples)
+            exported = torch.export.export(program(), examples, dynamic_shapes=shapes, strict=False)
+            if any(_is_vmap(node) for node in exported.graph.nodes):  # below the level of vmap, there is none left
+                exported = _export(program(), examples, dynamic_shapes=shapes, strict=False, pre_dispatch=False)
     except CaptureFailed:
         raise
     except Exception as error:  # torch.export raises a dozen types, with no common base
-        raise CaptureFailed(f"torch.export could not trace the policy: {one_line(error)}") from error
+        raise CaptureFailed(f"torch.export could not trace the policy: {explain(error)}") from error
     if batch > 1:
         _assert_symbolic(exported)
     _assert_deterministic(exported)
     return exported
+
+
+def _is_vmap(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
 def _assert_symbolic(program: torch.export.ExportedProgram) -> None:

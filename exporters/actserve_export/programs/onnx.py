@@ -10,9 +10,10 @@ from typing import Any
 import onnx
 import torch
 
-from actserve.core.errors import CaptureFailed, one_line
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
 from actserve_export.programs.onnx_graph import opset_of, remove_source_traces
+from actserve_export.programs.reasons import explain
 
 
 def convert_program(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def convert_program(program: torch.export.ExportedProgram, signature: Signature,
     except CaptureFailed:
         raise
     except Exception as error:  # the converter raises many types, with no common base
-        raise CaptureFailed(f"torch could not convert the program to ONNX: {one_line(error)}") from error
+        raise CaptureFailed(f"torch could not convert the program to ONNX: {explain(error)}") from error
     for value in (*model.graph.input, *model.graph.output):
         if signature.max_batch > 1 and not value.type.tensor_type.shape.dim[0].dim_param:
             raise CaptureFailed(f"{value.name}: expected a symbolic batch axis in the .onnx graph; it became fixed")

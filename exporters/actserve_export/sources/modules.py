@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from actserve.core.errors import CaptureFailed
-from actserve_export.sources.policy_source import PolicySource
+from actserve_export.sources.policy_source import ArrayLike, PolicySource, as_tensors
 
 ACTIONS = ("argmax", "identity")
 
 
 def from_module(
     module: nn.Module,
-    example: Tensor | Mapping[str, Tensor],
+    example: ArrayLike | Mapping[str, ArrayLike] | TensorDictBase,
     action: str | Callable[[Any], Tensor],
     *,
     call: Callable[..., Any] | None = None,
@@ -27,8 +27,8 @@ def from_module(
 ) -> PolicySource:
     """A policy that turns the output of `module` into an action.
 
-    `example` is one item without a batch axis: a tensor, which is named "observation", or tensors by name. The module
-    takes them in this order, each (B, *shape).
+    `example` is one item without a batch axis: a tensor, which is named "observation", or tensors by name; numpy arrays
+    and numbers will do. The module takes them in this order, each (B, *shape).
     `action` says how the output becomes the action. "argmax": the output is one value or logit per action, (B, n); the
     policy returns the best action and the values, as `action_value`. "identity": the output is the action. A function:
     output -> action, (B, ...).
@@ -36,9 +36,13 @@ def from_module(
     with it, the artifact acts deterministically or at random.
     Raises `CaptureFailed` for another `action`.
     """
+    if not isinstance(module, nn.Module):
+        raise CaptureFailed(
+            f"expected an nn.Module; got {module if isinstance(module, type) else type(module).__name__}"
+        )
     if not callable(action) and action not in ACTIONS:
         raise CaptureFailed(f"expected an action of {', '.join(ACTIONS)} or a function; got {action!r}")
-    items = {"observation": example} if isinstance(example, Tensor) else dict(example)
+    items = as_tensors(example if isinstance(example, (Mapping, TensorDictBase)) else {"observation": example})
     out_keys = ["action", "action_value"] if action == "argmax" else ["action"]
     policy = TensorDictModule(_ModulePolicy(module, action, call, sample), in_keys=list(items), out_keys=out_keys)
     return PolicySource(policy, TensorDict(items), weights=module, library="PyTorch")

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from tensordict import TensorDict
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
 
 from actserve.core.environment import Environment
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration
 from actserve_export.sources.interfaces import OriginalPolicy
 from actserve_export.sources.keys import key_name
+
+ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any] | float
+
+
+def as_tensors(example: Mapping[str, Any] | TensorDictBase) -> dict[str, Tensor | TensorDictBase]:
+    """The values of an example as tensors, nested as it is. Raises `CaptureFailed` for what is none."""
+    found: dict[str, Tensor | TensorDictBase] = {}
+    for name, value in example.items():
+        try:
+            nested = isinstance(value, (Mapping, TensorDictBase))
+            found[name] = TensorDict(as_tensors(value)) if nested else torch.as_tensor(value).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CaptureFailed(f"{name}: expected a tensor as the example; got {type(value).__name__}") from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -20,12 +39,15 @@ class PolicySource:
     """A policy to export.
 
     `policy` takes and returns tensordicts; its in_keys are the observations.
-    `example` holds the inputs of one item, without a batch axis. The signature takes dtypes and shapes from it.
+    `example` holds the inputs of one item, without a batch axis; a dict of arrays will do. The signature takes dtypes
+    and shapes from it.
     `outputs` are the keys that the program returns, the action first. By default these are the action and, if the
     policy writes them, action values, logits, distribution parameters and log-probabilities.
     `exploration` lists the modes of the exported policy; by default every mode that it supports.
     `observe(n)` returns a TensorDict of n real observations, batch size [n], for the certificate. `observed_in`
     says where they come from. Without `observe`, the certificate uses random inputs within each dtype's range.
+    `spec` states the bounds of integer observations: TorchRL's observation spec, such as `env.observation_spec`. Bounds
+    that the policy's own embeddings and one-hot encodings state are found without it.
     `environment` is the contract that a client must reproduce to play; None if the policy plays no game.
     `weights` is the part of `policy` that a checkpoint fills; by default all of it.
     `library` is the library that trained the policy. If that is not TorchRL, `original` runs the policy there.
@@ -41,6 +63,19 @@ class PolicySource:
     library: str = "TorchRL"
     original: OriginalPolicy | None = None
     observed_in: str = "environment"
+    spec: TensorSpec | None = None
+    left_out: str = ""  # set by the capture: outputs that are left out, and why
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, nn.Module) or not hasattr(self.policy, "in_keys"):
+            raise CaptureFailed(
+                f"expected a module that takes and returns tensordicts as the policy; got {type(self.policy).__name__} "
+                "(from_module makes a policy of an nn.Module)"
+            )
+        if not isinstance(self.example, (TensorDictBase, Mapping)):
+            raise CaptureFailed(f"expected an example by key; got {type(self.example).__name__}")
+        if not isinstance(self.example, TensorDictBase):
+            object.__setattr__(self, "example", TensorDict(as_tensors(self.example)))
 
     @property
     def reference(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from actserve.core.completion import draw_noise
@@ -24,7 +26,8 @@ def collect(source: ExportSource, signature: Signature, count: int) -> Arrays:
     for state in signature.state:
         values = state.spec.sample(rng, count)
         values[begins] = state.initial_value(1)
-        inputs[state.spec.name] = np.abs(values) if state.spec.numpy_dtype.kind == "i" else values
+        unbounded = state.spec.low is None and state.spec.high is None
+        inputs[state.spec.name] = np.abs(values) if state.spec.numpy_dtype.kind == "i" and unbounded else values
     if signature.is_init:
         inputs[IS_INIT.name] = begins
     for parameter in signature.parameters:
@@ -47,6 +50,8 @@ def observations(source: ExportSource, signature: Signature, count: int, rng: np
 
 
 def _random(spec: TensorSpec, source: ExportSource, count: int, rng: np.random.Generator) -> Array:
+    if spec.low is not None or spec.high is not None:
+        return _bounded(spec, source, count, rng)
     if spec.dtype in ("int32", "int64"):  # most likely an index: only values that the source knows are safe
         largest = max(1, source.largest_value(spec.name))
         return rng.integers(0, largest, (count, *spec.shape), spec.numpy_dtype, endpoint=True)
@@ -55,4 +60,15 @@ def _random(spec: TensorSpec, source: ExportSource, count: int, rng: np.random.G
         values[..., 0] |= ~values.any(-1)  # a mask allows at least one action
     elif spec.dtype in ("uint8", "bool"):
         values[::BOUNDARY], values[1::BOUNDARY] = (0, 255) if spec.dtype == "uint8" else (False, True)
+    return values
+
+
+def _bounded(spec: TensorSpec, source: ExportSource, count: int, rng: np.random.Generator) -> Array:
+    """As `_random`, within the bounds; the elements without bounds are as if there were none."""
+    free = np.broadcast_to(np.isinf(spec.each_low) & np.isinf(spec.each_high), spec.shape)
+    values = spec.sample(rng, count)
+    for index, bound in enumerate((spec.each_low, spec.each_high)):
+        values[index::BOUNDARY] = np.where(np.isinf(bound), values[index::BOUNDARY], bound)
+    if free.any():
+        values = np.where(free, _random(replace(spec, low=None, high=None), source, count, rng), values)
     return values

@@ -74,6 +74,7 @@ def from_sb3(path: Path | str, *, statistics: Path | str | None = None, channels
         library=LIBRARY,
         original=OriginalPolicy(f"{LIBRARY}, predict(deterministic=True)", module.original(policy)),
         observed_in="observation space",
+        spec=module.observations.spec(),
     )
 
 

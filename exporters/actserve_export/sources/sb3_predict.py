@@ -24,8 +24,10 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecNormalize
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torchrl.data import Bounded, Composite
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT, Array, Arrays
 
 _OBSERVATION = "observation"
@@ -79,6 +81,13 @@ class Observations(nn.Module):
         drawn = {name: torch.from_numpy(self._sample(name, count)) for name in self.spaces}
         return TensorDict(drawn, batch_size=[count])
 
+    def spec(self) -> Composite:
+        """The bounds of numbers that the policy encodes as one-hot vectors."""
+        found = {name: _index_bounds(space) for name, space in self.spaces.items()}
+        return Composite(
+            {name: Bounded(*each, shape=each[0].shape, dtype=torch.int64) for name, each in found.items() if each}
+        )
+
     def _sample(self, name: str, count: int) -> Array:
         space = self.spaces[name]
         if name in self.normalized:
@@ -88,6 +97,8 @@ class Observations(nn.Module):
             bounded = _bounded(space)
             bounded.seed(0)
             values = np.stack([bounded.sample() for _ in range(count)])
+            if (limits := _index_bounds(space)) is not None:
+                values = values.clip(*(limit.numpy() for limit in limits))
             if is_image_space(space):  # of different brightness: plain noise always has the same mean
                 values = values * np.random.default_rng(0).random((count, 1, 1, 1))
             values = np.moveaxis(values, 1, -1) if name in self.channels_last_keys else values
@@ -100,6 +111,24 @@ def _bounded(space: Any) -> Any:
         return deepcopy(space)
     low, high = np.where(space.low < -_FAR, -np.inf, space.low), np.where(space.high > _FAR, np.inf, space.high)
     return spaces.Box(low.astype(space.dtype), high.astype(space.dtype), dtype=space.dtype)
+
+
+def _index_bounds(space: Any) -> tuple[Tensor, Tensor] | None:
+    """The lowest and highest values of a discrete space that the policy takes, (*shape) each; None for others.
+
+    Stable-Baselines3 encodes a value as a one-hot vector of n, whatever the `start` of the space is.
+    """
+    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return None
+    count = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec, np.int64)
+    start = np.asarray(space.start, np.int64)
+    low, high = np.maximum(start, 0), count - 1 + np.minimum(start, 0)
+    if (low > high).any():
+        raise CaptureFailed(
+            f"the observation space {space} starts at {space.start}, and Stable-Baselines3 takes values below {count} "
+            "only; train with a space that starts at 0"
+        )
+    return torch.as_tensor(low), torch.as_tensor(high)
 
 
 def _dtype(space: Any) -> str:

@@ -31,7 +31,7 @@ def inspect(
     signature = manifest.signature
     for title, specs in (("takes", signature.request_inputs), ("gives", signature.outputs)):
         for spec in specs:
-            print(f"  {title}  {spec.name}: {spec}")
+            print(f"  {title}  {spec.name}: {spec}" + (f", {spec.range}" if spec.range else ""))
     print(f"  modes  {', '.join(signature.exploration)}")
     for noise in signature.noise:
         print(f"  draws  {noise.spec.name}: {noise.spec}, {noise.distribution}, from the seed of the request")

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-from actserve.core.errors import RuntimeFailure
+from actserve.core.errors import RefusedByProgram, RuntimeFailure
 from actserve.core.signature import Array, Arrays, Signature, describe
 from actserve.store.artifact import Artifact
 
@@ -16,6 +16,13 @@ class Runtime(ABC):
 
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
+        self._policy = ""
+        self._proven: list[Array] = []  # inputs on which the program has run
+
+    def prove(self, policy: str, inputs: Mapping[str, Array]) -> None:
+        """Say that `policy`'s program runs on `inputs`, each (n, *shape): a later failure is due to other inputs."""
+        self._policy = policy
+        self._proven = [inputs[spec.name][:1] for spec in self.signature.inputs]
 
     @classmethod
     @abstractmethod
@@ -26,12 +33,19 @@ class Runtime(ABC):
         """One inference call. `batch`: every input of the signature, each (B, *shape), 1 <= B <= max_batch.
 
         Returns every result of the signature, outputs and new state, each (B, *shape). Raises `InvalidTensor` for
-        inputs that violate the signature, before the program runs, and `RuntimeFailure` if the engine fails.
+        inputs that violate the signature, before the program runs; `RefusedByProgram` if the program fails on them and
+        still runs on others; and `RuntimeFailure` if the engine fails.
         """
         size = self.signature.validate(batch)
         if size > self.signature.max_batch:
             raise RuntimeFailure(f"the program takes at most {self.signature.max_batch} items a call; got {size}")
-        arrays = self._run([batch[spec.name] for spec in self.signature.inputs])
+        try:
+            arrays = self._run([batch[spec.name] for spec in self.signature.inputs])
+        except RuntimeFailure as error:
+            if not self._proven or _OUT_OF_MEMORY.search(error.message):
+                raise
+            self._run(self._proven)
+            raise RefusedByProgram(self._policy, error.message) from error
         for spec, array in zip(self.signature.results, arrays, strict=True):
             if array.shape != (size, *spec.shape) or array.dtype != spec.numpy_dtype:
                 raise RuntimeFailure(f"{spec.name}: the program gave {describe(array)}; the manifest says {spec}")
@@ -44,6 +58,9 @@ class Runtime(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the program's memory. The runtime cannot be used afterwards."""
+
+
+_OUT_OF_MEMORY = re.compile("alloc|memory", re.IGNORECASE)
 
 
 def brief(error: Exception) -> str:

@@ -58,7 +58,7 @@ def measure(run: Callable[[Mapping[str, Array]], Arrays], signature: Signature, 
     for size in SIZES:
         if size > signature.max_batch:
             break
-        blank = {spec.name: spec.zeros(size) for spec in signature.observations}
+        blank = {spec.name: spec.blank(size) for spec in signature.observations}
         inputs = complete(signature, blank, size).inputs
         calls_ns: list[int] = []
         while (total_ns := sum(calls_ns)) < min_ns or len(calls_ns) < (MIN_CALLS if total_ns < SLOW_NS else 2):

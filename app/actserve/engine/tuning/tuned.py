@@ -93,9 +93,13 @@ class Tuned:
 
 
 def tune_briefly(artifact: Artifact, progress: Callable[[str], None]) -> None:
-    """If the artifact has several programs, measure them at the end of an export, so that `auto` picks the fastest."""
-    if len(artifact.manifest.programs) > 1:
-        progress("measuring which program is the fastest here")
+    """Measure the artifact's programs at the end of an export, so that `auto` picks the fastest."""
+    if artifact.manifest.programs:
+        progress(
+            "measuring which program is the fastest here"
+            if len(artifact.manifest.programs) > 1
+            else "measuring which batches are the fastest here"
+        )
         tuned, _ = Tuned.measure(artifact, BRIEFLY_NS)
         tuned.save(artifact)
 
