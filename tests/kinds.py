@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "bring-your-own-policy.md"
-FOUND = ROOT / ".cache" / "kinds.json"
+FOUND = ROOT / ".cache" / "kinds"  # a file for each cell of the table
 BEGIN, END = "<!-- kinds -->", "<!-- /kinds -->"
 TITLES = {
     "cart_pair": "Q-values, categorical action",
@@ -37,21 +37,24 @@ TITLES = {
 
 def record(kind: str, runtime: str, exploration: str, max_batch: int) -> None:
     """Note that a kind was exported, certified, and served singly and batched."""
-    FOUND.parent.mkdir(exist_ok=True)
-    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
-    found.setdefault(kind, {})[f"{runtime} {exploration}"] = max_batch
-    FOUND.write_text(json.dumps(found, indent=1, sort_keys=True))
+    (FOUND / kind).mkdir(parents=True, exist_ok=True)
+    (FOUND / kind / f"{runtime} {exploration}").write_text(str(max_batch))
 
 
 def table() -> str:
     """Markdown. A cell is the largest batch of one call; "n/a" where the policy has nothing random."""
-    found = json.loads(FOUND.read_text())
+    found = {kind: {cell.name: int(cell.read_text()) for cell in (FOUND / kind).iterdir()} for kind in TITLES}
     columns = [f"{runtime} {mode}" for runtime in ("pt2", "onnx") for mode in ("deterministic", "random")]
     lines = ["| policy | " + " | ".join(f".{column}" for column in columns) + " |", "|---" * 5 + "|"]
     for kind, title in TITLES.items():
         cells = [_cell(found.get(kind, {}), column) for column in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cell(found: dict[str, int], column: str) -> str:
@@ -63,4 +66,4 @@ def _cell(found: dict[str, int], column: str) -> str:
 if __name__ == "__main__":
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n\nTested at commit {_commit()}.\n{END}{after}")

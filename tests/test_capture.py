@@ -77,7 +77,7 @@ def test_what_fixes_the_batch_is_exported_one_item_at_a_time() -> None:
 
 
 def test_an_output_without_a_batch_is_refused() -> None:
-    with pytest.raises(CaptureFailed, match="batch dimension"):
+    with pytest.raises(CaptureFailed, match="a result for each item of a batch"):
         capture(source(Ends()))
 
 

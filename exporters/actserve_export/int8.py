@@ -118,6 +118,7 @@ def _certificate(draft: Manifest, made: Mapping[str, Any], evidence: Mapping[str
         "samples": evidence["samples"],
         "samples_from": draft.certificate["samples_from"],
         "reference": evidence["reference"],
+        "batch_sizes": evidence["batch_sizes"],
         "tolerance": asdict(certify.TOLERANCE),
         "smallest_margin": None,
         "programs": {"onnx": compared},

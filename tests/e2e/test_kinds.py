@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,21 @@ from tests.exported import exported, made_once, merged
 from tests.waiting import until
 
 ITEMS = 9
+BOTH = ("onnx", "pt2")
+COMPILED = ("cart_pair", "epsilon_greedy", "gru", "tanh_normal")  # `make test-wide` compiles the others, too
 
 
 class Kinds:
-    """A service with each runtime over one store, to which each kind is published when a test first asks for it."""
+    """A service with each of `runtimes` over one store, to which a kind is published when a test first asks for it."""
 
     def __init__(self, root: Path, urls: dict[str, str], http: urllib3.PoolManager) -> None:
-        self.urls = urls
+        self.urls = urls  # by runtime
         self._root = root
         self._http = http
 
     def get(self, kind: str) -> Artifact:
-        """The artifact of a kind, once both services have it: both programs, each with its certificate."""
-        (made,) = (path for path in exported(f"tests.policies:{kind}").root.iterdir() if path.is_dir())
+        """The artifact of a kind, once every service has it: a program for each, with its certificate."""
+        (made,) = (p for p in exported(f"tests.policies:{kind}", tuple(self.urls)).root.iterdir() if p.is_dir())
         if not (self._root / "store" / made.name).exists():
             shutil.copytree(made, self._root / "copying" / made.name)
             (self._root / "copying" / made.name).rename(self._root / "store" / made.name)
@@ -48,16 +51,20 @@ class Kinds:
 
 @pytest.fixture(scope="module")
 def published(
-    cart_store: ModelStore, tmp_path_factory: pytest.TempPathFactory, http: urllib3.PoolManager
+    request: pytest.FixtureRequest,
+    cart_store: ModelStore,
+    tmp_path_factory: pytest.TempPathFactory,
+    http: urllib3.PoolManager,
 ) -> Iterator[Kinds]:
     root = tmp_path_factory.mktemp("kinds")
     store = str(merged([cart_store], root / "store").root)
     environment = {**os.environ, "ACTSERVE_POLL_S": "0.2"}
-    with (
-        local.serve(store, "--runtime", "onnx", environment=environment) as onnx,
-        local.serve(store, "--runtime", "pt2", environment=environment) as pt2,
-    ):
-        yield Kinds(root, {"onnx": onnx.url, "pt2": pt2.url}, http)
+    with ExitStack() as stack:
+        urls = {
+            runtime: stack.enter_context(local.serve(store, "--runtime", runtime, environment=environment)).url
+            for runtime in request.param
+        }
+        yield Kinds(root, urls, http)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +91,18 @@ def observations(artifact: Artifact) -> Arrays:
     return made
 
 
-@pytest.mark.parametrize("kind", policies.KINDS)
+@pytest.mark.parametrize(
+    ("published", "kind"),
+    [
+        *(pytest.param(BOTH, kind, marks=[] if kind in COMPILED else pytest.mark.wide) for kind in policies.KINDS),
+        *(pytest.param(("onnx",), kind) for kind in policies.KINDS if kind not in COMPILED),
+    ],
+    indirect=["published"],
+)
 def test_a_kind_is_exported_certified_and_served(published: Kinds, http: urllib3.PoolManager, kind: str) -> None:
     artifact = published.get(kind)
     signature, certificate = artifact.manifest.signature, artifact.manifest.certificate
-    assert set(certificate["programs"]) == {"onnx", "pt2"}
+    assert set(certificate["programs"]) == set(published.urls)
     assert ("rollout" in certificate["programs"]["onnx"]) == bool(signature.state)
     assert ("statistics" in certificate) == bool(signature.noise)
     batch = {name: values.tolist() for name, values in observations(artifact).items()}
@@ -99,7 +113,8 @@ def test_a_kind_is_exported_certified_and_served(published: Kinds, http: urllib3
             runtime: ask(http, url, artifact.manifest.name, batch | extra, outputs)
             for runtime, url in published.urls.items()
         }
-        agree(found["onnx"], found["pt2"])
+        for answer in found.values():
+            agree(answer, found["onnx"])
         for runtime, url in published.urls.items():
             first = {name: values[0] for name, values in batch.items()}
             alone = ask(http, url, artifact.manifest.name, first | extra, outputs)
@@ -149,6 +164,7 @@ def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager
                 theirs = {key: expected[key] for key in ("hidden0", "hidden1")}
 
 
+@pytest.mark.parametrize("published", [BOTH], indirect=True)
 def test_a_thousand_seeded_requests_are_the_same_on_both_runtimes_singly_and_in_mixed_batches(
     published: Kinds, http: urllib3.PoolManager
 ) -> None:
@@ -172,6 +188,7 @@ def test_a_thousand_seeded_requests_are_the_same_on_both_runtimes_singly_and_in_
         assert batched["onnx"][0] == answers["onnx"][seed]
 
 
+@pytest.mark.parametrize("published", [BOTH], indirect=True)
 def test_unseeded_the_rate_of_exploration_is_epsilon(published: Kinds, http: urllib3.PoolManager) -> None:
     name = published.get("epsilon_greedy").manifest.name
     document = {"observation": [[0.3, -0.2, 0.1, 0.5]] * 8000, "exploration": "random"}

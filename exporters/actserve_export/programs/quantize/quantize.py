@@ -121,6 +121,7 @@ def certify_int8(
     compared = golden.compare(signature, ours, theirs, Tolerance())
     certificate: dict[str, Any] = {
         "samples": compared.compared,
+        "batch_sizes": [size],
         "reference": "the float32 .onnx program",
         "agreement": share,
         "required": AGREEMENT,
