@@ -64,15 +64,15 @@ class Indexing(nn.Module):
         return self.function(self, x)
 
 
-def published(source: PolicySource, folder: Path) -> Artifact:
-    return export(source, "x", ModelStore(folder), origin="x", runtimes=("onnx",)).artifact
+def published(source: PolicySource, folder: Path, runtime: str = "onnx") -> Artifact:
+    return export(source, "x", ModelStore(folder), origin="x", runtimes=(runtime,)).artifact
 
 
-def asked(artifact: Artifact, values: Sequence[Any]) -> list[Any]:
+def asked(artifact: Artifact, values: Sequence[Any], runtime: Any = "onnx") -> list[Any]:
     """The action for each value, or its error. All are asked at the same time."""
 
     async def run() -> list[Any]:
-        policy = Policy.load(artifact, Settings(runtime="onnx", max_wait_ms=60_000))
+        policy = Policy.load(artifact, Settings(runtime=runtime, max_wait_ms=60_000))
         policy.start()
         spec = policy.signature.observations[0]
         given = (policy.act({spec.name: np.array([value], spec.numpy_dtype)}, 1) for value in values)
@@ -116,6 +116,29 @@ def test_the_bounds_that_a_graph_states_are_in_the_signature(name: str) -> None:
     spec.validate(inputs["observation"])
     if high == 6 and low == 0:
         assert set(np.unique(inputs["observation"])) == set(range(7))
+
+
+# The index is computed, so that the signature cannot have its bounds: right values, and wrong ones.
+COMPUTED: dict[str, tuple[Any, list[int], list[int]]] = {
+    "embedding": (lambda m, x: m.head(m.seven(x // 2)), [0, 13], [-1, -7, 14]),
+    "index_select": (lambda m, x: m.head(torch.index_select(m.seven.weight, 0, x * 2)), [0, 3], [-1, -3, 4]),
+    "gather": (lambda m, x: m.wide(torch.eye(7).expand(x.shape[0], 7, 7).gather(1, (x * 2)[:, None, None].expand(
+        x.shape[0], 1, 7))[:, 0]), [0, 3], [-1, -3, 4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("pt2", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_computed_index_out_of_bounds_is_the_clients_error(name: str, runtime: str, tmp_path: Path) -> None:
+    function, right, wrong = COMPUTED[name]
+    module = Indexing(function)
+    artifact = published(from_module(module, ONE, "argmax"), tmp_path, runtime)
+    answers = asked(artifact, right + wrong, runtime)
+    assert answers[: len(right)] == [module(torch.tensor([x])).argmax(-1).tolist() for x in right]
+    for value, answer in zip(wrong, answers[len(right) :], strict=True):
+        assert isinstance(answer, RefusedByProgram)
+        with pytest.raises((IndexError, RuntimeError)):
+            module(torch.tensor([value]))
 
 
 SPACES: dict[str, tuple[Any, list[Any], list[Any]]] = {

@@ -116,7 +116,7 @@ class TensorSpec:
     def blank(self, batch: int) -> Array:
         """(batch, *shape) of zeros, or of the valid values nearest to zero."""
         nearest = np.clip(0, self.each_low, self.each_high)
-        return np.ascontiguousarray(np.broadcast_to(nearest.astype(self.numpy_dtype), (batch, *self.shape)))
+        return np.array(np.broadcast_to(nearest, (batch, *self.shape)), self.numpy_dtype, order="C")  # writable
 
     def _sampling_range(self) -> tuple[Array, Array]:
         low, high = (0.0, 255.0) if self.dtype == "uint8" else (-100.0, 100.0)

@@ -22,14 +22,14 @@ from actserve.core.signature import Bound, TensorSpec
 
 aten: Any = torch.ops.aten
 # Operators that only move elements.
-_MOVING = {
+MOVING = {
     aten.alias, aten.as_strided, aten.cat, aten.clone, aten.concat, aten.contiguous, aten.detach, aten.expand,
     aten.flatten, aten.flip, aten.lift_fresh, aten.movedim, aten.narrow, aten.permute, aten.repeat, aten.reshape,
     aten.roll, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze, aten.stack, aten.t,
     aten.transpose, aten.unbind, aten.unflatten, aten.unsafe_chunk, aten.unsafe_split,
     aten.unsafe_split_with_sizes, aten.unsqueeze, aten._reshape_alias, aten._unsafe_view, aten.view,
 }  # fmt: skip
-_CASTS = {aten._to_copy, aten.to}
+CASTS = {aten._to_copy, aten.to}
 _SHIFTS = {aten.add: 1, aten.add_: 1, aten.sub: -1, aten.sub_: -1}
 # Operators on (tensor, axis, index): the index counts along the axis.
 _ALONG_AXIS = {
@@ -115,9 +115,9 @@ class IndexBounds(TorchDispatchMode):
 
     def _moved(self, packet: Any, func: Any, args: Any, kwargs: Any) -> list[_Elements] | None:
         """The elements of the results, if the operator moves elements or adds constants to them."""
-        if packet in _CASTS and (elements := self._elements(args[0])) is not None:
+        if packet in CASTS and (elements := self._elements(args[0])) is not None:
             return [elements]
-        if packet in _MOVING:
+        if packet in MOVING:
 
             def part(value: Any, which: str) -> Any:
                 if not isinstance(value, Tensor):

@@ -29,6 +29,7 @@ from actserve.store.artifact import Program
 from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
 from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
+from actserve_export.capture.indices import refuse_negative_indices
 from actserve_export.capture.log_prob import Check, misplaced_log_probs
 from actserve_export.capture.noise import NoiseFromInputs
 from actserve_export.capture.step_io import StepIO, dtype_name
@@ -252,6 +253,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
             log.warning("exported one item at a time: %s", reason)
             signature = replace(signature, max_batch=1)
             exported = trace(partial(_copied, program, signature), signature, 1)
+    refuse_negative_indices(exported, signature)
     return replace(traced, program=exported, signature=signature, single_item_reason=reason, left_out=source.left_out)
 
 

@@ -1,0 +1,61 @@
+"""Negative indices: torch refuses most of them, and the programs would count them from the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from actserve.core.signature import Signature
+from actserve_export.capture.bounds import CASTS, MOVING
+
+aten: Any = torch.ops.aten
+# Operators that refuse a negative index: the places of the table, of the axis (None: the first) and of the index.
+_LOOKUPS: dict[Any, tuple[int, int | None, int]] = {
+    aten.embedding.default: (0, None, 1),
+    aten.gather.default: (0, 1, 2),
+    aten.index_select.default: (0, 1, 2),
+    aten.scatter.src: (0, 1, 2),
+    aten.scatter.value: (0, 1, 2),
+    aten.scatter_add.default: (0, 1, 2),
+}
+_POSITIONS = {aten.arange, aten.argmax, aten.argmin, aten.argsort}
+_UNSIGNED = (torch.bool, torch.uint8)
+
+
+def refuse_negative_indices(program: ExportedProgram, signature: Signature) -> None:
+    """Change `program` so that an index below 0 becomes one behind the end, which both programs refuse.
+
+    An index that comes from an input with a lower bound, or from an argmax, is left as it is.
+    """
+    names = dict(zip(program.graph_signature.user_inputs, signature.inputs, strict=True))
+    bounded = {name for name, spec in names.items() if (spec.each_low >= 0).all()}
+    for node in list(program.graph.nodes):
+        if node.target not in _LOOKUPS:
+            continue
+        table, axis, place = _LOOKUPS[node.target]
+        index, shape = node.args[place], node.args[table].meta["val"].shape
+        size = shape[0 if axis is None else node.args[axis]] if shape else 1
+        if not isinstance(size, int) or _not_negative(index, bounded):
+            continue
+        with program.graph.inserting_before(node):
+            below = program.graph.call_function(aten.lt.Scalar, (index, 0))
+            below.meta["val"] = index.meta["val"] < 0
+            checked = program.graph.call_function(aten.masked_fill.Scalar, (index, below, size))
+            checked.meta["val"] = index.meta["val"].clone()
+        node.update_arg(place, checked)
+    program.graph_module.recompile()
+
+
+def _not_negative(index: fx.Node, bounded: set[Any]) -> bool:
+    """Whether all elements of `index` are known to be 0 or more."""
+    if getattr(index.meta["val"], "dtype", None) in _UNSIGNED:
+        return True
+    if index.op == "placeholder":
+        return index.name in bounded
+    packet = getattr(index.target, "overloadpacket", index.target)
+    if packet in _POSITIONS:
+        return True
+    return packet in MOVING | CASTS and all(_not_negative(node, bounded) for node in index.all_input_nodes)
