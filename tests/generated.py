@@ -1,7 +1,8 @@
 """Policies made at random, and the check that each is served as it acts, or refused with a reason that names the cause.
 
-A generated policy has one or two observations, layers, perhaps a module that overwrites an observation in front, a
-buffer, state, noise, and perhaps mixes the items of a batch. `python -m tests.generated --count 2000` checks many.
+A generated policy has one or two observations, layers, perhaps a module that overwrites an observation in front, an
+index, a buffer, state, noise, and perhaps mixes the items of a batch. `python -m tests.generated --count 2000` checks
+many.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
+from torch.nn import functional
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.completion import complete
@@ -39,6 +41,8 @@ NOISES = ("none", "none", "none", "where", "bernoulli", "multinomial", "normal")
 MIXES = ("none", "none", "none", "max", "mean", "centre", "softmax")
 BUFFERS = ("none", "none", "frozen", "counts", "averages", "attribute")
 STATES = ("none", "none", "next", "beside")
+LOOKUPS = ("none", "none", "none", "embedding", "one_hot", "from one", "halved")
+ROWS = 7  # of the table, for lookups
 DTYPES = (torch.float32, torch.float32, torch.uint8, torch.int64)
 ITEMS = 24
 STEPS = 12
@@ -60,6 +64,7 @@ class Recipe:
     overwrites: bool  # a module in front writes the key that it reads
     in_place: bool
     dashed: bool  # the observations' names have dashes and dots
+    lookup: str  # how one more observation, "place", is an index; "halved": computed, so that no bound is known
 
     @property
     def hides_state(self) -> bool:
@@ -68,7 +73,7 @@ class Recipe:
     @property
     def names(self) -> list[str]:
         names = ("robot-0.state", "noise") if self.dashed else ("observation", "action")
-        return list(names[: len(self.widths)])
+        return [*names[: len(self.widths)], *["place"] * (self.lookup != "none")]
 
 
 def recipe(seed: int) -> Recipe:
@@ -87,6 +92,7 @@ def recipe(seed: int) -> Recipe:
         bool(rng.random() < 0.3),
         bool(rng.random() < 0.2),
         bool(rng.random() < 0.2),
+        LOOKUPS[rng.integers(len(LOOKUPS))],
     )
 
 
@@ -102,16 +108,21 @@ class Generated(nn.Module):
         super().__init__()
         torch.manual_seed(made.seed)
         self.made = made
-        width = sum(made.widths) + (3 if made.state != "none" else 0)
+        width = sum(made.widths) + (3 if made.state != "none" else 0) + (made.lookup != "none") * ROWS
         self.body = nn.Sequential(nn.Linear(width, made.hidden), nn.Tanh(), nn.Linear(made.hidden, made.actions))
         self.cell = nn.Linear(width, 3)
+        self.table = nn.Embedding(ROWS, ROWS)
         self.offset: Tensor
         self.register_buffer("offset", torch.randn(width) * 0.1)
         self.register_buffer("count", torch.zeros(()))
         self.calls = 0
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x = torch.cat([tensor.float() / (255 if tensor.dtype == torch.uint8 else 1) for tensor in inputs], -1)
+        parts = [tensor.float() / (255 if tensor.dtype == torch.uint8 else 1) for tensor in inputs]
+        if self.made.lookup != "none":
+            place = len(self.made.widths)
+            parts[place] = self._look_up(inputs[place])
+        x = torch.cat(parts, -1)
         if self.made.in_place:
             inputs[0].mul_(1 if inputs[0].dtype != torch.float32 else 0.5)
         x = self._buffer(x)
@@ -120,6 +131,13 @@ class Generated(nn.Module):
         if self.made.state == "none":
             return action, q
         return action, q, torch.tanh(self.cell(x))
+
+    def _look_up(self, place: Tensor) -> Tensor:
+        if self.made.lookup == "one_hot":
+            return functional.one_hot(place, ROWS).float()
+        if self.made.lookup == "from one":
+            return self.table(place - 1)
+        return self.table(place // 2 if self.made.lookup == "halved" else place)
 
     def _buffer(self, x: Tensor) -> Tensor:
         if self.made.buffer == "frozen":
@@ -160,7 +178,9 @@ class Generated(nn.Module):
 
 def policy(made: Recipe) -> PolicySource:
     names = made.names
-    example = {n: torch.zeros(w).to(t) for n, w, t in zip(names, made.widths, made.dtypes, strict=True)}
+    example = {n: torch.zeros(w).to(t) for n, w, t in zip(names, made.widths, made.dtypes, strict=False)}
+    if made.lookup != "none":
+        example["place"] = torch.tensor(1)
     inputs, outputs = list(names), ["action", "action_value"]
     if made.state != "none":
         inputs.append("h")
@@ -206,6 +226,10 @@ def check(seed: int, runtimes: tuple[str, ...] = ("onnx",)) -> str:
 
 def _check_program(artifact: Artifact, name: str, made: Recipe) -> None:
     signature = artifact.manifest.signature
+    if made.lookup not in ("none", "halved"):
+        (place,) = (spec for spec in signature.observations if spec.name == "place")
+        first = int(made.lookup == "from one")
+        assert (place.low, place.high) == (first, first + ROWS - 1), f"{made}: {place}"
     rng = np.random.default_rng(made.seed)
     source = policy(made)
     reference = capture(source).run_reference
