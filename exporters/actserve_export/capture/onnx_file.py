@@ -47,6 +47,7 @@ from actserve_export.sources.modules import ACTIONS
 from actserve_export.sources.onnx_source import OnnxSource
 
 log = logging.getLogger("actserve")
+SIZES = (3, 5)  # of the batches that show where an output has its batch
 
 
 class OnnxPolicy:
@@ -118,34 +119,21 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
     constants = fix_constants(graph, source.constants)
     inputs, axes, single = inputs_of(graph, source.batch_axes)
     fixed = constant_outputs(graph)
-    new_state = list(source.state.values())
     names = outputs_of(graph, source.outputs, source.state, fixed)
     tensors_only(graph, names)
-    if len(inputs) == len(source.state) or len(names) == len(new_state):
+    if len(inputs) == len(source.state) or len(names) == len(source.state):
         raise CaptureFailed("expected an observation and an output that depends on it; the file has none")
     session = FileSession(_session(file), constants, axes)
-    sizes = (1,) if single else _sizes(session, names, inputs)
-    single = sizes == (1,)
-    runs = [session.run(names, {spec.name: spec.zeros(size) for spec in inputs}) for size in sizes]
-    if not (source.outputs or single):  # what depends on sizes only, and not on the batch's
-        of_sizes = constant_outputs(graph, ("Shape", "Size"))
-        fixed += [name for name in names if name in of_sizes and _unchanged(name, runs)]
-        names = [name for name in names if name not in fixed or name in new_state]
-    session.axes |= {name: _output_axis(name, [run[name] for run in runs], sizes, source.batch_axes) for name in names}
-    alone = session.run(names, {spec.name: spec.zeros(1) for spec in inputs})
-    outputs = {name: TensorSpec(name, dtype_of(name, array.dtype), array.shape[1:]) for name, array in alone.items()}
-    given = [outputs[name] for name in names if name not in new_state]
+    single = single or not _takes_batches(session, names, inputs)
+    if not single and not source.outputs:
+        fixed += _of_sizes_only(graph, session, names, inputs)
+        names = [name for name in names if name not in fixed or name in source.state.values()]
+    outputs = _outputs(session, names, inputs, (1,) if single else SIZES, source.batch_axes)
     _check_state(inputs, outputs, source.state)
     rewrites = [f"constant: {name} = {_text(array)}" for name, array in constants.items()]
-    left_out = [value.name for value in graph.output if value.name not in names]
-    if not source.outputs:
-        for name in left_out:
-            log.warning("left out the output %s: no input changes it", name)
-    rewrites += [f"leave out {name}" + ", which no input changes" * (name in fixed) for name in left_out]
-    moved = {name: axis for name, axis in session.axes.items() if axis}
-    rewrites += [f"batch first: {name} has it at axis {axis} in the file" for name, axis in moved.items()]
-    ranks = {spec.name: len(spec.shape) + 1 for spec in (*inputs, *outputs.values())}
-    move_batch_first(graph, moved, ranks)
+    rewrites += _leave_out(graph, names, fixed, asked=bool(source.outputs))
+    rewrites += _move_batch_first(graph, session.axes, [*inputs, *outputs.values()])
+    given = [spec for name, spec in outputs.items() if name not in source.state.values()]
     scores = None
     if source.action == "argmax":
         scores = given[0].name
@@ -166,6 +154,51 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
     write_signature(graph, signature)
     remove_source_traces(graph)
     return OnnxPolicy(model, session, signature, scores, rewrites, refusal)
+
+
+def _of_sizes_only(graph: Any, session: FileSession, names: Sequence[str], inputs: Sequence[TensorSpec]) -> list[str]:
+    """The outputs that depend on the sizes of inputs only, and not on the batch's."""
+    runs = _runs(session, names, inputs, SIZES)
+    of_sizes = constant_outputs(graph, ("Shape", "Size"))
+    return [
+        name for name in names if name in of_sizes and all(np.array_equal(run[name], runs[0][name]) for run in runs)
+    ]
+
+
+def _outputs(
+    session: FileSession,
+    names: Sequence[str],
+    inputs: Sequence[TensorSpec],
+    sizes: Sequence[int],
+    batch_axes: Mapping[str, int],
+) -> dict[str, TensorSpec]:
+    """What the file gives for one item, by name. Notes in `session.axes` where each output has its batch."""
+    runs = _runs(session, names, inputs, sizes)
+    session.axes |= {name: _output_axis(name, [run[name] for run in runs], sizes, batch_axes) for name in names}
+    (alone,) = _runs(session, names, inputs, [1])
+    return {name: TensorSpec(name, dtype_of(name, array.dtype), array.shape[1:]) for name, array in alone.items()}
+
+
+def _runs(
+    session: FileSession, names: Sequence[str], inputs: Sequence[TensorSpec], sizes: Sequence[int]
+) -> list[Arrays]:
+    """The results for batches of these sizes."""
+    return [session.run(names, {spec.name: spec.zeros(size) for spec in inputs}) for size in sizes]
+
+
+def _leave_out(graph: Any, names: Sequence[str], fixed: Sequence[str], *, asked: bool) -> list[str]:
+    """Name the outputs that are not in `names`, for the manifest, and unless that was `asked` for, in the log."""
+    left_out = [value.name for value in graph.output if value.name not in names]
+    for name in [] if asked else left_out:
+        log.warning("left out the output %s: no input changes it", name)
+    return [f"leave out {name}" + ", which no input changes" * (name in fixed) for name in left_out]
+
+
+def _move_batch_first(graph: Any, axes: Mapping[str, int], specs: Sequence[TensorSpec]) -> list[str]:
+    """Move the batches that are elsewhere to the first axis, and name the tensors, for the manifest."""
+    moved = {name: axis for name, axis in axes.items() if axis}
+    move_batch_first(graph, moved, {spec.name: len(spec.shape) + 1 for spec in specs})
+    return [f"batch first: {name} has it at axis {axis} in the file" for name, axis in moved.items()]
 
 
 def _session(model: Any) -> Any:
@@ -195,17 +228,13 @@ def _moved(array: Array, axis: int, target: int) -> Array:
     return array if axis == target else np.ascontiguousarray(np.moveaxis(array, axis, target))
 
 
-def _sizes(session: FileSession, names: Sequence[str], inputs: Sequence[TensorSpec]) -> tuple[int, ...]:
-    """Two sizes of batches to look at, or 1 if the file takes one item at a time, whatever it declares."""
+def _takes_batches(session: FileSession, names: Sequence[str], inputs: Sequence[TensorSpec]) -> bool:
+    """Whether the file takes more than one item at a time, whatever it declares."""
     try:
-        session.run(names, {spec.name: spec.zeros(3) for spec in inputs})
+        _runs(session, names, inputs, SIZES[:1])
     except CaptureFailed:
-        return (1,)
-    return (3, 5)
-
-
-def _unchanged(name: str, runs: Sequence[Arrays]) -> bool:
-    return all(np.array_equal(run[name], runs[0][name]) for run in runs)
+        return False
+    return True
 
 
 def _output_axis(name: str, arrays: Sequence[Array], sizes: Sequence[int], said: Mapping[str, int]) -> int:
