@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
-import keyword
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,138 +14,32 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictSequential, set_composite_lp_aggregate
+from tensordict.nn import set_composite_lp_aggregate
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torchrl.envs.transforms import Transform
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.errors import CaptureFailed
-from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Exploration, Signature, State, TensorSpec
+from actserve.core.signature import Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
 from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
 from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.indices import refuse_negative_indices
-from actserve_export.capture.log_prob import Check, misplaced_log_probs
-from actserve_export.capture.noise import NoiseFromInputs
+from actserve_export.capture.layout import Layout, layout_of
+from actserve_export.capture.log_prob import misplaced_log_probs
 from actserve_export.capture.step_io import StepIO, dtype_name
-from actserve_export.capture.steps import StepModule
-from actserve_export.capture.swaps import reads_and_writes, swap
+from actserve_export.capture.step_program import StepProgram
+from actserve_export.capture.swaps import swap
 from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.programs.exported import PROGRAM, save_program
 from actserve_export.programs.reasons import explain, refuse_what_has_no_values_or_source
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.sources import samples
-from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
 from actserve_export.sources.policy_source import PolicySource
 
 log = logging.getLogger("actserve")
 TRACED_BATCH = 64  # tracing takes a batch of 1 for a constant, and AOTInductor chooses branches by the example
 DRAWS = 1024  # items whose log-probability is checked
-# Outputs that the program returns besides the action, if the policy writes them.
-KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
-Initial = float | tuple[float, ...]
-MODES: dict[Exploration, Any] = {"deterministic": ExplorationType.DETERMINISTIC, "random": ExplorationType.RANDOM}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The keys of the program's tensors in the policy's tensordict."""
-
-    observations: dict[str, Key]  # by name
-    states: dict[str, tuple[Key, Key]]  # name -> (the key read, the key written)
-    initial: dict[str, Initial]  # of each state, from the example
-    outputs: dict[str, Key]
-    is_init: bool  # the policy itself reads "is_init"
-    is_init_shape: tuple[int, ...]
-
-
-class StepProgram(nn.Module):
-    """A tensordict policy as a function of tensors: the signature's inputs -> its results, (B, ...) each."""
-
-    def __init__(self, policy: nn.Module, io: StepIO, layout: Layout, modes: tuple[Exploration, ...]) -> None:
-        super().__init__()
-        self.policy = policy
-        self.layout = layout
-        self.modes = modes
-        self.watching: list[Check] = []
-        self.__dict__["io"] = io
-
-    def bind(self, names: tuple[str, ...]) -> StepProgram:
-        """Fix the order of the inputs. torch.export names the inputs after the parameters of forward."""
-        identifiers = _identifiers(names)
-        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in identifiers]
-        signature = inspect.Signature(parameters)
-
-        def forward(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-            bound = signature.bind(*args, **kwargs).arguments
-            return self.run(
-                {name: bound[known] for name, known in zip(names, identifiers, strict=True)}, recording=False
-            )
-
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-        self.__dict__["forward"] = forward
-        return self
-
-    def run(self, inputs: Mapping[str, Tensor], recording: bool) -> tuple[Tensor, ...]:
-        """All results, (B, ...) each. With `recording`, the `StepIO` records the policy's requests."""
-        batch = next(iter(inputs.values())).shape[0]
-        self.io.begin(batch, None if recording else inputs)
-        runs = [self._act(mode, inputs, batch, recording) for mode in self.modes]
-        if len(runs) == 1:
-            return runs[0]
-        explore = torch.zeros(batch, dtype=torch.bool) if recording else inputs[EXPLORE.name]
-        # Contiguous, because a runtime does not check strides.
-        return tuple(_choose(explore, random, sure).contiguous() for sure, random in zip(*runs, strict=True))
-
-    def _act(self, mode: Exploration, inputs: Mapping[str, Tensor], batch: Any, recording: bool) -> tuple[Tensor, ...]:
-        tensordict = TensorDict({}, batch_size=[batch])
-        keys = self.layout.observations | {name: key for name, (key, _) in self.layout.states.items()}
-        for name, key in keys.items():
-            tensordict.set(key, inputs[name].clone() if name in self.io.overwritten else inputs[name])
-        if self.layout.is_init:
-            tensordict.set(IS_INIT.name, self.io.is_init().reshape(-1, *self.layout.is_init_shape))
-        self.io.next_states = {}
-        with set_exploration_type(MODES[mode]), NoiseFromInputs(self.io):
-            result: TensorDictBase = self.policy(tensordict)
-            for watch in self.watching:
-                watch(result)
-        outputs = [_get(result, key) for key in self.layout.outputs.values()]
-        outputs += [_get(result, written) for _, written in self.layout.states.values()]
-        if not recording:  # a deterministic step does not change the state of a noise process
-            outputs += [self.io.next_states.get(name, inputs[name]) for name in self.io.states]
-        return tuple(tensor.contiguous() for tensor in outputs)
-
-
-def _identifiers(names: Sequence[str]) -> list[str]:
-    """Python identifiers for names of any kind, each once."""
-    found: list[str] = []
-    for name in names:
-        plain = re.sub(r"\W", "_", name)
-        if not plain.isidentifier() or keyword.iskeyword(plain) or plain == "self":
-            plain = f"input_{plain}"
-        while plain in found:
-            plain += "_"
-        found.append(plain)
-    return found
-
-
-def _choose(explore: Tensor, random: Tensor, sure: Tensor) -> Tensor:
-    if random.shape != sure.shape or random is sure:
-        return sure
-    return torch.where(explore.reshape(-1, *[1] * (random.ndim - 1)), random, sure)
-
-
-def _get(result: TensorDictBase, key: Key) -> Tensor:
-    value = result.get(key, None)
-    if value is None:
-        raise CaptureFailed(f"the policy was expected to write {key!r}; it wrote {list(result.keys(True, True))}")
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        kind = f"a tensor that is {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-        raise CaptureFailed(f"{key_name(key)}: expected a plain tensor; the policy gives {kind}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -223,7 +115,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     if any(parameter.device.type != "cpu" for parameter in (*policy.parameters(), *policy.buffers())):
         policy = policy.cpu()
     _refuse_lazy(policy)
-    layout = _layout(source, policy)
+    layout = layout_of(source, policy)
     io.taken = {*layout.observations, *layout.states}
     items = {name: source.example.get(key).cpu() for name, key in layout.observations.items()}
     items |= {name: source.example.get(read).cpu() for name, (read, _) in layout.states.items()}
@@ -285,55 +177,6 @@ def _without(source: PolicySource, layout: Layout, names: list[str]) -> PolicySo
     return replace(source, outputs=left, left_out=reason)
 
 
-def _layout(source: PolicySource, policy: nn.Module) -> Layout:
-    """Sort the policy's keys into observations, state and outputs."""
-    steps = modules_in_order(policy)
-    reads, writes = reads_and_writes(steps)
-    # The environment gives the previous action: a policy that reads it does not carry it.
-    carried = {key for step in steps if not _prepares(step) for key in step.out_keys} - set(
-        _actions(source.policy, steps)
-    )
-    present = set(source.example.keys(include_nested=True, leaves_only=True))
-    needed = [key for key in reads if last_part(key) != IS_INIT.name]
-    if missing := [key for key in needed if key not in present]:
-        raise CaptureFailed(f"the policy reads {missing}, which the example lacks; it has {sorted(map(str, present))}")
-    written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
-    if needed and len(written) == len(needed):
-        raise CaptureFailed(f"the policy overwrites everything that it reads ({needed}): expected an observation, too")
-    names = keys_by_name(needed, "input", rename=True)
-    init = source.example.get(IS_INIT.name, None)
-    return Layout(
-        observations={name: key for name, key in names.items() if key not in written},
-        states={name: (key, written[key]) for name, key in names.items() if key in written},
-        initial={name: _initial(source.example.get(key)) for name, key in names.items() if key in written},
-        outputs=_output_names(
-            source.outputs or _outputs(source.policy, steps, set(written.values())), set(map(key_name, written))
-        ),
-        is_init=len(needed) < len(reads),
-        is_init_shape=() if init is None else tuple(init.shape),
-    )
-
-
-def _output_names(keys: Sequence[Key], states: set[str]) -> dict[str, Key]:
-    """name -> key. An output of the same name as a state is called NAME_out: an answer carries both."""
-    named = keys_by_name(keys, "output", rename=True)
-    return {f"{name}_out" if name in states else name: key for name, key in named.items()}
-
-
-def _prepares(step: Any) -> bool:
-    """Whether a step prepares observations: a transform, or a module that only overwrites keys that it reads.
-
-    A module that carries state writes more than its state, or writes it as ("next", key).
-    """
-    return isinstance(step, (Transform, StepModule)) or set(step.out_keys) <= set(step.in_keys)
-
-
-def _initial(value: Tensor) -> Initial:
-    """The value of a state in the example, with which episodes begin."""
-    flat = tuple(map(float, value.reshape(-1).tolist()))
-    return flat[0] if flat and len(set(flat)) == 1 else flat or 0.0
-
-
 def _refuse_lazy(policy: nn.Module) -> None:
     for name, parameter in (*policy.named_parameters(), *policy.named_buffers()):
         if is_lazy(parameter):
@@ -341,45 +184,6 @@ def _refuse_lazy(policy: nn.Module) -> None:
                 f"{name} was never initialised: the policy has a lazy layer that never ran, so its weights would be "
                 "random; run it once, or load its weights, before the export"
             )
-
-
-def modules_in_order(policy: nn.Module) -> list[Any]:
-    """The tensordict modules that a policy runs, in order."""
-    children = policy.module if isinstance(policy, TensorDictSequential) else getattr(policy, "steps", None)
-    if children is None:
-        return [policy]
-    return [found for child in children for found in modules_in_order(child)]
-
-
-def _next(key: Key) -> Key:
-    return ("next", *((key,) if isinstance(key, str) else key))
-
-
-def _outputs(policy: Any, steps: list[Any], state: set[Key]) -> list[Key]:
-    """The action first, then `KNOWN_OUTPUTS`. A policy without an action gives all its outputs."""
-    state = state | {key for step in steps for key in getattr(step, "state_keys", ())}
-    written = [key for key in policy.out_keys if key not in state and key_name(key) not in map(key_name, state)]
-    actions = [key for key in _actions(policy, steps) if key in written]
-    known = [key for key in written if last_part(key) in KNOWN_OUTPUTS and key not in actions]
-    return [*actions, *known] if actions else written
-
-
-def _actions(policy: Any, steps: list[Any]) -> list[Key]:
-    """The keys of the action: those called "action", or else those that a module which chooses actions writes."""
-    written = list(policy.out_keys)
-    return [key for key in written if last_part(key) == "action"] or _chosen(steps, written)
-
-
-def _chosen(steps: list[Any], written: list[Key]) -> list[Key]:
-    """The keys that the last module which chooses an action writes it to, whatever they are called."""
-    for step in reversed(steps):
-        if isinstance(step, ProbabilisticTensorDictModule):
-            keys = [key for key in step.out_keys if "log_prob" not in last_part(key)]
-        else:
-            keys = [key for key in (getattr(step, name, None) for name in ("action_key", "key")) if key is not None]
-        if keys and all(key in written for key in keys):
-            return keys
-    return []
 
 
 def _modes(
