@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from actserve.core.errors import Behind, NotServing, Overloaded, RuntimeFailure, TooLate
+from actserve.core.errors import NotServing, Overloaded, RuntimeFailure, TooLate, WaitTooLong
 from actserve.core.signature import Array, Arrays
 from actserve.engine.batcher import ArrayRequest, Batcher, BatchRequest, form
 from tests.waiting import until_in_loop
@@ -224,7 +224,7 @@ def test_a_turn_that_works_for_too_long_refuses_the_rest_of_it(working: bool) ->
             until_ns = time.thread_time_ns() + 25_000_000
             while time.thread_time_ns() < until_ns:
                 pass
-            with pytest.raises(Behind):
+            with pytest.raises(WaitTooLong):
                 batcher.submit(items(2.0), 1)
         else:
             time.sleep(0.025)  # as if the host gave the CPU to another

@@ -22,7 +22,7 @@ ActserveError
 │   └── SessionExpired           the session was ended, idle for too long, or evicted
 ├── Unavailable                  the request is valid; retry later
 │   ├── Overloaded               the queue is full
-│   │   └── Behind               the expected wait exceeds the limit
+│   │   └── WaitTooLong          the expected wait exceeds the limit
 │   ├── TooManyConnections       the connection limit is reached
 │   ├── NotServing               the service is loading or shutting down
 │   ├── TooLate                  the request's deadline cannot be met
@@ -234,7 +234,7 @@ class Overloaded(Unavailable):
         super().__init__(f"{limit} items are waiting, which is the limit; try again shortly", limit=limit)
 
 
-class Behind(Overloaded):
+class WaitTooLong(Overloaded):
     """The expected wait exceeds the limit."""
 
     def __init__(self, max_wait_ms: float) -> None:

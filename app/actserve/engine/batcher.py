@@ -23,7 +23,7 @@ from time import perf_counter_ns, thread_time_ns
 
 import numpy as np
 
-from actserve.core.errors import ActserveError, Behind, NotServing, Overloaded, RuntimeFailure, TooLate
+from actserve.core.errors import ActserveError, NotServing, Overloaded, RuntimeFailure, TooLate, WaitTooLong
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.telemetry.meters import Meters
@@ -203,7 +203,7 @@ class Batcher:
             self._loop.call_soon(self._end_turn)
         waited_ns = now_ns - self._turn_ns
         if self._quick and waited_ns > self._max_wait_ns and thread_time_ns() - self._worked_ns > self._max_wait_ns:
-            raise Behind(self._max_wait_ns / 1e6)
+            raise WaitTooLong(self._max_wait_ns / 1e6)
         if patience_ns and waited_ns + self._waiting * self._run_ns // max(1, self._items) > patience_ns:
             raise TooLate(patience_ns // 1000)
 
