@@ -27,7 +27,7 @@ LEFT_OUT = {
     "cluster": {"test_scale.py"},
     "compiler": {
         *("cart_store", "pong_store", "lstm_store", "gru_store", "recurrent_store", "published", "cartpole"),
-        *("test_int8.py", "test_what_a_document_says_works", "test_compile_takes_the_weights_from_the_onnx"),
+        *("test_what_a_document_says_works", "test_compile_takes_the_weights_from_the_onnx"),
         "test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager",
         "test_native_code_that_ends_its_process_takes_no_other_request_with_it",
     },
@@ -36,7 +36,7 @@ LEFT_OUT = {
         *("test_behaviour.py", "test_capture.py", "test_commands.py", "test_compile.py", "test_every_game.py"),
         *("test_modules.py", "test_onnx_file.py", "test_onnx_kinds.py", "test_remote_episodes.py"),
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
-        "test_refusals.py",
+        *("test_bounds.py", "test_refusals.py"),
         *("test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",
     },
@@ -48,6 +48,8 @@ LEFT_OUT = {
     },
     "training": {"test_train.py", "test_any_game_can_be_trained_exported_and_played"},
 }
+
+LONGEST = ("test_first_steps.py", "test_kinds.py", "test_docs.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -64,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         markers = [marker for marker, named in LEFT_OUT.items() if names & named]
         for marker in markers or ["fast"]:
             item.add_marker(marker)
+    # A worker takes a file at a time, in this order: at the end, none has a long one left.
+    items.sort(key=lambda item: item.path.name not in LONGEST and 1 + (item.get_closest_marker("fast") is not None))
 
 
 @pytest.fixture(scope="session")
