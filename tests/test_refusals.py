@@ -191,6 +191,14 @@ def test_inputs_of_other_dtypes_are_refused_before_they_are_run() -> None:
             capture(from_module(nn.Linear(4, 3, dtype=dtype), ITEM.to(dtype), "argmax"))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+def test_an_example_of_another_dtype_than_the_weights_is_refused(layer: nn.Module, dtype: torch.dtype) -> None:
+    name = str(dtype)[6:]
+    with pytest.raises(CaptureFailed, match=rf"another dtype than its weights: .*of observation {name}\[4\]"):
+        capture(from_module(layer, ITEM.to(dtype), "argmax"))
+
+
 FACTORIES = """
 import torch
 from torch import nn

@@ -39,6 +39,11 @@ _MEANINGS = (
         "the module gives another number of results than it has out_keys{place}: it must return a tensor for each",
     ),
     (
+        r"(must|to) have the same dtype|type .* should be the same|expected scalar type \w+ but found",
+        "an input of a layer has another dtype than its weights{place}: give the example as the policy gets it in "
+        "training, or convert it in the policy",
+    ),
+    (
         r"Constraints violated|specialized it to be a constant",
         "the policy makes the size of the batch a constant{place}: use x.shape[0] or -1 instead of a number",
     ),
