@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrl.data import Bounded, Categorical, Composite, MultiCategorical
 from torchrl.modules import (
+    MLP,
     AdditiveGaussianModule,
     IndependentNormal,
     OneHotCategorical,
@@ -36,13 +37,16 @@ from actserve.core.completion import complete
 from actserve.core.errors import ActserveError, CaptureFailed, InvalidTensor, RefusedByProgram
 from actserve.core.settings import Settings
 from actserve.core.signature import Bound, TensorSpec
+from actserve.engine import golden
 from actserve.engine.policy import Policy
+from actserve.engine.runtimes.load import load
 from actserve.server.app import create_app
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
-from actserve_export import PolicySource, cli, from_module, from_sb3
+from actserve_export import PolicySource, cli, from_module, from_sb3, int8
 from actserve_export.capture import capture
-from actserve_export.publish import Export, export
+from actserve_export.programs.quantize import quantize as quantization
+from actserve_export.publish import export
 from actserve_export.sources import samples
 from tests.sb3_models import CHOICE, _model
 from tests.serving import port_of, serving
@@ -310,16 +314,22 @@ def test_a_log_probability_that_is_asked_for_and_wrong_is_refused() -> None:
         capture(wanted)
 
 
-def test_both_artifacts_of_an_int8_export_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exporter is replaced: an int8 program takes minutes. Both artifacts are real."""
-    first = published(from_module(Indexing(GRAPHS["embedding"][0]), ONE, "argmax"), tmp_path)
-    second = published(from_module(Indexing(GRAPHS["one_hot"][0]), ONE, "argmax"), tmp_path)
-    made = {
-        "actserve_export.targets:find_source": lambda *_: ("x", None),
-        "actserve_export.publish:export": lambda *_, **__: Export(first, published=True),
-        "actserve_export.int8:export_int8": lambda *_: Export(second, published=True),
-    }
-    monkeypatch.setattr(cli, "import_extra", lambda _, name: made[name])
-    answer = CliRunner().invoke(cli.commands, ["export", "x", "--int8", "--store", str(tmp_path)])
+def three_layers() -> PolicySource:
+    torch.manual_seed(0)
+    return from_module(MLP(in_features=4, out_features=3, num_cells=[32, 32]), torch.zeros(4), "argmax")
+
+
+def test_an_int8_export_publishes_and_measures_both_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "AGREEMENT", 0.9)  # a network that was not trained is often undecided
+    monkeypatch.setattr(int8, "SAMPLES", 1024)
+    wanted = ["tests.test_bounds:three_layers", "--name", "x", "--runtime", "onnx", "--int8", "--store", str(tmp_path)]
+    answer = CliRunner().invoke(cli.commands, ["export", *wanted])
     assert answer.exit_code == 0, answer.output
-    assert sorted(file.name for file in (tmp_path / "x").glob("*.tuning.json")) == ["1.tuning.json", "2.tuning.json"]
+    assert "of the actions equal the original's" in answer.output
+    store = ModelStore(tmp_path)
+    assert {name: store.versions(name) for name in ("x", "x-int8")} == {"x": [1], "x-int8": [1]}
+    assert all((tmp_path / name / "1.tuning.json").exists() for name in ("x", "x-int8"))
+    made = store.resolve("x-int8")
+    assert made.manifest.certificate["int8"]["agreement"] >= 0.9
+    assert made.manifest.programs["onnx"].rewrites[-1].startswith("int8: ")
+    assert golden.check(made, load("onnx", made).run).holds

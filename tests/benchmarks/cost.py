@@ -145,7 +145,7 @@ class Run:
     def play(self) -> None:
         wanted = self._wanted
         self._say("screens and programs")
-        ground = prepare(wanted.store)
+        ground = prepare(wanted.store, {contender.policy for contender in wanted.contenders})
         self.found["machine"] = machine.describe(*self._on)
         os.sched_setaffinity(0, {self._on[1]})
         for number in range(wanted.rounds):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,39 +30,50 @@ class Ground:
     screens: dict[str, Screens]  # by policy, with its own actions
 
 
-def prepare(models: Path) -> Ground:
-    """For `pong` of the store `models`: T's program and an int8 artifact are built unless they were before."""
+def prepare(models: Path, policies: Collection[str] = ("pong",)) -> Ground:
+    """For `policies`, out of "pong" of the store `models` and "pong-int8". What was not built before, is built."""
     pong = ModelStore(models).resolve("pong").folder
     made_from = [pong / "manifest.json", *sorted(EXPORTERS.rglob("*.py"))]
-    folder = CACHE / hashlib.sha256(b"".join(file.read_bytes() for file in made_from)).hexdigest()[:12]
-    stores = {name: folder / name for name in ("pong", "pong-int8")}
-    if not folder.exists():
-        build(pong, folder.with_suffix(f".{os.getpid()}"), folder)
-    int8 = ModelStore(stores["pong-int8"]).resolve("pong-int8").folder
-    programs = {
-        "tutorial": folder / "tutorial.onnx",
-        "pong": pong / "policy.onnx",
-        "pong-int8": int8 / "policy.onnx",
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in made_from)).hexdigest()[:12]
+    folder = _once(CACHE / key, _tutorial)
+    made = {
+        "pong": lambda making: shutil.copytree(pong, making / "pong" / pong.name),
+        "pong-int8": lambda making: _int8(pong, making),
     }
+    stores = {name: _once(CACHE / f"{key}-{name}", made[name]) for name in made if name in policies}
+    programs = {"tutorial": folder / "tutorial.onnx"}
+    programs |= {name: ModelStore(store).resolve(name).folder / "policy.onnx" for name, store in stores.items()}
     pixels = load_file(pong / "golden.safetensors")["input.pixels"]
     np.save(folder / "pixels.npy", pixels)
     actions = {}
     for name, program in programs.items():
         act = load(str(program))
         actions[name] = [act([screen.tobytes()])[0] for screen in pixels]
-    if actions["tutorial"] != actions["pong"]:
+    if actions["tutorial"] != actions.get("pong", actions["tutorial"]):
         raise ValueError("the tutorial's program and the artifact's have different actions")
     screens = {name: Screens(pixels, actions[name]) for name in stores}
     return Ground(folder / "pixels.npy", programs, stores, screens)
 
 
-def build(pong: Path, making: Path, folder: Path) -> None:
-    shutil.copytree(pong, making / "pong" / "pong" / pong.name)
-    store = making / "pong-int8"
-    for arguments in (
-        ["tests.benchmarks.tutorial", str(making / "tutorial.onnx")],
-        ["actserve", "export", "pong", "--runtime", "onnx", "--int8", "--store", str(store)],
-    ):
-        subprocess.run([sys.executable, "-m", *arguments], check=True, stdout=sys.stderr)
-    shutil.rmtree(store / "pong")
-    making.rename(folder)
+def _once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, which `make` fills where it is missing."""
+    if not folder.exists():
+        making = folder.with_suffix(f".{os.getpid()}")
+        making.mkdir(parents=True)
+        make(making)
+        making.rename(folder)
+    return folder
+
+
+def _tutorial(making: Path) -> None:
+    _run("tests.benchmarks.tutorial", str(making / "tutorial.onnx"))
+
+
+def _int8(pong: Path, making: Path) -> None:
+    shutil.copytree(pong, making / "pong" / pong.name)
+    _run("actserve", "export", "pong", "--runtime", "onnx", "--int8", "--store", str(making))
+    shutil.rmtree(making / "pong")
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", *arguments], check=True, stdout=sys.stderr)

@@ -13,22 +13,17 @@ import pytest
 import urllib3
 from rich.console import Console
 
-from actserve.cli.commands.artifacts import inspect
 from actserve.cli.tools import local_service as local
 from actserve.cli.tools import play_and_load as playing
 from actserve.engine import golden
-from actserve.engine.runtimes.load import load
 from actserve.store.local import ModelStore
 from actserve_export import bench, demo
-from tests.benchmarks import ground
 from tests.exported import ROOT
 from tests.publishing import republish
 from tests.shipped import ship
 
 
-def test_demo_serve_curl_play_and_bench(
-    pong_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_serve_curl_play_and_bench(pong_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ship(Path("models_store"))
     store = ModelStore(Path("models_store"))
@@ -58,15 +53,3 @@ def test_demo_serve_curl_play_and_bench(
     assert done.returncode == 0, done.stderr
     (cell,) = json.loads(Path("cost.json").read_text())["cells"]
     assert cell["actions"] > 0
-
-    # What the comparison made, with `actserve export pong --int8`.
-    made = ModelStore(ground.prepare(store.root).stores["pong-int8"])
-    int8 = made.resolve("pong-int8")
-    evidence = int8.manifest.certificate["int8"]
-    assert evidence["agreement"] >= 0.995
-    assert len(evidence["scores"]["int8"]) == len(evidence["scores"]["original"]) == 1
-    assert int8.manifest.programs["onnx"].rewrites[-1].startswith("int8: ")
-    assert golden.check(int8, load("onnx", int8).run).holds
-    capsys.readouterr()
-    inspect("pong-int8", str(made.root))
-    assert "of the actions equal the original's" in capsys.readouterr().out
