@@ -15,7 +15,7 @@ from tests.exported import exported
 
 # One thread: the networks are small, and threads that wait for a core that is busy elsewhere take forever.
 os.environ["OMP_NUM_THREADS"] = "1"
-# What the tests prove about their programs is no news to later runs.
+# The cache has the results of first trials of programs: each run of the tests begins without any.
 CACHE = tempfile.TemporaryDirectory(prefix="actserve-tests-")  # until this process ends
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure

@@ -14,7 +14,7 @@ from actserve.store.artifact import Artifact
 class RuntimeContract:
     @pytest.fixture
     def runtime(self, cart: Artifact) -> Runtime:
-        raise NotImplementedError
+        raise NotImplementedError  # each subclass has its own fixture
 
     @pytest.mark.parametrize("size", [1, 3, 32])
     def test_it_repeats_the_golden_samples_at_any_batch_size(self, runtime: Runtime, cart: Artifact, size: int) -> None:

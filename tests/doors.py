@@ -103,6 +103,7 @@ def running(
         token = add_token(folder / "tokens", "robot", rate=RATE)
         access = Access(folder / "tokens", clock=Clock())
     registry, admission = OnePolicy(settings, slow, SCREENS), Admission(settings, access)
+    # Replaced on this one object, which mypy forbids for methods: the policy is there from the start.
     registry.not_ready = lambda: None  # type: ignore[method-assign]
 
     @asynccontextmanager

@@ -27,7 +27,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.completion import complete
 from actserve.core.errors import ActserveError
-from actserve.core.signature import Arrays
+from actserve.core.signature import Arrays, Signature
 from actserve.engine import golden
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
@@ -181,10 +181,11 @@ def policy(made: Recipe) -> PolicySource:
     example = {n: torch.zeros(w).to(t) for n, w, t in zip(names, made.widths, made.dtypes, strict=False)}
     if made.lookup != "none":
         example["place"] = torch.tensor(1)
-    inputs, outputs = list(names), ["action", "action_value"]
+    inputs = list(names)
+    outputs: list[Any] = ["action", "action_value"]
     if made.state != "none":
         inputs.append("h")
-        outputs.append(("next", "h") if made.state == "next" else "h")  # type: ignore[arg-type]
+        outputs.append(("next", "h") if made.state == "next" else "h")
         example["h"] = torch.linspace(-1, 1, 3)
     module: Any = TensorDictModule(Generated(made).eval(), in_keys=inputs, out_keys=outputs)
     if made.overwrites:
@@ -253,18 +254,18 @@ def _check_program(artifact: Artifact, name: str, made: Recipe) -> None:
         observed = [spec.name for spec in signature.observations]
         for step in range(STEPS):
             seen = {key: inputs[key][step : step + 1] for key in observed}
-            ours, own = (  # type: ignore[assignment]
-                run({k: complete(signature, seen | held, 1, seed=step).inputs[k] for k in _names(signature)})
-                for run, held in ((runtime.run, state), (reference, theirs))
-            )
-            np.testing.assert_allclose(ours[signature.action.name], own[signature.action.name], 1e-4, 1e-4)
+            ours = runtime.run(_completed(signature, seen | state, step))
+            eagerly = reference(_completed(signature, seen | theirs, step))
+            np.testing.assert_allclose(ours[signature.action.name], eagerly[signature.action.name], 1e-4, 1e-4)
             state = {s.spec.name: ours[s.output] for s in signature.state}
-            theirs = {s.spec.name: own[s.output] for s in signature.state}
+            theirs = {s.spec.name: eagerly[s.output] for s in signature.state}
     runtime.close()
 
 
-def _names(signature: Any) -> list[str]:
-    return [spec.name for spec in signature.inputs]
+def _completed(signature: Signature, given: Arrays, seed: int) -> Arrays:
+    """The inputs of a program for one item: `given`, and everything that the service adds."""
+    inputs = complete(signature, given, 1, seed=seed).inputs
+    return {spec.name: inputs[spec.name] for spec in signature.inputs}
 
 
 def main() -> None:

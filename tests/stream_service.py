@@ -80,6 +80,7 @@ class Service:
             assert gate.wait(60)
             return run(arrays)
 
+        # Replaced on this one object, which mypy forbids for methods: other versions go on.
         runtime._run = wait_and_run  # type: ignore[method-assign]
         return gate
 
@@ -87,6 +88,7 @@ class Service:
 @contextmanager
 def running(settings: Settings | None = None, slow: bool = False, **options: Any) -> Iterator[Service]:
     registry = Versions(SLOW if slow else QUICK)
+    # Replaced on this one object, which mypy forbids for methods: the policies are there from the start.
     registry.not_ready = lambda: None  # type: ignore[method-assign]
     app = application(settings or Settings(), registry)
     with serving(app, **options) as server:

@@ -182,7 +182,7 @@ def test_the_bounds_of_a_spec_are_in_the_signature() -> None:
 
 @pytest.fixture(scope="module")
 def indexing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a policy whose bounds are stated, and with one of which only the program knows them."""
+    """A store with two policies: one has bounds in its signature; of the other, only the program knows the bounds."""
     folder = tmp_path_factory.mktemp("store")
     store = ModelStore(folder)
     export(from_module(Indexing(GRAPHS["columns"][0]), TWO, "argmax"), "stated", store, origin="x", runtimes=("onnx",))

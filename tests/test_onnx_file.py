@@ -1,4 +1,4 @@
-"""An `.onnx` file as the policy: what is read off it, what is proven of it, and what is refused."""
+"""An `.onnx` file as the policy: its signature, its certificate, and the files that are refused."""
 
 from __future__ import annotations
 

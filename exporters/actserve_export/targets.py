@@ -130,7 +130,7 @@ def _place(error: BaseException) -> str:
 
 
 def _needs(factory: Any) -> str:
-    """What to do about a factory that takes arguments."""
+    """If a factory needs arguments: the end of an error that says how to change it. Otherwise ""."""
     try:
         inspect.signature(factory).bind()
     except TypeError:

@@ -31,7 +31,7 @@ from tests.benchmarks.load import Load
 from tests.benchmarks.questions import Questions
 from tests.benchmarks.server import DoesNotServe, Server, core_busy_s, cores, cpu_s, memory_mb
 
-WARM_S = 0.5  # of load before what is measured, at most
+WARM_S = 0.5  # the longest load before a measurement
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Mark:
     at_s: float
     server_s: float
     own_s: float
-    cores_s: tuple[float, float]  # of the server's core and of ours, whoever had them
+    cores_s: tuple[float, float]  # busy, by any process: the server's core, and ours
 
     @staticmethod
     def now(pids: set[int], on: tuple[int, int]) -> Mark:
@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
 def measure(
     server: Server, questions: Questions, contender: str, connections: int, seconds: float, on: tuple[int, int]
 ) -> Cell:
-    """Warm up, load, look at what it cost. Raises `DoesNotServe`, or OSError when a process of the server is gone."""
+    """Load a warm server and measure the cost. Raises `DoesNotServe`, or OSError if a process of it is gone."""
     with Load(server.address, questions, connections) as load:
         warm = load.closed(min(WARM_S, seconds))
         pids = server.pids()
@@ -128,7 +128,7 @@ def measure(
 
 
 class Run:
-    """Everything in turn; `found` is what came of it, JSON-able."""
+    """All contenders in turn. `found` has the results, JSON-able."""
 
     def __init__(self, wanted: argparse.Namespace, console: Console) -> None:
         self.found: dict[str, Any] = {
@@ -152,7 +152,7 @@ class Run:
             self._say(f"round {number + 1}/{wanted.rounds}: bare programs")
             found = bare.measure(ground.programs, ground.pixels, self._on[0], wanted.seconds / 5)
             self.found["bare"].append(found)
-            # Each round begins with another, so that nobody always has the best place.
+            # Each round begins with another contender, so that none is always the first.
             first = number * len(wanted.contenders) // wanted.rounds
             for contender in wanted.contenders[first:] + wanted.contenders[:first]:
                 if contender.name not in self.found["left_out"]:

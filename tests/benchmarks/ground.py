@@ -1,4 +1,4 @@
-"""What the contenders stand on: screens of played games, the programs, and a store for each policy."""
+"""What each contender needs: screens of played games, the programs, and a store for each policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Ground:
 
 
 def prepare(models: Path, policies: Collection[str] = ("pong",)) -> Ground:
-    """For `policies`, out of "pong" of the store `models` and "pong-int8". What was not built before, is built."""
+    """For `policies` ("pong", "pong-int8"), from `pong` in the store `models`. Builds what is not in `CACHE`."""
     pong = ModelStore(models).resolve("pong").folder
     made_from = [pong / "manifest.json", *sorted(EXPORTERS.rglob("*.py"))]
     key = hashlib.sha256(b"".join(file.read_bytes() for file in made_from)).hexdigest()[:12]

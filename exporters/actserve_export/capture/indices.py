@@ -12,15 +12,10 @@ from actserve.core.signature import Signature
 from actserve_export.capture.bounds import CASTS, MOVING
 
 aten: Any = torch.ops.aten
-# Operators that refuse a negative index: the places of the table, of the axis (None: the first) and of the index.
-_LOOKUPS: dict[Any, tuple[int, int | None, int]] = {
-    aten.embedding.default: (0, None, 1),
-    aten.gather.default: (0, 1, 2),
-    aten.index_select.default: (0, 1, 2),
-    aten.scatter.src: (0, 1, 2),
-    aten.scatter.value: (0, 1, 2),
-    aten.scatter_add.default: (0, 1, 2),
-}
+# Operators on (tensor, axis, index) that refuse a negative index.
+_ALONG_AXIS = {
+    aten.gather.default, aten.index_select.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default,
+}  # fmt: skip
 _POSITIONS = {aten.arange, aten.argmax, aten.argmin, aten.argsort}
 _UNSIGNED = (torch.bool, torch.uint8)
 
@@ -33,11 +28,14 @@ def refuse_negative_indices(program: ExportedProgram, signature: Signature) -> N
     names = dict(zip(program.graph_signature.user_inputs, signature.inputs, strict=True))
     bounded = {name for name, spec in names.items() if (spec.each_low >= 0).all()}
     for node in list(program.graph.nodes):
-        if node.target not in _LOOKUPS:
+        if node.target is aten.embedding.default:
+            axis, place = 0, 1
+        elif node.target in _ALONG_AXIS:
+            axis, place = node.args[1], 2
+        else:
             continue
-        table, axis, place = _LOOKUPS[node.target]
-        index, shape = node.args[place], node.args[table].meta["val"].shape
-        size = shape[0 if axis is None else node.args[axis]] if shape else 1
+        index, shape = node.args[place], node.args[0].meta["val"].shape
+        size = shape[axis] if shape else 1
         if not isinstance(size, int) or _not_negative(index, bounded):
             continue
         with program.graph.inserting_before(node):

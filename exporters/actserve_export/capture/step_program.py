@@ -47,6 +47,7 @@ class StepProgram(nn.Module):
                 {name: bound[known] for name, known in zip(names, identifiers, strict=True)}, recording=False
             )
 
+        # torch.export names inputs by `inspect.signature`, which reads this attribute. mypy knows none on functions.
         forward.__signature__ = signature  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
         return self

@@ -23,7 +23,7 @@ ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any] | float
 
 
 def as_tensors(example: Mapping[str, Any] | TensorDictBase) -> dict[str, Tensor | TensorDictBase]:
-    """The values of an example as tensors, nested as it is. Raises `CaptureFailed` for what is none."""
+    """The values of an example as tensors, nested as it is. Raises `CaptureFailed` with the name of another value."""
     found: dict[str, Tensor | TensorDictBase] = {}
     for name, value in example.items():
         try:
