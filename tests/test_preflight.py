@@ -235,7 +235,7 @@ def test_the_service_starts_on_onnx_whatever_the_pt2_is(
     expected["source"] = "it is .cpp-only"
     republish(cart, store, name="good")
     with (
-        local.serve(store.root, "--runtime", "auto", ready_within_s=300) as service,
+        local.serve(store.root, "--runtime", "auto") as service,
         urllib3.PoolManager() as http,
     ):
         for name, why in expected.items():

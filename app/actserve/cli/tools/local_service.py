@@ -31,7 +31,7 @@ class LocalService:
 
 @contextmanager
 def serve(
-    store: Path | str, *options: str, environment: Mapping[str, str] | None = None, ready_within_s: float = 60.0
+    store: Path | str, *options: str, environment: Mapping[str, str] | None = None, ready_within_s: float = 300.0
 ) -> Iterator[LocalService]:
     """Run `actserve serve` on a free port of 127.0.0.1 until the block ends. Enters the block once it is ready.
 
