@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ LEFT_OUT = {
     "browser": {"test_page_browser.py"},
     "cluster": {"test_scale.py"},
     "compiler": {
-        *("cart_store", "pong_store", "lstm_store", "gru_store", "recurrent_store", "published", "cartpole"),
+        *("cart_store", "pong_store", "gru_store", "recurrent", "published", "cartpole"),
         *("test_what_a_document_says_works", "test_compile_takes_the_weights_from_the_onnx"),
         "test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager",
         "test_native_code_that_ends_its_process_takes_no_other_request_with_it",
@@ -68,6 +70,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(marker)
     # A worker takes a file at a time, in this order: at the end, none has a long one left.
     items.sort(key=lambda item: item.path.name not in LONGEST and 1 + (item.get_closest_marker("fast") is not None))
+
+
+def pytest_collection_finish() -> None:
+    """torch.onnx.export reads the sources of its 500 operators at each call (0.7 s): here, once a process."""
+    if "torch" in sys.modules:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,7 @@ def test_networks_that_share_a_call_are_exported_and_stay_usable(name: str, tmp_
         np.testing.assert_array_equal(module(torch.from_numpy(batch)).numpy(), own)
 
 
-@pytest.mark.parametrize("arguments", [("--debug", "export", "missing:x"), ("export", "missing:x", "--debug")])
+@pytest.mark.parametrize("arguments", [("--debug", "export", "missing:x"), ("inspect", "missing", "--debug")])
 def test_a_traceback_is_shown_when_it_is_asked_for(arguments: tuple[str, ...], tmp_path: Path) -> None:
     def said(*command: str) -> str:
         full = [sys.executable, "-m", "actserve", *command]

@@ -193,7 +193,7 @@ def test_observed_screens_are_distinct_and_the_same_every_time() -> None:
     assert torch.equal(screens, source.observe(64)["pixels"])
 
 
-def test_the_teacher_and_the_student_learn_in_turn_and_go_on(tmp_path: Path) -> None:
+def test_the_teacher_and_the_student_learn_in_turn_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = TeacherRecipe(total_steps=256, games=2, steps_per_round=64, batch_size=32)
     student = StudentRecipe(
         total_steps=128, games=2, batch_size=8, buffer_size=256, warm_up=32, evaluate_every=10**6, evaluation_games=1
@@ -202,6 +202,7 @@ def test_the_teacher_and_the_student_learn_in_turn_and_go_on(tmp_path: Path) -> 
     first = load_file(tmp_path / "training.safetensors")
     assert (int(first["teacher.steps"]), int(first["student.steps"])) == (256, 128)
     value_network().load_state_dict(load_file(tmp_path / "best.safetensors"))
+    monkeypatch.setattr(Student, "evaluate", lambda *_: [-21.0])  # whole games take most of the time
     distill.train(Run(tmp_path, None, resume=True), 0, teacher, replace(student, total_steps=256))
     second = load_file(tmp_path / "training.safetensors")
     assert int(second["student.steps"]) == 256
@@ -209,7 +210,8 @@ def test_the_teacher_and_the_student_learn_in_turn_and_go_on(tmp_path: Path) -> 
     assert not torch.equal(first["student.network.0.0.weight"], second["student.network.0.0.weight"])
 
 
-def test_a_student_with_memory_learns_and_goes_on(tmp_path: Path) -> None:
+def test_a_student_with_memory_learns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Student, "evaluate", lambda *_: [-21.0])  # whole games take most of the time
     teacher = TeacherRecipe(total_steps=128, games=2, steps_per_round=64, batch_size=32, movement=True)
     student = RecurrentRecipe(
         total_steps=96, games=2, batch_size=2, buffer_size=8, warm_up=32, evaluate_every=10**6, evaluation_games=1

@@ -27,12 +27,6 @@ def pong_store() -> Path:
 
 
 @pytest.fixture(scope="session")
-def lstm_store() -> ModelStore:
-    """A store with `pong-lstm`@1, both programs, exported from the checkpoint that ships."""
-    return exported("pong-lstm")
-
-
-@pytest.fixture(scope="session")
 def gru_store() -> ModelStore:
     """A store with `gru`@1, both programs: recurrent, with `observation` (4,) float32."""
     return exported("tests.policies:gru")

@@ -16,12 +16,10 @@ from actserve_export.targets import load
 from actserve_export.training.train import train
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("game", "height", "actions"),
-    [
-        ("pacman", 250, 5),
-        *(pytest.param(*game, marks=pytest.mark.wide) for game in (("breakout", 210, 4), ("carnival", 214, 6))),
-    ],
+    [("pacman", 250, 5), ("breakout", 210, 4), ("carnival", 214, 6)],
 )
 def test_any_game_can_be_trained_exported_and_played(tmp_path: Path, game: str, height: int, actions: int) -> None:
     checkpoint = train(game, out=tmp_path / "run", total_frames=128, seed=0)

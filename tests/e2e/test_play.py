@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_aio
@@ -24,7 +25,7 @@ from actserve.cli.tools.local_service import LocalService
 from actserve.client.remote_policy import RemotePolicy
 from actserve.client.state_carriers import STATE_CARRIERS
 from actserve.core.signature import Array
-from actserve.store.local import ModelStore
+from tests.exported import exported
 
 STEPS = 400
 
@@ -53,11 +54,13 @@ def test_a_seeded_game_is_the_same_twice_and_with_either_runtime(both: dict[str,
     assert episode["steps"] > 500
 
 
-def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(lstm_store: ModelStore) -> None:
+@pytest.mark.parametrize("runtimes", [("onnx",), pytest.param(("onnx", "pt2"), marks=pytest.mark.wide)])
+def test_a_recurrent_policy_plays_the_same_game_by_every_way(runtimes: tuple[str, ...]) -> None:
+    store = exported("pong-lstm", runtimes)
     games = {}
-    for runtime in ("onnx", "pt2"):
+    for runtime in runtimes:
         port = local.free_port()
-        with local.serve(lstm_store.root, "--runtime", runtime, "--grpc-port", str(port)) as service:
+        with local.serve(store.root, "--runtime", runtime, "--grpc-port", str(port)) as service:
             for way in STATE_CARRIERS:
                 report = playing.play(service.url, None, via=way, seed=3, max_steps=STEPS, console=Console(quiet=True))
                 assert (report.policy, report.runtime) == ("pong-lstm", runtime)
@@ -68,10 +71,10 @@ def test_a_recurrent_policy_plays_the_same_game_by_every_way_on_both_runtimes(ls
             for client in (by_http(service), by_asyncio(service), by_grpc(port)):
                 with client as (name, act):
                     games[runtime, name] = run_play(always(act), world, episodes=1, seed=3, max_steps=STEPS).episodes
-    assert len(games) == 14
+    assert len(games) == len(runtimes) * (len(STATE_CARRIERS) + 3)
     first, *others = games.values()
     assert first[0].steps == STEPS
-    assert others == [first] * 13
+    assert all(other == first for other in others)
 
 
 Client = Iterator[tuple[str, Act]]

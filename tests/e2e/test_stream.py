@@ -22,16 +22,12 @@ from tests.exported import exported, merged
 from tests.waiting import until
 
 
-@pytest.fixture(scope="module")
-def recurrent_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["onnx", pytest.param("pt2", marks=pytest.mark.wide)])
+def recurrent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
     """`pixel-lstm`: small screens, a CNN, an LSTM; `ornstein-uhlenbeck`: noise that has a state."""
-    stores = [exported(f"tests.policies:{kind}") for kind in ("pixel_lstm", "ornstein_uhlenbeck")]
-    return merged(stores, tmp_path_factory.mktemp("recurrent")).root
-
-
-@pytest.fixture(scope="module", params=["onnx", "pt2"])
-def recurrent(request: pytest.FixtureRequest, recurrent_store: Path) -> Iterator[LocalService]:
-    with local.serve(recurrent_store, "--runtime", request.param) as service:
+    stores = [exported(f"tests.policies:{kind}", [request.param]) for kind in ("pixel_lstm", "ornstein_uhlenbeck")]
+    root = merged(stores, tmp_path_factory.mktemp("recurrent")).root
+    with local.serve(root, "--runtime", request.param) as service:
         yield service
 
 
