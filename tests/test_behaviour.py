@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,9 @@ def net() -> nn.Module:
 
 
 class Function(nn.Module):
-    """A module around a function of (itself, x), with a network and a buffer."""
+    """A module around a function of (itself, x), with a network, a buffer, and attributes of several kinds."""
+
+    made = 0
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -53,6 +57,9 @@ class Function(nn.Module):
         self.calls = 0
         self.first = True
         self.memory: Tensor | None = None
+        self.recent: deque[float] = deque(maxlen=1)
+        self.other = SimpleNamespace(steps=0)
+        self.array = np.zeros(2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
@@ -130,6 +137,10 @@ MIXING = {
     "softmax over the batch": lambda self, x: self.net(x).softmax(0),
     "sorted": lambda self, x: self.net(x.sort(0).values),
     "the one before": lambda self, x: self.net(x.roll(1, 0)),
+    # No sample shows these.
+    "a rare one": lambda self, x: torch.where((x > 1e3).any(), -self.net(x), self.net(x)),
+    "a rare one, in place": lambda self, x: self.net(x).sub_((x > 1e3).sum()),
+    "rare pairs": lambda self, x: self.net(x) + ((x[:, None] - x) > 1e3).any(1)[:, :3],
 }
 
 
@@ -171,7 +182,36 @@ def memory(self: Any, x: Tensor) -> Tensor:
     return self.memory
 
 
-HIDING = {"count": count, "calls": attribute, "first": flag, "memory": memory}
+def entries(self: Any, x: Tensor) -> Tensor:
+    self.recent.append(1.0)
+    return self.net(x) * sum(self.recent)
+
+
+def attribute_of_another(self: Any, x: Tensor) -> Tensor:
+    self.other.steps += 1
+    return self.net(x) * self.other.steps
+
+
+def array(self: Any, x: Tensor) -> Tensor:
+    self.array += 1
+    return self.net(x) * float(self.array.sum())
+
+
+def attribute_of_the_class(self: Any, x: Tensor) -> Tensor:
+    type(self).made += 1
+    return self.net(x) * type(self).made
+
+
+HIDING = {
+    "recent": entries,
+    "other.steps": attribute_of_another,
+    "array": array,
+    "made": attribute_of_the_class,
+    "count": count,
+    "calls": attribute,
+    "first": flag,
+    "memory": memory,
+}
 
 
 @pytest.mark.parametrize("name", HIDING)
@@ -182,7 +222,7 @@ def test_hidden_state_is_refused_by_name(name: str) -> None:
 
 def test_draws_outside_of_torch_are_refused() -> None:
     policy = Function(lambda self, x: self.net(x) + float(np.random.default_rng().random()))
-    with pytest.raises(CaptureFailed, match=r"the same inputs give another action_value each time.*numpy\.random"):
+    with pytest.raises(CaptureFailed, match=r"the same inputs give another action_value each time.*draw with torch"):
         capture(from_module(policy, ITEM, "argmax"))
 
 

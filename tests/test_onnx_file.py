@@ -70,11 +70,14 @@ def test_a_file_for_one_item_takes_one_at_a_time(tmp_path: Path) -> None:
     assert captured.run_reference({"obs": np.ones((2, 4), np.float32)})["q"].shape == (2, 3)
 
 
-def test_a_file_that_mixes_the_items_of_a_batch_takes_one_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("least", [-1e9, 1e3])  # with 1e3, no sample shows it
+def test_a_file_that_mixes_the_items_of_a_batch_takes_one_at_a_time(least: float, tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Constant", [], ["axes"], value_ints=[0]),
+        helper.make_node("Constant", [], ["least"], value_float=least),
         helper.make_node("ReduceMax", ["obs", "axes"], ["largest"], keepdims=1),
-        helper.make_node("Sub", ["obs", "largest"], ["q"]),
+        helper.make_node("Max", ["largest", "least"], ["most"]),
+        helper.make_node("Sub", ["obs", "most"], ["q"]),
     ]
     path = write(tmp_path / "mixed.onnx", nodes, outputs=[("q", ["n", 4])])
     assert capture(OnnxSource(path)).signature.max_batch == 1

@@ -17,6 +17,7 @@ from actserve.engine import golden
 from actserve.engine.golden import Tolerance
 
 ITEMS = 32  # that are compared
+FAR = 1e6  # an end of a range without bounds
 COMPANIES = 3  # each item is run in so many batches, beside other items and at another place
 Run = Callable[[Arrays], Arrays]
 
@@ -34,8 +35,10 @@ def refuse_hidden_draws(run: Run, inputs: Arrays) -> None:
         )
     if changed:
         raise CaptureFailed(
-            f"the same inputs give another {', '.join(changed)} each time: the policy draws random numbers outside of "
-            "torch (numpy.random, random), or reads something that changes; draw with torch instead"
+            f"the same inputs give another {', '.join(changed)} each time: the policy draws random numbers in a way "
+            "that cannot be made an input of the program, or reads what changes outside of its modules (a global "
+            "variable, a closure, a clock); draw with torch.rand or torch.randn, and declare state as a key that the "
+            'policy reads and writes as ("next", key)'
         )
 
 
@@ -47,19 +50,46 @@ def _generators() -> dict[str, str]:
 def dependence(run: Run, signature: Signature, inputs: Arrays) -> str | None:
     """The reason why items cannot share a batch, or None.
 
-    `run` is the policy itself. `inputs`: every input, each (n, *shape). Each item is run alone, and with all
-    others in several random orders.
+    `run` is the policy itself. `inputs`: every input, each (n, *shape). Each item is run alone, with all others in
+    several random orders, and beside observations at both ends of their range.
     """
     alone = golden.in_batches(run, inputs, 1)
     rng = np.random.default_rng(1)
+    count = len(alone[signature.action.name])
     for _ in range(COMPANIES):
-        order = rng.permutation(len(alone[signature.action.name]))
-        together = golden.in_batches(run, {name: array[order] for name, array in inputs.items()}, len(order))
-        agreement = golden.compare(signature, together, {k: v[order] for k, v in alone.items()}, Tolerance())
-        if not agreement.holds:
-            outputs = ", ".join(agreement.exceeding) or signature.action.name
-            return (
-                f"an item's result depends on the other items of its batch: {len(agreement.differing)} of "
-                f"{agreement.compared} actions differ from the same observation alone ({outputs})"
-            )
-    return None
+        order = rng.permutation(count)
+        together = golden.in_batches(run, {name: array[order] for name, array in inputs.items()}, count)
+        if reason := _difference(signature, together, {k: v[order] for k, v in alone.items()}):
+            return reason
+    try:
+        twice = {name: np.concatenate([array, array]) for name, array in inputs.items()}
+        beside = run(twice | _extremes(signature, inputs))
+    except CaptureFailed:  # it refuses such observations
+        return None
+    return _difference(signature, {name: array[:count] for name, array in beside.items()}, alone)
+
+
+def _extremes(signature: Signature, inputs: Arrays) -> Arrays:
+    """The observations, each (2n, *shape): as they are, and then at the ends of their range, high and low in turn."""
+    found = {}
+    for spec in signature.observations:
+        own = inputs[spec.name]
+        low, high = (np.nan_to_num(end, posinf=FAR, neginf=-FAR) for end in (spec.each_low, spec.each_high))
+        ends = np.where(np.arange(len(own)).reshape(-1, *[1] * len(spec.shape)) % 2, low, high)
+        if own.dtype.kind in "iu":
+            ends = np.clip(ends, np.iinfo(own.dtype).min, np.iinfo(own.dtype).max)
+        if own.dtype.kind == "b":
+            ends = ends > 0
+        found[spec.name] = np.concatenate([own, np.broadcast_to(ends, own.shape).astype(own.dtype)])
+    return found
+
+
+def _difference(signature: Signature, ours: Arrays, alone: Arrays) -> str | None:
+    agreement = golden.compare(signature, ours, alone, Tolerance())
+    if agreement.holds:
+        return None
+    outputs = ", ".join(agreement.exceeding) or signature.action.name
+    return (
+        f"an item's result depends on the other items of its batch: {len(agreement.differing)} of "
+        f"{agreement.compared} actions differ from the same observation alone ({outputs})"
+    )

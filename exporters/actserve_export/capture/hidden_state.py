@@ -6,16 +6,19 @@ in training mode, such as those of `BatchNorm`, do not change here, because the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from actserve.core.errors import CaptureFailed
 
+_LIBRARIES = ("actserve_export", "torch", "torchrl", "tensordict")  # their objects hide no state of the policy
 _VALUES = (bool, int, float, str, bytes, Tensor)
-_CONTAINERS = (list, tuple, dict)
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 # Of every module; and the list of its own parameters that a recurrent module of torch rebuilds.
 _OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_flat_weights"}
 
@@ -45,23 +48,39 @@ def refusal(names: list[str]) -> str:
 
 
 def _snapshot(policy: nn.Module) -> dict[str, Any]:
-    """Parameters, buffers and plain attributes of all modules, by path; tensors are copies."""
+    """Parameters, buffers and attributes of all modules, by path; tensors are copies."""
     found: dict[str, Any] = {}
     for path, module in policy.named_modules():
         prefix = f"{path}." if path else ""
         tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         plain = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
-        for name, value in (tensors | plain).items():
-            if (kept := _copy(value)) is not None:
-                found[prefix + name] = kept
+        for name, value in (tensors | _of_class(module) | plain).items():
+            for inner, kept in _copies(value):
+                found[prefix + name + inner] = kept
     return found
 
 
+def _of_class(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of the module's own class, which it may change as well."""
+    return {name: value for name, value in vars(type(module)).items() if isinstance(value, (*_VALUES, *_CONTAINERS))}
+
+
+def _copies(value: Any, depth: int = 2) -> Iterator[tuple[str, Any]]:
+    """(path below `value`, copy) of a value that can be compared later, or of the attributes of a plain object."""
+    if (kept := _copy(value)) is not None:
+        yield "", kept
+    elif depth and not callable(value) and type(value).__module__.partition(".")[0] not in _LIBRARIES:
+        for name, attribute in getattr(value, "__dict__", {}).items():
+            yield from ((f".{name}{inner}", copied) for inner, copied in _copies(attribute, depth - 1))
+
+
 def _copy(value: Any) -> Any:
-    """A copy of a value that can be compared later; None for anything else."""
+    """A copy of a number, text, tensor or array, or a container of them; None for anything else."""
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and not value.is_meta
         return value.detach().clone() if plain else None
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.dtype.kind in "biuf" else None
     if isinstance(value, _CONTAINERS):
         entries = list(value.items()) if isinstance(value, dict) else list(value)
         flat = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
@@ -80,6 +99,8 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, Tensor):
         return one.shape == other.shape and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
     if isinstance(one, list):
         return len(one) == len(other) and all(map(_same, one, other))
     return bool(one == other) or one != one

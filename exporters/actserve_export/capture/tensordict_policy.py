@@ -27,6 +27,7 @@ from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.indices import refuse_negative_indices
 from actserve_export.capture.layout import Layout, layout_of
 from actserve_export.capture.log_prob import misplaced_log_probs
+from actserve_export.capture.mixing import mixing_reason
 from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.step_program import StepProgram
 from actserve_export.capture.swaps import swap
@@ -141,6 +142,8 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
                 exported = trace(partial(_copied, program, signature), signature, TRACED_BATCH)
             except CaptureFailed as error:
                 reason = f"with a batch the export failed: {error.message}"
+            else:
+                reason = mixing_reason(exported)
         if reason is not None:
             log.warning("exported one item at a time: %s", reason)
             signature = replace(signature, max_batch=1)

@@ -55,6 +55,11 @@ _MEANINGS = (
         r"FunctionalTensorMode|inside a function being vmapped",
         "torch.vmap cannot be exported as it is used here{place}: write it with batched operators, such as einsum",
     ),
+    (
+        r"autograd\.grad|does not require grad|found a fake tensor in the exported program constant",
+        "the policy computes gradients when it acts{place}, and a program cannot: write the derivative out, or export "
+        "the network without that step",
+    ),
     (r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)'", "ONNX has no operator for torch's {op}{place}"),
 )  # fmt: skip
 
@@ -84,10 +89,22 @@ def explain(error: Exception) -> str:
 
 def place_of(error: BaseException) -> str:
     """The last line of the user's own code that led to `error`, as " (mine.py, line 3: x.numpy())"; "" without one."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_NOT_THE_USERS) and "/actserve/" not in frame.filename:
-            line = textwrap.shorten(linecache.getline(frame.filename, frame.lineno or 0), 100, placeholder=" …")
-            return f" ({Path(frame.filename).name}, line {frame.lineno}{f': {line}' if line else ''})"
+    return _last_of_the_users(
+        [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    )
+
+
+def line_of(node: torch.fx.Node) -> str:
+    """The line of the user's own code that a node of a graph comes from, in the same form."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return _last_of_the_users([(file, int(line)) for file, line in frames])
+
+
+def _last_of_the_users(frames: list[tuple[str, int]]) -> str:
+    for file, number in reversed(frames):
+        if not file.startswith(_NOT_THE_USERS) and "/actserve/" not in file:
+            line = textwrap.shorten(linecache.getline(file, number), 100, placeholder=" …")
+            return f" ({Path(file).name}, line {number}{f': {line}' if line else ''})"
     return ""
 
 
