@@ -5,6 +5,8 @@ Each worker answers a connection with its pid and how it began. It crashes, exit
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import logging
 import os
@@ -64,10 +66,31 @@ def answer(client: socket.socket, start: Start) -> None:
     client.sendall(json.dumps(told).encode())
 
 
+def refuse_some_processes_and_sockets(count: int) -> None:
+    """Every second process, and after the first `count` every second socket, is refused, as under a limit."""
+    fork, listen_again, forks, sockets = os.fork, Address.listen_again, itertools.count(), itertools.count()
+
+    def fork_sometimes() -> int:
+        if next(forks) % 2 == 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    def listen_again_sometimes(address: Address) -> socket.socket:
+        if (number := next(sockets)) >= count and (number - count) % 2 == 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return listen_again(address)
+
+    vars(os)["fork"] = fork_sometimes
+    # Replaced in this process alone, which mypy forbids for methods.
+    Address.listen_again = listen_again_sometimes  # type: ignore[method-assign, assignment]
+
+
 def main(port: int, count: int) -> int:
     logging.basicConfig(level=logging.INFO)
     hurried: dict[str, Any] = {"DRAIN_S": 1.0} | ({"HANG_S": 1.0} if "hasty" in sys.argv else {})
     vars(supervisor).update(hurried)
+    if "scarce" in sys.argv:
+        refuse_some_processes_and_sockets(count)
     return Supervisor(Address("127.0.0.1", port), count, work).run()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -47,10 +47,10 @@ class Running:
 
 
 @contextmanager
-def running(count: int, *options: str) -> Iterator[Running]:
+def running(count: int, *options: str, log: IO[str] | int = subprocess.PIPE) -> Iterator[Running]:
     port = free_port()
     command = [sys.executable, "-m", "tests.supervised", str(port), str(count), *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=log, text=True) as process:
         try:
             service = Running(process, port)
             until(lambda: process.poll() is not None or (listens(port) and len(service.workers) == count))
@@ -138,6 +138,53 @@ def test_one_that_hangs_is_ended() -> None:
         answered = service.tell()
         assert answered is not None
         assert answered["pid"] != hanging
+
+
+def processes(service: Running) -> list[int]:
+    return [service.process.pid, *service.workers]
+
+
+def test_a_pause_of_all_processes_is_not_a_death() -> None:
+    with running(2, "hasty") as service:
+        until(lambda: _answering(service) == set(service.workers))
+        supervisor, *workers = processes(service)
+        for pid in (supervisor, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3)  # three times as long as a worker may be silent
+        os.kill(supervisor, signal.SIGCONT)  # the supervisor runs first: no worker has sent a heartbeat
+        time.sleep(0.5)
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(1.5)
+        assert service.workers == workers
+        assert _answering(service) == set(workers)
+
+
+def test_a_pause_of_one_worker_is_not_its_death() -> None:
+    with running(2, "hasty") as service:
+        until(lambda: _answering(service) == set(service.workers))
+        before = service.workers
+        os.kill(before[0], signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(before[0], signal.SIGCONT)
+        time.sleep(1.5)
+        assert service.workers == before
+        assert _answering(service) == set(before)
+
+
+def test_a_process_or_a_socket_that_is_refused_is_tried_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with open(log, "w") as file, running(2, "scarce", log=file) as service:
+        until(lambda: len(service.workers) == 2)
+        for _ in range(3):  # the second death in a row closes the worker's socket: it must listen again
+            failing = service.workers[-1]  # the youngest
+            os.kill(failing, signal.SIGSEGV)
+            until(lambda: failing not in service.workers)  # noqa: B023, it is called at once
+            until(lambda: len(service.workers) == 2)
+        assert service.tell() is not None
+    said = log.read_text()
+    assert "no worker can be started: Resource temporarily unavailable; the next attempt is in 1 s" in said
+    assert "no worker can be started: Too many open files" in said
 
 
 def test_told_to_end_it_ends_with_all_its_workers() -> None:

@@ -5,7 +5,10 @@
     a worker dies         the kernel resets its connections; a new worker takes its slot
     it dies repeatedly    each new worker waits, twice as long each time; if it is the only one, it starts at once, but
                           refuses requests with the reason, and loads its policies after the wait
-    a worker hangs        the worker is killed if its event loop has not run for `HANG_S`
+    a worker hangs        the worker is killed if its event loop has not run for `HANG_S`. Only time in which it could
+                          have run counts: not the time of a pause, of all processes or of this one
+    no worker can start   fork, pipe or socket fail (limits on processes, files, memory): it tries again, more and more
+                          slowly, and logs it
     the supervisor dies   the lifeline of each worker ends; the workers answer all accepted requests, and end
 
 Workers are forks of the supervisor, which has imported their modules and started nothing. A new worker starts in
@@ -29,6 +32,7 @@ from time import monotonic
 from types import FrameType
 
 from actserve.server.processes.address import Address
+from actserve.server.processes.worker_process import WorkerProcess
 
 log = logging.getLogger("actserve")
 
@@ -36,6 +40,7 @@ DRAIN_S = 35.0  # for workers to end after SIGTERM; their own deadline is 30 s
 HANG_S = 30.0
 STEADY_S = 60.0  # after this lifetime a death is not counted as a repeated one
 MAX_DELAY_S = 30.0  # between two starts
+TURN_S = 1.0  # the longest wait of the supervisor for an event
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -58,14 +63,6 @@ class Start:
 WorkerMain = Callable[[socket.socket, Start], None]
 
 
-class WorkerProcess:
-    def __init__(self, pid: int, heartbeat_fd: int, delay_s: float) -> None:
-        self.pid = pid
-        self.heartbeat_fd = heartbeat_fd
-        self.begun_s = self.last_heartbeat_s = monotonic() + delay_s
-        self.ran = False  # its event loop has run
-
-
 class WorkerSlot:
     """The place of one worker: its socket, and the history of the workers that had it."""
 
@@ -76,6 +73,8 @@ class WorkerSlot:
         self.failures = 0  # in a row
         self.last_ran = True  # whether the last worker ran before it died
         self.due_s = 0.0  # when the next worker starts
+        self.start_failures = 0  # attempts to start a worker that failed, in a row
+        self.retry_s = 0.0  # when the next attempt is made
 
 
 class Supervisor:
@@ -89,7 +88,9 @@ class Supervisor:
         self._lifeline_fd, self._lifeline_write_fd = os.pipe()
         os.set_blocking(self._lifeline_fd, False)
         self._signalled = False
-        self._stopping_s = 0.0  # since when; 0: it is not stopping
+        self._stopping = False
+        self._draining_s = 0.0  # for so long it has been stopping, in which the workers could have run
+        self._turn_began_s = 0.0
         self._reason = ""
         self._exit_code = 0
 
@@ -97,15 +98,16 @@ class Supervisor:
         """Run until a signal comes; returns 0, or the exit code of a worker that could not start."""
         gc.freeze()  # garbage collections in the workers do not write to shared memory
         with self._signals():
+            self._turn_began_s = monotonic()
             for slot in self._slots:
-                self._fork(slot)
-            while self._workers or not self._stopping_s:
+                self._start(slot)
+            while self._workers or not self._stopping:
                 self._wait()
                 if self._signalled:
                     self._stop()
                 self._reap()
                 self._kill_hanging()
-                if not self._stopping_s:
+                if not self._stopping:
                     self._fill_slots()
         self._address.close()
         return self._exit_code
@@ -134,9 +136,9 @@ class Supervisor:
         self._signalled = True
 
     def _stop(self) -> None:
-        if self._stopping_s:
+        if self._stopping:
             return
-        self._stopping_s = monotonic()
+        self._stopping = True
         for slot in self._slots:
             if slot.listener is not None:
                 slot.listener.close()  # otherwise new connections would wait in vain
@@ -144,15 +146,23 @@ class Supervisor:
             os.kill(worker.pid, signal.SIGTERM)
 
     def _wait(self) -> None:
-        """Wait for a signal or a heartbeat, at most for a second."""
-        for key, _ in self._selector.select(1.0):
+        """Wait for a signal or a heartbeat, at most for `TURN_S`, and count the time in which workers were silent."""
+        ready = self._selector.select(TURN_S)
+        now_s = monotonic()
+        # A longer turn is a pause of this process: of the whole service, most probably, and certainly no silence.
+        elapsed_s = min(now_s - self._turn_began_s, TURN_S)
+        self._turn_began_s = now_s
+        self._draining_s += elapsed_s if self._stopping else 0.0
+        for worker in self._workers:
+            worker.pass_time(elapsed_s)
+        for key, _ in ready:
             try:
                 data = os.read(key.fd, 4096)
             except BlockingIOError:
                 continue
             for worker in self._workers:
                 if worker.heartbeat_fd == key.fd and data:  # no data: the worker has ended
-                    worker.last_heartbeat_s, worker.ran = monotonic(), True
+                    worker.heartbeat()
 
     def _reap(self) -> None:
         for slot in self._slots:
@@ -163,7 +173,7 @@ class Supervisor:
                 worker, slot.worker = slot.worker, None
                 self._selector.unregister(worker.heartbeat_fd)
                 os.close(worker.heartbeat_fd)
-                if not self._stopping_s:
+                if not self._stopping:
                     self._record_death(slot, worker, os.waitstatus_to_exitcode(status))
 
     def _record_death(self, slot: WorkerSlot, worker: WorkerProcess, code: int) -> None:
@@ -182,9 +192,9 @@ class Supervisor:
             slot.listener = None
 
     def _kill_hanging(self) -> None:
-        limit_s = DRAIN_S if self._stopping_s else HANG_S
+        limit_s = DRAIN_S if self._stopping else HANG_S
         for worker in self._workers:
-            silent_s = monotonic() - (self._stopping_s or worker.last_heartbeat_s)
+            silent_s = self._draining_s if self._stopping else worker.silent_s
             if silent_s > limit_s:
                 log.error("worker %d has not responded for %.0f s and is killed", worker.pid, silent_s)
                 os.kill(worker.pid, signal.SIGKILL)
@@ -194,9 +204,24 @@ class Supervisor:
             if slot.worker is None:
                 delay_s = max(0.0, slot.due_s - monotonic())
                 if not delay_s or (slot.last_ran and not self._workers):
-                    self._fork(slot, delay_s)
+                    self._start(slot, delay_s)
+
+    def _start(self, slot: WorkerSlot, delay_s: float = 0.0) -> None:
+        """Start a worker, or try again later where the system refuses a process, a pipe or a socket."""
+        if monotonic() < slot.retry_s:
+            return
+        try:
+            self._fork(slot, delay_s)
+        except OSError as error:
+            slot.start_failures += 1
+            again_s = min(2.0 ** min(slot.start_failures - 1, 10), MAX_DELAY_S)
+            slot.retry_s = monotonic() + again_s
+            log.error("no worker can be started: %s; the next attempt is in %g s", error.strerror or error, again_s)
+        else:
+            slot.start_failures = 0
 
     def _fork(self, slot: WorkerSlot, delay_s: float = 0.0) -> None:
+        """Raises `OSError`; then nothing has changed."""
         if slot.listener is None:
             slot.listener = self._address.listen_again()
         read_fd, write_fd = os.pipe()
@@ -207,11 +232,17 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers
-        pid = os.fork()
-        if not pid:
-            self._run_worker(slot, start)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.close(write_fd)
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(read_fd)
+            raise
+        else:
+            if not pid:
+                self._run_worker(slot, start)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            os.close(write_fd)
         slot.starts += 1
         slot.worker = WorkerProcess(pid, read_fd, delay_s)
         self._selector.register(read_fd, selectors.EVENT_READ)
