@@ -11,7 +11,8 @@ import pytest
 
 from actserve.core.errors import NotServing, Overloaded, RuntimeFailure, TooLate, WaitTooLong
 from actserve.core.signature import Array, Arrays
-from actserve.engine.batcher import ArrayRequest, Batcher, BatchRequest, form
+from actserve.engine.batch import ArrayRequest, BatchRequest, form
+from actserve.engine.batcher import Batcher
 from tests.waiting import until_in_loop
 
 

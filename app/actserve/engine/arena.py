@@ -199,5 +199,7 @@ class Arena:
                 slots.append(item.slot)
                 places.append(start)
             start += item.size
-        for state in self._states:
-            self._kept[state.spec.name][slots] = results[state.output][places]
+        # Everything that can fail comes first: the state of an episode moves as a whole, or not at all.
+        to, new = np.array(slots, np.intp), [results[state.output][places] for state in self._states]
+        for state, values in zip(self._states, new, strict=True):
+            self._kept[state.spec.name][to] = values

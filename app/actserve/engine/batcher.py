@@ -8,12 +8,16 @@ full, or when the loop has read every socket.
 With a quick program, requests wait in the sockets' buffers. Their waiting time is the time since the loop last read
 every socket: one turn. Once a turn has used `max_wait_ns` of CPU time, the rest of the turn refuses new requests. Time
 in which the process did not run (a container over its CPU quota) is not counted as load.
+
+An exception, wherever it is raised, is the answer to the requests of its batch, and the next batch runs. If the
+bookkeeping itself fails, or the program does not return, the batcher has `failed`: it answers every request with the
+reason, and takes no more. The worker must then be replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,21 +30,15 @@ import numpy as np
 from actserve.core.errors import ActserveError, NotServing, Overloaded, RuntimeFailure, TooLate, WaitTooLong
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
+from actserve.engine.batch import Answer, ArrayRequest, BatchRequest, BatchResult, form
 from actserve.telemetry.meters import Meters
+
+log = logging.getLogger("actserve")
 
 FOR_EVER = 1 << 62  # nanoseconds
 CLOSING = "this policy is closing; try again shortly"
 
 Run = Callable[[Mapping[str, Array]], Arrays]
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """Every output, each (size, *shape), and how long the request was queued and run."""
-
-    outputs: Arrays
-    queue_ns: int  # until its batch was formed
-    run_ns: int  # of the runtime call of the whole batch
 
 
 @dataclass(frozen=True)
@@ -51,66 +49,10 @@ class BatcherStatistics:
     run_ns: int  # the time in those calls
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class BatchResult:
-    """The result of one runtime call: outputs, each (B, *shape), or an error."""
-
-    outputs: Arrays
-    error: ActserveError | None
-    begun_ns: int
-    run_ns: int
-
-
-class BatchRequest(ABC):
-    """The items of one request, queued or running."""
-
-    size: int
-    row: int | None = None  # of the batcher's arena, with its only item; None: it has arrays of its own
-    slot: int | None = None  # of the arena, with the state of its episode
-    begins = False  # the first step of its episode
-    since_ns = 0  # when its head came
-    entered_ns = 0  # when it was queued
-    patience_ns = 0  # how long it may wait before it runs; 0: for ever
-
-    @property
-    @abstractmethod
-    def cancelled(self) -> bool:
-        """Whether its client has disconnected. It is settled all the same."""
-
-    @abstractmethod
-    def inputs(self) -> Arrays:
-        """Each (size, *shape)."""
-
-    @abstractmethod
-    def settle(self, outcome: BatchResult, start: int) -> None:
-        """Called once, in the event loop, with the batch's result; this request's items begin at `start`."""
-
-
-def form(waiting: deque[BatchRequest], max_items: int, now_ns: int) -> tuple[list[BatchRequest], list[BatchRequest]]:
-    """Take the next batch off the front of `waiting`; returns (batch, dropped).
-
-    The batch has as many whole requests as fit, in order. A request larger than `max_items` is a batch of its own.
-    Requests that were cancelled, or that have waited for longer than they may, are dropped.
-    """
-    batch: list[BatchRequest] = []
-    dropped: list[BatchRequest] = []
-    room = max_items
-    while waiting:
-        request = waiting[0]
-        if request.cancelled or (request.patience_ns and now_ns - request.since_ns > request.patience_ns):
-            dropped.append(waiting.popleft())
-        elif batch and request.size > room:
-            break
-        else:
-            batch.append(waiting.popleft())
-            room -= request.size
-    return batch, dropped
-
-
 class Batcher:
     """Batches requests for one runtime. `start` it in the event loop that submits; `close` answers the rest.
 
-    A `quick` program's calls are short enough to run in the event loop.
+    A `quick` program's calls are short enough to run in the event loop. `failed` says why the batcher cannot go on.
     """
 
     def __init__(
@@ -125,6 +67,7 @@ class Batcher:
     ) -> None:
         self.arena = arena
         self.meters = Meters()
+        self.failed: str | None = None
         self._run = run
         self._max_items = max_items
         self._max_waiting = max_waiting
@@ -132,6 +75,7 @@ class Batcher:
         self._quick = quick
         self._queue: deque[BatchRequest] = deque()
         self._alone: deque[BatchRequest] = deque()  # each runs alone: its batch failed
+        self._batch: list[BatchRequest] = []  # in the program
         self._open = False
         self._thread: ThreadPoolExecutor | None = None
         self._queued = 0  # items in the queue
@@ -145,21 +89,28 @@ class Batcher:
         self._batches = 0
         self._items = 0
         self._run_ns = 0
+        self._watched = -1  # the number of batches at the last `check_program`
+        self._watched_ns = 0  # for so long it has not changed
 
     def start(self) -> None:
+        """Raises `RuntimeFailure` if the system has no thread left for the program."""
         self._loop = asyncio.get_running_loop()
-        self._open = True
         if not self._quick:
             self._thread = ThreadPoolExecutor(1, "batcher")
+            try:
+                self._thread.submit(int)  # starts the thread now: there may be none left later
+            except RuntimeError as error:
+                raise RuntimeFailure(f"no thread for the program can be started: {error}") from error
+        self._open = True
 
     async def close(self) -> None:
         """Refuse new requests, and answer the queued ones."""
         self._open = False
-        while self._waiting:
+        while self._waiting and self.failed is None:
             self._drained.clear()
             await self._drained.wait()
         if self._thread is not None:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=self.failed is None)
 
     def submit(self, inputs: Arrays, size: int, patience_ns: int = 0) -> asyncio.Future[Answer]:
         """Queue `size` items (at most `max_items`); raises as `admit`."""
@@ -171,11 +122,11 @@ class Batcher:
     def enter(self, request: BatchRequest) -> None:
         """Queue a request that was admitted. Raises `NotServing` when the batcher is not running."""
         if not self._open:
-            raise NotServing(CLOSING)
+            raise NotServing(self.failed or CLOSING)
         request.entered_ns = perf_counter_ns()
+        self._queue.append(request)
         self._waiting += request.size
         self._queued += request.size
-        self._queue.append(request)
         if self._running:
             return
         # A single request never runs at once: it would be answered while its socket is being read, and reading goes on
@@ -192,7 +143,7 @@ class Batcher:
         longer than `patience_ns`, where 0 is for ever.
         """
         if not self._open:
-            raise NotServing(CLOSING)
+            raise NotServing(self.failed or CLOSING)
         expected = 0 if self.arena is None else len(self.arena.waiting)
         if self._waiting + expected + size > self._max_waiting:
             raise Overloaded(self._max_waiting)
@@ -224,20 +175,31 @@ class Batcher:
 
     def _next(self) -> None:
         """Form the next batch and run it."""
-        self._running = True
-        if self._alone:
-            batch = [self._alone.popleft()]
-        else:
-            batch, dropped = form(self._queue, self._max_items, perf_counter_ns())
-            self._queued -= sum(request.size for request in (*batch, *dropped))
-            for request in dropped:
-                self._settle([request], BatchResult({}, TooLate(request.patience_ns // 1000), 0, 0))
-        if not batch:
-            self._go_on()
-            return
+        try:
+            self._running = True
+            if self._alone:
+                batch = [self._alone.popleft()]
+            else:
+                batch, dropped = form(self._queue, self._max_items, perf_counter_ns())
+                self._queued -= sum(request.size for request in (*batch, *dropped))
+                for request in dropped:
+                    self._settle([request], BatchResult({}, TooLate(request.patience_ns // 1000), 0, 0))
+            self._batch = batch
+            if batch:
+                self._start_batch(batch)
+            else:
+                self._go_on()
+        except Exception as error:
+            self._fail(error)
+
+    def _start_batch(self, batch: list[BatchRequest]) -> None:
         self._batches += 1
         self._items += sum(request.size for request in batch)
-        inputs = self._gather(batch)
+        try:
+            inputs = self._gather(batch)
+        except Exception as error:
+            self._deliver(batch, BatchResult({}, _failure("the inputs of a batch could not be collected", error), 0, 0))
+            return
         if self._thread is None:
             self._deliver(batch, self._call(inputs))
         else:
@@ -263,30 +225,88 @@ class Batcher:
             outputs = self._run(inputs)
         except ActserveError as error:
             return BatchResult({}, error, begun_ns, 0)
-        except Exception as error:  # a runtime can raise anything; every request of the batch gets an answer
-            failure = RuntimeFailure(f"inference failed: {type(error).__name__}")
-            failure.__cause__ = error
-            return BatchResult({}, failure, begun_ns, 0)
+        except BaseException as error:  # a runtime can raise anything, and the panics of Rust are no `Exception`
+            return BatchResult({}, _failure("inference failed", error), begun_ns, 0)
         return BatchResult(outputs, None, begun_ns, perf_counter_ns() - begun_ns)
 
     def _deliver(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
-        self._run_ns += outcome.run_ns
-        if outcome.error is not None and len(batch) > 1:
-            self._alone.extend(batch)  # each alone: one bad request must not fail the others
-        else:
-            if outcome.error is None:
-                self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
-                if self.arena is not None:
-                    self.arena.scatter(batch, outcome.outputs)
-            self._settle(batch, outcome)
-        self._go_on()
+        if self.failed is not None:  # answered already
+            return
+        try:
+            self._run_ns += outcome.run_ns
+            if outcome.error is not None and len(batch) > 1:
+                self._alone.extend(batch)  # each alone: one bad request must not fail the others
+                self._batch = []
+            else:
+                result = self._stored(batch, outcome)
+                self._batch = []
+                self._settle(batch, result)
+            self._go_on()
+        except Exception as error:
+            self._fail(error)
+
+    def _stored(self, batch: list[BatchRequest], outcome: BatchResult) -> BatchResult:
+        """Count a successful batch, and store the state of its episodes; the error if that fails."""
+        if outcome.error is not None:
+            return outcome
+        try:
+            if self.arena is not None:
+                self.arena.scatter(batch, outcome.outputs)
+            self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
+        except Exception as error:
+            return BatchResult({}, _failure("the results of a batch could not be stored", error), outcome.begun_ns, 0)
+        return outcome
 
     def _settle(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
         start = 0
         for request in batch:
             self._waiting -= request.size
-            request.settle(outcome, start)
+            try:
+                request.settle(outcome, start)
+            except Exception as error:
+                self._settle_failed(request, outcome, error)
             start += request.size
+
+    @staticmethod
+    def _settle_failed(request: BatchRequest, outcome: BatchResult, error: Exception) -> None:
+        """Answer with an error. If the state of the episode has moved, an error would be wrong: the episode ends."""
+        log.error("an answer could not be given", exc_info=error)
+        try:
+            if request.slot is None or outcome.error is not None:
+                failure = _failure("the answer could not be given", error)
+                request.settle(BatchResult({}, failure, outcome.begun_ns, 0), 0)
+                return
+        except Exception:
+            log.exception("nor could an error; the connection is closed")
+        request.abandon()
+
+    def check_program(self, limit_ns: int, elapsed_ns: int) -> None:
+        """To be called regularly, `elapsed_ns` of running time after the last call.
+
+        The batcher fails if one call of the program has not returned for `limit_ns`.
+        """
+        if self._thread is None or not self._running or self._batches != self._watched:
+            self._watched, self._watched_ns = self._batches, 0
+            return
+        self._watched_ns += elapsed_ns
+        if self._watched_ns > limit_ns and self.failed is None:
+            self._fail(TimeoutError(f"a call of the program has not returned for {limit_ns / 1e9:.0f} s"))
+
+    def _fail(self, error: Exception) -> None:
+        """Answer every request with an error, and take no more."""
+        log.error("a policy can no longer be served by this worker: %s", error, exc_info=error)
+        self.failed = f"the worker has failed and is being replaced ({type(error).__name__}); try again shortly"
+        self._open = False
+        lost = {id(request): request for request in (*self._batch, *self._alone, *self._queue)}
+        self._batch, self._queued, self._waiting = [], 0, 0
+        self._alone.clear()
+        self._queue.clear()
+        for request in lost.values():
+            try:
+                request.settle(BatchResult({}, NotServing(self.failed), 0, 0), 0)
+            except Exception:  # among others, those that were answered before the failure
+                request.abandon()
+        self._drained.set()
 
     def _go_on(self) -> None:
         self._running = False
@@ -297,29 +317,7 @@ class Batcher:
             self._drained.set()
 
 
-class ArrayRequest(BatchRequest):
-    """A request with arrays of its own, and a future for its `Answer`."""
-
-    def __init__(self, inputs: Arrays, size: int, patience_ns: int = 0) -> None:
-        self.future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.size = size
-        self._inputs = inputs
-        self.since_ns = perf_counter_ns()
-        self.patience_ns = patience_ns
-
-    @property
-    def cancelled(self) -> bool:
-        return self.future.cancelled()
-
-    def inputs(self) -> Arrays:
-        return self._inputs
-
-    def settle(self, outcome: BatchResult, start: int) -> None:
-        if self.future.done():  # cancelled while it ran
-            return
-        if outcome.error is not None:
-            self.future.set_exception(outcome.error)
-            return
-        stop = start + self.size
-        outputs = {name: array[start:stop] for name, array in outcome.outputs.items()}
-        self.future.set_result(Answer(outputs, outcome.begun_ns - self.since_ns, outcome.run_ns))
+def _failure(what: str, cause: BaseException) -> RuntimeFailure:
+    failure = RuntimeFailure(f"{what}: {type(cause).__name__}")
+    failure.__cause__ = cause
+    return failure

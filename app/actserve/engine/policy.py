@@ -18,7 +18,8 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine import golden
 from actserve.engine.arena import BATCHES, Arena
-from actserve.engine.batcher import Answer, Batcher, BatcherStatistics
+from actserve.engine.batch import Answer
+from actserve.engine.batcher import Batcher, BatcherStatistics
 from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.tuning import Tuning, measure
@@ -28,6 +29,11 @@ from actserve.telemetry import call
 from actserve.telemetry.counts import ProgramLabels
 
 log = logging.getLogger("actserve")
+
+HANG_NS = (
+    30 * 10**9
+)  # a call of a program takes at most so long, or `HANG_FACTOR` times as long as when it was measured
+HANG_FACTOR = 20
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,11 @@ class Policy:
     @property
     def program(self) -> ProgramLabels:
         return ProgramLabels(self.name, self.version, self.choice.runtime)
+
+    def check_program(self, elapsed_ns: int) -> None:
+        """See `Batcher.check_program`."""
+        slowest_ns = max(size * ns for size, ns in self.tuning.item_ns.items())
+        self.batcher.check_program(max(HANG_NS, HANG_FACTOR * slowest_ns), elapsed_ns)
 
     def statistics(self) -> BatcherStatistics:
         return self.batcher.statistics()

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from actserve.core.errors import TooLate, TooManyItems
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
-from actserve.engine.batcher import Batcher, BatchRequest
+from actserve.engine.batch import BatchRequest
+from actserve.engine.batcher import Batcher
 from actserve.engine.policy import Acted, Policy
 from actserve.server.access.tokens import Access, Token
 

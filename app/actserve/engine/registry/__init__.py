@@ -84,11 +84,27 @@ class Registry:
         """Why requests cannot be answered yet, or None."""
         if self.loading:
             return self._loading_reason
+        if self.failed:
+            return self.failed
         if not self._live:
             return "no policy in the store can be served"
         if self._settings.policy not in (None, *self._live):
             return f"there is no policy {self._settings.policy!r} to serve by default"
         return None
+
+    @property
+    def failed(self) -> str | None:
+        """Why a policy in memory can no longer act, until its process is replaced; None if all can."""
+        return next((policy.batcher.failed for policy in self._in_memory if policy.batcher.failed), None)
+
+    def check_programs(self, elapsed_ns: int) -> None:
+        """To be called regularly, `elapsed_ns` after the last call. See `Batcher.check_program`."""
+        for policy in self._in_memory:
+            policy.check_program(elapsed_ns)
+
+    @property
+    def _in_memory(self) -> set[Policy]:
+        return {*self._live.values(), *self._loaded.policies}
 
     @property
     def default(self) -> str | None:

@@ -49,6 +49,10 @@ class Loaded:
     def versions(self) -> list[Key]:
         return sorted(self._policies)
 
+    @property
+    def policies(self) -> list[Policy]:
+        return list(self._policies.values())
+
     async def get(self, name: str, version: int, fetch: bool = True) -> Policy:
         """The policy, verified and warm. `fetch`: a remote store may download it.
 

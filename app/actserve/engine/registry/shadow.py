@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from actserve.core.errors import ActserveError
+from actserve.core.errors import one_line
 from actserve.core.signature import Array, Arrays, Exploration
 from actserve.engine.golden import Tolerance, agreeing
 from actserve.engine.policy import Acted, Policy
@@ -40,9 +40,9 @@ class Shadow:
     ) -> None:
         try:
             acted = await self.policy.act(tensors, size, exploration, seed)
-        except ActserveError as error:
+        except Exception as error:  # a shadow's failure is counted, whatever it is
             if not self._failing:
-                log.warning("the shadow %s fails: %s", self.policy.artifact.label, error.message)
+                log.warning("the shadow %s fails: %s", self.policy.artifact.label, one_line(error))
             self._failing = True
             self.outcomes["failures"] += size
             return

@@ -7,10 +7,13 @@ connections would wait for seconds.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
 from actserve.server.fastpath.http_protocol import FastPathProtocol
+
+log = logging.getLogger("actserve")
 
 MAX_AT_ONCE = 256  # accepted in one turn, so that open connections do not starve
 
@@ -48,3 +51,6 @@ class Acceptor:
             )
         except OSError:  # disconnected already, or not TLS
             accepted.close()
+        except Exception:
+            accepted.close()
+            log.exception("a connection could not be accepted")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+from time import monotonic
 from typing import Protocol
 
 from fastapi import Response
@@ -11,11 +13,13 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from actserve import wire
 from actserve.core.errors import ActserveError, Unavailable
+from actserve.core.repeat import repeat
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.engine import malloc
 from actserve.engine.arena import BATCHES, Arena
-from actserve.engine.batcher import Batcher, BatchResult
+from actserve.engine.batch import BatchResult
+from actserve.engine.batcher import Batcher
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
 from actserve.server.admission import Admission
@@ -23,9 +27,12 @@ from actserve.server.fastpath.request_heads import NOTHING_OBSERVED, HeadParser,
 from actserve.server.http import error_responses as errors
 from actserve.telemetry.counts import ACT, Tally
 
+log = logging.getLogger("actserve")
+
 Headers = list[tuple[bytes, bytes]]
 UNAVAILABLE = str(errors.STATUS[Unavailable])
-TRIM_EVERY_S = 10  # how often memory of closed connections is returned to the system
+WATCH_EVERY_S = 1.0
+TRIM_EVERY = 10  # after so many watches, memory of closed connections is returned to the system
 MAX_REFUSALS = 64  # cached
 MAX_ANSWERS = 4096  # cached; a policy with more actions has each answer built
 
@@ -94,6 +101,9 @@ class TimedConnection(Protocol):
     def close_if_idle(self) -> None:
         """Called once a second: close if nothing has happened for too long."""
 
+    def abandon(self) -> None:
+        """Close at once. Never raises."""
+
 
 class FastPath:
     """The endpoints of all live policies of a registry, and the open connections. Enter it to serve.
@@ -113,31 +123,40 @@ class FastPath:
         self._generation = -1  # of the registry and of the tokens, when the endpoints were built
         self._tokens_generation = 0
         self._heads: HeadParser[Endpoint] = HeadParser({})
+        self._watches = itertools.count()
+        self._watched: set[int] = set()  # connections at the last trim
 
     async def __aenter__(self) -> FastPath:
-        self._watching = asyncio.create_task(self._watch())
+        self._watched_s = monotonic()
+        self._watching = asyncio.create_task(repeat(WATCH_EVERY_S, self._watch, "watching the connections"))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._watching.cancel()
 
     async def _watch(self) -> None:
-        before: set[int] = set()
-        for second in itertools.count():
-            await asyncio.sleep(1)
-            if second % TRIM_EVERY_S == 0:
-                now = set(map(id, self.connections))
-                if before - now:  # closed connections have freed their memory
-                    await asyncio.to_thread(malloc.trim)
-                before = now
-            self._refresh()
-            for connection in list(self.connections):
+        """Called once a second."""
+        now_s = monotonic()
+        # A longer second is a pause of this process, in which no program could run.
+        elapsed_s, self._watched_s = min(now_s - self._watched_s, 2 * WATCH_EVERY_S), now_s
+        self._registry.check_programs(int(elapsed_s * 1e9))
+        self._refresh()
+        for connection in list(self.connections):
+            try:
                 connection.close_if_idle()
-            access = self.admission.access
-            if access is not None:
-                access.reload_if_changed()
-                if self._tokens_generation != access.generation:
-                    self._generation = -1  # cached heads may hold tokens that were revoked
+            except Exception:  # the others are watched all the same
+                log.exception("a connection could not be watched; it is closed")
+                connection.abandon()
+        access = self.admission.access
+        if access is not None:
+            access.reload_if_changed()
+            if self._tokens_generation != access.generation:
+                self._generation = -1  # cached heads may hold tokens that were revoked
+        if next(self._watches) % TRIM_EVERY == 0:
+            now = set(map(id, self.connections))
+            if self._watched - now:  # closed connections have freed their memory
+                await asyncio.to_thread(malloc.trim)
+            self._watched = now
 
     def count(self, status: str, code: str) -> None:
         """Count an answer to a connection that has sent no whole request."""

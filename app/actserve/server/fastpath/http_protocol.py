@@ -26,7 +26,7 @@ from uvicorn.server import ServerState
 
 from actserve import wire
 from actserve.core.errors import ActserveError, TooManyConnections
-from actserve.engine.batcher import BatchResult
+from actserve.engine.batch import BatchResult
 from actserve.server.admission import Ticket
 from actserve.server.fastpath.discard import discard
 from actserve.server.fastpath.endpoints import UNAVAILABLE, Endpoint, FastPath, serialised
@@ -104,16 +104,20 @@ class FastPathProtocol(Receiver):
         return self._buffer[: self._head_bytes]
 
     def buffer_updated(self, count: int) -> None:
-        if self._missing is not None:
-            self._received(count)
-        elif self._to_discard:
-            self._to_discard -= count
-        elif self._endpoint is not None:
-            self._keep(count)
-        elif self._passing and not self._inner.is_idle:
-            self._inner.data_received(bytes(self._buffer[:count]))
-        else:
-            self._begin(self._data + self._buffer[:count])
+        try:
+            if self._missing is not None:
+                self._received(count)
+            elif self._to_discard:
+                self._to_discard -= count
+            elif self._endpoint is not None:
+                self._keep(count)
+            elif self._passing and not self._inner.is_idle:
+                self._inner.data_received(bytes(self._buffer[:count]))
+            else:
+                self._begin(self._data + self._buffer[:count])
+        except Exception:  # the request is not queued: the last thing that it does is to enter the queue
+            self.abandon()
+            raise  # for the log of the event loop
 
     def connection_lost(self, error: Exception | None) -> None:
         self.forget()

@@ -8,6 +8,7 @@ its bytes arrive, within `Admission.reserve`; beyond that limit it grows with th
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import abstractmethod
 from time import perf_counter_ns
 from typing import Any
@@ -16,8 +17,10 @@ import numpy as np
 
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
-from actserve.engine.batcher import BatchRequest
+from actserve.engine.batch import BatchRequest
 from actserve.server.admission import Admission
+
+log = logging.getLogger("actserve")
 
 BUFFER_BYTES = 1 << 16
 
@@ -85,8 +88,14 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self._leave()
             return False
         assert self._arena is not None
-        self.transport.resume_reading()
-        self._receive_row(self._arena, row)
+        try:
+            self.transport.resume_reading()
+            self._receive_row(self._arena, row)
+        except Exception:  # the row came from another connection, which goes on
+            log.exception("a request could not be received; its connection is closed")
+            took = self.row is not None
+            self.abandon()
+            return took
         return True
 
     def _receive_row(self, arena: Arena, row: int) -> None:
@@ -216,3 +225,11 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     def inputs(self) -> Arrays:
         assert self._arena is not None
         return self._arena.inputs_of(self, self.observations)
+
+    def abandon(self) -> None:
+        try:
+            self._leave()
+        except Exception:
+            log.exception("the memory of a request could not be freed")
+        if self.transport is not None:
+            self.transport.abort()

@@ -18,7 +18,8 @@ import numpy as np
 from actserve.core.errors import ActserveError
 from actserve.core.signature import Array
 from actserve.engine.arena import Arena
-from actserve.engine.batcher import Batcher, BatchResult
+from actserve.engine.batch import BatchResult
+from actserve.engine.batcher import Batcher
 from actserve.server.admission import Admission, Ticket
 from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.receiver import Receiver
@@ -81,15 +82,19 @@ class FastPathStream(Receiver):
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
-        if self._missing is not None:
-            self._received(count)
-        elif self._passing:
-            self._passing -= count
-            self._inner.data_received(bytes(self._buffer[:count]))
-        elif self._episode is not None:
-            self._keep(count)
-        else:
-            self._begin(self._data + self._buffer[:count])
+        try:
+            if self._missing is not None:
+                self._received(count)
+            elif self._passing:
+                self._passing -= count
+                self._inner.data_received(bytes(self._buffer[:count]))
+            elif self._episode is not None:
+                self._keep(count)
+            else:
+                self._begin(self._data + self._buffer[:count])
+        except Exception:  # the request is not queued: the last thing that it does is to enter the queue
+            self.abandon()
+            raise  # for the log of the event loop
 
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None

@@ -12,7 +12,7 @@ from actserve.core.completion import choose_exploration, step_seed
 from actserve.core.errors import ActserveError, InvalidRequest, UnsupportedContentType
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
-from actserve.engine.batcher import BatchResult
+from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Policy
 from actserve.server.admission import Admission, Ticket, current_token
 from actserve.server.http.error_responses import error_json, log_if_internal, status_of

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 
+from actserve.core.repeat import repeat
 from actserve.engine.registry import Registry
 from actserve.server.metrics.collect import collect
 from actserve.server.sessions import Sessions
@@ -39,7 +40,7 @@ class Publisher:
         if self._shared is not None:
             await asyncio.to_thread(self._shared.open)
         self._history.append((time.monotonic(), self._actions()))
-        self._publishing = asyncio.create_task(self._publish())
+        self._publishing = asyncio.create_task(repeat(EVERY_S, self._publish, "publishing the counts"))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -54,10 +55,8 @@ class Publisher:
         return await asyncio.to_thread(self._shared.read)
 
     async def _publish(self) -> None:
-        while True:
-            await asyncio.sleep(EVERY_S)
-            self._history.append((time.monotonic(), self._actions()))
-            await self._try_to_write()
+        self._history.append((time.monotonic(), self._actions()))
+        await self._try_to_write()
 
     async def _try_to_write(self) -> None:
         if self._shared is not None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -13,17 +14,21 @@ from typing import Any, cast
 import uvicorn
 
 from actserve.core.settings import Settings
+from actserve.engine.registry import Registry
 from actserve.server.app import create_app
 from actserve.server.fastpath.acceptor import Acceptor
 from actserve.server.processes.supervisor import SIGNALS, Start
 
 DRAIN_S = 30  # at shutdown, for accepted requests
+FAILED_DRAIN_S = 2  # the same if a policy of this worker has failed: its successor waits
+FAILED = 70  # exit code
 
 
 def serve(settings: Settings, listener: socket.socket, start: Start) -> None:
-    """Serve on `listener` until a signal comes or the supervisor dies."""
+    """Serve on `listener` until a signal comes, the supervisor dies, or a policy can no longer act in this process."""
+    app = create_app(settings, start)
     config = uvicorn.Config(
-        create_app(settings, start),
+        app,
         loop="uvloop",
         http=cast(Any, Acceptor(listener)),
         ws="actserve.server.http.websocket:WebSocketProtocol",
@@ -36,13 +41,17 @@ def serve(settings: Settings, listener: socket.socket, start: Start) -> None:
         ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    _WorkerServer(config, start).run([listener])
+    registry: Registry = app.state.registry
+    _WorkerServer(config, start, registry).run([listener])
+    if registry.failed:
+        sys.exit(FAILED)
 
 
 class _WorkerServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, start: Start) -> None:
+    def __init__(self, config: uvicorn.Config, start: Start, registry: Registry) -> None:
         super().__init__(config)
         self._start = start
+        self._registry = registry
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -55,6 +64,9 @@ class _WorkerServer(uvicorn.Server):
         if counter % 10 == 0:
             with suppress(OSError):
                 os.write(self._start.heartbeat_fd, b".")
+            if self._registry.failed:
+                self.config.timeout_graceful_shutdown = FAILED_DRAIN_S
+                self.should_exit = True
             self.should_exit = self.should_exit or self._is_orphan()
         return await super().on_tick(counter)
 
