@@ -115,6 +115,8 @@ def test_what_is_now(service: Caller) -> None:
     assert now["actserve_policy_info", "pong"] == now["actserve_policy_info", "pong-lstm"] == 1
     assert now["actserve_waiting", "pong"] == now["actserve_sessions", None] == now["actserve_streams", None] == 0
     assert now["process_resident_memory_bytes", None] > 10e6
+    assert now["actserve_loop_lag_seconds_count", None] > 0
+    assert now["actserve_loop_lag_max_seconds", None] > 0
 
 
 def test_what_is_told_of_versions_stays_small_however_many_there_have_been() -> None:
@@ -146,6 +148,17 @@ def test_a_service_whose_counts_are_gone_ends_as_it_should(tmp_path: Path, caplo
     with running(counts=tmp_path / "counts"):
         (tmp_path / "counts").unlink()
     assert "this worker's counts could not be written" in caplog.text
+
+
+def test_counts_that_cannot_be_read_are_an_error_that_passes(tmp_path: Path) -> None:
+    with running(counts=tmp_path / "counts") as service:
+        moved = (tmp_path / "counts").rename(tmp_path / "away")
+        (tmp_path / "counts").mkdir()
+        refused = service("GET", "/metrics")
+        assert (refused.status, refused.document["error"]["code"]) == (503, "metrics_unavailable")
+        (tmp_path / "counts").rmdir()
+        moved.rename(tmp_path / "counts")
+        assert service("GET", "/metrics").status == 200
 
 
 def test_openmetrics_for_who_asks_for_it(service: Caller) -> None:

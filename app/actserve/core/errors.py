@@ -28,6 +28,8 @@ ActserveError
 │   ├── TooLate                  the request's deadline cannot be met
 │   ├── TooManyGames             the limit of games played on the page is reached
 │   ├── SessionsUnavailable      the session file cannot be used
+│   │   └── SessionsLocked       another process writes to it
+│   ├── MetricsUnavailable       the file of the workers' counts cannot be used
 │   └── SessionElsewhere         another host holds the session and cannot be reached
 ├── SessionTooLarge              one session exceeds the limit for all sessions together
 ├── StoreError                   the artifact must not be served
@@ -269,6 +271,14 @@ class TooManyGames(Unavailable):
 
 class SessionsUnavailable(Unavailable):
     code = "sessions_unavailable"
+
+
+class SessionsLocked(SessionsUnavailable):
+    """Another process writes to the session file. Nothing has changed: the same can be tried again."""
+
+
+class MetricsUnavailable(Unavailable):
+    code = "metrics_unavailable"
 
 
 class SessionElsewhere(Unavailable):

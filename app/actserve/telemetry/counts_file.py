@@ -22,7 +22,7 @@ import pydantic_core
 from actserve.telemetry.families import Families, from_jsonable, merged, to_jsonable
 
 FRESH_S = 5.0  # a worker that has not written for longer is stuck: its gauges are ignored
-_BUSY_S = 5.0
+_BUSY_S = 2.0  # a write takes a millisecond
 _ENDED = ""  # token of the row that sums all ended workers
 _SCHEMA = "CREATE TABLE IF NOT EXISTS worker (token TEXT PRIMARY KEY, pid INTEGER, at REAL, families BLOB)"
 _WRITE = "INSERT OR REPLACE INTO worker VALUES (?, ?, ?, ?)"

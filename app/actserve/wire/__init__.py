@@ -12,9 +12,20 @@ from functools import lru_cache
 from actserve.core.errors import NotAcceptable, UnsupportedContentType
 from actserve.core.signature import Array, Signature, TensorSpec
 from actserve.wire import as_json, as_png, as_raw, as_safetensors
+from actserve.wire import payload as payloads
 from actserve.wire.accept_header import quality
 from actserve.wire.compression import expand
-from actserve.wire.payload import JSON, PNG, RAW, SAFETENSORS, Body, Payload, check_complete, read_randomness
+from actserve.wire.payload import (
+    JSON,
+    MANY_VALUES,
+    PNG,
+    RAW,
+    SAFETENSORS,
+    Body,
+    Payload,
+    check_complete,
+    read_randomness,
+)
 
 __all__ = [
     "JSON",
@@ -29,6 +40,8 @@ __all__ = [
     "expand",
     "negotiate",
     "read_randomness",
+    "takes_long",
+    "writing_takes_long",
 ]
 
 _READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Payload]] = {
@@ -54,6 +67,16 @@ def decode(content_type: str, body: Body, signature: Signature) -> Payload:
     payload = reader(body, signature.observations if media_type in _SINGLE_TENSOR else signature.request_inputs)
     signature.validate_request(payload.tensors)
     return payload
+
+
+def takes_long(content_type: str, body: Body) -> bool:
+    """Whether `decode` takes so long that the event loop must not wait for it."""
+    return payloads.takes_long(_media_type(content_type), body)
+
+
+def writing_takes_long(outputs: Mapping[str, Array]) -> bool:
+    """The same for `encode`."""
+    return sum(array.size for array in outputs.values()) > MANY_VALUES
 
 
 def encode(accept: str, outputs: Mapping[str, Array], batched: bool, seed: int | None = None) -> tuple[str, bytes]:

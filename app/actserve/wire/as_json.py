@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,7 @@ import pydantic_core
 
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, TensorSpec
+from actserve.wire import large_json
 from actserve.wire.payload import (
     METADATA,
     Body,
@@ -34,7 +35,7 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     text = bytes(body)
     check_json_size(text)
     try:
-        document = pydantic_core.from_json(text, allow_inf_nan=False)
+        document = large_json.load(text)
     except ValueError as error:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
     if not isinstance(document, dict):
@@ -45,8 +46,9 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
 
 
 def write(payload: Payload) -> bytes:
-    document = {name: array.tolist() for name, array in payload.wire_tensors().items()}
-    return pydantic_core.to_json(document | payload.metadata, inf_nan_mode="strings")
+    fields = [pydantic_core.to_json(name) + b":" + large_json.dump(a) for name, a in payload.wire_tensors().items()]
+    fields += [pydantic_core.to_json({name: value})[1:-1] for name, value in payload.metadata.items()]
+    return b"{" + b",".join(fields) + b"}"
 
 
 def _array(value: Any, spec: TensorSpec) -> Array:
@@ -59,7 +61,7 @@ def _array(value: Any, spec: TensorSpec) -> Array:
 
 
 def array_from_lists(value: Any, spec: TensorSpec) -> Array:
-    """Nested lists of any shape -> an array of the spec's dtype. Raises `InvalidTensor`.
+    """Nested lists of any shape -> an array of the spec's dtype. Raises `InvalidTensor`. Empties large lists.
 
     `np.array(value)` would be unsafe: it gives every element as much memory as the longest string needs.
     """
@@ -69,13 +71,13 @@ def array_from_lists(value: Any, spec: TensorSpec) -> Array:
     if kind == "f" and str in types:
         infinities = sum(type(element) is str and element.endswith("Infinity") for element in flat)
         flat = [_NON_FINITE.get(element, element) if type(element) is str else element for element in flat]
-        types = set(map(type, flat))
+        types = _types(flat)
     wrong = types - _ACCEPTED[kind]
     if wrong:
         got = _TYPE_NAMES.get(wrong.pop(), "mixed values") if len(wrong) == 1 else "mixed values"
         raise InvalidTensor(spec.name, _ACCEPTED_NAMES[kind], got)
     try:
-        array: Array = np.array(flat, _WIDEST[kind])
+        array = _from_flat(flat, _WIDEST[kind])
     except OverflowError:
         raise InvalidTensor(spec.name, _ACCEPTED_NAMES[kind], "one of more than 64 bits") from None
     if kind == "f" and np.isinf(array).sum() > infinities:
@@ -94,15 +96,39 @@ def _flatten(value: Any, spec: TensorSpec) -> tuple[list[int], list[Any], set[ty
     shape: list[int] = []
     flat, types = [value], {type(value)}
     while types == {list}:
-        lengths = set(map(len, flat))
+        lengths = set().union(*(map(len, part) for part in _parts(flat)))
         if len(lengths) > 1:
             raise InvalidTensor(spec.name, f"{spec} as nested lists", "lists of unequal length")
         shape += lengths
         if len(shape) > _MAX_DEPTH:
             raise InvalidTensor(spec.name, f"{spec} as nested lists", f"more than {_MAX_DEPTH} levels")
-        flat = list(chain.from_iterable(flat))
-        types = set(map(type, flat))
+        if len(flat) * max(lengths, default=0) <= large_json.PIECE_VALUES:
+            flat = list(chain.from_iterable(flat))
+        else:
+            flat = [element for part in large_json.pieces(flat) for inner in part for element in _drained(inner)]
+        types = _types(flat)
     return shape, flat, types
+
+
+def _parts(values: list[Any]) -> Iterator[list[Any]]:
+    """The values in short lists. No call takes long, so a thread that reads a large body lets the event loop run."""
+    size = large_json.PIECE_VALUES
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _drained(values: list[Any]) -> Iterable[Any]:
+    if len(values) <= large_json.PIECE_VALUES:
+        return values
+    return chain.from_iterable(large_json.pieces(values))
+
+
+def _types(values: list[Any]) -> set[type]:
+    return set().union(*(map(type, part) for part in _parts(values)))
+
+
+def _from_flat(values: list[Any], dtype: Any) -> Array:
+    arrays = [np.array(part, dtype) for part in _parts(values)]
+    return np.concatenate(arrays) if arrays else np.array([], dtype)
 
 
 _MAX_DEPTH = 32

@@ -19,7 +19,9 @@ JSON = "application/json"
 SAFETENSORS = "application/safetensors"
 PNG = "image/png"
 
-MAX_VALUES = 1 << 20  # single JSON values: each blocks the event loop for up to a microsecond
+MAX_VALUES = 1 << 20  # single JSON values: each takes up to a microsecond
+MANY_VALUES = 1 << 12  # more of them take so long that they must not be read in the event loop
+MANY_BYTES = 1 << 20  # in any other encoding
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,21 @@ def read_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_json_size(document: bytes) -> None:
-    """Raises `MalformedBody` for JSON with too many values. Counts separators and does not parse."""
+    """Raises `MalformedBody` for JSON with too many values. Does not parse."""
     if len(document) > MAX_VALUES:
-        check_value_count(sum(document.count(separator) for separator in (b",", b"[", b":")))
+        check_value_count(_count_values(document))
+
+
+def takes_long(media_type: str, body: Body) -> bool:
+    """Whether `body` takes so long to decode that it must be done outside of the event loop. Does not parse."""
+    if media_type != JSON:
+        return len(body) > MANY_BYTES
+    return len(body) > MANY_VALUES and _count_values(body) > MANY_VALUES
+
+
+def _count_values(document: Body) -> int:
+    data = bytes(document) if isinstance(document, memoryview) else document
+    return sum(data.count(separator) for separator in (b",", b"[", b":"))
 
 
 def check_value_count(values: int) -> None:

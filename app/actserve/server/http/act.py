@@ -13,6 +13,7 @@ from actserve import wire
 from actserve.core.errors import InvalidRequest
 from actserve.core.signature import Exploration, State
 from actserve.engine.policy import Acted, Policy
+from actserve.server import off_loop
 from actserve.server.http import sessions
 from actserve.server.http.requests import (
     DEADLINE_HEADER,
@@ -174,7 +175,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
     registry = registry_of(request)
     if version is None:
         policy = registry.route(policy)
-    items = _decode(request, body, policy)
+    items = await _decode(request, body, policy)
     if items.session is not None:
         return await _step(request, policy, version, items.session, body)
     if sessions.STEP_HEADER in request.headers:
@@ -187,7 +188,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
     acted = await admission.act(policy, items.tensors, items.size, exploration, seed, patience_ns)
     if version is None:
         registry.mirror(policy, items.tensors, items.size, exploration, acted)
-    return _respond(request, acted, names, items.batched)
+    return await _respond(request, acted, names, items.batched)
 
 
 async def _step(request: Request, policy: Policy, version: int | None, id_: str, body: Body) -> Response:
@@ -195,11 +196,13 @@ async def _step(request: Request, policy: Policy, version: int | None, id_: str,
     step = await sessions.read_step_request(request, policy, version, id_)
     names = _output_names(request, step.policy)
     result = await sessions.take_step(request, step, lambda: _decode(request, body, step.policy))
-    return _respond(request, result.acted, names, False, sessions.step_headers(result))
+    return await _respond(request, result.acted, names, False, sessions.step_headers(result))
 
 
-def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
-    return wire.decode(request.headers.get("content-type", ""), body, policy.signature)
+async def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
+    content_type = request.headers.get("content-type", "")
+    takes_long = wire.takes_long(content_type, body)
+    return await off_loop.call(wire.decode, content_type, body, policy.signature, takes_long=takes_long)
 
 
 def _output_names(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
@@ -209,11 +212,14 @@ def _output_names(request: Request, policy: Policy, state: Sequence[State] = ())
     return names
 
 
-def _respond(
+async def _respond(
     request: Request, acted: Acted, names: Sequence[str], batched: bool, headers: dict[str, str] | None = None
 ) -> Response:
     outputs = {name: acted.outputs[name] for name in names}
-    content_type, content = wire.encode(request.headers.get("accept", ""), outputs, batched, acted.seed)
+    accept, takes_long = request.headers.get("accept", ""), wire.writing_takes_long(outputs)
+    content_type, content = await off_loop.call(
+        wire.encode, accept, outputs, batched, acted.seed, takes_long=takes_long
+    )
     return Response(content, media_type=content_type, headers=headers)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pydantic_core
@@ -79,7 +80,8 @@ async def get_session(request: Request, name: str, id_: str) -> dict[str, Any]:
 async def end(request: Request, name: str, id_: str) -> Response:
     """End a session. From then on, its id is answered with 410."""
     sessions = sessions_of(request)
-    sessions.end(sessions.get(name, id_, current_token()))
+    session = sessions.get(name, id_, current_token())
+    await sessions.when_unlocked(lambda: sessions.end(session))
     return Response(status_code=204)
 
 
@@ -104,14 +106,14 @@ async def read_step_request(request: Request, policy: Policy, version: int | Non
     return StepRequest(session, await policy_of(registry_of(request), session), _read_step(request))
 
 
-async def take_step(request: Request, step: StepRequest, decode: Callable[[], wire.Payload]) -> StepResult:
+async def take_step(request: Request, step: StepRequest, decode: Callable[[], Awaitable[wire.Payload]]) -> StepResult:
     """Take the step, or return the stored answer if it was taken before: then the body is not decoded."""
     sessions = sessions_of(request)
     if step.step == step.session.step:
         stored = sessions.stored(step.policy, step.session, step.session.step)
         if stored is not None:
             return stored
-    items = decode()
+    items = await decode()
     if items.session not in (None, step.session.id):
         raise InvalidRequest(f"{SESSION_HEADER} and the body name different sessions; expected one")
     if items.batched:
@@ -131,7 +133,9 @@ def step_headers(result: StepResult) -> dict[str, str]:
 async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
     exploration, seed = _read_beginning(bytes(await read_raw_body(request, _BEGIN_LIMIT_BYTES)))
     choose_exploration(policy.signature, exploration, seed)  # refuse it now, not at the first step
-    session = sessions_of(request).begin(
+    sessions = sessions_of(request)
+    begin = partial(
+        sessions.begin,
         policy.name,
         policy.version,
         owner=request.headers.get(OWNER_HEADER) or None,
@@ -139,6 +143,7 @@ async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
         exploration=exploration,
         holder=current_token(),
     )
+    session = await sessions.when_unlocked(begin)
     return _describe(request, session)
 
 

@@ -14,6 +14,7 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
 from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Policy
+from actserve.server import off_loop
 from actserve.server.admission import Admission, Ticket, current_token
 from actserve.server.http.error_responses import error_json, log_if_internal, status_of
 from actserve.server.http.requests import selected_outputs
@@ -83,9 +84,11 @@ class StreamEpisode:
         self.admission.open_message(ticket)
         text = message.get("text")
         if text is None:
-            items = wire.decode(self._encoding, bytearray(message["bytes"]), self._signature)  # a writable copy
+            encoding, body = self._encoding, bytearray(message["bytes"])  # a writable copy
         else:
-            items = wire.decode(wire.JSON, text.encode(), self._signature)
+            encoding, body = wire.JSON, bytearray(text.encode())
+        takes_long = wire.takes_long(encoding, body)
+        items = await off_loop.call(wire.decode, encoding, body, self._signature, takes_long=takes_long)
         if items.batched:
             raise InvalidRequest(f"expected one item, as a stream takes at each step; got a batch of {items.size}")
         if items.metadata:

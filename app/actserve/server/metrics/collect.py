@@ -11,13 +11,15 @@ from actserve.engine.registry import Registry
 from actserve.server.sessions import Sessions
 from actserve.telemetry.counts import OK
 from actserve.telemetry.families import Families, Family, Merge
+from actserve.telemetry.loop_lag import LoopLag
 
 SECONDS = 1e-9  # meters count nanoseconds
 
 
-def collect(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -> Families:
+def collect(registry: Registry, sessions: Sessions, rates: Mapping[str, float], lag: LoopLag) -> Families:
     """`rates`: actions a second, by policy."""
-    families = [*_requests(registry), *_programs(registry), *_state(registry, sessions, rates), *_process()]
+    families = [*_requests(registry), *_programs(registry), *_state(registry, sessions, rates), *_loop(lag)]
+    families += _process()
     return {family.name: family for family in families}
 
 
@@ -85,6 +87,14 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
     streams = _gauge("actserve_streams", "Open WebSocket streams.")
     streams.add({}, registry.counts.streams)
     return [info, waiting, rate, count, size, swaps, shadows, streams]
+
+
+def _loop(lag: LoopLag) -> list[Family]:
+    lags = _histogram("actserve_loop_lag_seconds", "How much too late a timer of the event loop ran.")
+    lags.add_histogram({}, lag.lag_ns, SECONDS)
+    longest = _gauge("actserve_loop_lag_max_seconds", "The longest lag of the last minute or two.", Merge.MAX)
+    longest.add({}, lag.longest_ns * SECONDS)
+    return [lags, longest]
 
 
 def _process() -> list[Family]:

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 
+from actserve.core.errors import MetricsUnavailable
 from actserve.core.repeat import repeat
 from actserve.engine.registry import Registry
 from actserve.server.metrics.collect import collect
@@ -17,6 +18,7 @@ from actserve.server.sessions import Sessions
 from actserve.telemetry.counts import ProgramLabels
 from actserve.telemetry.counts_file import CountsFile
 from actserve.telemetry.families import Families
+from actserve.telemetry.loop_lag import LoopLag
 
 log = logging.getLogger("actserve")
 
@@ -33,6 +35,7 @@ class Publisher:
     def __init__(self, registry: Registry, sessions: Sessions, path: Path | None) -> None:
         self._registry, self._sessions = registry, sessions
         self._shared = None if path is None else CountsFile(path)
+        self._lag = LoopLag()
         self._writing = asyncio.Lock()  # keeps writes in the order of collection
         self._history: deque[tuple[float, Mapping[ProgramLabels, int]]] = deque(maxlen=RATE_OVER_S + 1)  # each second
 
@@ -40,19 +43,24 @@ class Publisher:
         if self._shared is not None:
             await asyncio.to_thread(self._shared.open)
         self._history.append((time.monotonic(), self._actions()))
+        await self._lag.__aenter__()
         self._publishing = asyncio.create_task(repeat(EVERY_S, self._publish, "publishing the counts"))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._publishing.cancel()
+        await self._lag.__aexit__()
         await self._try_to_write()
 
     async def families(self) -> Families:
-        """The metrics of all workers."""
+        """The metrics of all workers. Raises `MetricsUnavailable`."""
         if self._shared is None:
             return self._collect()
-        await self._write(self._shared)
-        return await asyncio.to_thread(self._shared.read)
+        try:
+            await self._write(self._shared)
+            return await asyncio.to_thread(self._shared.read)
+        except sqlite3.Error as error:  # those of this worker alone would be less than at the last scrape
+            raise MetricsUnavailable(f"the counts of the workers cannot be read: {error}; try again shortly") from error
 
     async def _publish(self) -> None:
         self._history.append((time.monotonic(), self._actions()))
@@ -75,7 +83,8 @@ class Publisher:
         actions: Counter[str] = Counter()
         for program, total in self._actions().items():
             actions[program.policy] += total - before.get(program, 0)
-        return collect(self._registry, self._sessions, {policy: n / elapsed_s for policy, n in actions.items()})
+        rates = {policy: n / elapsed_s for policy, n in actions.items()}
+        return collect(self._registry, self._sessions, rates, self._lag)
 
     def _actions(self) -> dict[ProgramLabels, int]:
         """The number of actions so far, by program."""

@@ -21,11 +21,13 @@ from actserve.server.processes.supervisor import SIGNALS, Start
 
 DRAIN_S = 30  # at shutdown, for accepted requests
 FAILED_DRAIN_S = 2  # the same if a policy of this worker has failed: its successor waits
+SWITCH_S = 0.001  # a thread that decodes a large body gives way to the event loop after so long
 FAILED = 70  # exit code
 
 
 def serve(settings: Settings, listener: socket.socket, start: Start) -> None:
     """Serve on `listener` until a signal comes, the supervisor dies, or a policy can no longer act in this process."""
+    sys.setswitchinterval(SWITCH_S)
     app = create_app(settings, start)
     config = uvicorn.Config(
         app,

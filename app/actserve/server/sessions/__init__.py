@@ -10,14 +10,17 @@ changed (compare and swap). If two requests take the same step, one writes, and 
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from actserve.core.completion import MAX_SEED, step_seed
 from actserve.core.errors import (
@@ -25,6 +28,7 @@ from actserve.core.errors import (
     InvalidTensor,
     NotFound,
     SessionExpired,
+    SessionsLocked,
     SessionTooLarge,
     StepConflict,
     UnknownSession,
@@ -41,7 +45,12 @@ from actserve.server.sessions.step_record import StepRecord
 log = logging.getLogger("actserve")
 
 SWEEP_EVERY_S = 1.0
+LOCK_TIMEOUT_S = 5.0
+MAX_PAUSE_S = 0.05  # between two attempts
 MAX_SWEPT = 100  # sessions in one sweep, which takes about a millisecond of the event loop
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ async def policy_of(registry: Registry, session: Session) -> Policy:
 class Sessions:
     """The sessions of one service. A context manager that opens and closes their file.
 
-    Every method is short enough for the event loop. All raise `SessionsUnavailable` if the file cannot be used. `home`
+    Every method is short enough for the event loop. All raise `SessionsUnavailable` if the file cannot be used. Those
+    that change it raise `SessionsLocked` while another process writes: see `when_unlocked`. `home`
     is the number of this host, if several hosts hold sessions.
     """
 
@@ -121,6 +131,7 @@ class Sessions:
         self._ids = SessionIds(key, self._home)
         now_ms = self._now_ms()  # the clock restarts with the host, so older times can be in the future
         self._file.change("UPDATE session SET used_ms = ? WHERE used_ms > ?", now_ms, now_ms)
+        self._file.never_wait()
         return self
 
     def __exit__(
@@ -224,9 +235,25 @@ class Sessions:
             inputs = tensors | last.carried(policy.signature)
             noise_seed = step_seed(seed, number)
             acted = await self._admission.act(policy, inputs, 1, session.exploration, noise_seed, patience_ns)
-            if self._write(session, last, StepRecord.of(number, acted, policy.signature)):
+            record = StepRecord.of(number, acted, policy.signature)
+            if await self.when_unlocked(partial(self._write, session, last, record)):
                 outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
                 return StepResult(replace(acted, outputs=outputs), number, replayed=False)
+
+    async def when_unlocked(self, change: Callable[[], Result]) -> Result:
+        """The result of `change`, which is called again while another process holds the file, for `LOCK_TIMEOUT_S`.
+
+        A write of another worker takes about 20 µs. Then raises `SessionsLocked`.
+        """
+        until_s = time.monotonic() + LOCK_TIMEOUT_S
+        for attempt in itertools.count():
+            try:
+                return change()
+            except SessionsLocked:
+                if time.monotonic() > until_s:
+                    raise
+            await asyncio.sleep(0 if attempt < 2 else min(0.001 * 2 ** (attempt - 2), MAX_PAUSE_S))
+        raise AssertionError("the attempts have no end")
 
     def stored(self, policy: Policy, session: Session, step: int) -> StepResult | None:
         """The stored answer if `step` is the last step: the answer to a retry, whatever its body."""
@@ -294,7 +321,10 @@ class Sessions:
         if 0 <= now - self._swept_s < SWEEP_EVERY_S:
             return
         idle = "(SELECT number FROM session WHERE used_ms <= ? ORDER BY used_ms LIMIT ?)"
-        swept = self._file.change(f"DELETE FROM session WHERE number IN {idle}", self._idle_since_ms(), MAX_SWEPT)
+        try:
+            swept = self._file.change(f"DELETE FROM session WHERE number IN {idle}", self._idle_since_ms(), MAX_SWEPT)
+        except SessionsLocked:  # a second later, then
+            swept = 0
         if swept < MAX_SWEPT:
             self._swept_s = now
 

@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actserve.core.errors import SessionsUnavailable
+from actserve.core.errors import SessionsLocked, SessionsUnavailable
 
 log = logging.getLogger("actserve")
 
 FORMAT = 1  # of the tables; files with another format are refused
-LOCK_TIMEOUT_S = 5.0  # a write by another worker takes about 20 µs
+OPEN_TIMEOUT_S = 5.0  # for a lock, while the file is opened
 KEY_BYTES = 32
 _SCHEMA = f"""
 PRAGMA synchronous = OFF;
@@ -67,8 +67,9 @@ END;
 class SessionFile:
     """A connection to the file at `path`, which is created if missing.
 
-    All methods raise `SessionsUnavailable` for errors of SQLite or the disk. In a new file, the number of the first
-    session is `after` plus one.
+    All methods raise `SessionsUnavailable` for errors of SQLite or the disk. None waits for a lock of another process,
+    once `never_wait` was called: they raise `SessionsLocked`, and have changed nothing. In a new file, the number of
+    the first session is `after` plus one.
     """
 
     def __init__(self, path: Path, after: int = 0) -> None:
@@ -81,7 +82,7 @@ class SessionFile:
             if not self.path.exists():
                 _create(self.path, self._after)
             self._connection = sqlite3.connect(
-                self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+                self.path, timeout=OPEN_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
         try:
             self.rows("PRAGMA synchronous = OFF")
@@ -89,6 +90,10 @@ class SessionFile:
         except BaseException:
             self.close()
             raise
+
+    def never_wait(self) -> None:
+        """To be called before the event loop uses the file: another process that holds the lock may be frozen."""
+        self.rows("PRAGMA busy_timeout = 0")
 
     def close(self) -> None:
         if self._connection is not None:
@@ -157,6 +162,9 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        # Errors of Python's own module have no code.
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+            raise SessionsLocked("another process holds the sessions file; try again shortly") from error
         log.error("sessions: %s", error)
         raise SessionsUnavailable(f"the sessions file cannot be used: {error}") from error
     except OSError as error:

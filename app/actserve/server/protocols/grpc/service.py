@@ -24,6 +24,7 @@ from actserve.server.protocols.oip import infer, metadata, statistics
 from actserve.server.sessions import Sessions
 from actserve.telemetry import call
 from actserve.telemetry.call import Call
+from actserve.wire.payload import MANY_BYTES
 
 PROBES = ("ServerLive", "ServerReady")  # need no token
 _Request = TypeVar("_Request")
@@ -145,6 +146,7 @@ class InferenceService:
                 bool(request.model_version),
                 lambda: messages.GrpcInferRequest(request),
                 messages.encode,
+                takes_long=request.ByteSize() > MANY_BYTES,
             )
         except Exception as error:
             tally.add(errors.code(error).name, error.code if isinstance(error, ActserveError) else "internal")

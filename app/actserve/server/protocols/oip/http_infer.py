@@ -26,9 +26,10 @@ from actserve.server.http.requests import admission_of, read_body, registry_of, 
 from actserve.server.protocols.oip import codec
 from actserve.server.protocols.oip.infer import InferResponse, handle_infer
 from actserve.server.protocols.oip.infer_request import InferRequest, parse_json
+from actserve.wire import large_json
 from actserve.wire.accept_header import quality
 from actserve.wire.oip import DATATYPES, HEADER
-from actserve.wire.payload import Body
+from actserve.wire.payload import Body, takes_long
 
 MIN_COMPRESSED_BYTES = 1024  # smaller responses fit into one packet
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -48,6 +49,7 @@ async def infer(request: Request, policy: Policy, pinned: bool) -> Response:
         pinned,
         lambda: split(content, request.headers.get(HEADER)),
         lambda response: _respond(request, *encode(response)),
+        takes_long=takes_long(wire.JSON, content),
     )
 
 
@@ -97,17 +99,17 @@ def encode(response: InferResponse) -> tuple[bytes, int | None]:
         document["id"] = response.id
     if response.seed is not None:
         document["parameters"] = {"seed": response.seed}
-    document["outputs"] = described = []
+    described: list[bytes] = []
     parts: list[bytes] = []
     for name, array in response.outputs.items():
         tensor: dict[str, Any] = {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": array.shape}
         if response.binary[name]:
             parts.append(codec.to_bytes(array))
             tensor["parameters"] = {"binary_data_size": len(parts[-1])}
+            described.append(pydantic_core.to_json(tensor))
         else:
-            tensor["data"] = array.ravel().tolist()
-        described.append(tensor)
-    json = pydantic_core.to_json(document, inf_nan_mode="strings")
+            described.append(pydantic_core.to_json(tensor)[:-1] + b',"data":' + large_json.dump(array.ravel()) + b"}")
+    json = pydantic_core.to_json(document)[:-1] + b',"outputs":[' + b",".join(described) + b"]}"
     return (b"".join([json, *parts]), len(json)) if parts else (json, None)
 
 

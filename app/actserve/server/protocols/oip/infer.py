@@ -11,6 +11,7 @@ from actserve import wire
 from actserve.core.signature import Arrays
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
+from actserve.server import off_loop
 from actserve.server.admission import Admission
 from actserve.server.protocols.oip import codec, metadata, sequences, statistics
 from actserve.server.protocols.oip.infer_request import ReceivedRequest
@@ -39,18 +40,21 @@ async def handle_infer(
     pinned: bool,
     read: Callable[[], ReceivedRequest],
     write: Callable[[InferResponse], _Written],
+    takes_long: bool,
 ) -> _Written:
     """Read the request, act, write the response, and count all of it. Raises an `ActserveError`.
 
-    `pinned`: the client asked for this version of `policy`.
+    `pinned`: the client asked for this version of `policy`. `takes_long`: the request is so large that the event loop
+    must not wait for its reading.
     """
     begun_ns = time.perf_counter_ns()
     try:
-        received = read()
+        received = await off_loop.call(read, takes_long=takes_long)
         async with Admission.deadline(received.request.parameters.timeout):
-            acting, acted, selected = await _act(admission, sessions, registry, policy, pinned, received)
+            acting, acted, selected = await _act(admission, sessions, registry, policy, pinned, received, takes_long)
         acted_ns = time.perf_counter_ns()
-        written = write(_response(received, acting, acted, selected))
+        response = _response(received, acting, acted, selected)
+        written = await off_loop.call(write, response, takes_long=wire.writing_takes_long(response.outputs))
     except BaseException:
         statistics.counters_of(policy).fail.add(time.perf_counter_ns() - begun_ns)
         raise
@@ -66,17 +70,18 @@ async def _act(
     policy: Policy,
     pinned: bool,
     received: ReceivedRequest,
+    takes_long: bool,
 ) -> tuple[Policy, Acted, dict[str, bool]]:
     """The policy that acted, the result, and the outputs to return."""
     parameters = received.request.parameters
     sequence = await sequences.find(sessions, registry, parameters, policy, pinned)
     if sequence:
         selected = codec.select_outputs(received.request, sequence.policy.signature.outputs)
-        return sequence.policy, await sequences.step(sessions, registry, sequence, received), selected
+        return sequence.policy, await sequences.step(sessions, registry, sequence, received, takes_long), selected
     if not pinned:
         policy = registry.route(policy)
     selected = codec.select_outputs(received.request, metadata.outputs(policy.signature))
-    tensors = received.tensors(policy.signature)
+    tensors = await off_loop.call(received.tensors, policy.signature, takes_long=takes_long)
     size = len(next(iter(tensors.values())))
     exploration, seed = wire.read_randomness(vars(parameters))
     acted = await admission.act(policy, tensors, size, exploration, seed)

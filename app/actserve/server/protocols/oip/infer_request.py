@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actserve.core.errors import MalformedBody
 from actserve.core.signature import Arrays, Signature
-from actserve.wire.payload import check_json_size
+from actserve.wire import large_json
+from actserve.wire.payload import JSON, check_json_size, takes_long
 
 _Source = TypeVar("_Source")
 
@@ -84,7 +85,13 @@ class ReceivedRequest(Protocol):
 def parse_json(document: bytes) -> InferRequest:
     """Raises `MalformedBody`, which names the field."""
     check_json_size(document)
-    return _validated(InferRequest.model_validate_json, document)
+    if not takes_long(JSON, document):
+        return _validated(InferRequest.model_validate_json, document)
+    try:
+        fields = large_json.load(document)
+    except ValueError as error:
+        raise MalformedBody(f"the JSON part: expected JSON; got something else: {error}"[:400]) from None
+    return _validated(InferRequest.model_validate, fields)
 
 
 def from_fields(fields: Mapping[str, Any]) -> InferRequest:

@@ -7,11 +7,13 @@ stays on the version that it began with.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from actserve import wire
 from actserve.core.errors import InvalidRequest
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
+from actserve.server import off_loop
 from actserve.server.admission import current_token
 from actserve.server.protocols.oip.infer_request import Parameters, ReceivedRequest
 from actserve.server.sessions import Session, Sessions, policy_of
@@ -44,14 +46,17 @@ async def find(
     return Sequence(await policy_of(registry, session), session)
 
 
-async def step(sessions: Sessions, registry: Registry, sequence: Sequence, received: ReceivedRequest) -> Acted:
+async def step(
+    sessions: Sessions, registry: Registry, sequence: Sequence, received: ReceivedRequest, takes_long: bool
+) -> Acted:
     """Take one step. If it fails, the state does not change, and a sequence that started with it does not exist."""
     parameters = received.request.parameters
     exploration, seed = wire.read_randomness(vars(parameters))
-    tensors = received.tensors(sequence.policy.signature)
+    tensors = await off_loop.call(received.tensors, sequence.policy.signature, takes_long=takes_long)
     session = sequence.session
     if session is None:
-        session = sessions.begin(
+        begin = partial(
+            sessions.begin,
             sequence.policy.name,
             sequence.policy.version,
             seed=seed,
@@ -59,14 +64,15 @@ async def step(sessions: Sessions, registry: Registry, sequence: Sequence, recei
             sequence=parameters.sequence_id,
             holder=current_token(),
         )
+        session = await sessions.when_unlocked(begin)
     elif seed not in (None, session.seed) or exploration not in (None, session.exploration):
         raise InvalidRequest("a sequence's seed and exploration are set when it starts; got others later")
     try:
         result = await sessions.step(registry, session, tensors)
     except BaseException:
         if sequence.session is None:
-            sessions.end(session)
+            await sessions.when_unlocked(partial(sessions.end, session))
         raise
     if parameters.sequence_end:
-        sessions.end(session)
+        await sessions.when_unlocked(partial(sessions.end, session))
     return result.acted
