@@ -98,7 +98,7 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """By name: what takes bytes, and bytes that it takes. `folder`: for a file of tokens."""
     (folder / "tokens").write_text("")
     access = Access(folder / "tokens")
-    endpoints = {b"/act": SimpleNamespace(item_bytes=ITEM_BYTES, max_items=4)}
+    endpoints = {b"/act": SimpleNamespace(item_bytes=ITEM_BYTES, max_items=4, dtype="uint8")}
     heads, guarded = HeadParser(endpoints), HeadParser(endpoints, find_token=access.find)
     replies = ReplyCodec(MIXED.outputs)
 

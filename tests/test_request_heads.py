@@ -25,6 +25,7 @@ class Endpoint:
     name: str
     item_bytes: int = ITEM_BYTES
     max_items: int = 2
+    dtype: str = "uint8"
 
 
 ENDPOINTS = {b"/act": Endpoint("default"), b"/policies/tiny/act": Endpoint("tiny")}

@@ -188,9 +188,9 @@ def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bo
     """Observations {name: (k, *shape)} -> (content type, body): raw bytes of a single tensor, else safetensors."""
     if len(signature.observations) > 1:
         return wire.SAFETENSORS, wire.encode_request(wire.SAFETENSORS, wire.Payload(dict(tensors), batched))
-    (array,) = tensors.values()
+    (array,), (spec,) = tensors.values(), signature.observations
     # A view: 100 KB of screen are not copied before they are sent.
-    return wire.RAW, little_endian(array).data.cast("B")
+    return wire.raw_type(spec), little_endian(array).data.cast("B")
 
 
 def little_endian(array: Array) -> Array:

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from actserve.core.errors import UsageError
 
 PREFIX = "ACTSERVE_"
+
+
+def _without_slash_at_end(path: str) -> str:
+    return path.rstrip("/")
 
 
 class Settings(BaseModel):
@@ -43,6 +47,17 @@ class Settings(BaseModel):
     )
     request_timeout_s: float = Field(
         30, ge=1, description="Seconds within which a client must send its request, and receive its answer."
+    )
+    keep_alive_s: float = Field(
+        75,
+        gt=0,
+        description="Seconds after which an idle connection is closed. It must be longer than the proxy or client in "
+        "front keeps idle connections; 60 s is usual.",
+    )
+    root_path: Annotated[str, AfterValidator(_without_slash_at_end)] = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*/?$",
+        description="The prefix of every path behind a proxy, such as `/robots`. The proxy may remove it or leave it.",
     )
     sessions: Path | None = Field(
         None,

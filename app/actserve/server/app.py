@@ -26,6 +26,7 @@ from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.fastpath.request_heads import Observed
 from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions, stream
 from actserve.server.http.observability import ObservabilityMiddleware
+from actserve.server.http.root_path import RootPathMiddleware
 from actserve.server.metrics.publisher import Publisher
 from actserve.server.processes.supervisor import Start
 from actserve.server.protocols import grpc, oip
@@ -53,7 +54,9 @@ class _Application(FastAPI):
     """FastAPI with the observability middleware around everything, error handlers included."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return ObservabilityMiddleware(super().build_middleware_stack())
+        return RootPathMiddleware(
+            ObservabilityMiddleware(super().build_middleware_stack()), self.state.settings.root_path
+        )
 
 
 def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:

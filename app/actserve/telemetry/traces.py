@@ -46,7 +46,7 @@ class Traces:
             "logs": False,
             "operation_spans": False,
             "auto_configure": False,
-            "exclude": lambda scope: scope["type"] == "websocket" or scope["path"] in _PROBES,
+            "exclude": lambda scope: scope["type"] == "websocket" or _path(scope) in _PROBES,
         }
 
     def begin(self, call: Call) -> None:
@@ -71,6 +71,12 @@ class Traces:
                 child = tracer.start_span(name, start_time=begun_ns)
                 begun_ns += ns
                 child.end(begun_ns)
+
+
+def _path(scope: Mapping[str, Any]) -> str:
+    """The path below a proxy's prefix."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _provider(environment: Mapping[str, str]) -> Any:

@@ -1,7 +1,7 @@
 // Sends one screen, as a PNG, to `/act` and shows the policy's action.
 
-import { Bars } from "/page/bars.js";
-import * as token from "/page/token.js";
+import { Bars } from "./bars.js";
+import * as token from "./token.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -16,7 +16,7 @@ export function install(policy, frame) {
     const query = new URLSearchParams({ outputs, ...(exploration && { exploration }) });
     const started = performance.now();
     try {
-      const response = await fetch(`${path}/act?${query}`, {
+      const response = await fetch(`${path}act?${query}`, {
         method: "POST", headers: { ...token.headers(), "Content-Type": "image/png" }, body: png,
       });
       const duration = performance.now() - started;
@@ -46,7 +46,7 @@ export function install(policy, frame) {
     if ($("file").files.length) ask($("file").files[0]);
     $("file").value = "";
   });
-  $("use").addEventListener("click", async () => ask(frame() ?? (await (await fetch("/page/sample.png")).blob())));
+  $("use").addEventListener("click", async () => ask(frame() ?? (await (await fetch("page/sample.png")).blob())));
 
   let depth = 0; // how many nested elements the drag has entered
   const dragOver = (change) => {

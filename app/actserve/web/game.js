@@ -1,12 +1,12 @@
 // One game: its WebSocket, the messages from the service and the commands to it. Skips frames that it cannot draw in time.
 
-import * as token from "/page/token.js";
+import * as token from "./token.js";
 
 export class Game {
   // `on`: the callbacks hello(hello), picture(head, bitmap, png) and end(game). None is called after `stop`.
   constructor(choice, command, on) {
     const query = new URLSearchParams(Object.entries(choice).filter(([, value]) => value));
-    const url = new URL(`/games?${query}`, location.href);
+    const url = new URL(`games?${query}`, location.href);
     url.protocol = url.protocol.replace("http", "ws");
     this.on = on;
     this.command = command;

@@ -1,11 +1,11 @@
 // The page: the choice of a policy, the current game, and its figures.
 
-import * as ask from "/page/ask.js";
-import { Bars } from "/page/bars.js";
-import { Chart, POINT_MS, quantile } from "/page/chart.js";
-import { Game } from "/page/game.js";
-import * as keys from "/page/keys.js";
-import * as token from "/page/token.js";
+import * as ask from "./ask.js";
+import { Bars } from "./bars.js";
+import { Chart, POINT_MS, quantile } from "./chart.js";
+import { Game } from "./game.js";
+import * as keys from "./keys.js";
+import * as token from "./token.js";
 
 const $ = (id) => document.getElementById(id);
 const pen = $("screen").getContext("2d");
@@ -32,7 +32,7 @@ const json = async (path) => {
 const options = (select, values) => select.replaceChildren(...values.map(([value, text]) => new Option(text, value)));
 
 async function describe() {
-  described = await json(`/policies/${$("policy").value}`);
+  described = await json(`policies/${$("policy").value}`);
   const { manifest, version, runtime, versions } = described;
   options($("version"), versions.toReversed().map((number) => [number, number === version ? `${number} (live)` : number]));
   $("version").value = version;
@@ -190,11 +190,11 @@ async function begin() {
 }
 
 async function loadPolicies() {
-  const games = await json("/games");
+  const games = await json("games");
   const { reason } = games;
   playable = games.playable;
   $("note").textContent = playable ? "" : `${reason[0].toUpperCase()}${reason.slice(1)}. You can still try a PNG of a screen.`;
-  const { default: first, policies } = await json("/policies");
+  const { default: first, policies } = await json("policies");
   if (!policies.length) {
     $("note").textContent = "No policy is served yet.";
     setTimeout(begin, 1000);
@@ -241,8 +241,8 @@ keys.listen($("pad"), listening, (now) => {
 });
 ask.install(
   () => ({
-    // "" until the policies are loaded: then `/act` asks the default policy.
-    path: $("version").value && `/policies/${$("policy").value}/versions/${$("version").value}`, meanings, values: values(),
+    // Empty until the policies are loaded: then `act` asks the default policy.
+    path: $("version").value && `policies/${$("policy").value}/versions/${$("version").value}/`, meanings, values: values(),
     exploration: $("exploration").value,
   }),
   () => frame,

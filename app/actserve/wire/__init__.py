@@ -11,13 +11,14 @@ from functools import lru_cache
 
 from actserve.core.errors import NotAcceptable, UnsupportedContentType
 from actserve.core.signature import Array, Signature, TensorSpec
-from actserve.wire import as_json, as_png, as_raw, as_safetensors
+from actserve.wire import as_json, as_npy, as_png, as_raw, as_safetensors
 from actserve.wire import payload as payloads
 from actserve.wire.accept_header import quality
 from actserve.wire.compression import expand
 from actserve.wire.payload import (
     JSON,
     MANY_VALUES,
+    NPY,
     PNG,
     RAW,
     SAFETENSORS,
@@ -29,6 +30,7 @@ from actserve.wire.payload import (
 
 __all__ = [
     "JSON",
+    "NPY",
     "PNG",
     "RAW",
     "SAFETENSORS",
@@ -39,6 +41,7 @@ __all__ = [
     "encode_request",
     "expand",
     "negotiate",
+    "raw_type",
     "read_randomness",
     "takes_long",
     "writing_takes_long",
@@ -49,13 +52,14 @@ _READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Payload]] = {
     JSON: as_json.read,
     SAFETENSORS: as_safetensors.read,
     PNG: as_png.read,
+    NPY: as_npy.read,
 }
 _WRITERS: dict[str, Callable[[Payload], bytes]] = {
     JSON: as_json.write,  # preferred when Accept ranks several equally
     RAW: as_raw.write,
     SAFETENSORS: as_safetensors.write,
 }
-_SINGLE_TENSOR = (RAW, PNG)  # one tensor without metadata
+_SINGLE_TENSOR = (RAW, PNG, NPY)  # one tensor without metadata
 
 
 def decode(content_type: str, body: Body, signature: Signature) -> Payload:
@@ -64,6 +68,8 @@ def decode(content_type: str, body: Body, signature: Signature) -> Payload:
     reader = _READERS.get(media_type)
     if reader is None:
         raise UnsupportedContentType(content_type, list(_READERS))
+    if media_type == RAW and len(signature.observations) == 1:
+        as_raw.check_dtype(_dtype(content_type), signature.observations[0])
     payload = reader(body, signature.observations if media_type in _SINGLE_TENSOR else signature.request_inputs)
     signature.validate_request(payload.tensors)
     return payload
@@ -122,6 +128,20 @@ def negotiate(accept: str, outputs: int) -> str:
     if content_type == RAW and outputs != 1:
         raise NotAcceptable(f"{RAW}, which carries one output, for {outputs} outputs", [JSON, SAFETENSORS])
     return content_type
+
+
+def raw_type(spec: TensorSpec) -> str:
+    """The content type of the raw bytes of one tensor, which says their dtype."""
+    return f"{RAW}; dtype={spec.dtype}"
+
+
+def _dtype(content_type: str) -> str | None:
+    """The parameter `dtype`, if any."""
+    for parameter in content_type.split(";")[1:]:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "dtype":
+            return value.strip().strip('"')
+    return None
 
 
 def _media_type(content_type: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from actserve.core.completion import MAX_SEED
-from actserve.core.errors import InvalidTensor, MalformedBody
+from actserve.core.errors import InvalidTensor, MalformedBody, UnsupportedContentType
 from actserve.core.signature import IS_INIT, Array, Arrays, Exploration, TensorSpec, describe
 
 Body = bytes | bytearray | memoryview
@@ -18,6 +18,7 @@ RAW = "application/octet-stream"
 JSON = "application/json"
 SAFETENSORS = "application/safetensors"
 PNG = "image/png"
+NPY = "application/x-npy"
 
 MAX_VALUES = 1 << 20  # single JSON values: each takes up to a microsecond
 MANY_VALUES = 1 << 12  # more of them take so long that they must not be read in the event loop
@@ -119,6 +120,14 @@ def check_value_count(values: int) -> None:
     """Raises `MalformedBody` for more than `MAX_VALUES`."""
     if values > MAX_VALUES:
         raise MalformedBody(f"expected at most {MAX_VALUES:,} single values; got {values:,}: send tensors as bytes")
+
+
+def single_spec(specs: Sequence[TensorSpec], content_type: str) -> TensorSpec:
+    """The only spec. Raises `UnsupportedContentType` for several."""
+    if len(specs) != 1:
+        names = ", ".join(spec.name for spec in specs)
+        raise UnsupportedContentType(f"{content_type}, which carries one tensor, for {names}", [JSON, SAFETENSORS])
+    return specs[0]
 
 
 def find_spec(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:

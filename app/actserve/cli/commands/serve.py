@@ -75,6 +75,12 @@ def serve(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate chain (PEM file).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM file).")] = None,
+    root_path: Annotated[
+        str | None, typer.Option(help="Prefix of every path behind a proxy, such as /robots. Default: none.")
+    ] = None,
+    keep_alive: Annotated[
+        float | None, typer.Option(help="Close connections that are idle for so many seconds. Default: 75.")
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Allow browser pages of this origin (CORS); may be repeated.")
     ] = None,
@@ -106,6 +112,8 @@ def serve(
         "tokens": tokens,
         "tls_cert": tls_cert,
         "tls_key": tls_key,
+        "root_path": root_path,
+        "keep_alive_s": keep_alive,
         "cors_origins": cors_origin and ",".join(cors_origin),
     }
     named = {PREFIX + name.upper(): str(value) for name, value in given.items() if value}

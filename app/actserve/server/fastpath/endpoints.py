@@ -43,6 +43,8 @@ class Endpoint:
     def __init__(self, batcher: Batcher, arena: Arena, policy: Policy, tally: Tally) -> None:
         self.batcher, self.arena = batcher, arena
         self.item_bytes = arena.item_bytes
+        (self.observation,) = policy.signature.observations
+        self.dtype = self.observation.dtype
         self.max_items = min(BATCHES * policy.tuning.batch, policy.signature.max_batch)
         self._tally = tally
         self._policy = policy  # keeps it loaded
@@ -118,6 +120,7 @@ class FastPath:
         self.patience_s = settings.request_timeout_s
         self.max_connections = settings.max_connections
         self.connections: set[TimedConnection] = set()
+        self._root_path = settings.root_path
         self._registry = registry
         self._observed = observed
         self._generation = -1  # of the registry and of the tokens, when the endpoints were built
@@ -181,9 +184,10 @@ class FastPath:
                 continue  # with a canary or a shadow, the route chooses the version
             if batcher.arena is not None and not policy.signature.state:  # the answer to state is not prebuilt
                 tally = self._registry.counts.tally(name, "fastpath", ACT)
-                endpoint = endpoints[f"/policies/{name}/act".encode()] = Endpoint(batcher, batcher.arena, policy, tally)
-                if name == self._registry.default:
-                    endpoints[b"/act"] = endpoint
+                endpoint = Endpoint(batcher, batcher.arena, policy, tally)
+                paths = [f"/policies/{name}/act", *(["/act"] if name == self._registry.default else [])]
+                for prefix in {"", self._root_path}:  # a proxy may remove it or leave it
+                    endpoints |= {f"{prefix}{path}".encode(): endpoint for path in paths}
         access = self.admission.access
         find_token = None
         if access is not None:

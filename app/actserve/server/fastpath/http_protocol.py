@@ -34,7 +34,10 @@ from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
 from actserve.server.fastpath.request_heads import MAX_BYTES, RequestHead, may_become_a_head
 from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
 from actserve.server.http import error_responses as errors
+from actserve.wire import as_raw
+from actserve.wire.as_npy import MAGIC
 
+MAGIC_BYTES = len(MAGIC)
 FIRST_HEAD_BYTES = 512  # assumed length of a connection's first head
 LINGER_S = 0.25  # at shutdown, for a request that is on its way
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -70,6 +73,7 @@ class FastPathProtocol(Receiver):
         self._head_bytes = FIRST_HEAD_BYTES  # expected length of the next head
         self._passing = False  # bytes go to uvicorn's protocol
         self._closing = False  # after the next answer
+        self._input_ended = False  # the client sends no more
         self._requests = 0  # started on this connection, on the fast path or not
         self._before: tuple[Phase, int] = (Phase.IDLE, -1)  # at the last `close_if_idle`
         self._unchanged_s = 0
@@ -125,6 +129,30 @@ class FastPathProtocol(Receiver):
         self.transport = None
         if self._missing is not None:
             self._leave()
+
+    def eof_received(self) -> bool | None:
+        """A client may close its side after its last request, and wait for the answers (RFC 9112, 9.6)."""
+        if self.transport.get_extra_info("ssl_object") is not None:
+            return None  # with TLS this closes both sides
+        self._input_ended = True
+        if self._endpoint is None and self._data:
+            self._go_on_soon()
+            return True
+        return self._stays_open()
+
+    def _stays_open(self) -> bool:
+        """Whether the connection of a client that sends no more stays open, for an answer. Then it is closed."""
+        if self._missing is not None or self._to_discard:
+            return False
+        if self._endpoint is not None:
+            self._closing = not self._data  # otherwise a request that was sent ahead is answered first
+            return True
+        return self._passing and self._inner.end_input()
+
+    def _go_on(self) -> None:
+        super()._go_on()
+        if self._input_ended and self.transport is not None and not self._stays_open():
+            self.transport.close()
 
     # called by uvicorn's server
 
@@ -221,6 +249,8 @@ class FastPathProtocol(Receiver):
         assert self._endpoint is not None
         assert self._fast_path is not None
         try:
+            if self.size > 1:
+                as_raw.refuse_npy(self.observations[:MAGIC_BYTES].tobytes(), self._endpoint.observation)
             self._fast_path.admission.enter(self._endpoint.batcher, self)
         except ActserveError as error:
             self._answer(self._endpoint.refusal(error, self._state.default_headers))

@@ -61,8 +61,8 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     # called by asyncio
 
     def eof_received(self) -> bool | None:
-        ended: bool | None = self._inner.eof_received()
-        return ended
+        """The client sends no more. True: the connection stays open for the answers to come."""
+        return None
 
     def pause_writing(self) -> None:
         self._inner.pause_writing()

@@ -35,8 +35,8 @@ _TRACE = {
     b"x-b3-sampled", b"x-b3-flags",
 }  # fmt: skip
 _REQUEST_ID = b"x-request-id"
+_RAW = b"application/octet-stream"
 _ONLY: dict[bytes, set[bytes]] = {
-    b"content-type": {b"application/octet-stream"},
     b"accept": {b"*/*", b"application/json"},
     b"connection": {b"keep-alive"},
 }
@@ -48,6 +48,10 @@ class Target(Protocol):
     @property
     def item_bytes(self) -> int:
         """The size of one observation."""
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype."""
 
     @property
     def max_items(self) -> int:
@@ -148,7 +152,7 @@ class HeadParser(Generic[Endpoint]):
     def _read_fields(
         self, path: bytes, fields: dict[bytes, bytes], request_id: bytes | None
     ) -> RequestHead[Endpoint] | None:
-        length, content_type = fields.pop(b"content-length", b""), fields.get(b"content-type")
+        length, content_type = fields.pop(b"content-length", b""), fields.pop(b"content-type", None)
         if content_type is None or fields.pop(b"host", None) is None or not _LENGTH.fullmatch(length):
             return None
         coding, patience = fields.pop(b"content-encoding", None), fields.pop(b"x-deadline-ms", None)
@@ -162,6 +166,8 @@ class HeadParser(Generic[Endpoint]):
         if any(value not in _ONLY.get(name, ()) for name, value in fields.items()):
             return None
         endpoint, body_bytes = self._endpoints[path], int(length)
+        if content_type not in (_RAW, b"%s; dtype=%s" % (_RAW, endpoint.dtype.encode())):
+            return None
         items, remainder = divmod(body_bytes, endpoint.item_bytes)
         if coding is not None:
             if coding != b"zstd" or body_bytes > MAX_COMPRESSED_BYTES:

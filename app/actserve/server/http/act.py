@@ -43,7 +43,9 @@ _DESCRIPTION = """
 Post one observation and get the policy's action for it.
 
 * `application/octet-stream`: the raw bytes of the observation, row-major. For an Atari policy that is one RGB screen,
-  210x160x3 uint8: 100,800 bytes. k observations back to back are a batch of k.
+  210x160x3 uint8: 100,800 bytes. k observations back to back are a batch of k. The bytes do not say their dtype:
+  `application/octet-stream; dtype=uint8` is checked.
+* `application/x-npy`: the same as a .npy file, one observation or a batch of them.
 * Client-carried state: the answer of a recurrent policy has its state. Send it back with the next observation.
   Without state, or with `"is_init": true`, a new episode begins.
 * State held by the service: see `/policies/{name}/sessions`.
@@ -67,6 +69,7 @@ _EXTRA: dict[str, Any] = {
             wire.RAW: {"schema": _BINARY},
             wire.SAFETENSORS: {"schema": _BINARY},
             wire.PNG: {"schema": _BINARY},
+            wire.NPY: {"schema": _BINARY},
             wire.JSON: {
                 "schema": {"type": "object", "additionalProperties": True},
                 "example": {"pixels": {"dtype": "uint8", "shape": [210, 160, 3], "b64": "AAAA..."}},

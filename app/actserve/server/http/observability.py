@@ -42,6 +42,9 @@ class ObservabilityMiddleware:
         state = scope["app"].state
         state.traces.begin(call)
         status = 0
+        is_head = scope.get("method") == "HEAD"
+        if is_head:  # HEAD is answered wherever GET is (RFC 9110, 9.3.2); the server sends no body
+            scope = {**scope, "method": "GET"}
 
         async def send_observed(message: Message) -> None:
             nonlocal status
@@ -52,13 +55,15 @@ class ObservabilityMiddleware:
                 state.traces.end(call, policy)
                 if message["type"] != "websocket.close":
                     message = {**message, "headers": [*message.get("headers", ()), (_ID, call.id.encode())]}
+            if is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             await self._inner(scope, receive, send_observed)
         finally:
             if state.settings.access_log:
-                _log(scope, call, status)
+                _log({**scope, "method": "HEAD"} if is_head else scope, call, status)
 
 
 def _route(scope: Scope) -> str:

@@ -14,6 +14,7 @@ from actserve.core.errors import ActserveError, ForbiddenOrigin
 from actserve.core.settings import Settings
 from actserve.server.admission import Admission, Ticket, current_ticket
 from actserve.server.http.error_responses import response
+from actserve.server.http.root_path import route_path
 from actserve.server.protocols.oip.error_responses import response as oip_response
 
 PUBLIC = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/"})  # need no token
@@ -50,20 +51,20 @@ class SecurityMiddleware:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers, path = Headers(scope=scope), route_path(scope)
         ticket = Ticket()
         try:
             if scope["type"] == "websocket":
                 self._check_origin(headers)
-            if scope["path"] not in self._public and not scope["path"].startswith(PAGE):
+            if path not in self._public and not path.startswith(PAGE):
                 ticket = self._admission.open(_authorization(scope, headers))
         except ActserveError as error:
-            await _refusal(scope["path"], error)(scope, receive, send)
+            await _refusal(path, error)(scope, receive, send)
             return
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                _protect(scope["path"], MutableHeaders(scope=message))
+                _protect(path, MutableHeaders(scope=message))
             elif message["type"] == "websocket.accept" and SUBPROTOCOL in scope.get("subprotocols", ()):
                 message["subprotocol"] = SUBPROTOCOL
             await send(message)

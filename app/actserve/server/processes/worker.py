@@ -41,6 +41,7 @@ def serve(settings: Settings, listener: socket.socket, start: Start) -> None:
         headers=[("X-Content-Type-Options", "nosniff")],
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
+        timeout_keep_alive=cast(int, settings.keep_alive_s),  # uvicorn takes any number
         timeout_graceful_shutdown=DRAIN_S,
     )
     registry: Registry = app.state.registry
