@@ -154,12 +154,12 @@ def step(
 
 
 def begin_session(
-    description: PolicyDescription, exploration: Exploration | None, seed: int | None, owner: str | None
+    description: PolicyDescription, exploration: Exploration | None, seed: int | None, owner: str | None, key: str
 ) -> Operation[str]:
-    """Begin a session and return its id."""
+    """Begin a session and return its id. The same `key` again returns the same session."""
     options = {"exploration": exploration, "seed": seed}
     body = pydantic_core.to_json({name: value for name, value in options.items() if value is not None})
-    headers = {"Content-Type": wire.JSON, **({"X-Owner": owner} if owner else {})}
+    headers = {"Content-Type": wire.JSON, "Idempotency-Key": key, **({"X-Owner": owner} if owner else {})}
     answer = read_json((yield HttpRequest("POST", sessions_path(description.name), body, headers)))
     try:
         return str(answer["session"])
@@ -168,8 +168,11 @@ def begin_session(
 
 
 def end_session(description: PolicyDescription, session: str) -> Operation[None]:
+    """End a session. That it has ended before is no error: the answer to the first request may have been lost."""
     path = f"{sessions_path(description.name)}/{quote(session, safe='')}"
-    _checked((yield HttpRequest("DELETE", path, headers={"X-Session": session})))  # a proxy may route by it
+    response = yield HttpRequest("DELETE", path, headers={"X-Session": session})  # a proxy may route by it
+    if response.status != 410:
+        _checked(response)
 
 
 def act_path(name: str) -> str:

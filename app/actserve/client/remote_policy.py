@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -13,7 +14,7 @@ from actserve.client.tensordicts import read_tensordict, write_tensordict
 from actserve.client.transport import HttpConnection
 from actserve.core.completion import step_seed
 from actserve.core.environment import Environment
-from actserve.core.errors import ProxyFailed, ServiceUnreachable
+from actserve.core.errors import ActserveError, ProxyFailed, ServiceUnreachable
 from actserve.core.signature import Array, Arrays, Exploration, Signature
 
 MAX_ATTEMPTS = 3  # per step of an episode; a session takes a retried step once
@@ -98,8 +99,9 @@ class RemotePolicy:
         seed: int | None = None,
         owner: str | None = None,
     ) -> RemoteSession:
-        """One episode whose state the service keeps."""
-        id_ = self.run(operations.begin_session(self.description, exploration, seed, owner))
+        """One episode whose state the service keeps. If an answer is lost, it asks again for the same session."""
+        key = secrets.token_urlsafe(16)
+        id_ = self.run_with_retries(lambda: operations.begin_session(self.description, exploration, seed, owner, key))
         return RemoteSession(self, id_, outputs)
 
     def run(self, operation: Operation[Result]) -> Result:
@@ -221,7 +223,7 @@ class RemoteSession:
 
     def end(self) -> None:
         """End the session at the service. Raises the same errors as `act`."""
-        self._policy.run(operations.end_session(self._policy.description, self.id))
+        self._policy.run_with_retries(lambda: operations.end_session(self._policy.description, self.id))
 
     def __enter__(self) -> Self:
         return self
@@ -229,4 +231,8 @@ class RemoteSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.end()
+        try:
+            self.end()
+        except ActserveError:
+            if kind is None:  # otherwise it would hide the exception of the block
+                raise

@@ -15,6 +15,7 @@ import numpy as np
 from actserve.client.oip_request import binary_data, infer_request, request_json
 from actserve.client.operations import Operation, read_json, unexpected_answer, unwrap_action
 from actserve.client.remote_policy import RemotePolicy
+from actserve.core.errors import ActserveError
 from actserve.core.signature import Array, Arrays, Exploration
 
 
@@ -62,8 +63,11 @@ class OipSequence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
+        try:
             self.end()
+        except ActserveError:
+            if kind is None:  # otherwise it would hide the exception of the block
+                raise
 
     def _infer(self, tensors: Mapping[str, Array], parameters: Mapping[str, Any]) -> Operation[Arrays]:
         policy = self._policy

@@ -62,7 +62,7 @@ class SessionBackend(Backend):
 
     async def _begin_session(self, connection: LoadConnection) -> SessionState:
         self._owner = self._owner or secrets.token_urlsafe(16)
-        operation = begin_session(self.description, None, self.noise_seed, self._owner)
+        operation = begin_session(self.description, None, self.noise_seed, self._owner, secrets.token_urlsafe(16))
         status, body = await connection.exchange(*self.encode(next(operation)))
         try:
             operation.send(HttpResponse(status, "", body))

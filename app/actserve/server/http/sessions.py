@@ -26,6 +26,7 @@ SESSION_HEADER = "X-Session"
 STEP_HEADER = "X-Step"
 REPLAYED_HEADER = "X-Replayed"
 OWNER_HEADER = "X-Owner"
+KEY_HEADER = "Idempotency-Key"
 _BEGIN_LIMIT_BYTES = 4096
 _BEGIN: dict[str, Any] = {
     "requestBody": {
@@ -38,7 +39,14 @@ _BEGIN: dict[str, Any] = {
             "schema": {"type": "string"},
             "description": "A secret that the client chooses, to list its sessions later. It has no effect if the "
             "service requires tokens: then the token's name owns the sessions.",
-        }
+        },
+        {
+            "name": KEY_HEADER,
+            "in": "header",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 200},
+            "description": "A random text of the client. The same text again returns the same session, for a client "
+            "whose answer was lost.",
+        },
     ],
 }
 
@@ -141,6 +149,7 @@ async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
         owner=request.headers.get(OWNER_HEADER) or None,
         seed=seed,
         exploration=exploration,
+        key=_read_key(request),
         holder=current_token(),
     )
     session = await sessions.when_unlocked(begin)
@@ -155,6 +164,13 @@ def _read_beginning(body: bytes) -> tuple[Exploration | None, int | None]:
     if not isinstance(document, dict) or document.keys() - {"seed", "exploration"}:
         raise MalformedBody(f'expected a JSON object with "seed", "exploration", both or none; got {document}'[:200])
     return wire.read_randomness(document)
+
+
+def _read_key(request: Request) -> str | None:
+    value = request.headers.get(KEY_HEADER)
+    if value is not None and not (0 < len(value) <= 200 and all("!" <= character <= "~" for character in value)):
+        raise InvalidRequest(f"expected {KEY_HEADER} of 1 to 200 visible ASCII characters; got {value!r}"[:200])
+    return value
 
 
 def _read_step(request: Request) -> int | None:

@@ -148,21 +148,26 @@ class Sessions:
         seed: int | None = None,
         exploration: Exploration | None = None,
         sequence: int | str | None = None,
+        key: str | None = None,
         holder: Token | None = None,
     ) -> Session:
-        """Start a session.
+        """Start a session, or return the one that was started with this `key`, an idempotency key of the client.
 
         `owner` is a secret of the client, for `owned`. `sequence` is a number or name that the client chose instead of
         an id, within `policy`, `owner` and `holder`; it replaces an older sequence with this name. `holder` is the
         token that owns the session: for tokens of another name, the session does not exist. If there is no room, the
         session that was idle for longest is deleted, one of the same holder if possible.
         """
-        seed = secrets.randbelow(MAX_SEED) if seed is None else seed
-        if not 0 <= seed <= MAX_SEED:
+        if seed is not None and not 0 <= seed <= MAX_SEED:
             raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
         owner_digest = self._ids.owner(owner, holder)
         sequence_digest = None if sequence is None else self._ids.sequence(policy, sequence, owner, holder)
+        if key is not None:
+            sequence_digest = self._ids.key(policy, key, owner, holder)
         with self._file.transaction():
+            if key is not None and (found := self._find(holder, "sequence = ?", sequence_digest)):
+                return _same(found[0], seed, exploration)
+            seed = secrets.randbelow(MAX_SEED) if seed is None else seed
             self._file.change("DELETE FROM session WHERE sequence = ?", sequence_digest)
             ((number,),) = self._file.rows(
                 "INSERT INTO session (used_ms, policy, version, seed, exploration, owner, sequence)"
@@ -349,6 +354,13 @@ class Sessions:
 
     def _idle_since_ms(self) -> int:
         return self._now_ms() - int(self.limits.idle_s * 1000)
+
+
+def _same(session: Session, seed: int | None, exploration: Exploration | None) -> Session:
+    """The session of an idempotency key. Raises `InvalidRequest` if it began otherwise than it is asked for."""
+    if seed not in (None, session.seed) or exploration not in (None, session.exploration):
+        raise InvalidRequest("this idempotency key began a session with another seed or exploration; expected the same")
+    return session
 
 
 def _check(signature: Signature, tensors: Arrays) -> None:

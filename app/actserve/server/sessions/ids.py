@@ -79,6 +79,12 @@ class SessionIds:
             return self._digest("sequence of a holder", policy, holder.name, sequence)
         return self._digest("sequence", policy, owner, sequence)
 
+    def key(self, policy: str, key: str, owner: str | None, holder: Token | None) -> bytes:
+        """The digest of an idempotency key, within `policy` and the holder or the owner. No sequence has it."""
+        if holder is not None:
+            return self._digest("key of a holder", policy, holder.name, key)
+        return self._digest("key", policy, owner, key)
+
     def _digest(self, *parts: str | int | None) -> bytes:
         """16 bytes. `repr` distinguishes 1 from "1", and separates the parts."""
         return hmac.digest(self._key, repr(parts).encode(), "sha256")[:_DIGEST_BYTES]
