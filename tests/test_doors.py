@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from actserve.core.settings import Settings
-from actserve.server.admission import RESERVED_BYTES
+from actserve.server.memory import RESERVED_BYTES
 from tests import doors
 from tests.doors import ALL, BATCHES, ITEM_BYTES, RATE, REQUESTS, Service, screens
 from tests.fastpath_service import NAME
@@ -186,13 +186,13 @@ def test_bodies_that_have_not_come_take_little_memory(tmp_path: Path, items: int
             connection.sendall(head + bytes(100))
         for _ in range(3):  # others are answered meanwhile
             assert BATCHES["fast path"](service, screens(1)).status == "200"
-        assert service.admission.reserved_bytes <= RESERVED_BYTES
+        assert service.admission.memory.reserved_bytes <= RESERVED_BYTES
         assert resident_bytes() - before < RESERVED_BYTES
         last = stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=60))
         last.sendall(head + screens(items).tobytes())
         assert b"200 OK" in last.recv(1000), "memory that grows with the body takes it"
         stack.close()
-        until(lambda: service.admission.reserved_bytes == 0)
+        until(lambda: service.admission.memory.reserved_bytes == 0)
 
 
 def test_headers_that_every_proxy_adds_keep_a_request_on_the_fast_path(service: Service) -> None:

@@ -127,7 +127,6 @@ EXCHANGES: dict[str, list[bytes]] = {
     "expects": [request(BODY, headers=["Expect: 100-continue"])],
     "compressed": [request(BODY, headers=["Content-Encoding: zstd"])],
     "a step": [request(BODY, headers=["X-Step: 1"])],
-    "upgrade": [request(BODY, headers=["Connection: Upgrade", "Upgrade: h2c"])],
     "space before the colon": [request(BODY, headers=["Accept : */*"])],
     "folded": [request(BODY, headers=["Accept:", " */*"])],
     "no colon": [request(BODY, headers=["nonsense"])],

@@ -24,6 +24,7 @@ ActserveError
 │   ├── Overloaded               the queue is full
 │   │   └── WaitTooLong          the expected wait exceeds the limit
 │   ├── TooManyConnections       the connection limit is reached
+│   ├── MemoryFull               all connections together hold as many bytes as they may
 │   ├── NotServing               the service is loading or shutting down
 │   ├── TooLate                  the request's deadline cannot be met
 │   ├── TooManyGames             the limit of games played on the page is reached
@@ -247,6 +248,16 @@ class WaitTooLong(Overloaded):
 
 class TooManyConnections(Unavailable):
     code = "too_many_connections"
+
+
+class MemoryFull(Unavailable):
+    code = "memory_full"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"all connections together may hold {limit_bytes:,} bytes, and they do; try again shortly",
+            limit_bytes=limit_bytes,
+        )
 
 
 class NotServing(Unavailable):

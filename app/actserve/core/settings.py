@@ -101,6 +101,12 @@ class Settings(BaseModel):
         "", description="Origins whose pages may call from a browser, comma-separated, or `*`. Unset: same origin only."
     )
     max_connections: int = Field(10_000, ge=1, description="The most connections per worker process.")
+    max_connection_bytes: int = Field(
+        512 << 20,
+        ge=1 << 20,
+        description="The most bytes of memory that all connections of one worker process hold: idle connections, "
+        "bodies, answers that are not read, streams and games. What is beyond is refused with 503.",
+    )
     workers: int = Field(
         1, ge=1, description="Worker processes; each grants its share of a rate limit. `actserve serve` sets it."
     )

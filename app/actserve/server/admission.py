@@ -5,8 +5,8 @@ fast path below ASGI. For each request the order is:
 
 1. The token must be known. It is charged for one item once the head is there (`Admission.open`, or `admit` on the fast
    path).
-2. The body has bounds before and after decompression (`max_body_bytes`, `fits`). The memory reserved for bodies that
-   are still to come is bounded too (`reserve`).
+2. The body has bounds before and after decompression (`max_body_bytes`, `fits`). What all connections hold together is
+   bounded too (`memory`).
 3. The number of items is bounded. The token is charged for the items after the first.
 4. The deadline must be possible, the queue must have room, and the policy must not be closing (`Batcher.admit`).
 
@@ -28,8 +28,7 @@ from actserve.engine.batch import BatchRequest
 from actserve.engine.batcher import Batcher
 from actserve.engine.policy import Acted, Policy
 from actserve.server.access.tokens import Access, Token
-
-RESERVED_BYTES = 64 << 20  # of memory for announced bodies that are still to come, over all connections
+from actserve.server.memory import Memory
 
 
 @dataclass(slots=True)
@@ -38,6 +37,8 @@ class Ticket:
 
     token: Token | None = None
     charged: int = 0  # items
+    memory: Memory | None = None
+    held_bytes: int = 0
 
     def charge(self, items: int) -> None:
         """Charge for `items` in total. Raises `RateLimited` or `Unauthorized`, but not for items after the first."""
@@ -48,6 +49,18 @@ class Ticket:
         elif items > self.charged:
             self.token.overdraw(items - self.charged)
         self.charged = max(self.charged, items)
+
+    def hold(self, size_bytes: int) -> None:
+        """Take memory until `release`. Raises `MemoryFull`."""
+        if self.memory is not None:
+            self.memory.take(size_bytes)
+            self.held_bytes += size_bytes
+
+    def release(self) -> None:
+        """Give back what the request holds: it is answered."""
+        if self.memory is not None:
+            self.memory.give_back(self.held_bytes)
+            self.held_bytes = 0
 
 
 current_ticket: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
@@ -68,7 +81,7 @@ class Admission:
         self.access = access
         self.max_body_bytes = settings.max_body_bytes
         self.max_items = settings.max_items
-        self.reserved_bytes = 0
+        self.memory = Memory(settings.max_connection_bytes)
 
     # the token
 
@@ -77,7 +90,7 @@ class Admission:
 
         Raises `Unauthorized` or `RateLimited`.
         """
-        ticket = Ticket() if self.access is None else Ticket(self.access.identify(authorization))
+        ticket = Ticket(None if self.access is None else self.access.identify(authorization), memory=self.memory)
         ticket.charge(1)
         return ticket
 
@@ -97,16 +110,6 @@ class Admission:
     def fits(self, body_bytes: int, items: int) -> bool:
         """Whether a body is within the limits. The routes refuse the others with an error."""
         return body_bytes <= self.max_body_bytes and items <= self.max_items
-
-    def reserve(self, size_bytes: int) -> bool:
-        """Whether memory for a body of this size may be allocated before the body has come. Then `release` it later."""
-        if self.reserved_bytes + size_bytes > RESERVED_BYTES:
-            return False
-        self.reserved_bytes += size_bytes
-        return True
-
-    def release(self, size_bytes: int) -> None:
-        self.reserved_bytes -= size_bytes
 
     # items, deadline, queue
 

@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
             )
             registry.session_versions = app.state.sessions.versions
             stack.callback(traces.close)
-            async with Publisher(registry, app.state.sessions, settings.counts) as app.state.metrics:
+            async with Publisher(registry, app.state.sessions, admission.memory, settings.counts) as app.state.metrics:
                 registry.start(start.delay_s if start else 0.0, start.reason if start else "")
                 if start and (start.replaces or settings.workers > 1):
                     await registry.wait_loaded(LOAD_WAIT_S)

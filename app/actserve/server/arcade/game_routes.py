@@ -20,6 +20,7 @@ from actserve.server.arcade.game import FindPolicy, Game, GameSlots
 from actserve.server.http.error_responses import error_json
 from actserve.server.http.requests import admission_of, registry_of
 from actserve.server.http.websocket import LIMIT
+from actserve.server.memory import GAME_BYTES
 
 router = APIRouter(tags=["page"])
 
@@ -66,7 +67,7 @@ async def _play(websocket: WebSocket) -> int:
         exploration, seed = wire.read_randomness(query)
         if reason := game_slots.why_closed():
             raise InvalidRequest(reason)
-        with game_slots.take():
+        with game_slots.take(), admission_of(websocket).memory.taken(GAME_BYTES):
             async with _policy_finder(websocket, settings) as find:
                 seed = secrets.randbelow(1 << 31) if seed is None else seed
                 game = Game(find, exploration, seed, admission_of(websocket))

@@ -12,7 +12,7 @@ from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from actserve import wire
-from actserve.core.errors import ActserveError, Unavailable
+from actserve.core.errors import ActserveError, MemoryFull, Unavailable
 from actserve.core.repeat import repeat
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
@@ -32,6 +32,7 @@ log = logging.getLogger("actserve")
 Headers = list[tuple[bytes, bytes]]
 UNAVAILABLE = str(errors.STATUS[Unavailable])
 WATCH_EVERY_S = 1.0
+WATCHED_AT_ONCE = 500  # connections, in one turn of the event loop
 TRIM_EVERY = 10  # after so many watches, memory of closed connections is returned to the system
 MAX_REFUSALS = 64  # cached
 MAX_ANSWERS = 4096  # cached; a policy with more actions has each answer built
@@ -106,6 +107,10 @@ class TimedConnection(Protocol):
     def abandon(self) -> None:
         """Close at once. Never raises."""
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory of the bytes that have come, or that the client does not read."""
+
 
 class FastPath:
     """The endpoints of all live policies of a registry, and the open connections. Enter it to serve.
@@ -144,12 +149,7 @@ class FastPath:
         elapsed_s, self._watched_s = min(now_s - self._watched_s, 2 * WATCH_EVERY_S), now_s
         self._registry.check_programs(int(elapsed_s * 1e9))
         self._refresh()
-        for connection in list(self.connections):
-            try:
-                connection.close_if_idle()
-            except Exception:  # the others are watched all the same
-                log.exception("a connection could not be watched; it is closed")
-                connection.abandon()
+        await self._watch_connections()
         access = self.admission.access
         if access is not None:
             access.reload_if_changed()
@@ -160,6 +160,30 @@ class FastPath:
             if self._watched - now:  # closed connections have freed their memory
                 await asyncio.to_thread(malloc.trim)
             self._watched = now
+
+    async def _watch_connections(self) -> None:
+        """Close those that are idle for too long and, while all hold too much, those that hold the most."""
+        held: dict[TimedConnection, int] = {}
+        for number, connection in enumerate(list(self.connections)):
+            try:
+                connection.close_if_idle()
+                if held_bytes := connection.held_bytes:
+                    held[connection] = held_bytes
+            except Exception:  # the others are watched all the same
+                if connection in self.connections:  # it has not closed meanwhile
+                    log.exception("a connection could not be watched; it is closed")
+                    connection.abandon()
+            if number % WATCHED_AT_ONCE == WATCHED_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        memory = self.admission.memory
+        memory.measured_bytes = sum(held.values())
+        for connection in sorted(held, key=held.__getitem__, reverse=True):
+            if memory.free_bytes >= 0:
+                break
+            self.count(UNAVAILABLE, MemoryFull.code)
+            log.warning("connections hold too much memory: one with %d bytes is closed", held[connection])
+            memory.measured_bytes -= held[connection]
+            connection.abandon()
 
     def count(self, status: str, code: str) -> None:
         """Count an answer to a connection that has sent no whole request."""

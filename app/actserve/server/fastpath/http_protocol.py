@@ -25,7 +25,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from actserve import wire
-from actserve.core.errors import ActserveError, TooManyConnections
+from actserve.core.errors import ActserveError, TooManyConnections, Unavailable
 from actserve.engine.batch import BatchResult
 from actserve.server.admission import Ticket
 from actserve.server.fastpath.discard import discard
@@ -34,6 +34,7 @@ from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
 from actserve.server.fastpath.request_heads import MAX_BYTES, RequestHead, may_become_a_head
 from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
 from actserve.server.http import error_responses as errors
+from actserve.server.memory import CONNECTION_BYTES
 from actserve.wire import as_raw
 from actserve.wire.as_npy import MAGIC
 
@@ -74,6 +75,7 @@ class FastPathProtocol(Receiver):
         self._passing = False  # bytes go to uvicorn's protocol
         self._closing = False  # after the next answer
         self._input_ended = False  # the client sends no more
+        self._holds_memory = False
         self._requests = 0  # started on this connection, on the fast path or not
         self._before: tuple[Phase, int] = (Phase.IDLE, -1)  # at the last `close_if_idle`
         self._unchanged_s = 0
@@ -89,9 +91,13 @@ class FastPathProtocol(Receiver):
         if self._fast_path is None:
             return
         self._fast_path.connections.add(self)
-        if len(self._connections) > self._fast_path.max_connections:
+        try:
             limit = self._fast_path.max_connections
-            error = TooManyConnections(f"the service takes at most {limit} connections, and all are open")
+            if len(self._connections) > limit:
+                raise TooManyConnections(f"the service takes at most {limit} connections, and all are open")
+            self._fast_path.admission.memory.take(CONNECTION_BYTES)
+            self._holds_memory = True
+        except Unavailable as error:
             self._fast_path.count(UNAVAILABLE, error.code)
             self.transport.write(serialised(errors.response(error), self._state.default_headers))
             self.transport.close()
@@ -154,6 +160,20 @@ class FastPathProtocol(Receiver):
         if self._input_ended and self.transport is not None and not self._stays_open():
             self.transport.close()
 
+    def pause_writing(self) -> None:
+        """The client does not read its answers: nothing more is read from it until it does."""
+        super().pause_writing()
+        self._waits_for_reader = True
+        if self._missing is None:
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._waits_for_reader = False
+        if not self.waits_for_row:
+            self.transport.resume_reading()
+        self._go_on_soon()
+
     # called by uvicorn's server
 
     def shutdown(self) -> None:
@@ -173,6 +193,9 @@ class FastPathProtocol(Receiver):
         self._connections.discard(self)
         if self._fast_path is not None:
             self._fast_path.connections.discard(self)
+            if self._holds_memory:
+                self._holds_memory = False
+                self._fast_path.admission.memory.give_back(CONNECTION_BYTES)
 
     # a request arrives
 
@@ -298,6 +321,11 @@ class FastPathProtocol(Receiver):
             self.transport.close()
         elif phase is Phase.SENDING and self._unchanged_s >= self._fast_path.patience_s:
             self.transport.abort()
+
+    @property
+    def held_bytes(self) -> int:
+        cycle = self._inner.cycle
+        return super().held_bytes + (0 if cycle is None else len(cycle.body))
 
     @property
     def _phase(self) -> Phase:

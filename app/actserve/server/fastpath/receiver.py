@@ -49,6 +49,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self._to_grow = 0  # bytes
         self._missing: memoryview | None = None
         self._data = b""
+        self._waits_for_reader = False
 
     @abstractmethod
     def _begin(self, data: bytes) -> None:
@@ -108,7 +109,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         """Receive `self.size` observations."""
         self._arena = arena
         size_bytes = self.size * arena.item_bytes
-        if admission.reserve(size_bytes):
+        if admission.memory.reserve(size_bytes):
             self._admission, self._block = admission, arena.lend(self.size)
             self._fill(self._block.data)
         else:
@@ -171,7 +172,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             return
         if block is not None:
             assert self._admission is not None
-            self._admission.release(block.nbytes)
+            self._admission.memory.release(block.nbytes)
             arena.take_back(block)
         if self._missing is not None:
             self._missing = None
@@ -197,12 +198,14 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self._inner.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self.transport is None or self._arena is not None or not self._data:
+        if self.transport is None or self._arena is not None or not self._data or self._waits_for_reader:
             return
         data, self._data = self._data, b""
         if len(data) >= BUFFER_BYTES:
             self.transport.resume_reading()
         self._begin(data)
+        if len(self._data) >= BUFFER_BYTES and self.transport is not None:  # still too much
+            self.transport.pause_reading()
 
     @property
     def observations(self) -> Array:
@@ -215,6 +218,16 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             return self._block
         assert self._grown is not None
         return np.frombuffer(self._grown, np.uint8)
+
+    @property
+    def waits_for_row(self) -> bool:
+        return self._arena is not None and self.row is None and self._block is None and self._grown is None
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of the bytes that have come, or that the client does not read. Without a row or a block."""
+        held: int = len(self._data) + self.transport.get_write_buffer_size()
+        return held if self._grown is None else held + len(self._grown)
 
     # called by the batcher
 

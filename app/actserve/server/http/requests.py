@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import Request
 from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
@@ -12,10 +10,12 @@ from actserve import wire
 from actserve.core.errors import BodyTooLarge, InvalidRequest
 from actserve.core.signature import Signature
 from actserve.engine.registry import Registry
-from actserve.server.admission import Admission
+from actserve.server import off_loop
+from actserve.server.admission import Admission, current_ticket
 from actserve.server.sessions import Sessions
 from actserve.wire.payload import Body
 
+HELD_AT_ONCE_BYTES = 64 << 10  # of a body that grows
 DEADLINE_HEADER = "X-Deadline-Ms"
 
 
@@ -56,11 +56,14 @@ async def read_body(request: Request) -> Body:
     encoding = ", ".join(request.headers.getlist("content-encoding"))
     if not encoding:
         return body
-    return await asyncio.to_thread(wire.expand, body, encoding, limit_bytes)
+    expanded = await off_loop.call(wire.expand, body, encoding, limit_bytes, takes_long=True)
+    _hold(len(expanded))
+    return expanded
 
 
 async def read_raw_body(request: Request, limit_bytes: int) -> bytearray:
     """The body as sent, bounded: a declared length is refused before the first byte is read."""
+    held_bytes = 0
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit_bytes:
         raise BodyTooLarge(limit_bytes, int(declared))
@@ -69,4 +72,15 @@ async def read_raw_body(request: Request, limit_bytes: int) -> bytearray:
         body += chunk
         if len(body) > limit_bytes:
             raise BodyTooLarge(limit_bytes)
+        if len(body) > held_bytes:
+            more_bytes = max(HELD_AT_ONCE_BYTES, len(chunk))
+            _hold(more_bytes)
+            held_bytes += more_bytes
     return body
+
+
+def _hold(size_bytes: int) -> None:
+    """Take memory for the request in progress. Raises `MemoryFull`."""
+    ticket = current_ticket.get()
+    if ticket is not None:
+        ticket.hold(size_bytes)

@@ -52,7 +52,7 @@ class SecurityMiddleware:
             await self._app(scope, receive, send)
             return
         headers, path = Headers(scope=scope), route_path(scope)
-        ticket = Ticket()
+        ticket = Ticket(memory=self._admission.memory)
         try:
             if scope["type"] == "websocket":
                 self._check_origin(headers)
@@ -74,6 +74,7 @@ class SecurityMiddleware:
             await self._app(scope, receive, send_secured)
         finally:
             current_ticket.reset(before)
+            ticket.release()
 
     def _check_origin(self, headers: Headers) -> None:
         """Raises `ForbiddenOrigin` for a WebSocket from another site's page: browsers do not prevent it."""

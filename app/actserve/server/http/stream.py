@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, WebSocket, WebSocketDisconnect
@@ -15,6 +16,7 @@ from actserve.engine.policy import Policy
 from actserve.server.http.requests import admission_of, registry_of
 from actserve.server.http.stream_episode import ENCODINGS, WINDOW, StreamEpisode
 from actserve.server.http.websocket import LIMIT, RESTART
+from actserve.server.memory import STREAM_BYTES
 from actserve.telemetry.counts import STREAM
 
 log = logging.getLogger("actserve")
@@ -84,12 +86,16 @@ async def stream_by_version(websocket: WebSocket, name: str, version: str) -> No
 async def _serve(websocket: WebSocket, finding: Awaitable[Policy]) -> None:
     settings: Settings = websocket.app.state.settings
     counts = registry_of(websocket).counts
+    held = ExitStack()
     try:
         policy = await finding
         tally = counts.tally(policy.name, "websocket", STREAM)
         admission = admission_of(websocket)
+        state_bytes = sum(state.spec.item_bytes for state in policy.signature.state)
+        held.enter_context(admission.memory.taken(STREAM_BYTES + state_bytes))
         episode = StreamEpisode(policy, websocket.query_params, settings, admission, tally)
     except ActserveError as error:
+        held.close()
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
             raise  # answered with an HTTP error
         await websocket.accept()
@@ -108,6 +114,7 @@ async def _serve(websocket: WebSocket, finding: Awaitable[Policy]) -> None:
     except (WebSocketDisconnect, OSError):
         pass  # the client has disconnected
     finally:
+        held.close()
         counts.streams -= 1
         if fast_path is not None:
             await fast_path.withdraw()

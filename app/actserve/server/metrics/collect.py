@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from actserve.core.errors import SessionsUnavailable
 from actserve.engine.registry import Registry
+from actserve.server.memory import Memory
 from actserve.server.sessions import Sessions
 from actserve.telemetry.counts import OK
 from actserve.telemetry.families import Families, Family, Merge
@@ -16,9 +17,11 @@ from actserve.telemetry.loop_lag import LoopLag
 SECONDS = 1e-9  # meters count nanoseconds
 
 
-def collect(registry: Registry, sessions: Sessions, rates: Mapping[str, float], lag: LoopLag) -> Families:
+def collect(
+    registry: Registry, sessions: Sessions, rates: Mapping[str, float], lag: LoopLag, memory: Memory
+) -> Families:
     """`rates`: actions a second, by policy."""
-    families = [*_requests(registry), *_programs(registry), *_state(registry, sessions, rates), *_loop(lag)]
+    families = [*_requests(registry), *_programs(registry), *_state(registry, sessions, rates), *_loop(lag, memory)]
     families += _process()
     return {family.name: family for family in families}
 
@@ -89,12 +92,14 @@ def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -
     return [info, waiting, rate, count, size, swaps, shadows, streams]
 
 
-def _loop(lag: LoopLag) -> list[Family]:
+def _loop(lag: LoopLag, memory: Memory) -> list[Family]:
     lags = _histogram("actserve_loop_lag_seconds", "How much too late a timer of the event loop ran.")
     lags.add_histogram({}, lag.lag_ns, SECONDS)
     longest = _gauge("actserve_loop_lag_max_seconds", "The longest lag of the last minute or two.", Merge.MAX)
     longest.add({}, lag.longest_ns * SECONDS)
-    return [lags, longest]
+    held = _gauge("actserve_connection_bytes", "Memory that the connections of each worker hold.")
+    held.add({"worker": os.getpid()}, memory.taken_bytes + memory.measured_bytes)
+    return [lags, longest, held]
 
 
 def _process() -> list[Family]:

@@ -1,0 +1,153 @@
+"""What all connections hold together is bounded: what is beyond is refused, and the service goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from actserve.core.errors import MemoryFull
+from actserve.core.settings import Settings
+from actserve.server.admission import Admission
+from actserve.server.fastpath.endpoints import FastPath
+from actserve.server.memory import CONNECTION_BYTES, STREAM_BYTES, Memory
+from tests import stream_service
+from tests.fake_policy import NAME
+from tests.fastpath_service import FAST, ITEM_BYTES, OnePolicy, Service, exchange, request, running
+from tests.waiting import until
+
+BODY = bytes(ITEM_BYTES)
+LIMIT = 4 << 20
+SETTINGS = Settings(max_connection_bytes=LIMIT, max_body_bytes=1 << 20)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with running(FAST, SETTINGS) as up:
+        yield up
+
+
+def memory_of(service: Any) -> Memory:
+    admission: Admission = service.server.config.app.state.admission
+    return admission.memory
+
+
+def test_memory_is_taken_and_given_back() -> None:
+    memory = Memory(100)
+    memory.take(60)
+    with pytest.raises(MemoryFull, match="100 bytes"):
+        memory.take(41)
+    with memory.taken(40):
+        assert not memory.reserve(1)
+    memory.measured_bytes = 35
+    with pytest.raises(MemoryFull):
+        memory.take(6)
+    memory.give_back(60)
+    assert memory.reserve(12)
+    assert not memory.reserve(1), "a part is all that announced bodies may have"
+    memory.release(12)
+    assert memory.taken_bytes == 0
+
+
+def test_bodies_that_come_slowly_are_bounded_all_together(service: Service) -> None:
+    head = b"POST /act HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+    with ExitStack() as stack:
+        refused = 0
+        for _ in range(10):  # of 900 KB, and 4 MB for all
+            connection = stack.enter_context(service.connect())
+            connection.settimeout(0.3)
+            with suppress(OSError):  # a refused one is closed
+                connection.sendall(head + bytes(900_000))
+            with suppress(TimeoutError):
+                said = connection.recv(1000)
+                refused += said.startswith(b"HTTP/1.1 503 ") and b'"memory_full"' in said
+            assert memory_of(service).taken_bytes <= LIMIT
+        assert 4 <= refused < 10
+        assert b"200 OK" in exchange(service, [request(BODY)]), "who needs little is answered"
+    until(lambda: memory_of(service).taken_bytes == 0)
+
+
+def test_connections_are_bounded_by_their_memory() -> None:
+    with running(FAST, Settings(max_connection_bytes=1 << 20)) as service, ExitStack() as stack:
+        room = (1 << 20) // CONNECTION_BYTES
+        for _ in range(room):
+            connection = stack.enter_context(service.connect())
+            connection.sendall(request(BODY))
+            assert b"200 OK" in connection.recv(1000)
+        with service.connect() as refused:
+            assert b'"memory_full"' in refused.recv(1000)
+        connection.close()
+        until(lambda: memory_of(service).taken_bytes == (room - 1) * CONNECTION_BYTES)
+        assert b"200 OK" in exchange(service, [request(BODY)])
+
+
+def test_streams_are_bounded_by_their_memory() -> None:
+    with stream_service.running(Settings(max_connection_bytes=1 << 20)) as service, ExitStack() as stack:
+        url = service.url.replace("http", "ws") + f"/policies/{NAME}/stream"
+        refused: InvalidStatus | None = None
+        for _ in range((1 << 20) // STREAM_BYTES + 1):
+            try:
+                stack.enter_context(connect(url, proxy=None)).recv(10)
+            except InvalidStatus as error:
+                refused = error
+        assert refused is not None
+        assert refused.response.status_code == 503
+        assert b"memory_full" in (refused.response.body or b"")
+        stack.close()
+        until(lambda: memory_of(service).taken_bytes == 0)
+
+
+@pytest.mark.parametrize("path", ["/act", "/act?outputs=action"])
+def test_who_does_not_read_is_not_read(service: Service, path: str) -> None:
+    """Answers that nobody reads do not pile up: after those that fit into the buffers, no request is taken."""
+    with service.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(2)
+        piece, sent = request(BODY, path) * 100, 0
+        with suppress(TimeoutError):
+            while sent < 200 << 20:
+                sent += connection.send(piece)
+        assert sent < 50 << 20
+        held = [open_.held_bytes for open_ in service.server.server_state.connections if hasattr(open_, "held_bytes")]
+        assert max(held) < 1 << 20
+        connection.settimeout(60)
+        answers = b""
+        while answers.count(b"200 OK") < 1000:  # it goes on when it is read
+            answers += connection.recv(1 << 16)
+    assert b"200 OK" in exchange(service, [request(BODY)])
+
+
+class Holding:
+    """A connection that holds so many bytes."""
+
+    def __init__(self, held_bytes: int) -> None:
+        self.held_bytes = held_bytes
+        self.abandoned = False
+
+    def close_if_idle(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+
+def test_the_largest_are_closed_while_all_hold_too_much() -> None:
+    async def scenario() -> None:
+        settings = Settings(max_connection_bytes=1 << 20)
+        admission = Admission(settings)
+        fast_path = FastPath(OnePolicy(settings, slow=False), admission, settings)
+        connections = [Holding(size << 10) for size in (100, 900, 300, 50, 400)]
+        fast_path.connections |= set(connections)
+        await fast_path._watch_connections()
+        assert [connection.abandoned for connection in connections] == [False, True, False, False, False]
+        assert admission.memory.measured_bytes == 850 << 10
+        with pytest.raises(MemoryFull):
+            admission.memory.take(200 << 10)
+
+    asyncio.run(scenario())
