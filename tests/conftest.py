@@ -42,7 +42,7 @@ LEFT_OUT = {
         *("test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",
     },
-    "process": {"e2e", "test_cli.py"},
+    "process": {"e2e", "test_cli.py", "test_chaos.py"},
     "slow": {
         *("test_api.py", "test_benchmarks.py", "test_games.py", "test_load_ways.py", "test_oip_codec.py"),
         *("test_request_heads.py", "test_sessions_model.py", "test_stream_connections.py"),
