@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torchrl.modules import MultiAgentMLP
 
 from actserve.core.errors import CaptureFailed
 from actserve_export.capture import capture
@@ -87,6 +88,28 @@ def test_lazy_layers_that_never_ran_are_refused() -> None:
     ready = Lazy()
     ready(torch.zeros(1, 3))
     assert str(capture(source(ready)).signature.action) == "float32[2]"
+
+
+class Elsewhere(nn.Module):
+    """A network in a list, where torch does not see its parameters."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.networks = [network]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.networks[0](x)
+        return found
+
+
+def test_a_lazy_layer_is_refused_wherever_it_is() -> None:
+    with pytest.raises(CaptureFailed, match=r"a parameter of shape \(2, 3\) was never initialised"):
+        capture(source(Elsewhere(nn.LazyLinear(2))))
+    agents = MultiAgentMLP(
+        n_agent_inputs=None, n_agent_outputs=2, n_agents=3, centralized=False, share_params=False, num_cells=[4]
+    )
+    with pytest.raises(CaptureFailed, match=r"params.0.weight was never initialised"):
+        capture(source(agents, torch.zeros(3, 4)))
 
 
 def test_outputs_are_made_contiguous() -> None:

@@ -86,6 +86,28 @@ def test_cells_of_any_depth_and_kind(make: Any, python_based: bool, layers: int)
         np.testing.assert_allclose(ours["action"], theirs["action"].numpy(), atol=1e-6)
 
 
+def test_an_lstm_with_a_projection_has_a_narrower_hidden_state() -> None:
+    torch.manual_seed(0)
+    module = LSTMModule(input_size=4, hidden_size=5, proj_size=3, num_layers=2, in_key="observation", out_key="action")
+    captured = capture(PolicySource(TensorDictSequential(module), TensorDict(policies.OBSERVATION)))
+    assert [state.spec.shape for state in captured.signature.state] == [(2, 3), (2, 5)]
+    sequence = steps(captured)
+    hidden, cell = torch.zeros(2, ROWS, 3), torch.zeros(2, ROWS, 5)
+    for step, ours in zip(sequence, roll(captured, sequence), strict=True):
+        # By torch's own cell: TorchRL 0.14 cannot reset two states of different widths.
+        starts = torch.from_numpy(step["is_init"]).reshape(1, -1, 1)
+        state = (hidden.masked_fill(starts, 0.0), cell.masked_fill(starts, 0.0))
+        action, (hidden, cell) = module.lstm(torch.from_numpy(step["observation"])[:, None], state)
+        np.testing.assert_allclose(ours["action"], action[:, 0].detach().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [LSTMModule, GRUModule])
+def test_a_bidirectional_module_is_refused(make: Any) -> None:
+    module = make(input_size=4, hidden_size=5, bidirectional=True, in_key="observation", out_key="action")
+    with pytest.raises(CaptureFailed, match=f"{make.__name__} of 'observation' is bidirectional.*one step at a time"):
+        capture(PolicySource(TensorDictSequential(module), TensorDict(policies.OBSERVATION)))
+
+
 def test_is_init_resets_exactly_the_rows_that_it_marks() -> None:
     captured = capture(PolicySource(*policies.gru()))
     sequence = [step | {"is_init": np.zeros(ROWS, bool)} for step in steps(captured)[:3]]

@@ -7,6 +7,7 @@ batches, one client's observation would change another client's action.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -16,10 +17,20 @@ from actserve.core.signature import Arrays, Signature
 from actserve.engine import golden
 from actserve.engine.golden import Tolerance
 
-ITEMS = 32  # that are compared
 FAR = 1e6  # an end of a range without bounds
+ITEMS, FEWEST_ITEMS = 32, 8  # that are compared
+BUDGET_S = 2.0  # for all comparisons
 COMPANIES = 3  # each item is run in so many batches, beside other items and at another place
 Run = Callable[[Arrays], Arrays]
+
+
+def affordable(run: Run, inputs: Arrays) -> Arrays:
+    """As many of `inputs`, each (n, *shape), as can be compared in `BUDGET_S`, `FEWEST_ITEMS` at least."""
+    begun_s = time.process_time()
+    run({name: array[:1] for name, array in inputs.items()})
+    runs_of_item = 2 + 1 + COMPANIES + 2
+    count = int(BUDGET_S / runs_of_item / max(time.process_time() - begun_s, 1e-6))
+    return {name: array[: max(FEWEST_ITEMS, count)] for name, array in inputs.items()}
 
 
 def refuse_hidden_draws(run: Run, inputs: Arrays) -> None:

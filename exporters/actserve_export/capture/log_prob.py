@@ -39,16 +39,21 @@ def misplaced_log_probs(policy: nn.Module) -> Iterator[tuple[set[Key], Check]]:
                 wrong.add(log_prob)
         drawn.clear()
 
-    hooks = [
-        module.register_forward_hook(note)
-        for module in policy.modules()
-        if isinstance(module, ProbabilisticTensorDictModule) and module.return_log_prob
-    ]
+    hooks = [module.register_forward_hook(note) for module in writers(policy)]
     try:
         yield wrong, check
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def writers(policy: nn.Module) -> list[ProbabilisticTensorDictModule]:
+    """The modules of `policy` that write a log-probability."""
+    return [
+        module
+        for module in policy.modules()
+        if isinstance(module, ProbabilisticTensorDictModule) and module.return_log_prob
+    ]
 
 
 def _close(found: Tensor, distribution: Any, action: Tensor) -> bool:

@@ -54,16 +54,23 @@ class RecurrentStep(StepModule):
         super().__init__(original, io)
         fused = original.make_cudnn_based()  # torch's own cell, which both runtimes support
         self.cell: Any = fused.lstm if isinstance(original, LSTMModule) else fused.gru
+        if self.cell.bidirectional:
+            raise CaptureFailed(
+                f"{type(original).__name__} of {key_name(original.in_keys[0])!r} is bidirectional: it also reads the "
+                "steps to come, so it cannot act one step at a time; train it with bidirectional=False"
+            )
         self.state_keys = self.in_keys[1 : 3 if isinstance(original, LSTMModule) else 2]
         self.in_keys, self.out_keys = self.in_keys[:1], self.out_keys[:1]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         features = tensordict.get(self.in_keys[0])
-        shape = (self.cell.num_layers, self.cell.hidden_size)
+        # The hidden state of an LSTM is as wide as its projection, its cell state is not.
+        widths = (self.cell.proj_size or self.cell.hidden_size, self.cell.hidden_size)
         starts = self.io.is_init().reshape(-1, 1, 1)
         states = []
-        for key in self.state_keys:
-            state = self.io.state(key_name(key), shape, features.dtype)  # (B, layers, hidden)
+        for key, width in zip(self.state_keys, widths, strict=False):
+            shape = (self.cell.num_layers, width)
+            state = self.io.state(key_name(key), shape, features.dtype)  # (B, layers, width)
             states.append(torch.where(starts, torch.zeros_like(state), state).transpose(0, 1).contiguous())
         steps = features.reshape(-1, 1, features.shape[-1])
         if len(states) == 2:

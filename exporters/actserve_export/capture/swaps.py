@@ -13,7 +13,7 @@ from typing import Any
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -135,7 +135,7 @@ def _refuse(original: Any, _: StepIO) -> nn.Module:
 
 
 def _swap_agents(original: MultiAgentNetBase, _: StepIO) -> nn.Module:
-    return original if any(map(is_lazy, original.parameters())) else AgentNetworks(original)
+    return AgentNetworks(original)
 
 
 _SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {

@@ -16,17 +16,17 @@ from typing import Any, ClassVar
 import torch
 from tensordict.nn import set_composite_lp_aggregate
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
 from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
-from actserve_export.capture.company import ITEMS, dependence, refuse_hidden_draws
+from actserve_export.capture.company import ITEMS, affordable, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.indices import refuse_negative_indices
 from actserve_export.capture.layout import Layout, layout_of
-from actserve_export.capture.log_prob import misplaced_log_probs
+from actserve_export.capture.lazy import refuse_uninitialised, without_initialisation
+from actserve_export.capture.log_prob import misplaced_log_probs, writers
 from actserve_export.capture.mixing import mixing_reason
 from actserve_export.capture.step_io import StepIO, dtype_name
 from actserve_export.capture.step_program import StepProgram
@@ -39,6 +39,7 @@ from actserve_export.sources import samples
 from actserve_export.sources.policy_source import PolicySource
 
 log = logging.getLogger("actserve")
+RECORDED_BATCH = 13  # of the eager runs on the example; no usual size of a layer
 TRACED_BATCH = 64  # tracing takes a batch of 1 for a constant, and AOTInductor chooses branches by the example
 DRAWS = 1024  # items whose log-probability is checked
 
@@ -112,17 +113,18 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     """
     io = StepIO()
     refuse_what_has_no_values_or_source(source.policy)
+    refuse_uninitialised(source.policy.named_parameters())
     policy = swap(source.policy, io).eval()
     if any(parameter.device.type != "cpu" for parameter in (*policy.parameters(), *policy.buffers())):
         policy = policy.cpu()
-    _refuse_lazy(policy)
+    refuse_uninitialised(policy.named_buffers())
     layout = layout_of(source, policy)
     io.taken = {*layout.observations, *layout.states}
     items = {name: source.example.get(key).cpu() for name, key in layout.observations.items()}
     items |= {name: source.example.get(read).cpu() for name, (read, _) in layout.states.items()}
     for name, item in items.items():
         dtype_name(name, item.dtype)
-    with torch.no_grad(), set_composite_lp_aggregate(False):
+    with torch.no_grad(), set_composite_lp_aggregate(False), without_initialisation():
         probe = StepProgram(policy, io, layout, ("random",))
         refuse_hidden_state(policy, lambda: _record(probe, items, noisy=True))
         program = StepProgram(policy, io, layout, _modes(policy, io, layout, items, source.exploration))
@@ -132,9 +134,9 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         signature = _bounded(signature, bounds, source, layout)
         program.bind(tuple(spec.name for spec in signature.inputs))
         traced = TracedPolicy(None, program, signature, layout)
-        inputs = samples.collect(source, signature, ITEMS)
+        inputs = affordable(traced.run_reference, samples.collect(source, signature, ITEMS))
         refuse_hidden_draws(traced.run_reference, inputs)
-        if unfit := _misplaced(program, signature, samples.collect(source, signature, DRAWS)):
+        if unfit := _misplaced(program, signature, source):
             return capture_policy(_without(source, layout, unfit))
         reason = dependence(traced.run_reference, signature, inputs)
         if reason is None:
@@ -157,8 +159,11 @@ def _copied(program: StepProgram, signature: Signature) -> StepProgram:
     return copy.deepcopy(program).bind(tuple(spec.name for spec in signature.inputs))
 
 
-def _misplaced(program: StepProgram, signature: Signature, inputs: Arrays) -> list[str]:
+def _misplaced(program: StepProgram, signature: Signature, source: PolicySource) -> list[str]:
     """The outputs that are the log-probability of another action than the one that the policy returns."""
+    if not writers(program.policy):
+        return []
+    inputs = samples.collect(source, signature, DRAWS)
     with misplaced_log_probs(program.policy) as (wrong, check):
         program.watching.append(check)
         program(*(torch.from_numpy(inputs[spec.name]) for spec in signature.inputs))
@@ -178,15 +183,6 @@ def _without(source: PolicySource, layout: Layout, names: list[str]) -> PolicySo
     log.warning("left out %s", reason)
     left = tuple(key for name, key in layout.outputs.items() if name not in names)
     return replace(source, outputs=left, left_out=reason)
-
-
-def _refuse_lazy(policy: nn.Module) -> None:
-    for name, parameter in (*policy.named_parameters(), *policy.named_buffers()):
-        if is_lazy(parameter):
-            raise CaptureFailed(
-                f"{name} was never initialised: the policy has a lazy layer that never ran, so its weights would be "
-                "random; run it once, or load its weights, before the export"
-            )
 
 
 def _modes(
@@ -217,7 +213,7 @@ def _record(
     `noisy` adds noise to floating-point inputs. Inputs that the policy changes in place are noted in `program.io`.
     """
     program.io.clear()
-    examples = {name: item.expand(TRACED_BATCH, *item.shape).clone() for name, item in items.items()}
+    examples = {name: item.expand(RECORDED_BATCH, *item.shape).clone() for name, item in items.items()}
     if noisy:
         examples = {n: x + torch.randn_like(x) if x.is_floating_point() else x for n, x in examples.items()}
     originals = {name: tensor.clone() for name, tensor in examples.items()}
@@ -233,11 +229,11 @@ def _record(
             return _record(program, items)
         given = ", ".join(f"{name} {_spec(name, item)}" for name, item in items.items())
         raise CaptureFailed(
-            f"the policy cannot run its own example: {explain(error)}; it got a batch of {TRACED_BATCH} of {given}"
+            f"the policy cannot run its own example: {explain(error)}; it got a batch of {RECORDED_BATCH} of {given}"
         ) from error
     program.io.overwritten |= {name for name, tensor in examples.items() if not torch.equal(tensor, originals[name])}
     for name, tensor in zip(program.layout.outputs, results, strict=False):
-        if tensor.shape[:1] != (TRACED_BATCH,):
+        if tensor.shape[:1] != (RECORDED_BATCH,):
             raise CaptureFailed(f"{name}: expected the batch first; got the shape {tuple(tensor.shape)}")
     return results
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,15 +19,14 @@ from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
 from actserve_export.certify import distributions as statistics
+from actserve_export.certify.effort import BATCH_SIZES, LEAST_SAMPLES, Effort, about
 from actserve_export.sources import samples
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource, OriginalPolicy
 
-BATCH_SIZES = (1, 3, 8, 32)
-SAMPLES = 512
-GOLDEN_SAMPLES = 32
-ROLLOUT_STEPS = 200
-ROLLOUT_ROWS = 8
+GOLDEN_SAMPLES = 32  # at most, and one of four samples: a service runs them whenever it loads the policy
 TOLERANCE = Tolerance()
+Reference = TypeVar("Reference")
+Result = TypeVar("Result")
 _SCORES = ("action_value", "logits")  # outputs whose two largest entries decide the action
 
 
@@ -40,45 +41,103 @@ def certify(
 ) -> Evidence:
     """Compare every program of `draft` with the eager policy: single steps at several batch sizes, and rollouts.
 
-    Raises `Disagreement`, which names the program, the batch size or step, and the items.
+    A slow policy is compared on fewer samples, in the same ways. Raises `Disagreement`, which names the program, the
+    batch size or step, and the items.
     """
     signature = captured.signature
-    progress(f"collecting {SAMPLES} samples")
-    inputs = samples.collect(source, signature, SAMPLES)
     sizes = [size for size in BATCH_SIZES if size <= signature.max_batch]
-    reference = golden.in_batches(captured.run_reference, inputs, 1)  # each item alone
-    rollout = _Rollout.of(captured, inputs) if signature.state else None
-    certificate: dict[str, Any] = {
-        "samples": SAMPLES,
-        "samples_from": source.samples_from,
-        "reference": source.reference,
-        "batch_sizes": sizes,
-        "tolerance": asdict(TOLERANCE),
-        "smallest_margin": smallest_score_margin(signature, reference),
-        "actions": count_actions(signature, reference),
-        "programs": {},
-        "not_shown": _not_shown(captured, source),
-    }
-    if source.original is not None:
-        progress(f"comparing with {source.original.name}")
-        certificate["original"] = _compare_original(captured, source.original, inputs)
-    for name in draft.manifest.programs:
-        progress(f"certifying .{name} on {SAMPLES} samples at batch {', '.join(map(str, sizes))}")
-        runtime = load(name, draft)
-        try:
-            found = _certify_program(name, runtime, inputs, reference, sizes)
-            if rollout is not None:
-                progress(f"certifying .{name} over {ROLLOUT_STEPS} steps with resets")
-                found["rollout"] = rollout.certify(name, runtime)
-        finally:
-            runtime.close()
-        certificate["programs"][name] = found
+    with ExitStack() as opened:
+        runtimes = {name: load(name, draft) for name in draft.manifest.programs}
+        for runtime in runtimes.values():
+            opened.callback(runtime.close)
+        inputs = samples.collect(source, signature, LEAST_SAMPLES)
+        effort = Effort.of(captured.run_reference, [runtime.run for runtime in runtimes.values()], signature, inputs)
+        if effort.samples > LEAST_SAMPLES:
+            inputs = samples.collect(source, signature, effort.samples)
+        listed = " and ".join(f".{name}" for name in runtimes)
+        progress(
+            f"comparing {listed} with the policy on {effort.samples} samples at batch {', '.join(map(str, sizes))}"
+            + about(effort.samples_s)
+        )
+        reference, found = _compare_samples(captured, runtimes, inputs, sizes, effort.slow)
+        certificate: dict[str, Any] = {
+            "samples": effort.samples,
+            "samples_from": source.samples_from,
+            "reference": source.reference,
+            "batch_sizes": sizes,
+            "tolerance": asdict(TOLERANCE),
+            "smallest_margin": smallest_score_margin(signature, reference),
+            "actions": count_actions(signature, reference),
+            "programs": found,
+            "not_shown": _not_shown(captured, source),
+        }
+        if source.original is not None:
+            progress(f"comparing with {source.original.name}")
+            certificate["original"] = _compare_original(captured, source.original, inputs)
+        if signature.state:
+            progress(
+                f"comparing {listed} over {effort.steps} steps of {effort.rows} episodes" + about(effort.rollout_s)
+            )
+            for name, rollout in _compare_rollouts(captured, runtimes, inputs, effort).items():
+                found[name]["rollout"] = rollout
     if signature.noise:
         progress("comparing random actions with the policy's own")
         certificate["statistics"] = statistics.compare(captured, source, inputs)
-    chosen = np.linspace(0, SAMPLES - 1, GOLDEN_SAMPLES).astype(int)
+    chosen = np.linspace(0, effort.samples - 1, min(GOLDEN_SAMPLES, effort.samples // 4)).astype(int)
     picked = [{k: v[chosen] for k, v in part.items()} for part in (inputs, reference)]
     return Evidence(certificate, golden.save(*picked))
+
+
+def _compare_samples(
+    captured: CapturedPolicy, runtimes: Mapping[str, Runtime], inputs: Arrays, sizes: Sequence[int], slow: bool
+) -> tuple[Arrays, dict[str, dict[str, Any]]]:
+    """(the policy's results for each item alone, the findings by program).
+
+    Each item runs alone, and in batches of each size in random company: every result is the item's own.
+    """
+    rng = np.random.default_rng(2)
+    count = len(next(iter(inputs.values())))
+    orders = {size: np.arange(count) if size == 1 else rng.permutation(count) for size in sizes}
+
+    def in_company(runtime: Runtime) -> dict[int, Arrays]:
+        return {
+            size: golden.in_batches(runtime.run, {name: array[order] for name, array in inputs.items()}, size)
+            for size, order in orders.items()
+        }
+
+    reference, results = _side_by_side(
+        lambda: golden.in_batches(captured.run_reference, inputs, 1), in_company, runtimes, slow
+    )
+    found = {}
+    for name, by_size in results.items():
+        agreements = []
+        for size, outputs in by_size.items():
+            expected = {key: array[orders[size]] for key, array in reference.items()}
+            agreements.append(golden.compare(captured.signature, outputs, expected, TOLERANCE))
+            if not agreements[-1].holds:
+                where = f".{name} at batch {size}"
+                raise _disagreement(where, captured.signature, agreements[-1], outputs, expected)
+        found[name] = _summary(agreements)
+    return reference, found
+
+
+def _side_by_side(
+    of_policy: Callable[[], Reference],
+    of_program: Callable[[Runtime], Result],
+    runtimes: Mapping[str, Runtime],
+    slow: bool,
+) -> tuple[Reference, dict[str, Result]]:
+    """The work on the policy and on each program. If it is `slow`, ONNX Runtime works on another core meanwhile.
+
+    Short calls would wait longer for Python's interpreter lock than they take. torch stays in this thread, because its
+    number of threads is set for each thread.
+    """
+    with ThreadPoolExecutor(1) as other:
+        beside = {name: other.submit(of_program, runtimes[name]) for name in runtimes if slow and name == "onnx"}
+        reference = of_policy()
+        results = {name: of_program(runtime) for name, runtime in runtimes.items() if name not in beside}
+        results |= {name: future.result() for name, future in beside.items()}
+    return reference, {name: results[name] for name in runtimes}
 
 
 def _not_shown(captured: CapturedPolicy, source: ExportSource) -> list[str]:
@@ -99,7 +158,7 @@ def _compare_original(captured: CapturedPolicy, original: OriginalPolicy, inputs
     """Compare the captured policy with its training library, item by item."""
     signature = captured.signature
     if EXPLORE.name in inputs:
-        inputs = inputs | {EXPLORE.name: np.zeros(SAMPLES, bool)}
+        inputs = inputs | {EXPLORE.name: np.zeros_like(inputs[EXPLORE.name])}
     ours = golden.in_batches(captured.run_reference, inputs, 1)
     theirs = golden.in_batches(original.act, inputs, 1)
     agreement = golden.compare(signature, ours, ours | theirs, TOLERANCE)
@@ -108,22 +167,6 @@ def _compare_original(captured: CapturedPolicy, original: OriginalPolicy, inputs
     found = _summary([agreement])
     largest = {name: value for name, value in found["largest_difference"].items() if name in theirs}
     return {"name": original.name, **found, "largest_difference": largest}
-
-
-def _certify_program(
-    name: str, runtime: Runtime, inputs: Arrays, reference: Arrays, sizes: Sequence[int]
-) -> dict[str, Any]:
-    """Run every item alone, and in batches of each size in random company: every result is the item's own."""
-    found: list[Agreement] = []
-    rng = np.random.default_rng(2)
-    for size in sizes:
-        order = np.arange(SAMPLES) if size == 1 else rng.permutation(SAMPLES)
-        outputs = golden.in_batches(runtime.run, {name: array[order] for name, array in inputs.items()}, size)
-        expected = {name: array[order] for name, array in reference.items()}
-        found.append(golden.compare(runtime.signature, outputs, expected, TOLERANCE))
-        if not found[-1].holds:
-            raise _disagreement(f".{name} at batch {size}", runtime.signature, found[-1], outputs, expected)
-    return _summary(found)
 
 
 def _summary(agreements: Any) -> dict[str, Any]:
@@ -138,35 +181,35 @@ def _summary(agreements: Any) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Rollout:
-    """`ROLLOUT_STEPS` steps in several rows at once, with resets in some. State is fed back."""
-
-    steps: list[Arrays]  # the inputs of each step without the state
-    reference: list[Arrays]  # the policy's results, with its own state fed back
-
-    @classmethod
-    def of(cls, captured: CapturedPolicy, inputs: Arrays) -> _Rollout:
-        signature = captured.signature
-        rows = min(ROLLOUT_ROWS, signature.max_batch)
-        states = {state.spec.name for state in signature.state}
-        steps = []
-        for step in range(ROLLOUT_STEPS):
-            at = (np.arange(rows) * (SAMPLES // rows) + step) % SAMPLES
-            taken = {name: array[at] for name, array in inputs.items() if name not in states}
-            if signature.is_init:
-                taken[IS_INIT.name] = taken[IS_INIT.name] | (step == 0)
-            steps.append(taken | draw_noise(signature.noise, step, rows))
-        return cls(steps, _run_steps(captured.run_reference, signature, steps))
-
-    def certify(self, name: str, runtime: Runtime) -> dict[str, Any]:
-        found = []
-        results = _run_steps(runtime.run, runtime.signature, self.steps)
-        for step, (ours, theirs) in enumerate(zip(results, self.reference, strict=True)):
-            found.append(golden.compare(runtime.signature, ours, theirs, TOLERANCE))
-            if not found[-1].holds:
-                raise _disagreement(f".{name} at step {step} of a rollout", runtime.signature, found[-1], ours, theirs)
-        return {"steps": len(self.steps), **_summary(found)}
+def _compare_rollouts(
+    captured: CapturedPolicy, runtimes: Mapping[str, Runtime], inputs: Arrays, effort: Effort
+) -> dict[str, dict[str, Any]]:
+    """Several steps in several rows at once, with resets in some; state is fed back. The findings by program."""
+    signature = captured.signature
+    states = {state.spec.name for state in signature.state}
+    steps = []
+    for step in range(effort.steps):
+        at = (np.arange(effort.rows) * (effort.samples // effort.rows) + step) % effort.samples
+        taken = {name: array[at] for name, array in inputs.items() if name not in states}
+        if signature.is_init:
+            taken[IS_INIT.name] = taken[IS_INIT.name] | (step == 0)
+        steps.append(taken | draw_noise(signature.noise, step, effort.rows))
+    reference, results = _side_by_side(
+        lambda: _run_steps(captured.run_reference, signature, steps),
+        lambda runtime: _run_steps(runtime.run, signature, steps),
+        runtimes,
+        effort.slow,
+    )
+    found = {}
+    for name, ours in results.items():
+        agreements = []
+        for step, (mine, theirs) in enumerate(zip(ours, reference, strict=True)):
+            agreements.append(golden.compare(signature, mine, theirs, TOLERANCE))
+            if not agreements[-1].holds:
+                where = f".{name} at step {step} of a rollout"
+                raise _disagreement(where, signature, agreements[-1], mine, theirs)
+        found[name] = {"steps": effort.steps, **_summary(agreements)}
+    return found
 
 
 def _run_steps(run: Callable[[Arrays], Arrays], signature: Signature, steps: list[Arrays]) -> list[Arrays]:
