@@ -23,18 +23,22 @@ from torchrl.modules import EGreedyModule
 from actserve.core.errors import CaptureFailed, UsageError
 from actserve_export.sources.interfaces import OriginalPolicy
 from actserve_export.sources.policy_source import PolicySource
-from actserve_export.sources.sb3_predict import Actions, Observations, Predict, RecurrentPredict
+from actserve_export.sources.sb3_observations import Observations
+from actserve_export.sources.sb3_predict import Actions, MaskedPredict, Predict, RecurrentPredict, ValuePredict
 
 LIBRARY = f"Stable-Baselines3 {stable_baselines3.__version__}"
-# The supported policies, and the part of each that acts; None: the policy itself.
-_ACTING_PART = {
-    "ActorCriticPolicy": None,  # PPO, A2C, TRPO, RecurrentPPO
-    "DQNPolicy": "q_net",
-    "QRDQNPolicy": "quantile_net",
-    "SACPolicy": "actor",
-    "TD3Policy": "actor",  # and DDPG
-    "TQCPolicy": "actor",
-    "CrossQPolicy": "actor",
+# The supported policies: the part of each that acts (None: the policy itself), and how. Subclasses come first.
+_POLICIES: dict[str, tuple[str | None, type[Predict]]] = {
+    "RecurrentActorCriticPolicy": (None, RecurrentPredict),
+    "MaskableActorCriticPolicy": (None, MaskedPredict),
+    "ActorCriticPolicy": (None, Predict),  # PPO, A2C, TRPO
+    "ARSPolicy": (None, Predict),
+    "DQNPolicy": ("q_net", ValuePredict),
+    "QRDQNPolicy": ("quantile_net", ValuePredict),
+    "SACPolicy": ("actor", Predict),
+    "TD3Policy": ("actor", Predict),  # and DDPG
+    "TQCPolicy": ("actor", Predict),
+    "CrossQPolicy": ("actor", Predict),
 }
 _NEEDED = ("policy_class", "policy_kwargs", "observation_space", "action_space")
 # Only training uses these, and another version of Python may be unable to read them.
@@ -44,24 +48,34 @@ _UNREAD = dict.fromkeys(
 )  # fmt: skip
 
 
-def from_sb3(path: Path | str, *, statistics: Path | str | None = None, channels_last: bool = False) -> PolicySource:
+def from_sb3(
+    path: Path | str,
+    *,
+    statistics: Path | str | None = None,
+    channels_last: bool = False,
+    frame_stack: int = 1,
+) -> PolicySource:
     """The policy of a saved model (`.zip`), acting as `model.predict` does.
 
     That includes dividing images by 255 and clipping or scaling actions to the action space. In random mode it acts as
-    `predict(deterministic=False)`. The parameter `epsilon` is DQN's exploration rate.
+    `predict(deterministic=False)`. The parameter `epsilon` is DQN's exploration rate. The masks of MaskablePPO are an
+    observation, `action_masks`. A key of a Dict space that has another meaning here gets an underscore: `action_`.
     `statistics` is the file that `VecNormalize.save` wrote (`.pkl`). With it, the artifact takes raw observations.
     `channels_last`: the artifact takes images as (H, W, C), as most environments return them, instead of (C, H, W), as
     the model takes them.
+    `frame_stack` is the `n_stack` of a `VecFrameStack`. With it, the artifact takes single observations, and the stack
+    is state, `frames`. Frames are stacked as `VecFrameStack` does without `channels_order`. `VecNormalize` may be
+    around it or inside.
     Opening either file runs the pickled Python in it. Raises `UsageError` for a file that cannot be read, and
     `CaptureFailed` for an unsupported policy.
     """
     saved, weights = _read(Path(path))
     policy = _policy(saved, weights)
-    part = next(_ACTING_PART[name] for name in _class_names(type(policy)) if name in _ACTING_PART)
+    part, make = next(_POLICIES[name] for name in _class_names(type(policy)) if name in _POLICIES)
     acting = policy if part is None else getattr(policy, part)
     normalize = None if statistics is None else _statistics(Path(statistics))
-    make = RecurrentPredict if hasattr(policy, "lstm_actor") else Predict
-    module = make(acting, Observations(policy.observation_space, normalize, channels_last), Actions(policy))
+    observations = Observations(policy.observation_space, normalize, channels_last, frame_stack)
+    module = make(acting, observations, Actions(policy))
     network: Any = TensorDictModule(module, in_keys=module.in_keys, out_keys=module.out_keys)
     if "exploration_rate" in saved:
         rate = float(saved["exploration_rate"])
@@ -70,11 +84,11 @@ def from_sb3(path: Path | str, *, statistics: Path | str | None = None, channels
         network,
         TensorDict(module.example()),
         exploration=("deterministic",) if getattr(acting, "use_sde", False) else None,
-        observe=module.observations.sample,
+        observe=module.sample,
         library=LIBRARY,
         original=OriginalPolicy(f"{LIBRARY}, predict(deterministic=True)", module.original(policy)),
         observed_in="observation space",
-        spec=module.observations.spec(),
+        spec=observations.spec(),
     )
 
 
@@ -93,17 +107,18 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
 def _policy(saved: Mapping[str, Any], weights: Mapping[str, Any]) -> Any:
     """The policy alone: loading the whole model would allocate its replay buffer."""
     policy_class = saved["policy_class"]
-    if not any(name in _ACTING_PART for name in _class_names(policy_class)):
+    if not any(name in _POLICIES for name in _class_names(policy_class)):
         raise CaptureFailed(
-            f"expected one of {', '.join(_ACTING_PART)}, or a subclass; the model has a {policy_class.__name__}"
+            f"expected one of {', '.join(_POLICIES)}, or a subclass; the model has a {policy_class.__name__}"
         )
     if not isinstance(saved["observation_space"], spaces.Space):
         raise CaptureFailed("the model was saved with gym's spaces; load it and save it again with gymnasium's")
     options = {name: value for name, value in saved["policy_kwargs"].items() if name != "device"}
     if saved.get("use_sde"):
         options["use_sde"] = True
+    schedule = [] if "ARSPolicy" in _class_names(policy_class) else [lambda _: 0.0]
     with torch.no_grad():  # gSDE's first draw would have an autograd history, which cannot be copied
-        policy = policy_class(saved["observation_space"], saved["action_space"], lambda _: 0.0, **options)
+        policy = policy_class(saved["observation_space"], saved["action_space"], *schedule, **options)
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:

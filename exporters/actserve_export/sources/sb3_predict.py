@@ -2,8 +2,10 @@
 
     Predict           observations, (B, *shape) each, in the order of the space
                       -> action (B, *action shape), and for discrete actions logits or action_value (B, n)
-    RecurrentPredict  observations, hidden and cell (B, layers, units) each, is_init (B,) bool
-                      -> action, the new hidden and cell, and logits as above
+    MaskedPredict     and action_masks, (B, choices) bool, of which an action that is False is not taken
+    RecurrentPredict  and hidden and cell, (B, layers, units) each, is_init (B,) bool -> and the new hidden and cell
+
+With stacked frames each also takes the stacks of the step before and is_init, and returns the new ones.
 
 A `Predict` first applies its `Observations` (raw observation -> the network's input), then the network, then its
 `Actions` (the network's action -> the action of the environment). `Predict.original` calls the library's own `predict`
@@ -13,132 +15,20 @@ on numpy arrays, and the certificate compares the two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
-from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.policies import BaseModel
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrl.data import Bounded, Composite
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from actserve.core.errors import CaptureFailed
-from actserve.core.signature import IS_INIT, Array, Arrays
+from actserve.core.signature import IS_INIT, Arrays
+from actserve_export.sources.sb3_observations import Observations
 
-_OBSERVATION = "observation"
-_FAR = 1e6  # a bound beyond this counts as no bound
-
-
-class Observations(nn.Module):
-    """The preprocessing before the policy's own: `VecNormalize`, then images from (H, W, C) to (C, H, W)."""
-
-    def __init__(self, space: spaces.Space[Any], statistics: VecNormalize | None, channels_last: bool) -> None:
-        super().__init__()
-        self.by_name = isinstance(space, spaces.Dict)
-        self.spaces: dict[str, Any] = dict(space.spaces) if isinstance(space, spaces.Dict) else {_OBSERVATION: space}
-        self.channels_last_keys = [
-            name for name, space in self.spaces.items() if channels_last and is_image_space(space)
-        ]
-        # A function, because a VecNormalize that was read from a file cannot be copied, and modules are.
-        self.normalize_obs = None if statistics is None else (lambda given: statistics.normalize_obs(given))
-        self.normalized: list[str] = []
-        if statistics is None or not statistics.norm_obs:
-            return
-        self.normalized = list(statistics.norm_obs_keys or self.spaces)
-        self.limit = float(statistics.clip_obs)
-        for name in self.normalized:
-            found = statistics.obs_rms[name] if self.by_name else statistics.obs_rms
-            # As VecNormalize computes: in float64, and only then as float32.
-            self.register_buffer(f"mean_{name}", torch.from_numpy(found.mean))
-            self.register_buffer(f"std_{name}", torch.from_numpy(np.sqrt(found.var + statistics.epsilon)))
-
-    def forward(self, *inputs: Tensor) -> Any:
-        """(B, *shape) each -> the policy's observation: a tensor, or tensors by name."""
-        given = dict(zip(self.spaces, inputs, strict=True))
-        for name in self.normalized:
-            scaled = (given[name].double() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
-            given[name] = scaled.clamp(-self.limit, self.limit).float()
-        for name in self.channels_last_keys:
-            given[name] = given[name].permute(0, 3, 1, 2)
-        return given if self.by_name else given[_OBSERVATION]
-
-    def prepare(self, inputs: Arrays) -> Any:
-        """The same with the library's own code, on numpy arrays."""
-        given: Any = {name: inputs[name] for name in self.spaces} if self.by_name else inputs[_OBSERVATION]
-        if self.normalize_obs is not None:
-            given = self.normalize_obs(given)
-        if not self.by_name:
-            return np.moveaxis(given, -1, 1) if self.channels_last_keys else given
-        return given | {name: np.moveaxis(given[name], -1, 1) for name in self.channels_last_keys}
-
-    def sample(self, count: int) -> TensorDict:
-        """Random observations, (count, ...) each; the same every time."""
-        drawn = {name: torch.from_numpy(self._sample(name, count)) for name in self.spaces}
-        return TensorDict(drawn, batch_size=[count])
-
-    def spec(self) -> Composite:
-        """The bounds of numbers that the policy encodes as one-hot vectors."""
-        found = {name: _index_bounds(space) for name, space in self.spaces.items()}
-        return Composite(
-            {name: Bounded(*each, shape=each[0].shape, dtype=torch.int64) for name, each in found.items() if each}
-        )
-
-    def _sample(self, name: str, count: int) -> Array:
-        space = self.spaces[name]
-        if name in self.normalized:
-            mean, std = (self.get_buffer(f"{what}_{name}").numpy() for what in ("mean", "std"))
-            values = mean + std * np.random.default_rng(0).standard_normal((count, *mean.shape))
-        else:
-            bounded = _bounded(space)
-            bounded.seed(0)
-            values = np.stack([bounded.sample() for _ in range(count)])
-            if (limits := _index_bounds(space)) is not None:
-                values = values.clip(*(limit.numpy() for limit in limits))
-            if is_image_space(space):  # of different brightness: plain noise always has the same mean
-                values = values * np.random.default_rng(0).random((count, 1, 1, 1))
-            values = np.moveaxis(values, 1, -1) if name in self.channels_last_keys else values
-        return np.ascontiguousarray(values.astype(_dtype(space)))
-
-
-def _bounded(space: Any) -> Any:
-    """A copy of a space without huge bounds, so that sampling it gives values of ordinary size."""
-    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
-        return deepcopy(space)
-    low, high = np.where(space.low < -_FAR, -np.inf, space.low), np.where(space.high > _FAR, np.inf, space.high)
-    return spaces.Box(low.astype(space.dtype), high.astype(space.dtype), dtype=space.dtype)
-
-
-def _index_bounds(space: Any) -> tuple[Tensor, Tensor] | None:
-    """The lowest and highest values of a discrete space that the policy takes, (*shape) each; None for others.
-
-    Stable-Baselines3 encodes a value as a one-hot vector of n, whatever the `start` of the space is.
-    """
-    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        return None
-    count = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec, np.int64)
-    start = np.asarray(space.start, np.int64)
-    low, high = np.maximum(start, 0), count - 1 + np.minimum(start, 0)
-    if (low > high).any():
-        raise CaptureFailed(
-            f"the observation space {space} starts at {space.start}, and Stable-Baselines3 takes values below {count} "
-            "only; train with a space that starts at 0"
-        )
-    return torch.as_tensor(low), torch.as_tensor(high)
-
-
-def _dtype(space: Any) -> str:
-    """The dtype that a client sends."""
-    found = np.dtype(space.dtype)
-    if isinstance(space, spaces.MultiBinary):
-        return "bool"
-    if found.name in ("uint8", "int32", "int64", "float32", "float64", "bool"):
-        return str(found.name)
-    return "float32" if found.kind == "f" else "int32"
+_MASKS = "action_masks"
 
 
 class Actions(nn.Module):
@@ -164,81 +54,129 @@ class Actions(nn.Module):
 
 
 class Predict(nn.Module):
-    """A policy without memory. Besides the action it returns the logits or action values behind the choice, if any."""
+    """A policy without memory. Beside the action it returns the logits behind a choice, if any."""
+
+    inputs: tuple[str, ...] = ()  # beside the observations
+    memory: tuple[str, ...] = ()
 
     def __init__(self, acting: Any, observations: Observations, actions: Actions) -> None:
         super().__init__()
         self.acting = acting
         self.observations, self.actions = observations, actions
-        self.in_keys: list[Any] = list(observations.spaces)
-        self.out_keys: list[Any] = ["action", *self._scores()]
+        states = [*self.memory, *observations.frames.values()]
+        self.in_keys: list[Any] = [*observations.keys.values(), *self.inputs, *states]
+        self.in_keys += [IS_INIT.name] if states else []
+        self.out_keys: list[Any] = ["action", *(("next", name) for name in states), *self.scores()]
 
-    def _scores(self) -> list[str]:
-        if isinstance(self.acting, ActorCriticPolicy):
-            return ["logits"] if isinstance(self.acting.action_space, spaces.Discrete) else []
-        return ["action_value"] if isinstance(self.acting.action_space, spaces.Discrete) else []
+    def scores(self) -> list[str]:
+        discrete = isinstance(self.acting.action_space, spaces.Discrete)
+        return ["logits"] if discrete and hasattr(self.acting, "get_distribution") else []
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        observation = self.observations(*inputs)
-        if isinstance(self.acting, ActorCriticPolicy):
-            return self._choose(self.acting.get_distribution(observation))
-        if self._scores():  # a QNetwork returns values (B, n), a QuantileNetwork quantiles of them (B, quantiles, n)
-            values = self.acting(observation)
-            values = values if values.ndim == 2 else values.mean(1)
-            return self.actions(values.argmax(1)), values
-        return (self.actions(self.acting._predict(observation, deterministic=_deterministic())),)
+        given = dict(zip(self.in_keys, inputs, strict=True))
+        seen = {name: given[key] for name, key in self.observations.keys.items()}
+        frames = {name: given[key] for name, key in self.observations.frames.items()}
+        observation, stacks = self.observations(seen, frames, given.get(IS_INIT.name))
+        (action, *memory), scores = self.act(observation, given)
+        return (self.actions(action), *memory, *stacks.values(), *scores)
 
-    def _choose(self, distribution: Any) -> tuple[Tensor, ...]:
-        action = self.actions(distribution.get_actions(deterministic=_deterministic()))
-        return (action, distribution.distribution.logits) if self._scores() else (action,)
+    def act(self, observation: Any, given: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """((the network's action, new memory), scores)."""
+        if not hasattr(self.acting, "get_distribution"):
+            return (self.acting._predict(observation, deterministic=_deterministic()),), []
+        return self._choose(self.acting.get_distribution(observation))
+
+    def _choose(self, distribution: Any) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        scores = [distribution.distribution.logits] if self.scores() else []
+        return (distribution.get_actions(deterministic=_deterministic()),), scores
 
     def example(self) -> dict[str, Tensor]:
         """One item of every input."""
-        return {name: tensor[0] for name, tensor in self.observations.sample(1).items()}
+        return {name: tensor[0] for name, tensor in self.sample(1).items()} | self.observations.stacks()
+
+    def sample(self, count: int) -> TensorDict:
+        """Random observations, (count, ...) each; the same every time."""
+        return self.observations.sample(count)
 
     def original(self, policy: Any) -> Callable[[Arrays], Arrays]:
         """`policy.predict` as a function of arrays by name, (B, *shape) each."""
 
         def act(inputs: Arrays) -> Arrays:
-            action, _ = policy.predict(self.observations.prepare(inputs), deterministic=True)
-            return {"action": action}
+            begins = inputs[IS_INIT.name] if self.observations.frames else None
+            return self.predict(policy, self.observations.prepare(inputs, begins), inputs)
 
         return act
+
+    def predict(self, policy: Any, observation: Any, inputs: Arrays) -> Arrays:
+        """The results of the library's own `predict`."""
+        return {"action": policy.predict(observation, deterministic=True)[0]}
+
+
+class ValuePredict(Predict):
+    """A network that returns values (B, n), or quantiles of them (B, quantiles, n): the largest value is the action."""
+
+    def scores(self) -> list[str]:
+        return ["action_value"]
+
+    def act(self, observation: Any, given: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        values = self.acting(observation)
+        values = values if values.ndim == 2 else values.mean(1)
+        return (values.argmax(1),), [values]
+
+
+class MaskedPredict(Predict):
+    """A policy that takes only some of its actions (`MaskablePPO`)."""
+
+    inputs = (_MASKS,)
+
+    def act(self, observation: Any, given: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        return self._choose(self.acting.get_distribution(observation, given[_MASKS]))
+
+    def sample(self, count: int) -> TensorDict:
+        """Also masks, (count, choices): of each choice one action is allowed, and each other one by chance."""
+        observed = super().sample(count)
+        rng = np.random.default_rng(1)
+        masks = []
+        for choices in _choices(self.acting.action_space):
+            mask = rng.random((count, choices)) < 0.5
+            mask[np.arange(count), rng.integers(0, choices, count)] = True
+            masks.append(mask)
+        return observed.set(_MASKS, torch.from_numpy(np.concatenate(masks, 1)))
+
+    def predict(self, policy: Any, observation: Any, inputs: Arrays) -> Arrays:
+        return {"action": policy.predict(observation, deterministic=True, action_masks=inputs[_MASKS])[0]}
+
+
+def _choices(space: Any) -> list[int]:
+    """How many actions each element of an action chooses among."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    return [2] * int(space.n) if isinstance(space, spaces.MultiBinary) else [int(count) for count in space.nvec]
 
 
 class RecurrentPredict(Predict):
     """A policy with an LSTM (`RecurrentPPO`). Its state is `hidden` and `cell`."""
 
-    def __init__(self, acting: Any, observations: Observations, actions: Actions) -> None:
-        super().__init__(acting, observations, actions)
-        self.in_keys += ["hidden", "cell", IS_INIT.name]
-        self.out_keys[1:1] = [("next", "hidden"), ("next", "cell")]
+    memory = ("hidden", "cell")
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        *seen, hidden, cell, is_init = inputs
+    def act(self, observation: Any, given: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         policy = self.acting
-        features = BaseModel.extract_features(policy, self.observations(*seen), policy.pi_features_extractor)
-        kept = (~is_init).reshape(1, -1, 1).float()
-        before = [(kept * state.transpose(0, 1)).contiguous() for state in (hidden, cell)]  # (layers, B, units)
+        features = BaseModel.extract_features(policy, observation, policy.pi_features_extractor)
+        kept = (~given[IS_INIT.name]).reshape(1, -1, 1).float()
+        before = [(kept * given[name].transpose(0, 1)).contiguous() for name in self.memory]  # (layers, B, units)
         latent, after = policy.lstm_actor(features.unsqueeze(0), tuple(before))
         distribution = policy._get_action_dist_from_latent(policy.mlp_extractor.forward_actor(latent.squeeze(0)))
-        action, *scores = self._choose(distribution)
-        return (action, *(state.transpose(0, 1) for state in after), *scores)
+        (action,), scores = self._choose(distribution)
+        return (action, *(state.transpose(0, 1) for state in after)), scores
 
     def example(self) -> dict[str, Tensor]:
         layers, _, units = self.acting.lstm_hidden_state_shape
-        return super().example() | {name: torch.zeros(layers, units) for name in ("hidden", "cell")}
+        return super().example() | {name: torch.zeros(layers, units) for name in self.memory}
 
-    def original(self, policy: Any) -> Callable[[Arrays], Arrays]:
-        def act(inputs: Arrays) -> Arrays:
-            before = tuple(inputs[name].swapaxes(0, 1) for name in ("hidden", "cell"))
-            action, after = policy.predict(
-                self.observations.prepare(inputs), before, inputs[IS_INIT.name], deterministic=True
-            )
-            hidden, cell = (state.swapaxes(0, 1) for state in after)
-            return {"action": action, "next_hidden": hidden, "next_cell": cell}
-
-        return act
+    def predict(self, policy: Any, observation: Any, inputs: Arrays) -> Arrays:
+        before = tuple(inputs[name].swapaxes(0, 1) for name in self.memory)
+        action, after = policy.predict(observation, before, inputs[IS_INIT.name], deterministic=True)
+        return {"action": action, **{f"next_{n}": x.swapaxes(0, 1) for n, x in zip(self.memory, after, strict=True)}}
 
 
 def _deterministic() -> bool:
