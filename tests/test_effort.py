@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ SIGNATURE = Signature(
 def runs(monkeypatch: pytest.MonkeyPatch, *item_s: float) -> list[Callable[[Arrays], Arrays]]:
     """Functions that take so long for each item."""
     now = [0.0]
-    monkeypatch.setattr(effort.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
 
     def costing(seconds: float) -> Callable[[Arrays], Arrays]:
         def run(inputs: Arrays) -> Arrays:
