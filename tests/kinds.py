@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from tests import policies, policies_agents, policies_heads
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "bring-your-own-policy.md"
@@ -33,6 +37,43 @@ TITLES = {
     "cat_frames": "`CatFrames` and `ObservationNorm`",
     "own_state": 'state of your own (`h` → `("next", "h")`)',
 }
+
+FROM_DOCSTRINGS = policies_agents.KINDS | policies_heads.KINDS
+KINDS: dict[str, Callable[[], Any]] = policies.KINDS | FROM_DOCSTRINGS
+TITLES |= {name: str(factory.__doc__) for name, factory in FROM_DOCSTRINGS.items()}
+
+# Why a class of `torchrl.modules` has no row.
+_REMOVED = "TorchRL has removed it: it raises when it is made"
+_LOSSES = "a part of losses, which no policy runs"
+_SEARCH = "a score of a tree search, which needs the environment's model"
+_ARGUMENT = "an argument of another class, or a setting of how modules are run"
+NO_ROW = {
+    **dict.fromkeys(
+        ("AdditiveGaussianWrapper", "EGreedyWrapper", "NormalParamWrapper", "OrnsteinUhlenbeckProcessWrapper"), _REMOVED
+    ),
+    **dict.fromkeys(
+        (
+            "ComposeValueTransform", "IdentityValueTransform", "PercentileValueNorm", "PopArtValueNorm",
+            "RunningValueNorm", "SignedHyperbolicValueTransform", "SymExpTwoHot", "SymLogValueTransform", "ValueNorm",
+            "ValueTransform",
+        ),
+        _LOSSES,
+    ),
+    **dict.fromkeys(("EXP3Score", "MCTSScore", "MCTSScores", "PUCTScore", "UCB1TunedScore", "UCBScore"), _SEARCH),
+    **dict.fromkeys(("CrossCriticGroupSpec", "ReparamGradientStrategy", "set_recurrent_mode"), _ARGUMENT),
+    "DreamerV3SeededPolicy": "refused: its counter seeds each call, and a program has no hidden state",
+    "LMHeadActorValueOperator": "a head of language models of `transformers`, which is not installed",
+    "RandomPolicy": "refused: no module, and it reads nothing",
+}  # fmt: skip
+# Classes whose rows are not written yet.
+PENDING = {
+    "CEMPlanner", "DTActor", "DecisionTransformer", "DecisionTransformerInferenceWrapper", "DiffusionActor",
+    "DreamerActor", "DreamerV3BlockGRU", "DreamerV3BlockGRUCell", "DreamerV3DiscreteActor", "DreamerV3ImageDecoder",
+    "DreamerV3ImageEncoder", "DreamerV3MLP", "GPWorldModel", "GRU", "GRUCell", "LSTMCell",
+    "LeRobotPolicyWrapper", "MPCPlannerBase", "MPPIPlanner", "MultiStepActorWrapper", "ObsDecoder", "ObsEncoder",
+    "OnlineDTActor", "RBFController", "RSSMPosterior", "RSSMPosteriorV3", "RSSMPrior", "RSSMPriorV3", "RSSMRollout",
+    "RSSMRolloutV3", "RSSMStateEstimatorV3", "TinyVLA", "VLAWrapperBase", "WorldModel", "WorldModelWrapper",
+}  # fmt: skip
 
 
 def record(kind: str, runtime: str, exploration: str, max_batch: int) -> None:

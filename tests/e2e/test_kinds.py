@@ -27,6 +27,7 @@ from tests.waiting import until
 
 ITEMS = 9
 BOTH = ("onnx", "pt2")
+SLOW = ("heads_of_torch",)  # only `make test-wide` exports it
 COMPILED = ("cart_pair", "epsilon_greedy", "gru", "tanh_normal")  # `make test-wide` compiles the others, too
 
 
@@ -40,7 +41,9 @@ class Kinds:
 
     def get(self, kind: str) -> Artifact:
         """The artifact of a kind, once every service has it: a program for each, with its certificate."""
-        (made,) = (p for p in exported(f"tests.policies:{kind}", tuple(self.urls)).root.iterdir() if p.is_dir())
+        (made,) = (
+            p for p in exported(f"{kinds.KINDS[kind].__module__}:{kind}", tuple(self.urls)).root.iterdir() if p.is_dir()
+        )
         if not (self._root / "store" / made.name).exists():
             shutil.copytree(made, self._root / "copying" / made.name)
             (self._root / "copying" / made.name).rename(self._root / "store" / made.name)
@@ -94,8 +97,12 @@ def observations(artifact: Artifact) -> Arrays:
 @pytest.mark.parametrize(
     ("published", "kind"),
     [
-        *(pytest.param(BOTH, kind, marks=[] if kind in COMPILED else pytest.mark.wide) for kind in policies.KINDS),
-        *(pytest.param(("onnx",), kind) for kind in policies.KINDS if kind not in COMPILED),
+        *(pytest.param(BOTH, kind, marks=[] if kind in COMPILED else pytest.mark.wide) for kind in kinds.KINDS),
+        *(
+            pytest.param(("onnx",), kind, marks=pytest.mark.wide if kind in SLOW else [])
+            for kind in kinds.KINDS
+            if kind not in COMPILED
+        ),
     ],
     indirect=["published"],
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.envs.transforms import Transform
+from torchrl.modules import QValueModule
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT
@@ -32,6 +34,16 @@ class Layout:
     outputs: dict[str, Key]
     is_init: bool  # the policy itself reads "is_init"
     is_init_shape: tuple[int, ...]
+    groups: dict[Key, tuple[int, ...]]  # nested tensordicts -> their batch size, such as the agents of a group
+
+    def tensordict(self, tensors: Mapping[str, Tensor], batch: Any) -> TensorDict:
+        """The tensordict that the policy gets: observations and state by name, (B, *shape) each."""
+        tensordict = TensorDict({}, batch_size=[batch])
+        for key, size in self.groups.items():
+            tensordict.set(key, TensorDict({}, batch_size=[batch, *size]))
+        for name, key in (self.observations | {name: read for name, (read, _) in self.states.items()}).items():
+            tensordict.set(key, tensors[name])
+        return tensordict
 
 
 def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
@@ -60,7 +72,18 @@ def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
         ),
         is_init=len(needed) < len(reads),
         is_init_shape=() if init is None else tuple(init.shape),
+        groups=_groups(source.example),
     )
+
+
+def _groups(example: TensorDictBase) -> dict[Key, tuple[int, ...]]:
+    """The nested tensordicts of an item that have a batch size of their own, outermost first."""
+    nested = {key: example.get(key) for key in example.keys(include_nested=True)}
+    return {
+        key: tuple(value.batch_size[example.batch_dims :])
+        for key, value in nested.items()
+        if isinstance(value, TensorDictBase) and value.batch_dims > example.batch_dims
+    }
 
 
 def _output_names(keys: Sequence[Key], states: set[str]) -> dict[str, Key]:
@@ -96,12 +119,28 @@ def _next(key: Key) -> Key:
 
 
 def _outputs(policy: Any, steps: list[Any], state: set[Key]) -> list[Key]:
-    """The action first, then `KNOWN_OUTPUTS`. A policy without an action gives all its outputs."""
+    """The actions first, then `KNOWN_OUTPUTS`. A policy without an action gives all its outputs."""
     state = state | {key for step in steps for key in getattr(step, "state_keys", ())}
     written = [key for key in policy.out_keys if key not in state and key_name(key) not in map(key_name, state)]
-    actions = [key for key in _actions(policy, steps) if key in written]
-    known = [key for key in written if last_part(key) in KNOWN_OUTPUTS and key not in actions]
+    named = [key for key in written if last_part(key) == "action"]
+    sampled = [key for key in _sampled(steps) if key in written and key not in named]
+    actions = [*named, *sampled] or [key for key in _chosen(steps, written) if key in written]
+    known = [key for key in written if _known(key) and key not in actions]
     return [*actions, *known] if actions else written
+
+
+def _known(key: Key) -> bool:
+    return last_part(key) in KNOWN_OUTPUTS or last_part(key).endswith("_log_prob")
+
+
+def _sampled(steps: list[Any]) -> list[Key]:
+    """The keys that modules draw and no later one reads: the parts of an action that has several."""
+    found: list[Key] = []
+    for step in reversed(steps):
+        found = [key for key in found if key not in step.in_keys]
+        if isinstance(step, ProbabilisticTensorDictModule):
+            found = [*step.dist_sample_keys, *found]
+    return found
 
 
 def _actions(policy: Any, steps: list[Any]) -> list[Key]:
@@ -112,9 +151,12 @@ def _actions(policy: Any, steps: list[Any]) -> list[Key]:
 
 def _chosen(steps: list[Any], written: list[Key]) -> list[Key]:
     """The keys that the last module which chooses an action writes it to, whatever they are called."""
+    keys: list[Key]
     for step in reversed(steps):
         if isinstance(step, ProbabilisticTensorDictModule):
-            keys = [key for key in step.out_keys if "log_prob" not in last_part(key)]
+            keys = list(step.dist_sample_keys)
+        elif isinstance(step, QValueModule):
+            keys = list(step.out_keys[:1])
         else:
             keys = [key for key in (getattr(step, name, None) for name in ("action_key", "key")) if key is not None]
         if keys and all(key in written for key in keys):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule
 from torch import Tensor, nn
 
 from actserve_export.sources.keys import Key
@@ -28,9 +28,12 @@ def misplaced_log_probs(policy: nn.Module) -> Iterator[tuple[set[Key], Check]]:
     drawn: list[tuple[Any, Key, Key]] = []  # (distribution, key of the sample, key of its log-probability)
 
     def note(module: Any, _: Any, result: Any) -> None:
-        samples = [key for key in module.out_keys if key not in module.log_prob_keys]
-        if len(samples) == len(module.log_prob_keys) == 1:
-            drawn.append((module.get_dist(result), samples[0], module.log_prob_keys[0]))
+        distribution, samples = module.get_dist(result), module.dist_sample_keys
+        if isinstance(distribution, CompositeDistribution):
+            heads = [distribution.dists[key] for key in samples]
+            drawn.extend(zip(heads, samples, module.log_prob_keys, strict=True))
+        elif len(samples) == len(module.log_prob_keys) == 1:
+            drawn.append((distribution, samples[0], module.log_prob_keys[0]))
 
     def check(result: TensorDictBase) -> None:
         for distribution, sample, log_prob in drawn:

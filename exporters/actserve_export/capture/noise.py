@@ -9,25 +9,23 @@ equal actions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torchrl.modules.distributions import TruncatedNormal, truncated_normal
 
-from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Distribution
-from actserve_export.capture.step_io import StepIO
+from actserve_export.capture import decompositions
+from actserve_export.capture.step_io import StepIO, Undrawable
 
 
 class NoiseFromInputs(TorchFunctionMode):
-    """Replaces random functions. Raises `CaptureFailed` with the name of a function that has no replacement."""
+    """Replaces random functions. Raises `Undrawable` with the name of a function that has no replacement."""
 
     def __init__(self, io: StepIO) -> None:
         super().__init__()
@@ -39,9 +37,10 @@ class NoiseFromInputs(TorchFunctionMode):
         if replacement is not None:
             return replacement(self._draw, *args, **kwargs)
         if func in _REFUSED:
-            raise CaptureFailed(
-                f"{resolve_name(func)} draws random numbers that cannot be made an input of the program; "
-                "export the deterministic policy, or draw from uniform, normal or categorical distributions"
+            name = resolve_name(func) or f"torch.{func.__name__}"
+            raise Undrawable(
+                f"{name} draws random numbers that cannot be made an input of the program: draw from uniform, normal "
+                "or categorical distributions, or export the deterministic policy"
             )
         if torch.compiler.is_exporting() and _constant(func, args, kwargs):
             # Computed while tracing, so that a check of constants (low < high, say) becomes no branch in the graph.
@@ -50,49 +49,9 @@ class NoiseFromInputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _draw(self, distribution: Distribution, shape: Any) -> Tensor:
-        """Noise of `shape`. The batch must be the first axis that is not 1."""
-        ones = 0
-        for extent in shape:
-            if isinstance(extent, int) and extent == 1 and self._io.batch != 1:
-                ones += 1
-                continue
-            break
-        item = tuple(int(extent) for extent in shape[ones + 1 :])
-        if ones == len(shape) or (isinstance(shape[ones], int) and shape[ones] != self._io.batch):
-            raise CaptureFailed(
-                f"the policy draws random numbers of shape {tuple(shape)} for a batch of {self._io.batch}: "
-                "expected the batch first, so that each item has its own"
-            )
-        noise = self._io.noise(distribution, item)
-        return noise if ones == 0 else noise.reshape(shape)
-
-
-@contextmanager
-def without_value_checks() -> Iterator[None]:
-    """While tracing, `TruncatedNormal` must not branch on values: it skips its checks and always applies its masks."""
-    base = truncated_normal.TruncatedNormal
-    branching = TruncatedNormal.log_prob, base.icdf, FakeTensor.tolist
-    TruncatedNormal.log_prob, base.icdf = _truncated_log_prob, _truncated_icdf
-    FakeTensor.tolist = lambda tensor: [] if tensor.dtype == torch.bool else branching[2](tensor)
-    try:
-        yield
-    finally:
-        TruncatedNormal.log_prob, base.icdf, FakeTensor.tolist = branching
-
-
-def _truncated_log_prob(self: Any, value: Tensor) -> Tensor:
-    """`TruncatedNormal.log_prob`, (..., n) -> (...), without its branch."""
-    margin = self.base_dist._dtype_min_gt_0
-    low, high = self.base_dist._non_std_a + margin, self.base_dist._non_std_b - margin
-    outside = ((self.low > value) | (self.high < value)).any(-1)
-    inside = torch.distributions.Independent.log_prob(self, torch.maximum(torch.minimum(value, high), low))
-    return torch.where(outside, torch.full_like(inside, -math.inf), inside)
-
-
-def _truncated_icdf(self: Any, value: Tensor) -> Tensor:
-    """The base distribution's `icdf`, without its write to `.data`."""
-    sample = self._from_std_rv(truncated_normal.TruncatedStandardNormal.icdf(self, value))
-    return torch.maximum(torch.minimum(sample, self._non_std_b), self._non_std_a)
+        """Noise of `shape`, in which one axis is the batch, or the batch times the agents, (B * agents, ...)."""
+        noise, axis = self._io.noise_along(distribution, tuple(shape))
+        return noise.movedim(0, axis).reshape(shape)
 
 
 def _constant(func: Any, args: Any, kwargs: Any) -> bool:
@@ -104,7 +63,10 @@ def _constant(func: Any, args: Any, kwargs: Any) -> bool:
     if not tensors or in_place or name in ("__setitem__", "__set__"):
         return False
     symbolic = any(isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) for value in values)
-    return not symbolic and all(type(tensor) is Tensor for tensor in tensors)
+    # What torch.vmap wraps has the type Tensor, too.
+    return not symbolic and all(
+        type(tensor) is Tensor and not is_functorch_wrapped_tensor(tensor) for tensor in tensors
+    )
 
 
 Draw = Callable[[Distribution, Any], Tensor]
@@ -158,11 +120,26 @@ def _bernoulli_(draw: Draw, target: Tensor, p: Any = 0.5, **_: Any) -> Tensor:
     return target.copy_(draw("uniform", target.shape) < p)
 
 
+def _cauchy_(draw: Draw, target: Tensor, median: float = 0.0, sigma: float = 1.0, **_: Any) -> Tensor:
+    centred = draw("uniform", target.shape) - 0.5
+    tail = (0.5 - centred.abs()).clamp_min(2**-25)  # exact, where the tangent's own argument is not
+    far = centred.sign() / torch.tan(math.pi * tail)
+    return target.copy_(median + sigma * torch.where(tail < 0.25, far, torch.tan(math.pi * centred)))
+
+
+def _log_normal_(draw: Draw, target: Tensor, mean: float = 1.0, std: float = 2.0, **_: Any) -> Tensor:
+    return target.copy_((mean + std * draw("normal", target.shape)).exp())
+
+
 def _multinomial(draw: Draw, weights: Tensor, num_samples: int, replacement: bool = False, **_: Any) -> Tensor:
-    """(B, n) weights -> (B, 1) indices."""
-    if num_samples != 1:
-        raise CaptureFailed(f"torch.multinomial: expected one sample an item; got {num_samples}")
-    return (weights.log() + draw("gumbel", weights.shape)).argmax(-1, keepdim=True)
+    """(B, n) weights -> (B, samples) indices. Without replacement these are the largest (Kool et al. 2019)."""
+    scores = weights.log()
+    if num_samples == 1:
+        return (scores + draw("gumbel", scores.shape)).argmax(-1, keepdim=True)
+    if replacement:
+        *rows, count = scores.shape
+        return (scores.unsqueeze(-2) + draw("gumbel", (*rows, num_samples, count))).argmax(-1)
+    return (scores + draw("gumbel", scores.shape)).topk(num_samples, -1).indices
 
 
 def _randint(draw: Draw, *arguments: Any, **named: Any) -> Tensor:
@@ -174,24 +151,8 @@ def _randint(draw: Draw, *arguments: Any, **named: Any) -> Tensor:
     return (low + (draw("uniform", size) * (high - low)).floor()).to(dtype)
 
 
-# Giles 2010, "Approximating the erfinv function", in single precision: the polynomials of the centre and the tails.
-_CENTRE = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 2.1858087e-04, -1.25372503e-03,
-           -4.17768164e-03, 0.246640727, 1.50140941)  # fmt: skip
-_TAIL = (-2.00214257e-04, 1.00950558e-04, 1.34934322e-03, -3.67342844e-03, 5.73950773e-03, -7.6224613e-03,
-         9.43887047e-03, 1.00167406, 2.83297682)  # fmt: skip
-
-
-def _erfinv(_: Draw, x: Tensor) -> Tensor:
-    """The inverse error function; ONNX has no operator for it."""
-    w = -torch.log((1 - x) * (1 + x))
-    return x * torch.where(w < 5, _polynomial(_CENTRE, w - 2.5), _polynomial(_TAIL, torch.sqrt(w) - 3))
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    result = torch.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        result = coefficient + result * x
-    return result
+def _without_draws(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda _, *arguments, **named: function(*arguments, **named)
 
 
 _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
@@ -209,8 +170,18 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.bernoulli: _bernoulli,
     torch.Tensor.bernoulli_: _bernoulli_,
     torch.Tensor.multinomial: _multinomial,
-    torch.erfinv: _erfinv,
-    torch.Tensor.erfinv: _erfinv,
+    torch.Tensor.cauchy_: _cauchy_,
+    torch.Tensor.log_normal_: _log_normal_,
+    torch.erfinv: _without_draws(decompositions.erfinv),
+    torch.Tensor.erfinv: _without_draws(decompositions.erfinv),
+    torch.lgamma: _without_draws(decompositions.lgamma),
+    torch.Tensor.lgamma: _without_draws(decompositions.lgamma),
+    torch.special.gammaln: _without_draws(decompositions.lgamma),
+    torch.nn.functional.cross_entropy: _without_draws(decompositions.cross_entropy),
+    torch.cumprod: _without_draws(decompositions.cumprod),
+    torch.Tensor.cumprod: _without_draws(decompositions.cumprod),
+    torch.linalg.cholesky: _without_draws(decompositions.cholesky),
+    torch.linalg.solve_triangular: _without_draws(decompositions.solve_triangular),
 }
 _REFUSED = {
     torch.randperm,
@@ -220,7 +191,5 @@ _REFUSED = {
     torch._sample_dirichlet,
     torch.randint_like,
     torch.Tensor.random_,
-    torch.Tensor.cauchy_,
     torch.Tensor.geometric_,
-    torch.Tensor.log_normal_,
 }

@@ -7,6 +7,7 @@ eager, `StepIO` returns the inputs of the program.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -16,6 +17,12 @@ from torch import Tensor
 from actserve.core.completion import draw_noise
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT, Distribution, DType, Noise, Parameter, State, TensorSpec
+
+MOST_DRAWS = 1000  # of one step
+
+
+class Undrawable(CaptureFailed):
+    """The policy draws random numbers that cannot be inputs of a program: it can be exported for deterministic use."""
 
 
 class StepIO:
@@ -32,12 +39,14 @@ class StepIO:
         self._inputs: Mapping[str, Tensor] | None = None
         self._batch: Any = 0
         self._drawn = 0
+        self._axes: dict[int, int] = {}  # of the draws whose batch may be elsewhere than first
 
     def clear(self) -> None:
         """Forget all recorded requests."""
         self.states.clear()
         self.parameters.clear()
         self.noises.clear()
+        self._axes.clear()
         self.uses_is_init = False
 
     def begin(self, batch: Any, inputs: Mapping[str, Tensor] | None) -> None:
@@ -89,10 +98,39 @@ class StepIO:
         self._drawn += 1
         if self._inputs is not None:
             return self._inputs[self.noises[index].spec.name]
+        if index >= MOST_DRAWS:  # the same noise each time: a loop that draws until values fit never ends
+            raise Undrawable("the policy draws random numbers until they fit, and a program cannot repeat itself")
         name = self._free("noise" if index == 0 else f"noise_{index}")
         noise = Noise(TensorSpec(name, "float32", tuple(shape)), distribution)
         self.noises.append(noise)
         return torch.from_numpy(draw_noise((noise,), seed=0, size=self._batch)[name])
+
+    def noise_along(self, distribution: Distribution, shape: tuple[Any, ...]) -> tuple[Tensor, int]:
+        """Noise for a draw of `shape`, as (B, *item), and the axis to move the batch to.
+
+        The batch is the axis with the batch's extent, or else with a multiple of it: (B * agents, ...).
+        """
+        if self._inputs is not None:
+            axis = self._axes.get(self._drawn, 0)
+            noise = self.noise(distribution, ())
+            if not torch.compiler.is_exporting() and noise.numel() != math.prod(shape):
+                raise Undrawable(_refusal(shape, self._batch))
+            return noise, axis
+        multiples = [extent // self._batch if extent % self._batch == 0 else 0 for extent in shape]
+        if not any(multiples):
+            raise Undrawable(_refusal(shape, self._batch))
+        at = multiples.index(1) if 1 in multiples else next(i for i, times in enumerate(multiples) if times)
+        before = [extent for extent in shape[:at] if extent != 1]
+        agents = [multiples[at]] if multiples[at] > 1 else []
+        self._axes[self._drawn] = len(before)
+        return self.noise(distribution, (*before, *agents, *shape[at + 1 :])), len(before)
+
+
+def _refusal(shape: tuple[Any, ...], batch: int) -> str:
+    return (
+        f"the policy draws random numbers of shape {tuple(shape)} for a batch of {batch}: expected the batch first, so "
+        "that each item has its own"
+    )
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> DType:

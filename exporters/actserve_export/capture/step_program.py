@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import EXPLORE, IS_INIT, Exploration
+from actserve_export.capture.decompositions import where
 from actserve_export.capture.layout import Layout
 from actserve_export.capture.log_prob import Check
 from actserve_export.capture.noise import NoiseFromInputs
@@ -64,10 +65,8 @@ class StepProgram(nn.Module):
         return tuple(_choose(explore, random, sure).contiguous() for sure, random in zip(*runs, strict=True))
 
     def _act(self, mode: Exploration, inputs: Mapping[str, Tensor], batch: Any, recording: bool) -> tuple[Tensor, ...]:
-        tensordict = TensorDict({}, batch_size=[batch])
-        keys = self.layout.observations | {name: key for name, (key, _) in self.layout.states.items()}
-        for name, key in keys.items():
-            tensordict.set(key, inputs[name].clone() if name in self.io.overwritten else inputs[name])
+        given = {name: x.clone() if name in self.io.overwritten else x for name, x in inputs.items()}
+        tensordict = self.layout.tensordict(given, batch)
         if self.layout.is_init:
             tensordict.set(IS_INIT.name, self.io.is_init().reshape(-1, *self.layout.is_init_shape))
         self.io.next_states = {}
@@ -98,7 +97,7 @@ def _identifiers(names: Sequence[str]) -> list[str]:
 def _choose(explore: Tensor, random: Tensor, sure: Tensor) -> Tensor:
     if random.shape != sure.shape or random is sure:
         return sure
-    return torch.where(explore.reshape(-1, *[1] * (random.ndim - 1)), random, sure)
+    return where(explore.reshape(-1, *[1] * (random.ndim - 1)), random, sure)
 
 
 def _get(result: TensorDictBase, key: Key) -> Tensor:

@@ -5,7 +5,6 @@ go through `StepIO`, and so become inputs and outputs of the program:
 
     RecurrentStep         is_init (B,), state (B, layers, hidden) per key, float32 -> the new state
     FrameStack            is_init (B,), frames (B, ..., N * C, ...) -> the new frames
-    EpsilonGreedy         noise (B, 1 + width) uniform, epsilon (B,)
     GaussianNoise         noise (B, *action) normal, sigma (B,)
     OrnsteinUhlenbeck     is_init (B,), ou_noise (B, *action), ou_steps (B,) int64, noise (B, *action) normal,
                           epsilon (B,) -> the new ou_noise and ou_steps
@@ -23,10 +22,10 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, OneHot
+from torchrl.data import Bounded
 from torchrl.envs.transforms import ObservationNorm
 from torchrl.envs.utils import ExplorationType, exploration_type
-from torchrl.modules import AdditiveGaussianModule, EGreedyModule, LSTMModule, OrnsteinUhlenbeckProcessModule
+from torchrl.modules import AdditiveGaussianModule, LSTMModule, OrnsteinUhlenbeckProcessModule
 
 from actserve.core.errors import CaptureFailed
 from actserve_export.capture.step_io import StepIO
@@ -114,49 +113,6 @@ class FrameStack(StepModule):
         return spec
 
 
-class EpsilonGreedy(StepModule):
-    """`EGreedyModule` per item: with noise u, the action comes from u[1:] if u[0] < epsilon."""
-
-    def __init__(self, original: EGreedyModule, io: StepIO) -> None:
-        super().__init__(original, io)
-        self.key, self.mask_key = original.action_key, original.action_mask_key
-        spec = original.spec
-        self.spec: Any = spec[original.action_key] if isinstance(spec, Composite) else spec
-        self.epsilon = float(original.eps)
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if not self.exploring:
-            return tensordict
-        action = tensordict.get(self.key)
-        epsilon = self.io.parameter("epsilon", self.epsilon, 0.0, 1.0)
-        inner = tuple(int(extent) for extent in action.shape[1:])
-        width = math.prod(inner) if isinstance(self.spec, (Bounded, MultiCategorical)) else 1
-        noise = self.io.noise("uniform", (1 + width,))
-        mask = tensordict.get(self.mask_key) if self.mask_key is not None else None
-        drawn = self._random(noise[:, 1:], mask, inner).to(action.dtype)
-        take = (noise[:, 0] < epsilon).reshape(-1, *[1] * len(inner))
-        tensordict.set(self.key, torch.where(take, drawn, action))
-        return tensordict
-
-    def _random(self, u: Tensor, mask: Tensor | None, inner: tuple[int, ...]) -> Tensor:
-        """(B, width) uniform -> (B, *inner) actions, uniform over the spec or the allowed actions."""
-        if isinstance(self.spec, MultiCategorical):
-            counts = torch.tensor([box.n for box in self.spec.space.boxes])
-            return (u * counts).floor().reshape(-1, *inner)
-        if isinstance(self.spec, Bounded):
-            low, high = self.spec.space.low.reshape(inner), self.spec.space.high.reshape(inner)
-            return low + (high - low) * u.reshape(-1, *inner)
-        if not isinstance(self.spec, (Categorical, OneHot)):
-            raise CaptureFailed(f"epsilon-greedy over {type(self.spec).__name__} cannot be exported")
-        index = (u[:, 0] * self.spec.space.n).floor().long()
-        if mask is not None:
-            rank = (u[:, 0] * mask.sum(-1)).floor()  # the index among the allowed actions
-            index = (mask.cumsum(-1) > rank.unsqueeze(-1)).long().argmax(-1)
-        if isinstance(self.spec, OneHot):
-            return torch.nn.functional.one_hot(index, self.spec.space.n)
-        return index
-
-
 class GaussianNoise(StepModule):
     """`AdditiveGaussianModule`: adds sigma times normal noise to the action, and clamps it to the spec."""
 
@@ -165,11 +121,12 @@ class GaussianNoise(StepModule):
         self.key = original.action_key
         self.spec: Any = original.spec[original.action_key]
         self.sigma, self.mean, self.std = float(original.sigma), float(original.mean), float(original.std)
+        self.safe = original.safe
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if not self.exploring:
-            return tensordict
         action = tensordict.get(self.key)
+        if not self.exploring:
+            return tensordict.set(self.key, _clamped(action, self.spec)) if self.safe else tensordict
         sigma = self.io.parameter("sigma", self.sigma, 0.0).reshape(-1, *[1] * (action.ndim - 1))
         noise = self.io.noise("normal", tuple(int(extent) for extent in action.shape[1:]))
         tensordict.set(self.key, _clamped(action + (noise * self.std + self.mean) * sigma, self.spec))
@@ -188,10 +145,10 @@ class OrnsteinUhlenbeck(StepModule):
         self.safe = original.safe
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if not self.exploring:
-            return tensordict
-        process = self.process
         action = tensordict.get(self.key)
+        if not self.exploring:
+            return tensordict.set(self.key, _clamped(action, self.spec)) if self.safe else tensordict
+        process = self.process
         inner = tuple(int(extent) for extent in action.shape[1:])
         wide = [1] * len(inner)
         starts = self.io.is_init()

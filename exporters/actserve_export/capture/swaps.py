@@ -11,7 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize, prune
@@ -34,14 +39,22 @@ from torchrl.envs.transforms import (
     VecNorm,
     VecNormV2,
 )
-from torchrl.modules import AdditiveGaussianModule, EGreedyModule, GRUModule, LSTMModule, OrnsteinUhlenbeckProcessModule
+from torchrl.modules import (
+    AdditiveGaussianModule,
+    ConsistentDropoutModule,
+    EGreedyModule,
+    GRUModule,
+    LSTMModule,
+    OrnsteinUhlenbeckProcessModule,
+)
+from torchrl.modules.models.exploration import gSDEModule
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from actserve.core.errors import CaptureFailed
 from actserve_export.capture.agents import AgentNetworks
+from actserve_export.capture.exploration import EpsilonGreedy, StateDependentNoise, WithoutDropout
 from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.steps import (
-    EpsilonGreedy,
     FixedObservationNorm,
     FixedVecNorm,
     FrameStack,
@@ -90,6 +103,8 @@ def _make_weights_plain(module: nn.Module) -> None:
 
 
 def _swap(module: nn.Module, io: StepIO) -> nn.Module:
+    if isinstance(module, TensorDictModule) and isinstance(module.module, gSDEModule):
+        return StateDependentNoise(module, io)
     for kind, make in _SWAPS.items():
         if isinstance(module, kind):
             return make(module, io)
@@ -97,6 +112,9 @@ def _swap(module: nn.Module, io: StepIO) -> nn.Module:
         replacement = _swap(child, io)
         if replacement is not child:
             module._modules[name] = replacement
+    if isinstance(module, ProbabilisticTensorDictSequential) and module.det_part is not None:
+        *deterministic, _ = module._module_iter()
+        module.__dict__["_det_part"] = TensorDictSequential(*deterministic)  # what it runs: its modules but the last
     return module
 
 
@@ -118,13 +136,22 @@ class _SwappedCompose(TensorDictModuleBase):
 
 
 def reads_and_writes(steps: Any) -> tuple[list[Any], list[Any]]:
-    """(keys read before a step wrote them, keys written), each once, in order."""
+    """(keys read before a step wrote them, keys written), each once, in order.
+
+    A nested key is written where its entries are: ("params", "loc") gives "params", and the other way round.
+    """
     reads: list[Any] = []
     writes: list[Any] = []
     for step in steps:
-        reads += [key for key in step.in_keys if key not in writes and key not in reads]
+        reads += [key for key in step.in_keys if key not in reads and not any(_overlap(key, each) for each in writes)]
         writes += [key for key in step.out_keys if key not in writes]
     return reads, writes
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether the keys are the same, or one of them holds the other."""
+    parts = list(zip(*((key,) if isinstance(key, str) else key for key in (one, other)), strict=False))
+    return all(a == b for a, b in parts)
 
 
 def _refuse(original: Any, _: StepIO) -> nn.Module:
@@ -144,6 +171,7 @@ _SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {
     CatFrames: FrameStack,
     ObservationNorm: FixedObservationNorm,
     EGreedyModule: EpsilonGreedy,
+    ConsistentDropoutModule: WithoutDropout,
     AdditiveGaussianModule: GaussianNoise,
     OrnsteinUhlenbeckProcessModule: OrnsteinUhlenbeck,
     VecNorm: FixedVecNorm,

@@ -28,7 +28,7 @@ from actserve_export.capture.layout import Layout, layout_of
 from actserve_export.capture.lazy import refuse_uninitialised, without_initialisation
 from actserve_export.capture.log_prob import misplaced_log_probs, writers
 from actserve_export.capture.mixing import mixing_reason
-from actserve_export.capture.step_io import StepIO, dtype_name
+from actserve_export.capture.step_io import StepIO, Undrawable, dtype_name
 from actserve_export.capture.step_program import StepProgram
 from actserve_export.capture.swaps import swap
 from actserve_export.capture.trace import MAX_BATCH, trace
@@ -54,6 +54,7 @@ class TracedPolicy:
     layout: Layout
     single_item_reason: str | None = None  # why it takes one item a call; None: it takes batches
     left_out: str = ""  # the outputs that are left out, and why
+    deterministic_only: str = ""  # why the random actions of the policy cannot be exported
     runtimes: ClassVar[tuple[str, ...]] = ("onnx", "pt2")
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
@@ -126,8 +127,15 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         dtype_name(name, item.dtype)
     with torch.no_grad(), set_composite_lp_aggregate(False), without_initialisation():
         probe = StepProgram(policy, io, layout, ("random",))
+        undrawable = _undrawable(probe, items)
+        if undrawable is not None:
+            if source.exploration is not None and "random" in source.exploration:
+                raise undrawable
+            log.warning("this policy acts deterministically only: %s", undrawable.message)
+            probe = StepProgram(policy, io, layout, ("deterministic",))
         refuse_hidden_state(policy, lambda: _record(probe, items, noisy=True))
-        program = StepProgram(policy, io, layout, _modes(policy, io, layout, items, source.exploration))
+        modes = probe.modes if undrawable else _modes(policy, io, layout, items, source.exploration)
+        program = StepProgram(policy, io, layout, modes)
         bounds = IndexBounds()
         results = _record(program, items, bounds)
         signature = _signature(program, items, results)
@@ -151,7 +159,14 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
             signature = replace(signature, max_batch=1)
             exported = trace(partial(_copied, program, signature), signature, 1)
     refuse_negative_indices(exported, signature)
-    return replace(traced, program=exported, signature=signature, single_item_reason=reason, left_out=source.left_out)
+    return replace(
+        traced,
+        program=exported,
+        signature=signature,
+        single_item_reason=reason,
+        left_out=source.left_out,
+        deterministic_only="" if undrawable is None else undrawable.message,
+    )
 
 
 def _copied(program: StepProgram, signature: Signature) -> StepProgram:
@@ -185,6 +200,15 @@ def _without(source: PolicySource, layout: Layout, names: list[str]) -> PolicySo
     return replace(source, outputs=left, left_out=reason)
 
 
+def _undrawable(probe: StepProgram, items: Mapping[str, Tensor]) -> Undrawable | None:
+    """Why the policy's random actions cannot be exported, or None. The policy itself stays as it is."""
+    try:
+        _record(copy.deepcopy(probe), items, noisy=True)
+    except Undrawable as error:
+        return error
+    return None
+
+
 def _modes(
     policy: nn.Module, io: StepIO, layout: Layout, items: Mapping[str, Tensor], wanted: tuple[Exploration, ...] | None
 ) -> tuple[Exploration, ...]:
@@ -195,12 +219,15 @@ def _modes(
     if not io.noises:
         return ("deterministic",)
     try:
-        _record(StepProgram(policy, io, layout, ("deterministic",)), items)
+        results = _record(StepProgram(policy, io, layout, ("deterministic",)), items)
     except CaptureFailed as error:
         log.warning("this policy only acts at random; deterministic mode failed: %s", error.message)
         return ("random",)
     if io.noises:
         log.warning("this policy only acts at random: it draws in its deterministic mode, too")
+        return ("random",)
+    if any(bool(result.isnan().any()) for result in results):
+        log.warning("this policy only acts at random: in its deterministic mode it gives NaN, as Cauchy's mean is")
         return ("random",)
     return ("deterministic", "random")
 

@@ -11,7 +11,7 @@ from torch.export._trace import _export
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
-from actserve_export.capture.noise import without_value_checks
+from actserve_export.capture.value_checks import without_value_checks
 from actserve_export.programs.reasons import explain
 
 MAX_BATCH = 256

@@ -149,6 +149,8 @@ def _not_shown(captured: CapturedPolicy, source: ExportSource) -> list[str]:
         gaps.append(f"batches: the programs take one item a call, because {captured.single_item_reason}")
     if captured.signature.noise and captured.signature.exploration == ("random",):
         gaps.append("a deterministic mode: the policy draws whenever it acts")
+    if reason := getattr(captured, "deterministic_only", ""):
+        gaps.append(f"random actions, which the programs do not have: {reason}")
     if reason := getattr(captured, "left_out", ""):
         gaps.append(f"outputs that are left out: {reason}")
     return gaps
