@@ -130,7 +130,7 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
         "safetensors": (
             decoded(wire.SAFETENSORS, MIXED),
             [
-                wire.encode_request(wire.SAFETENSORS, wire.Payload(tensors, batched, seed=1))
+                wire.encode_request(wire.SAFETENSORS, wire.Payload(tensors, batched, seed=1), MIXED.request_inputs)
                 for batched in (True, False)
             ],
         ),

@@ -307,7 +307,7 @@ def test_any_name_that_a_dictionary_can_have(name: str, tmp_path: Path) -> None:
     signature = artifact.manifest.signature
     assert [spec.name for spec in signature.observations] == [name]
     for content_type in (wire.JSON, wire.SAFETENSORS):
-        body = wire.encode_request(content_type, wire.Payload({name: BATCH[:1]}, False))
+        body = wire.encode_request(content_type, wire.Payload({name: BATCH[:1]}, False), signature.request_inputs)
         assert list(wire.decode(content_type, body, signature).tensors) == [name]
 
 

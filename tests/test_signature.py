@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import get_args
+
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -50,7 +53,7 @@ def test_a_missing_input_and_an_empty_batch_are_refused() -> None:
         SIGNATURE.validate(good(0))
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "float32", "float64", "bool"])
+@pytest.mark.parametrize("dtype", get_args(DType))
 @pytest.mark.parametrize("bounds", [(None, None), (0.0, 1.0)])
 def test_samples_are_valid_and_vary(dtype: DType, bounds: tuple[float | None, float | None]) -> None:
     spec = TensorSpec("x", dtype, (5, 2), *bounds)
@@ -71,3 +74,19 @@ def test_outputs_are_selected_by_name() -> None:
 def test_bytes_of_an_item() -> None:
     assert PIXELS.item_bytes == 12
     assert SPEED.item_bytes == 4
+    assert TensorSpec("x", "bfloat16", (3,)).item_bytes == 6
+
+
+def test_bfloat16_is_float32_in_memory_and_two_bytes_in_a_body() -> None:
+    spec = TensorSpec("x", "bfloat16", ())
+    values = np.random.default_rng(0).integers(0, 2**32, 20_000, np.uint32).view(np.float32)
+    values = np.concatenate([values, np.array([0, -0.0, np.inf, np.nan, 1.00390625, 3.4e38, 1e-40], np.float32)])
+    with np.errstate(all="ignore"):
+        expected = values.astype(ml_dtypes.bfloat16)
+    halves = spec.to_wire(values)
+    assert halves.dtype == np.dtype("<u2")
+    back = spec.from_wire(halves)
+    np.testing.assert_array_equal(back, expected.astype(np.float32), strict=True)
+    assert (np.signbit(back) == np.signbit(values))[~np.isnan(values)].all()
+    np.testing.assert_array_equal(spec.to_wire(back), halves, strict=True)
+    assert (spec.limits[1], spec.to_wire(np.array([spec.limits[1]], np.float32))[0]) == (3.3895313892515355e38, 0x7F7F)

@@ -133,11 +133,13 @@ def test_a_mixture_of_items_and_batches_is_refused() -> None:
 def test_answers_keep_the_form_of_the_question() -> None:
     outputs = {"action": np.array([3, 1]), "action_value": np.array([[0.5, -1.0], [2.0, np.inf]], np.float32)}
     one = {name: array[:1] for name, array in outputs.items()}
-    assert json.loads(wire.encode("", one, batched=False)[1]) == {"action": 3, "action_value": [0.5, -1.0]}
-    assert json.loads(wire.encode("", outputs, batched=True)[1])["action_value"] == [[0.5, -1.0], [2.0, "Infinity"]]
-    assert wire.encode(wire.RAW, {"action": outputs["action"]}, batched=True) == (wire.RAW, outputs["action"].tobytes())
+    specs = [TensorSpec("action", "int64", ()), TensorSpec("action_value", "float32", (2,))]
+    assert json.loads(wire.encode("", one, specs, batched=False)[1]) == {"action": 3, "action_value": [0.5, -1.0]}
+    assert json.loads(wire.encode("", outputs, specs, batched=True)[1])["action_value"][1] == [2.0, "Infinity"]
+    action = outputs["action"]
+    assert wire.encode(wire.RAW, {"action": action}, specs, batched=True) == (wire.RAW, action.tobytes())
     with pytest.raises(NotAcceptable, match="one output"):
-        wire.encode(wire.RAW, outputs, batched=True)
+        wire.encode(wire.RAW, outputs, specs, batched=True)
 
 
 @pytest.mark.parametrize(

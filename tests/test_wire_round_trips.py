@@ -21,13 +21,16 @@ EVERY = [wire.JSON, wire.RAW, wire.SAFETENSORS]
 def test_a_request(content_type: str, data: st.DataObject) -> None:
     signature = data.draw(signatures())
     payload = data.draw(requests(signature))
-    assert_same(wire.decode(content_type, wire.encode_request(content_type, payload), signature), payload)
+    assert_same(
+        wire.decode(content_type, wire.encode_request(content_type, payload, signature.request_inputs), signature),
+        payload,
+    )
 
 
 @given(specs(["x"]), st.integers(1, 3), st.integers(0, 100))
 def test_a_raw_request(observation: list[TensorSpec], size: int, seed: int) -> None:
     payload = wire.Payload(values(observation, size, seed), batched=size > 1)
-    content = wire.encode_request(wire.RAW, payload)
+    content = wire.encode_request(wire.RAW, payload, observation)
     assert_same(wire.decode_answer(wire.RAW, content, observation), payload)
 
 
@@ -35,7 +38,7 @@ def test_a_raw_request(observation: list[TensorSpec], size: int, seed: int) -> N
 @given(outputs=specs(["action", "q", "h"]), size=st.integers(1, 3), batched=st.booleans(), seed=st.none() | st.just(5))
 def test_an_answer(content_type: str, outputs: list[TensorSpec], size: int, batched: bool, seed: int | None) -> None:
     answer = wire.Payload(values(outputs, size, 0), batched or size > 1, seed=seed)
-    content = wire.encode(content_type, answer.tensors, answer.batched, answer.seed)
+    content = wire.encode(content_type, answer.tensors, outputs, answer.batched, answer.seed)
     assert content[0] == content_type
     assert_same(wire.decode_answer(*content, outputs), answer)
 
@@ -44,7 +47,7 @@ def test_an_answer(content_type: str, outputs: list[TensorSpec], size: int, batc
 @given(st.lists(st.floats(width=32), min_size=3, max_size=3))
 def test_every_float(content_type: str, numbers: list[float]) -> None:
     array = np.array([numbers], np.float32)
-    answer = wire.decode_answer(*wire.encode(content_type, {"action_value": array}, batched=False), [VALUE])
+    answer = wire.decode_answer(*wire.encode(content_type, {"action_value": array}, [VALUE], batched=False), [VALUE])
     np.testing.assert_array_equal(answer.tensors["action_value"], array, strict=True)
 
 
@@ -53,7 +56,7 @@ def test_every_float(content_type: str, numbers: list[float]) -> None:
     "array", [np.array([[7, 1], [8, 2]])[:, 0], np.array([7, 8], ">i8")], ids=["strided", "big-endian"]
 )
 def test_the_layout_in_memory_does_not_matter(content_type: str, array: Array) -> None:
-    answer = wire.decode_answer(*wire.encode(content_type, {"action": array}, batched=True), [ACTION])
+    answer = wire.decode_answer(*wire.encode(content_type, {"action": array}, [ACTION], batched=True), [ACTION])
     assert answer.tensors["action"].tolist() == [7, 8]
 
 
@@ -61,7 +64,7 @@ def test_a_request_that_raw_bytes_cannot_say_is_refused() -> None:
     action = {"action": np.array([1])}
     for payload in (wire.Payload(action, False, seed=1), wire.Payload(action | {"x": np.array([1])}, False)):
         with pytest.raises(UnsupportedContentType, match="expected a Content-Type of application/json"):
-            wire.encode_request(wire.RAW, payload)
+            wire.encode_request(wire.RAW, payload, [ACTION])
 
 
 @pytest.mark.parametrize(

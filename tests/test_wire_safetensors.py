@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import safetensors.torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,13 +154,19 @@ def test_a_mixture_of_items_and_batches_is_refused() -> None:
 
 @given(st.data())
 def test_the_library_reads_what_we_write(data: st.DataObject) -> None:
-    payload = data.draw(requests(data.draw(signatures())))
-    content = wire.encode_request(wire.SAFETENSORS, payload)
-    for name, array in safetensors.numpy.load(content).items():
+    signature = data.draw(signatures())
+    payload = data.draw(requests(signature))
+    content = wire.encode_request(wire.SAFETENSORS, payload, signature.request_inputs)
+    dtypes = {spec.name: spec.dtype for spec in signature.request_inputs}
+    for name, tensor in safetensors.torch.load(content).items():
+        assert str(tensor.dtype) == f"torch.{dtypes[name]}"
+        array = (tensor.float() if dtypes[name] == "bfloat16" else tensor).numpy()
         np.testing.assert_array_equal(array, payload.wire_tensors()[name], strict=True)
 
 
-_VALID = wire.encode_request(wire.SAFETENSORS, decode(safetensors.numpy.save(TENSORS, {"seed": "7"})))
+_VALID = wire.encode_request(
+    wire.SAFETENSORS, decode(safetensors.numpy.save(TENSORS, {"seed": "7"})), RECURRENT.request_inputs
+)
 _EDITS = st.lists(
     st.tuples(
         st.integers(0, len(_VALID)), st.integers(0, 12), st.binary(max_size=12) | st.sampled_from([b"[", b"}", b"9"])

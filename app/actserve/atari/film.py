@@ -30,7 +30,7 @@ class Film:
             (
                 spec.name
                 for spec in remote.signature.outputs[1:]
-                if spec.shape == (len(environment.actions),) and spec.dtype.startswith("float")
+                if spec.shape == (len(environment.actions),) and spec.numpy_dtype.kind == "f"
             ),
             None,
         )

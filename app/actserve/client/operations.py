@@ -143,7 +143,9 @@ def step(
         headers["Content-Type"], body = request_body(signature, items, batched)
     else:
         headers["Content-Type"] = wire.SAFETENSORS
-        body = wire.encode_request(wire.SAFETENSORS, wire.Payload(items, batched, exploration, seed))
+        body = wire.encode_request(
+            wire.SAFETENSORS, wire.Payload(items, batched, exploration, seed), signature.request_inputs
+        )
     path = f"{act_path(description.name)}?{urlencode({'outputs': ','.join(names)}, safe=',')}"
     response = _checked((yield HttpRequest("POST", path, body, headers)))
     try:
@@ -190,15 +192,11 @@ def policy_path(name: str) -> str:
 def request_body(signature: Signature, tensors: Mapping[str, Array], batched: bool) -> tuple[str, Any]:
     """Observations {name: (k, *shape)} -> (content type, body): raw bytes of a single tensor, else safetensors."""
     if len(signature.observations) > 1:
-        return wire.SAFETENSORS, wire.encode_request(wire.SAFETENSORS, wire.Payload(dict(tensors), batched))
+        payload = wire.Payload(dict(tensors), batched)
+        return wire.SAFETENSORS, wire.encode_request(wire.SAFETENSORS, payload, signature.observations)
     (array,), (spec,) = tensors.values(), signature.observations
     # A view: 100 KB of screen are not copied before they are sent.
-    return wire.raw_type(spec), little_endian(array).data.cast("B")
-
-
-def little_endian(array: Array) -> Array:
-    """The same array if its bytes already have that order, else a copy."""
-    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return wire.raw_type(spec), spec.to_wire(array).data.cast("B")
 
 
 def unwrap_action(action: Array) -> Any:
@@ -211,7 +209,15 @@ def _items(tensors: Mapping[str, Array], specs: Sequence[TensorSpec]) -> tuple[A
     ranks = {spec.name: len(spec.shape) for spec in specs}
     batched = any(np.ndim(array) > ranks[name] for name, array in tensors.items() if name in ranks)
     # Adding a leading axis does not copy row-major arrays; other layouts are copied here.
-    return {n: np.asarray(a if batched else np.asarray(a)[None], order="C") for n, a in tensors.items()}, batched
+    return {
+        n: np.asarray(as_array(a) if batched else as_array(a)[None], order="C") for n, a in tensors.items()
+    }, batched
+
+
+def as_array(value: Any) -> Array:
+    """`value` as an array. One of bfloat16, as of the package ml_dtypes, becomes float32, which has all its values."""
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def service_error(status: int, body: bytes) -> ServiceError:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from actserve.client.oip_request import binary_data, infer_request, request_json
-from actserve.client.operations import Operation, read_json, unexpected_answer, unwrap_action
+from actserve.client.operations import Operation, as_array, read_json, unexpected_answer, unwrap_action
 from actserve.client.remote_policy import RemotePolicy
 from actserve.core.errors import ActserveError
 from actserve.core.signature import Array, Arrays, Exploration
@@ -71,11 +71,11 @@ class OipSequence:
 
     def _infer(self, tensors: Mapping[str, Array], parameters: Mapping[str, Any]) -> Operation[Arrays]:
         policy = self._policy
-        items = {name: np.asarray(array)[None] for name, array in tensors.items()}
+        items = {name: as_array(array)[None] for name, array in tensors.items()}
         policy.signature.validate_request(items)
         outputs = [{"name": name} for name in self._names]
-        document = request_json(items, outputs, {"sequence_id": self.id, **parameters})
-        answer = read_json((yield infer_request(policy.name, document, binary_data(items))))
+        document = request_json(policy.signature, items, outputs, {"sequence_id": self.id, **parameters})
+        answer = read_json((yield infer_request(policy.name, document, binary_data(policy.signature, items))))
         specs = {spec.name: spec for spec in policy.signature.outputs}
         try:
             given = {output["name"]: output["data"] for output in answer["outputs"]}

@@ -13,7 +13,7 @@ import pydantic_core
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect, unix_connect
 
-from actserve.client.operations import little_endian, named_observations, service_error, unwrap_action
+from actserve.client.operations import as_array, named_observations, service_error, unwrap_action
 from actserve.client.transport import (
     ANSWER_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
@@ -23,7 +23,8 @@ from actserve.client.transport import (
 )
 from actserve.core.environment import Environment
 from actserve.core.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
-from actserve.core.signature import Array, Arrays, Exploration, Signature
+from actserve.core.signature import Array, Arrays, Exploration, Signature, TensorSpec
+from actserve.wire.payload import find_spec
 from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
 
 CLOSE_TIMEOUT_S = 2.0
@@ -144,13 +145,13 @@ class Stream:
     def _message(self, observation: Array | Mapping[str, Array]) -> memoryview | str:
         """The message: raw bytes for a single tensor, JSON for several."""
         named = named_observations(self.hello.policy, self.signature, observation)
-        items = {name: np.ascontiguousarray(np.asarray(array)[None]) for name, array in named.items()}
+        items = {name: np.ascontiguousarray(as_array(array)[None]) for name, array in named.items()}
         self.signature.validate_request(items)
-        little = {name: little_endian(array) for name, array in items.items()}
-        if len(little) == 1:
-            (array,) = little.values()
-            return array.data.cast("B")
-        return pydantic_core.to_json({name: _b64(array[0]) for name, array in little.items()}).decode()
+        specs = {name: find_spec(name, self.signature.request_inputs) for name in items}
+        if len(items) == 1:
+            ((name, array),) = items.items()
+            return specs[name].to_wire(array).data.cast("B")
+        return pydantic_core.to_json({name: _b64(specs[name], array[0]) for name, array in items.items()}).decode()
 
     def _read(self, text: str) -> Reply:
         """Read a JSON message: a reply, or an error, which is raised."""
@@ -182,5 +183,5 @@ class Stream:
             raise ServiceError(200, "unintelligible", error.message) from error
 
 
-def _b64(array: Array) -> dict[str, Any]:
-    return {"dtype": array.dtype.name, "shape": array.shape, "b64": base64.b64encode(array.tobytes())}
+def _b64(spec: TensorSpec, array: Array) -> dict[str, Any]:
+    return {"dtype": spec.dtype, "shape": array.shape, "b64": base64.b64encode(spec.to_wire(array).tobytes())}

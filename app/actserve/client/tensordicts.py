@@ -34,13 +34,19 @@ def read_tensordict(tensordict: Any, signature: Signature) -> Arrays:
 def write_tensordict(tensordict: Any, results: Arrays, signature: Signature) -> Any:
     """Set the outputs under their names, and new state under ``("next", name)``; returns `tensordict`."""
     states = {state.spec.name for state in signature.state}
+    dtypes = {spec.name: spec.dtype for spec in signature.answers}
     for name, array in results.items():
-        tensordict[("next", name) if name in states else name] = array
+        key = ("next", name) if name in states else name
+        tensordict[key] = array
+        if dtypes[name] == "bfloat16":
+            tensordict[key] = tensordict[key].bfloat16()
     return tensordict
 
 
 def _array(tensor: Any, spec: TensorSpec, batch: tuple[int, ...]) -> Any:
-    array = np.asarray(tensor.detach() if hasattr(tensor, "detach") else tensor)
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().float() if spec.dtype == "bfloat16" else tensor.detach()
+    array = np.asarray(tensor)
     try:
         return array.reshape((*batch, *spec.shape))  # TorchRL's flags have the shape (*batch, 1)
     except ValueError:

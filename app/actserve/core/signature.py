@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,12 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
+from actserve.core.bfloat16 import LARGEST, narrow, widen
 from actserve.core.errors import InvalidTensor, UnknownOutput
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]  # by tensor name; the first axis is the batch
-DType = Literal["uint8", "int32", "int64", "float32", "float64", "bool"]
+DType = Literal[
+    "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "bool"
+]  # fmt: skip
 
+
+SMALL_INTEGERS = ("uint8", "int8", "uint16", "int16")  # every value is as likely as another
 
 Bound = float | tuple[float | None, ...] | None  # of the elements of a tensor; None: no bound
 
@@ -38,12 +44,40 @@ class TensorSpec:
 
     @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.dtype)
+        """The dtype of arrays; float32 for bfloat16, which numpy lacks."""
+        return np.dtype("float32" if self.dtype == "bfloat16" else self.dtype)
+
+    @cached_property
+    def wire_dtype(self) -> np.dtype[Any]:
+        """The dtype of the bytes of a body, little-endian; uint16 for the halves of bfloat16."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of one item."""
+        return math.prod(self.shape)
 
     @cached_property
     def item_bytes(self) -> int:
-        """Bytes of one item, row-major."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.numpy_dtype.itemsize
+        """Bytes of one item in a body, row-major."""
+        return self.elements * self.wire_dtype.itemsize
+
+    def to_wire(self, array: Array) -> Array:
+        """An array of any shape as a body holds it, of `wire_dtype`; the same array if it is that already."""
+        halves = narrow(np.asarray(array, np.float32)) if self.dtype == "bfloat16" else array
+        return halves.astype(self.wire_dtype, copy=False)
+
+    def from_wire(self, array: Array) -> Array:
+        """The inverse of `to_wire`, without a copy except for bfloat16."""
+        return widen(array) if self.dtype == "bfloat16" else array
+
+    @cached_property
+    def limits(self) -> tuple[float, float]:
+        """The smallest and the largest finite number of the dtype."""
+        if self.dtype == "bfloat16":
+            return -LARGEST, LARGEST
+        found: Any = (np.iinfo if self.numpy_dtype.kind in "iu" else np.finfo)(self.numpy_dtype)
+        return found.min, found.max
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -51,7 +85,8 @@ class TensorSpec:
     def validate(self, batch: Array) -> None:
         """Raise `InvalidTensor` unless `batch` is (B, *shape) of this dtype, in row-major order and in bounds."""
         if batch.dtype != self.numpy_dtype or batch.shape[1:] != self.shape or batch.ndim != len(self.shape) + 1:
-            raise InvalidTensor(self.name, f"{self.dtype}[B, {', '.join(map(str, self.shape))}]", describe(batch))
+            held = " as float32" * (self.dtype == "bfloat16")
+            raise InvalidTensor(self.name, f"{self.dtype}[B, {', '.join(map(str, self.shape))}]{held}", describe(batch))
         if not batch.flags.c_contiguous:
             raise InvalidTensor(self.name, "a row-major (C-contiguous) array", f"strides {batch.strides}")
         if self.numpy_dtype.kind == "f" and np.isnan(batch).any():
@@ -106,12 +141,16 @@ class TensorSpec:
         if self.dtype == "bool":
             return rng.random(shape) < 0.5
         if self.numpy_dtype.kind == "f" and self.low is None and self.high is None:
-            return rng.standard_normal(shape).astype(self.numpy_dtype)
+            return self._rounded(rng.standard_normal(shape))
         low, high = self._sampling_range()
         if self.numpy_dtype.kind == "f":
-            return rng.uniform(low, high, shape).astype(self.numpy_dtype)
+            return self._rounded(rng.uniform(low, high, shape))
         whole = (np.ceil(low).astype(np.int64), np.floor(high).astype(np.int64))
         return rng.integers(*whole, shape, self.numpy_dtype, endpoint=True)
+
+    def _rounded(self, values: Array) -> Array:
+        """`values` in the dtype."""
+        return self.from_wire(self.to_wire(values.astype(self.numpy_dtype)))
 
     def blank(self, batch: int) -> Array:
         """(batch, *shape) of zeros, or of the valid values nearest to zero."""
@@ -119,7 +158,7 @@ class TensorSpec:
         return np.array(np.broadcast_to(nearest, (batch, *self.shape)), self.numpy_dtype, order="C")  # writable
 
     def _sampling_range(self) -> tuple[Array, Array]:
-        low, high = (0.0, 255.0) if self.dtype == "uint8" else (-100.0, 100.0)
+        low, high = self.limits if self.dtype in SMALL_INTEGERS else (-100.0, 100.0)
         least, most = self.each_low, self.each_high
         return (
             np.where(np.isfinite(least), least, np.minimum(low, most)),
@@ -219,6 +258,11 @@ class Signature:
         """The results with their names in an .onnx graph, where no output has the name of an input."""
         taken = {spec.name for spec in self.inputs}
         return tuple(replace(spec, name=f"{spec.name}_out") if spec.name in taken else spec for spec in self.results)
+
+    @cached_property
+    def answers(self) -> tuple[TensorSpec, ...]:
+        """What an answer can have: the outputs, and new state under the name of the input that it replaces."""
+        return (*self.outputs, *(state.spec for state in self.state))
 
     @property
     def action(self) -> TensorSpec:

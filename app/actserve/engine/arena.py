@@ -61,7 +61,8 @@ class Arena:
         self.coming: dict[Sender, int] = {}  # when each began, in nanoseconds; the oldest comes first
         rows = max(2, min(BATCHES * max(batch, 8), MAX_BYTES // spec.item_bytes))
         self._name = spec.name
-        self._items = spec.zeros(rows)
+        self._spec = spec
+        self._items = np.zeros((rows, *spec.shape), spec.wire_dtype)
         self.bytes = self._items.reshape(rows, -1).view(np.uint8)  # (rows, item_bytes)
         self.memory = [memoryview(self.bytes[row]) for row in range(rows)]
         self._signature = signature
@@ -175,7 +176,7 @@ class Arena:
         size = len(observations)
         self._extend_defaults(size)
         inputs = {name: array[:size] for name, array in self._defaults.items()}
-        inputs[self._name] = observations
+        inputs[self._name] = self._spec.from_wire(observations)
         if self._states:
             slots = [item.slot for item in batch if item.slot is not None]
             inputs |= {name: array[slots] for name, array in self._kept.items()}
@@ -186,7 +187,7 @@ class Arena:
         """Have the other inputs' defaults for `size` items: a request can have more items than there are rows."""
         if size > self._defaults_size:
             self._defaults_size = size
-            filled = complete(self._signature, {self._name: self._items[:1]}, size).inputs
+            filled = complete(self._signature, {self._name: self._spec.zeros(1)}, size).inputs
             self._defaults = {name: array for name, array in filled.items() if name != self._name}
 
     def scatter(self, batch: Sequence[Seated], results: Arrays) -> None:

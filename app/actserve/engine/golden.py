@@ -11,12 +11,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from actserve.core import bfloat16
 from actserve.core.errors import CorruptFile, RuntimeFailure
-from actserve.core.signature import Array, Arrays, Signature
+from actserve.core.signature import Array, Arrays, Signature, TensorSpec
 from actserve.engine.runtimes import load as runtimes
 from actserve.engine.runtimes.base import Runtime
 from actserve.store.artifact import GOLDEN, Artifact
 
+EPSILONS = {"float16": 2.0**-10, "bfloat16": bfloat16.EPSILON}
+ROUNDINGS = 2
 INPUT = "input."
 OUTPUT = "output."
 
@@ -27,6 +30,11 @@ class Tolerance:
 
     absolute: float = 1e-4
     relative: float = 1e-4
+
+    def of(self, spec: TensorSpec) -> Tolerance:
+        """The tolerance of one tensor. Numbers of 16 bits may be rounded another way, more than once."""
+        rounding = ROUNDINGS * EPSILONS.get(spec.dtype, 0.0)
+        return Tolerance(max(self.absolute, rounding), max(self.relative, rounding))
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,12 @@ def compare(
     for spec in signature.results:
         ours, theirs = outputs[spec.name], reference[spec.name]
         if spec.numpy_dtype.kind == "f":
+            ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
             with np.errstate(invalid="ignore"):  # infinity less infinity
                 difference = np.where(ours == theirs, 0.0, np.abs(ours - theirs))
             largest[spec.name] = float(np.max(difference, initial=0.0))
-            if not np.allclose(ours, theirs, rtol=tolerance.relative, atol=tolerance.absolute):
+            allowed = tolerance.of(spec)
+            if not np.allclose(ours, theirs, rtol=allowed.relative, atol=allowed.absolute):
                 exceeding.append(spec.name)
         elif spec is not signature.action and not np.array_equal(ours, theirs):
             exceeding.append(spec.name)

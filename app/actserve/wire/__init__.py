@@ -54,7 +54,7 @@ _READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Payload]] = {
     PNG: as_png.read,
     NPY: as_npy.read,
 }
-_WRITERS: dict[str, Callable[[Payload], bytes]] = {
+_WRITERS: dict[str, Callable[[Payload, Sequence[TensorSpec]], bytes]] = {
     JSON: as_json.write,  # preferred when Accept ranks several equally
     RAW: as_raw.write,
     SAFETENSORS: as_safetensors.write,
@@ -85,22 +85,25 @@ def writing_takes_long(outputs: Mapping[str, Array]) -> bool:
     return sum(array.size for array in outputs.values()) > MANY_VALUES
 
 
-def encode(accept: str, outputs: Mapping[str, Array], batched: bool, seed: int | None = None) -> tuple[str, bytes]:
+def encode(
+    accept: str, outputs: Mapping[str, Array], specs: Sequence[TensorSpec], batched: bool, seed: int | None = None
+) -> tuple[str, bytes]:
     """A policy's outputs, each (k, *shape) -> (content type, body), in the encoding that `accept` prefers.
 
-    `seed` is the seed of a random action; JSON and safetensors carry it as metadata. Raises `NotAcceptable`.
+    `specs` has the spec of each output, and may have others. `seed` is the seed of a random action; JSON and
+    safetensors carry it as metadata. Raises `NotAcceptable`.
     """
     content_type = negotiate(accept, len(outputs))
-    return content_type, _WRITERS[content_type](Payload(dict(outputs), batched, seed=seed))
+    return content_type, _WRITERS[content_type](Payload(dict(outputs), batched, seed=seed), specs)
 
 
-def encode_request(content_type: str, payload: Payload) -> bytes:
+def encode_request(content_type: str, payload: Payload, specs: Sequence[TensorSpec]) -> bytes:
     """The client's side of `decode`. Raises `UnsupportedContentType` if that encoding cannot carry the payload."""
     fits_raw = len(payload.tensors) == 1 and not payload.metadata
     supported = [known for known in _WRITERS if known not in _SINGLE_TENSOR or fits_raw]
     if content_type not in supported:
         raise UnsupportedContentType(content_type, supported)
-    return _WRITERS[content_type](payload)
+    return _WRITERS[content_type](payload, specs)
 
 
 def decode_answer(content_type: str, body: Body, specs: Sequence[TensorSpec]) -> Payload:

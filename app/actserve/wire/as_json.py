@@ -45,7 +45,7 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     return build_payload(arrays, specs, metadata)
 
 
-def write(payload: Payload) -> bytes:
+def write(payload: Payload, _specs: Sequence[TensorSpec]) -> bytes:
     fields = [pydantic_core.to_json(name) + b":" + large_json.dump(a) for name, a in payload.wire_tensors().items()]
     fields += [pydantic_core.to_json({name: value})[1:-1] for name, value in payload.metadata.items()]
     return b"{" + b",".join(fields) + b"}"
@@ -81,13 +81,13 @@ def array_from_lists(value: Any, spec: TensorSpec) -> Array:
     except OverflowError:
         raise InvalidTensor(spec.name, _ACCEPTED_NAMES[kind], "one of more than 64 bits") from None
     if kind == "f" and np.isinf(array).sum() > infinities:
-        bounds = np.finfo(spec.numpy_dtype)
-        raise InvalidTensor(spec.name, f"{bounds.min} to {bounds.max}", "a larger number")
+        low, high = spec.limits
+        raise InvalidTensor(spec.name, f"{low} to {high}", "a larger number")
     if kind != "b":
-        limits = np.iinfo(spec.numpy_dtype) if kind in "ui" else np.finfo(spec.numpy_dtype)
+        low, high = spec.limits
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
-        if finite.size and (finite.min() < limits.min or finite.max() > limits.max):
-            raise InvalidTensor(spec.name, f"{limits.min} to {limits.max}", f"{finite.min()} to {finite.max()}")
+        if finite.size and (finite.min() < low or finite.max() > high):
+            raise InvalidTensor(spec.name, f"{low} to {high}", f"{finite.min()} to {finite.max()}")
     return np.asarray(array, spec.numpy_dtype).reshape(shape)
 
 
@@ -153,7 +153,7 @@ def _array_from_b64(value: dict[str, Any], spec: TensorSpec) -> Array:
         data = bytearray(base64.b64decode(b64, validate=True))  # writable, so that runtimes need no copy
     except (binascii.Error, ValueError, TypeError):
         raise InvalidTensor(spec.name, "base64 text in b64", "something else") from None
-    size = spec.numpy_dtype.itemsize * math.prod(shape)
+    size = spec.wire_dtype.itemsize * math.prod(shape)
     if len(data) != size:
         raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}", f"{len(data):,} bytes")
     return array_from_bytes(data, spec, shape)

@@ -31,8 +31,8 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     if len(data) != size:
         raise InvalidTensor(spec.name, f"{size:,} bytes for shape {shape}"[:200], f"{len(data):,} bytes")
     stored = shape[::-1] if is_fortran else shape
-    if dtype.byteorder == ">":
-        array = np.frombuffer(data, dtype).astype(spec.numpy_dtype).reshape(stored)
+    if dtype.byteorder == ">" or spec.dtype == "bfloat16":  # which NumPy lacks: float32 is rounded to it
+        array = spec.from_wire(spec.to_wire(np.frombuffer(data, dtype).astype(spec.numpy_dtype))).reshape(stored)
     else:
         array = array_from_bytes(data, spec, stored)
     return build_payload({spec.name: np.require(array.T if is_fortran else array, requirements=["C", "A"])}, specs, {})

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from actserve.core.errors import InvalidTensor
 from actserve.core.signature import TensorSpec
 from actserve.wire import as_npy
-from actserve.wire.payload import NPY, RAW, Body, Payload, array_from_bytes, single_spec
+from actserve.wire.payload import NPY, RAW, Body, Payload, array_from_bytes, find_spec, single_spec
 
 
 def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
@@ -38,6 +38,6 @@ def check_dtype(dtype: str | None, spec: TensorSpec) -> None:
         raise InvalidTensor(spec.name, f"dtype {spec.dtype!r}", f"{dtype!r}"[:80])
 
 
-def write(payload: Payload) -> bytes:
-    (array,) = payload.tensors.values()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+def write(payload: Payload, specs: Sequence[TensorSpec]) -> bytes:
+    ((name, array),) = payload.tensors.items()
+    return find_spec(name, specs).to_wire(array).tobytes()

@@ -140,7 +140,7 @@ def find_spec(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
 
 
 def array_from_bytes(data: Body, spec: TensorSpec, shape: Sequence[int]) -> Array:
-    """Little-endian, row-major bytes -> an array of the spec's dtype, without a copy.
+    """Little-endian, row-major bytes -> an array of the spec's dtype, without a copy except for bfloat16.
 
     The caller has checked `shape` and the length of `data`. Raises `InvalidTensor` for booleans other than 0 and 1.
     """
@@ -148,7 +148,7 @@ def array_from_bytes(data: Body, spec: TensorSpec, shape: Sequence[int]) -> Arra
         values = np.frombuffer(data, np.uint8)
         if values.size and values.max() > 1:
             raise InvalidTensor(spec.name, "bytes of 0 or 1 for bool", f"{values.max()}")
-    return np.frombuffer(data, spec.numpy_dtype.newbyteorder("<")).reshape(shape)
+    return spec.from_wire(np.frombuffer(data, spec.wire_dtype).reshape(shape))
 
 
 def check_shape(shape: Sequence[int], spec: TensorSpec) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pydantic
@@ -77,19 +77,19 @@ class ReplyCodec:
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._specs = specs
         self.offsets: dict[str, int] = {}
-        self._packed: list[tuple[str, np.dtype[Any], bytes]] = []  # name, dtype, padding before it
+        self._packed: list[tuple[TensorSpec, bytes]] = []  # with the padding before it
         end = _HEADER.size
         for spec in specs:
             offset = -(-end // _ALIGNMENT) * _ALIGNMENT
             self.offsets[spec.name] = offset
-            self._packed.append((spec.name, spec.numpy_dtype.newbyteorder("<"), bytes(offset - end)))
+            self._packed.append((spec, bytes(offset - end)))
             end = offset + spec.item_bytes
         self._bytes = end
 
     def pack(self, reply: Reply) -> bytes:
         parts = [_HEADER.pack(reply.step, min(reply.queue_us, _UINT32_MAX), min(reply.run_us, _UINT32_MAX))]
-        for name, dtype, padding in self._packed:
-            parts += (padding, np.asarray(reply.outputs[name], dtype).tobytes())
+        for spec, padding in self._packed:
+            parts += (padding, spec.to_wire(np.asarray(reply.outputs[spec.name])).tobytes())
         return b"".join(parts)
 
     def unpack(self, message: bytes) -> Reply:
@@ -99,8 +99,8 @@ class ReplyCodec:
         step, queue_us, run_us = _HEADER.unpack_from(message)
         outputs: Arrays = {}
         for spec in self._specs:
-            array = np.ndarray(spec.shape, spec.numpy_dtype.newbyteorder("<"), message, self.offsets[spec.name])
-            outputs[spec.name] = array.astype(spec.numpy_dtype)
+            array = np.ndarray(spec.shape, spec.wire_dtype, message, self.offsets[spec.name])
+            outputs[spec.name] = spec.from_wire(array).astype(spec.numpy_dtype)
         return Reply(step, outputs, queue_us, run_us)
 
     def to_json(self, reply: Reply) -> str:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torchrl.data import Bounded, Categorical, Composite, MultiCategorical
 
-from actserve.core.signature import Bound, TensorSpec
+from actserve.core.signature import SMALL_INTEGERS, Bound, TensorSpec
 
 aten: Any = torch.ops.aten
 # Operators that only move elements.
@@ -175,8 +175,9 @@ def narrowed(spec: TensorSpec, low: Bound, high: Bound) -> TensorSpec:
         return spec
     other = replace(spec, low=low, high=high)
     least, most = np.maximum(spec.each_low, other.each_low), np.minimum(spec.each_high, other.each_high)
-    if spec.dtype == "uint8":
-        least, most = np.where(least <= 0, -np.inf, least), np.where(most >= 255, np.inf, most)
+    if spec.dtype in SMALL_INTEGERS:
+        low_limit, high_limit = spec.limits
+        least, most = np.where(least <= low_limit, -np.inf, least), np.where(most >= high_limit, np.inf, most)
     if (least > most).any():
         return spec
     return replace(spec, low=_bound(_numbers(least, spec.shape)), high=_bound(_numbers(most, spec.shape)))

@@ -85,12 +85,9 @@ def _extremes(signature: Signature, inputs: Arrays) -> Arrays:
     found = {}
     for spec in signature.observations:
         own = inputs[spec.name]
-        low, high = (np.nan_to_num(end, posinf=FAR, neginf=-FAR) for end in (spec.each_low, spec.each_high))
+        least, most = (0, 1) if own.dtype == bool else spec.limits
+        low, high = np.clip(spec.each_low, max(least, -FAR), None), np.clip(spec.each_high, None, min(most, FAR))
         ends = np.where(np.arange(len(own)).reshape(-1, *[1] * len(spec.shape)) % 2, low, high)
-        if own.dtype.kind in "iu":
-            ends = np.clip(ends, np.iinfo(own.dtype).min, np.iinfo(own.dtype).max)
-        if own.dtype.kind == "b":
-            ends = ends > 0
         found[spec.name] = np.concatenate([own, np.broadcast_to(ends, own.shape).astype(own.dtype)])
     return found
 

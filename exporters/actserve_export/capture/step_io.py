@@ -62,7 +62,7 @@ class StepIO:
         """The state `name`, (B, *shape)."""
         name = self._free(name)
         if self._inputs is not None:
-            return self._inputs[name]
+            return self._inputs[name].bfloat16() if dtype == torch.bfloat16 else self._inputs[name]
         self.states[name] = State(TensorSpec(name, dtype_name(name, dtype), tuple(shape)), f"next_{name}", initial)
         return torch.full((self._batch, *shape), initial, dtype=dtype)
 

@@ -21,6 +21,7 @@ from actserve_export.capture.log_prob import Check
 from actserve_export.capture.noise import NoiseFromInputs
 from actserve_export.capture.step_io import StepIO
 from actserve_export.sources.keys import Key, key_name
+from actserve_export.sources.tensors import widened
 
 MODES: dict[Exploration, Any] = {"deterministic": ExplorationType.DETERMINISTIC, "random": ExplorationType.RANDOM}
 
@@ -34,6 +35,7 @@ class StepProgram(nn.Module):
         self.layout = layout
         self.modes = modes
         self.watching: list[Check] = []
+        self.halves: set[str] = set()  # inputs that the policy takes as bfloat16, and the program as float32
         self.__dict__["io"] = io
 
     def bind(self, names: tuple[str, ...]) -> StepProgram:
@@ -65,7 +67,8 @@ class StepProgram(nn.Module):
         return tuple(_choose(explore, random, sure).contiguous() for sure, random in zip(*runs, strict=True))
 
     def _act(self, mode: Exploration, inputs: Mapping[str, Tensor], batch: Any, recording: bool) -> tuple[Tensor, ...]:
-        given = {name: x.clone() if name in self.io.overwritten else x for name, x in inputs.items()}
+        given = {name: x.bfloat16() if name in self.halves else x for name, x in inputs.items()}
+        given = {name: x.clone() if name in self.io.overwritten else x for name, x in given.items()}
         tensordict = self.layout.tensordict(given, batch)
         if self.layout.is_init:
             tensordict.set(IS_INIT.name, self.io.is_init().reshape(-1, *self.layout.is_init_shape))
@@ -78,6 +81,7 @@ class StepProgram(nn.Module):
         outputs += [_get(result, written) for _, written in self.layout.states.values()]
         if not recording:  # a deterministic step does not change the state of a noise process
             outputs += [self.io.next_states.get(name, inputs[name]) for name in self.io.states]
+            outputs = list(map(widened, outputs))
         return tuple(tensor.contiguous() for tensor in outputs)
 
 

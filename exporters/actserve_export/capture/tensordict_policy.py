@@ -37,6 +37,7 @@ from actserve_export.programs.reasons import explain, refuse_what_has_no_values_
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.sources import samples
 from actserve_export.sources.policy_source import PolicySource
+from actserve_export.sources.tensors import to_array
 
 log = logging.getLogger("actserve")
 RECORDED_BATCH = 13  # of the eager runs on the example; no usual size of a layer
@@ -65,9 +66,7 @@ class TracedPolicy:
                 outputs = self.reference(*tensors)
         except Exception as error:
             raise CaptureFailed(f"the policy fails on a batch of {len(tensors[0])}: {explain(error)}") from error
-        return {
-            spec.name: tensor.detach().numpy() for spec, tensor in zip(self.signature.results, outputs, strict=True)
-        }
+        return {spec.name: to_array(tensor) for spec, tensor in zip(self.signature.results, outputs, strict=True)}
 
     def graph(self) -> str:
         """The graph as torch prints it, without the machine's folders."""
@@ -140,6 +139,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         results = _record(program, items, bounds)
         signature = _signature(program, items, results)
         signature = _bounded(signature, bounds, source, layout)
+        program.halves = {name for name, item in items.items() if item.dtype == torch.bfloat16}
         program.bind(tuple(spec.name for spec in signature.inputs))
         traced = TracedPolicy(None, program, signature, layout)
         inputs = affordable(traced.run_reference, samples.collect(source, signature, ITEMS))

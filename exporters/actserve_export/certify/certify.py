@@ -66,6 +66,7 @@ def certify(
             "reference": source.reference,
             "batch_sizes": sizes,
             "tolerance": asdict(TOLERANCE),
+            **_wider_tolerances(signature),
             "smallest_margin": smallest_score_margin(signature, reference),
             "actions": count_actions(signature, reference),
             "programs": found,
@@ -138,6 +139,12 @@ def _side_by_side(
         results = {name: of_program(runtime) for name, runtime in runtimes.items() if name not in beside}
         results |= {name: future.result() for name, future in beside.items()}
     return reference, {name: results[name] for name in runtimes}
+
+
+def _wider_tolerances(signature: Signature) -> dict[str, Any]:
+    """The tolerances of numbers of 16 bits, by dtype, if the policy gives some."""
+    given = {spec.dtype: asdict(TOLERANCE.of(spec)) for spec in signature.results if spec.dtype in golden.EPSILONS}
+    return {"tolerance_of": given} if given else {}
 
 
 def _not_shown(captured: CapturedPolicy, source: ExportSource) -> list[str]:
@@ -229,6 +236,7 @@ def _disagreement(
     what: str, signature: Signature, agreement: Agreement, outputs: Mapping[str, Array], reference: Mapping[str, Array]
 ) -> Disagreement:
     action = signature.action.name
+    specs = {spec.name: spec for spec in signature.results}
     lines = [f"{what} is not the policy: nothing was published."]
     for item in agreement.differing[:5]:
         ours, theirs = outputs[action][item].tolist(), reference[action][item].tolist()
@@ -237,7 +245,7 @@ def _disagreement(
         lines.append(f"  and {len(agreement.differing) - 5} more of {agreement.compared}")
     for output in agreement.exceeding:
         difference = agreement.largest_difference.get(output, 1.0)
-        lines.append(f"  {output}: largest difference {difference:.3g}, allowed {asdict(TOLERANCE)}")
+        lines.append(f"  {output}: largest difference {difference:.3g}, allowed {asdict(TOLERANCE.of(specs[output]))}")
     return Disagreement("\n".join(lines), where=what, **agreement.summary())
 
 

@@ -18,6 +18,7 @@ from actserve.core.signature import Array, Arrays, Exploration
 from actserve_export.capture.tensordict_policy import TracedPolicy
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 from actserve_export.sources.policy_source import PolicySource
+from actserve_export.sources.tensors import to_array, to_tensor
 
 DRAWS = 4096
 MAX_KINDS = 64  # actions; floating-point actions of more kinds are continuous
@@ -55,12 +56,13 @@ def _own(captured: CapturedPolicy, source: ExportSource, full: Arrays) -> Arrays
     assert isinstance(captured, TracedPolicy)  # an .onnx file has no noise
     assert isinstance(source, PolicySource)
     layout = captured.layout
-    tensordict = layout.tensordict({name: torch.from_numpy(array) for name, array in full.items()}, DRAWS)
+    specs = {spec.name: spec for spec in captured.signature.inputs}
+    tensordict = layout.tensordict({name: to_tensor(full[name], spec) for name, spec in specs.items()}, DRAWS)
     tensordict.set("is_init", torch.ones(DRAWS, 1, dtype=torch.bool))
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM), torch.random.fork_rng():
         torch.manual_seed(0)
         result = source.policy(tensordict)
-    return {name: result.get(key).numpy() for name, key in layout.outputs.items() if not name.endswith("log_prob")}
+    return {name: to_array(result.get(key)) for name, key in layout.outputs.items() if not name.endswith("log_prob")}
 
 
 def _varies(values: Array) -> bool:

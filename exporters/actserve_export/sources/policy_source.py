@@ -18,6 +18,7 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration
 from actserve_export.sources.interfaces import OriginalPolicy
 from actserve_export.sources.keys import key_name
+from actserve_export.sources.tensors import to_array
 
 ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any] | float
 
@@ -96,5 +97,5 @@ class PolicySource:
 
 def _named(tensordict: TensorDict) -> Arrays:
     return {
-        key_name(key): tensordict.get(key).numpy() for key in tensordict.keys(include_nested=True, leaves_only=True)
+        key_name(key): to_array(tensordict.get(key)) for key in tensordict.keys(include_nested=True, leaves_only=True)
     }

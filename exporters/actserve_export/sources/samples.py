@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from actserve.core.completion import draw_noise
-from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Signature, TensorSpec
+from actserve.core.signature import EXPLORE, IS_INIT, SMALL_INTEGERS, Array, Arrays, Signature, TensorSpec
 from actserve_export.sources.interfaces import ExportSource
 
 EPISODES_BEGIN = 0.1  # the share of items on the first step of an episode
@@ -27,7 +27,8 @@ def collect(source: ExportSource, signature: Signature, count: int) -> Arrays:
         values = state.spec.sample(rng, count)
         values[begins] = state.initial_value(1)
         unbounded = state.spec.low is None and state.spec.high is None
-        inputs[state.spec.name] = np.abs(values) if state.spec.numpy_dtype.kind == "i" and unbounded else values
+        counts = state.spec.numpy_dtype.kind == "i" and unbounded
+        inputs[state.spec.name] = np.abs(np.maximum(values, -state.spec.limits[1])) if counts else values
     if signature.is_init:
         inputs[IS_INIT.name] = begins
     for parameter in signature.parameters:
@@ -58,8 +59,10 @@ def _random(spec: TensorSpec, source: ExportSource, count: int, rng: np.random.G
     values = spec.sample(rng, count)
     if spec.dtype == "bool" and "mask" in spec.name:
         values[..., 0] |= ~values.any(-1)  # a mask allows at least one action
-    elif spec.dtype in ("uint8", "bool"):
-        values[::BOUNDARY], values[1::BOUNDARY] = (0, 255) if spec.dtype == "uint8" else (False, True)
+    elif spec.dtype == "bool":
+        values[::BOUNDARY], values[1::BOUNDARY] = False, True
+    elif spec.dtype in SMALL_INTEGERS:
+        values[::BOUNDARY], values[1::BOUNDARY] = spec.limits
     return values
 
 

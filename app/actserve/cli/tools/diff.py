@@ -175,7 +175,7 @@ def _agreement(runtimes: list[Runtime | None], samples: list[Arrays]) -> ActionA
     size = min(8, first.signature.max_batch, second.signature.max_batch)
     ours, theirs = (golden.in_batches(runtime.run, union, size) for runtime in (first, second))
     a, b = ours[first.signature.action.name], theirs[second.signature.action.name]
-    same = int(golden.agreeing(a, b, golden.Tolerance()).sum())
+    same = int(golden.agreeing(a, b, golden.Tolerance().of(first.signature.action)).sum())
     largest = {
         name: float(np.max(np.abs(ours[name] - theirs[name]), initial=0.0))
         for name in ours.keys() & theirs.keys()

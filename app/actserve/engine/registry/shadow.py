@@ -48,6 +48,8 @@ class Shadow:
             return
         self._failing = False
         own = acted.outputs[self.policy.signature.action.name]
-        same = int(agreeing(action, own, Tolerance()).sum())  # the same tolerance as for golden samples
+        same = int(
+            agreeing(action, own, Tolerance().of(self.policy.signature.action)).sum()
+        )  # the same tolerance as for golden samples
         self.outcomes["agreements"] += same
         self.outcomes["disagreements"] += size - same

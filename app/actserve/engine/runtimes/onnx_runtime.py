@@ -14,8 +14,13 @@ from actserve.store.artifact import Artifact
 
 _DTYPES = {
     "uint8": "tensor(uint8)",
+    "int8": "tensor(int8)",
+    "uint16": "tensor(uint16)",
+    "int16": "tensor(int16)",
     "int32": "tensor(int32)",
     "int64": "tensor(int64)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(float)",  # as numpy has it
     "float32": "tensor(float)",
     "float64": "tensor(double)",
     "bool": "tensor(bool)",

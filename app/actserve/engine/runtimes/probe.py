@@ -59,7 +59,7 @@ def trial_run(path: Path, artifact: Artifact) -> str | None:
         "path": str(path),
         "token": token,
         "device": artifact.manifest.programs["pt2"].requires.get("device") or "cpu",
-        "inputs": [[spec.dtype, spec.shape] for spec in signature.inputs],
+        "inputs": [[spec.numpy_dtype.name, spec.shape] for spec in signature.inputs],
         "sizes": [size for size in _BATCHES if size <= signature.max_batch],
     }
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:

@@ -78,7 +78,9 @@ class Backend(ABC):
         """The content type of `steps`, and each step encoded."""
         if IS_INIT.name in self.steps[0]:
             items = [wire.Payload(step, batched=False) for step in self.steps]
-            return wire.SAFETENSORS, [wire.encode_request(wire.SAFETENSORS, item) for item in items]
+            return wire.SAFETENSORS, [
+                wire.encode_request(wire.SAFETENSORS, item, self.signature.request_inputs) for item in items
+            ]
         pairs = [request_body(self.signature, step, batched=False) for step in self.steps]
         return pairs[0][0], [bytes(body) for _, body in pairs]
 

@@ -45,16 +45,16 @@ class OipBackend(Backend):
         action = self.signature.action
         end = len(answer) - action.item_bytes
         (output,) = pydantic_core.from_json(answer[:end])["outputs"]
-        return {output["name"]: np.frombuffer(answer[end:], action.numpy_dtype.newbyteorder("<"))}
+        return {output["name"]: action.from_wire(np.frombuffer(answer[end:], action.wire_dtype))}
 
     @cached_property
     def _tensors(self) -> list[bytes]:
         """The binary tensor data of each step."""
-        return [binary_data(step) for step in self.steps]
+        return [binary_data(self.signature, step) for step in self.steps]
 
     def _head(self, parameters: Mapping[str, Any]) -> bytes:
         """The part of a request before its binary tensor data, which has the same size in every step."""
         outputs = [{"name": self.signature.action.name, "parameters": {"binary_data": True}}]
         seed = {} if self.noise_seed is None else {"seed": self.noise_seed}
-        document = request_json(self.steps[0], outputs, {**parameters, **seed})
+        document = request_json(self.signature, self.steps[0], outputs, {**parameters, **seed})
         return self.encode_head(infer_request(self.description.name, document, self._tensors[0])) + b"\r\n" + document

@@ -90,7 +90,7 @@ class Endpoint:
             self._headers, self._answers, self._refusals = headers, {}, {}
 
     def _build(self, action: Array, headers: Headers) -> bytes:
-        content_type, content = wire.encode("", {self._action: action}, len(action) > 1)
+        content_type, content = wire.encode("", {self._action: action}, self._policy.signature.outputs, len(action) > 1)
         return serialised(Response(content, media_type=content_type), headers)
 
 

@@ -191,7 +191,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
     acted = await admission.act(policy, items.tensors, items.size, exploration, seed, patience_ns)
     if version is None:
         registry.mirror(policy, items.tensors, items.size, exploration, acted)
-    return await _respond(request, acted, names, items.batched)
+    return await _respond(request, policy, acted, names, items.batched)
 
 
 async def _step(request: Request, policy: Policy, version: int | None, id_: str, body: Body) -> Response:
@@ -199,7 +199,7 @@ async def _step(request: Request, policy: Policy, version: int | None, id_: str,
     step = await sessions.read_step_request(request, policy, version, id_)
     names = _output_names(request, step.policy)
     result = await sessions.take_step(request, step, lambda: _decode(request, body, step.policy))
-    return await _respond(request, result.acted, names, False, sessions.step_headers(result))
+    return await _respond(request, step.policy, result.acted, names, False, sessions.step_headers(result))
 
 
 async def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
@@ -216,12 +216,17 @@ def _output_names(request: Request, policy: Policy, state: Sequence[State] = ())
 
 
 async def _respond(
-    request: Request, acted: Acted, names: Sequence[str], batched: bool, headers: dict[str, str] | None = None
+    request: Request,
+    policy: Policy,
+    acted: Acted,
+    names: Sequence[str],
+    batched: bool,
+    headers: dict[str, str] | None = None,
 ) -> Response:
     outputs = {name: acted.outputs[name] for name in names}
     accept, takes_long = request.headers.get("accept", ""), wire.writing_takes_long(outputs)
     content_type, content = await off_loop.call(
-        wire.encode, accept, outputs, batched, acted.seed, takes_long=takes_long
+        wire.encode, accept, outputs, policy.signature.answers, batched, acted.seed, takes_long=takes_long
     )
     return Response(content, media_type=content_type, headers=headers)
 

@@ -134,5 +134,5 @@ class StreamEpisode:
 
     def _max_message_bytes(self) -> int:
         """The size of one item in the largest encoding."""
-        elements = sum(spec.item_bytes // spec.numpy_dtype.itemsize for spec in self._signature.request_inputs)
+        elements = sum(spec.elements for spec in self._signature.request_inputs)
         return _OVERHEAD_BYTES + _BYTES_PER_ELEMENT * elements

@@ -49,7 +49,7 @@ class StepRecord:
 
 
 def _pack(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> bytes:
-    return b"".join(arrays[spec.name].tobytes() for spec in specs)
+    return b"".join(spec.to_wire(arrays[spec.name]).tobytes() for spec in specs)
 
 
 def _unpack(specs: Sequence[TensorSpec], data: bytes) -> Arrays:
@@ -57,6 +57,7 @@ def _unpack(specs: Sequence[TensorSpec], data: bytes) -> Arrays:
     arrays: Arrays = {}
     offset = 0
     for spec in specs:
-        arrays[spec.name] = np.ndarray((1, *spec.shape), spec.numpy_dtype, data, offset).copy()
+        packed = np.ndarray((1, *spec.shape), spec.wire_dtype, data, offset)
+        arrays[spec.name] = spec.from_wire(packed).astype(spec.numpy_dtype)
         offset += spec.item_bytes
     return arrays

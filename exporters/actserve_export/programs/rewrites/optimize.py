@@ -21,10 +21,14 @@ from actserve_export.programs.rewrites.simplify import (
     remove_dead_code,
     remove_redundant_conversions,
 )
+from actserve_export.programs.rewrites.widen import compute_in_float32, recurrent_in_float32, writes_in_place
 
 Rewrite = Callable[[fx.GraphModule], list[str]]  # changes the graph in place; the names of the changes
 _FOR_ALL: tuple[Rewrite, ...] = (remove_redundant_conversions, merge_common_subexpressions, remove_dead_code)
-_FOR_RUNTIME: dict[str, tuple[Rewrite, ...]] = {"onnx": (pick_pixels_first,), "pt2": ()}
+_FOR_RUNTIME: dict[str, tuple[Rewrite, ...]] = {
+    "onnx": (pick_pixels_first, compute_in_float32),
+    "pt2": (recurrent_in_float32,),
+}
 
 
 def optimize(
@@ -39,6 +43,10 @@ def optimize(
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         return program, []  # a tensor that the graph writes to can be neither shared nor removed
+    if runtime == "onnx" and writes_in_place(program):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations
+            program = program.run_decompositions({})
     module = program.module(check_guards=False)
     applied: list[str] = []
     for rewrite in (*_FOR_ALL, *_FOR_RUNTIME[runtime]):

@@ -15,8 +15,11 @@ from actserve.server.protocols.oip.infer_request import from_fields
 from actserve.wire.oip import DATATYPES
 from actserve.wire.payload import check_value_count
 
-CONTENTS = {
+CONTENTS = {  # float16 and bfloat16 have none
     "uint8": "uint_contents",
+    "int8": "int_contents",
+    "uint16": "uint_contents",
+    "int16": "int_contents",
     "int32": "int_contents",
     "int64": "int64_contents",
     "float32": "fp32_contents",
@@ -72,9 +75,10 @@ class GrpcInferRequest:
 
 
 def _from_contents(contents: Mapping[str, Any], shape: list[int], spec: TensorSpec) -> Array:
-    field = CONTENTS[spec.dtype]
-    if list(contents) != [field]:
-        raise InvalidTensor(spec.name, f"raw_input_contents or {field}", ", ".join(contents) or "neither")
+    field = CONTENTS.get(spec.dtype)
+    if field is None or list(contents) != [field]:
+        expected = f"raw_input_contents{f' or {field}' if field else ''}"
+        raise InvalidTensor(spec.name, expected, ", ".join(contents) or "neither")
     check_value_count(len(contents[field]))
     return codec.from_values(list(contents[field]), shape, spec)
 
@@ -86,10 +90,10 @@ def encode(response: InferResponse) -> pb.ModelInferResponse:
         model_version=response.model_version,
         id=response.id or "",
         outputs=[
-            {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": array.shape}
+            {"name": name, "datatype": DATATYPES[response.specs[name].dtype], "shape": array.shape}
             for name, array in response.outputs.items()
         ],
-        raw_output_contents=[codec.to_bytes(array) for array in response.outputs.values()],
+        raw_output_contents=[response.specs[name].to_wire(array).tobytes() for name, array in response.outputs.items()],
     )
     if response.seed is not None:
         message.parameters["seed"].int64_param = response.seed

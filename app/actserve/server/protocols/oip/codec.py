@@ -45,13 +45,8 @@ def from_bytes(data: Body, shape: Sequence[int], spec: TensorSpec) -> Array:
     return array_from_bytes(data, spec, shape)
 
 
-def to_bytes(array: Array) -> bytes:
-    """Row-major and little-endian."""
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
 def size_bytes(shape: Sequence[int], spec: TensorSpec) -> int:
-    return math.prod(shape) * spec.numpy_dtype.itemsize
+    return math.prod(shape) * spec.wire_dtype.itemsize
 
 
 def select_outputs(request: InferRequest, specs: Iterable[TensorSpec]) -> dict[str, bool]:

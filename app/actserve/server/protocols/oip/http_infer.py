@@ -102,9 +102,10 @@ def encode(response: InferResponse) -> tuple[bytes, int | None]:
     described: list[bytes] = []
     parts: list[bytes] = []
     for name, array in response.outputs.items():
-        tensor: dict[str, Any] = {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": array.shape}
+        spec = response.specs[name]
+        tensor: dict[str, Any] = {"name": name, "datatype": DATATYPES[spec.dtype], "shape": array.shape}
         if response.binary[name]:
-            parts.append(codec.to_bytes(array))
+            parts.append(spec.to_wire(array).tobytes())
             tensor["parameters"] = {"binary_data_size": len(parts[-1])}
             described.append(pydantic_core.to_json(tensor))
         else:

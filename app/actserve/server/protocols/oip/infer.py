@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from actserve import wire
-from actserve.core.signature import Arrays
+from actserve.core.signature import Arrays, TensorSpec
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server import off_loop
 from actserve.server.admission import Admission
-from actserve.server.protocols.oip import codec, metadata, sequences, statistics
+from actserve.server.protocols.oip import codec, sequences, statistics
 from actserve.server.protocols.oip.infer_request import ReceivedRequest
 from actserve.server.sessions import Sessions
 
@@ -29,6 +29,7 @@ class InferResponse:
     id: str | None  # the request's
     seed: int | None  # of the random noise; None: there was none
     outputs: Arrays  # the requested ones in the requested order, each (B, *shape)
+    specs: Mapping[str, TensorSpec]  # of each
     binary: Mapping[str, bool]  # HTTP only: whether an output follows the JSON as bytes
 
 
@@ -80,7 +81,7 @@ async def _act(
         return sequence.policy, await sequences.step(sessions, registry, sequence, received, takes_long), selected
     if not pinned:
         policy = registry.route(policy)
-    selected = codec.select_outputs(received.request, metadata.outputs(policy.signature))
+    selected = codec.select_outputs(received.request, policy.signature.answers)
     tensors = await off_loop.call(received.tensors, policy.signature, takes_long=takes_long)
     size = len(next(iter(tensors.values())))
     exploration, seed = wire.read_randomness(vars(parameters))
@@ -92,4 +93,5 @@ async def _act(
 
 def _response(received: ReceivedRequest, policy: Policy, acted: Acted, selected: dict[str, bool]) -> InferResponse:
     outputs = {name: acted.outputs[name] for name in selected}
-    return InferResponse(policy.name, str(policy.version), received.request.id, acted.seed, outputs, selected)
+    specs = {spec.name: spec for spec in policy.signature.answers}
+    return InferResponse(policy.name, str(policy.version), received.request.id, acted.seed, outputs, specs, selected)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from actserve import __version__
-from actserve.core.signature import Signature, TensorSpec
+from actserve.core.signature import TensorSpec
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
 from actserve.wire.oip import DATATYPES
@@ -35,7 +35,7 @@ def model(policy: Policy, registry: Registry) -> dict[str, Any]:
         "versions": [str(version) for version in described["versions"] if version not in described["refused"]],
         "platform": PLATFORMS[policy.choice.runtime],
         "inputs": [_tensor(spec) for spec in policy.signature.request_inputs],
-        "outputs": [_tensor(spec) for spec in outputs(policy.signature)],
+        "outputs": [_tensor(spec) for spec in policy.signature.answers],
     }
 
 
@@ -48,13 +48,8 @@ def config(policy: Policy) -> dict[str, Any]:
         "platform": PLATFORMS[policy.choice.runtime],
         "max_batch_size": signature.max_batch,
         "input": [_tensor_config(spec) | {"optional": spec.name not in needed} for spec in signature.request_inputs],
-        "output": [_tensor_config(spec) for spec in outputs(signature)],
+        "output": [_tensor_config(spec) for spec in signature.answers],
     }
-
-
-def outputs(signature: Signature) -> tuple[TensorSpec, ...]:
-    """The outputs and the new state: the content of a response outside a sequence."""
-    return (*signature.outputs, *(state.spec for state in signature.state))
 
 
 def index(registry: Registry, only_ready: bool) -> list[dict[str, str]]:
