@@ -12,12 +12,12 @@ export AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL ?= O0
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test test-wide test-fast chromium check format docs bench
+.PHONY: demo test test-wide test-fast chromium servers check format docs bench
 
 demo: .venv/all
 	$(BIN)/python -m actserve_export.demo
 
-test: .venv/dev .venv/kserve/installed .venv/ray/installed chromium
+test: .venv/dev .venv/kserve/installed .venv/ray/installed .venv/s3/installed chromium servers
 	$(PYTEST) -m "not wide"
 
 test-wide: .venv/dev
@@ -29,6 +29,10 @@ test-fast: .venv/dev
 # For the tests of the page. Without a Chromium they are skipped, and say how to install one.
 chromium:
 	@.ci/chromium
+
+# For the tests behind a proxy and of the metrics: nginx and Prometheus, skipped in the same way.
+servers:
+	@.ci/servers
 
 check: .venv/dev
 	$(BIN)/ruff check .
