@@ -20,7 +20,7 @@ demo: .venv/all
 test: .venv/dev .venv/kserve/installed .venv/ray/installed .venv/s3/installed chromium servers
 	$(PYTEST) -m "not wide"
 
-test-wide: .venv/dev
+test-wide: .venv/dev .venv/robots/installed
 	$(PYTEST) -m wide
 
 test-fast: .venv/dev
@@ -67,6 +67,14 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 
 .venv/peers: .venv/all
 	$(PIP) --editable '.[all,peers]'
+	@touch $@
+
+# The libraries of tests/robots, over what .venv has: they pin other versions of it, so nothing but they is installed.
+.venv/robots/installed: .ci/robots.txt | .venv/dev
+	$(PYTHON) -m venv .venv/robots
+	.venv/robots/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .ci/robots.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv/robots/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/actserve.pth"
 	@touch $@
 
 # Tools with conflicting dependencies get their own virtual environment.

@@ -39,7 +39,7 @@ LEFT_OUT = {
         *("test_modules.py", "test_onnx_file.py", "test_onnx_kinds.py", "test_remote_episodes.py"),
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
         *("test_bounds.py", "test_refusals.py"),
-        *("test_transforms.py", "test_export_of_a_users_module"),
+        *("test_robots.py", "test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",
     },
     "process": {"e2e", "test_cli.py", "test_chaos.py"},

@@ -1,6 +1,7 @@
 """actserve, offline: turns a policy into a verified artifact in a model store.
 
-A factory returns a `PolicySource` or an `OnnxSource`; `from_module` and `from_sb3` make a `PolicySource`.
+A factory returns a `PolicySource` or an `OnnxSource`. `from_module` makes a `PolicySource` of any module, `from_sb3`,
+`from_rsl_rl`, `from_skrl`, `from_rl_games` and `from_lerobot` of what these libraries train.
 """
 
 from __future__ import annotations
@@ -9,17 +10,34 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actserve_export.sources.lerobot import from_lerobot
     from actserve_export.sources.modules import from_module
     from actserve_export.sources.onnx_source import OnnxSource
     from actserve_export.sources.policy_source import PolicySource
+    from actserve_export.sources.rl_games import from_rl_games
+    from actserve_export.sources.rsl_rl import from_rsl_rl
     from actserve_export.sources.sb3 import from_sb3
+    from actserve_export.sources.skrl import from_skrl
 
-__all__ = ["OnnxSource", "PolicySource", "from_module", "from_sb3"]
+__all__ = [
+    "OnnxSource",
+    "PolicySource",
+    "from_lerobot",
+    "from_module",
+    "from_rl_games",
+    "from_rsl_rl",
+    "from_sb3",
+    "from_skrl",
+]
 _HOMES = {
     "PolicySource": "actserve_export.sources.policy_source",
     "OnnxSource": "actserve_export.sources.onnx_source",
     "from_module": "actserve_export.sources.modules",
+    "from_lerobot": "actserve_export.sources.lerobot",
+    "from_rl_games": "actserve_export.sources.rl_games",
+    "from_rsl_rl": "actserve_export.sources.rsl_rl",
     "from_sb3": "actserve_export.sources.sb3",
+    "from_skrl": "actserve_export.sources.skrl",
 }
 
 

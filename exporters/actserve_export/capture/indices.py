@@ -27,6 +27,9 @@ def refuse_negative_indices(program: ExportedProgram, signature: Signature) -> N
     """
     names = dict(zip(program.graph_signature.user_inputs, signature.inputs, strict=True))
     bounded = {name for name, spec in names.items() if (spec.each_low >= 0).all()}
+    for node in program.graph.nodes:  # torch.export can leave a node out of the users of its arguments
+        for argument in node.all_input_nodes:
+            argument.users.setdefault(node)
     for node in list(program.graph.nodes):
         if node.target is aten.embedding.default:
             axis, place = 0, 1

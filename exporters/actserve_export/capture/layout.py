@@ -15,7 +15,7 @@ from torchrl.modules import QValueModule
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT
 from actserve_export.capture.steps import StepModule
-from actserve_export.capture.swaps import reads_and_writes
+from actserve_export.capture.swaps import SwappedCompose, reads_and_writes
 from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
 from actserve_export.sources.policy_source import PolicySource
 
@@ -108,7 +108,8 @@ def _initial(value: Tensor) -> Initial:
 
 def modules_in_order(policy: nn.Module) -> list[Any]:
     """The tensordict modules that a policy runs, in order."""
-    children = policy.module if isinstance(policy, TensorDictSequential) else getattr(policy, "steps", None)
+    children = policy.module if isinstance(policy, TensorDictSequential) else None
+    children = policy.steps if isinstance(policy, SwappedCompose) else children
     if children is None:
         return [policy]
     return [found for child in children for found in modules_in_order(child)]

@@ -120,10 +120,10 @@ def _swap(module: nn.Module, io: StepIO) -> nn.Module:
 
 def _swap_compose(original: Compose, io: StepIO) -> nn.Module:
     """A `Compose` whose transforms are replaced."""
-    return _SwappedCompose([_swap(transform, io) for transform in original.transforms])
+    return SwappedCompose([_swap(transform, io) for transform in original.transforms])
 
 
-class _SwappedCompose(TensorDictModuleBase):
+class SwappedCompose(TensorDictModuleBase):
     def __init__(self, steps: list[nn.Module]) -> None:
         super().__init__()
         self.steps = nn.ModuleList(steps)
