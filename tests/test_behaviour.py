@@ -19,6 +19,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
+from torch.nn import functional
 from torchrl.data import Categorical
 from torchrl.modules import MLP, QValueModule
 
@@ -106,6 +107,8 @@ DRAWING = {
     "bernoulli": lambda self, x: torch.bernoulli(torch.sigmoid(self.net(x))),
     "multinomial": lambda self, x: torch.multinomial(self.net(x).softmax(-1), 1).squeeze(-1),
     "denoising": denoised,
+    "gumbel_softmax": lambda self, x: functional.gumbel_softmax(self.net(x), hard=True),
+    "dropout": lambda self, x: self.net(functional.dropout(x)),
 }
 
 

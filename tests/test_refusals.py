@@ -149,6 +149,18 @@ def test_an_example_may_be_arrays_and_numbers(example: Any) -> None:
     assert capture(PolicySource(policy, named)).signature.observations == observations
 
 
+def test_a_policy_that_gives_nan_is_refused(tmp_path: Path) -> None:
+    policy = from_module(Function(lambda self, x: self.net(x).log()), ITEM, "identity")
+    with pytest.raises(CaptureFailed, match=r"own action is NaN for \d+ of \d+ samples"):
+        export(policy, "x", ModelStore(tmp_path), origin="x", runtimes=("onnx",))
+
+
+def test_a_draw_that_cannot_be_an_input_is_refused_by_name() -> None:
+    policy = from_module(Function(lambda self, x: self.net(nn.functional.rrelu(x, training=True))), ITEM, "identity")
+    with pytest.raises(CaptureFailed, match="draws with torch's rrelu_with_noise"):
+        capture(policy)
+
+
 def test_an_example_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(CaptureFailed, match="speed: expected a tensor as the example; got str"):
         from_module(nn.Linear(4, 3), {"speed": "fast"}, "argmax")

@@ -9,8 +9,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Signature
@@ -44,13 +48,38 @@ def refuse_hidden_draws(run: Run, inputs: Arrays) -> None:
         raise CaptureFailed(
             f"the policy draws random numbers from {' and '.join(drew)}, and a program cannot: draw with torch instead"
         )
+    if drawing := _draws_of_torch(partial(run, inputs)):
+        raise CaptureFailed(
+            f"the policy draws with torch's {' and '.join(sorted(drawing))}, which cannot be made an input of the "
+            "program: draw with torch.rand or torch.randn, or turn it off when the policy acts"
+        )
     if changed:
         raise CaptureFailed(
-            f"the same inputs give another {', '.join(changed)} each time: the policy draws random numbers in a way "
-            "that cannot be made an input of the program, or reads what changes outside of its modules (a global "
-            "variable, a closure, a clock); draw with torch.rand or torch.randn, and declare state as a key that the "
-            'policy reads and writes as ("next", key)'
+            f"the same inputs give another {', '.join(changed)} each time: the policy draws random numbers outside of "
+            "torch, or reads what changes outside of its modules (a global variable, a closure, a clock); draw with "
+            'torch, and declare state as a key that the policy reads and writes as ("next", key)'
         )
+
+
+def _draws_of_torch(run: Callable[[], Any]) -> set[str]:
+    """The operators of torch that change its random number generator in a run."""
+    before = torch.get_rng_state()
+    with _Operators() as operators:
+        run()
+    return operators.seeded if not torch.equal(torch.get_rng_state(), before) else set()
+
+
+class _Operators(TorchDispatchMode):
+    """Collects the names of operators that can draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeded: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.seeded.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
 
 
 def _generators() -> dict[str, str]:

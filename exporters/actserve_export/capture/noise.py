@@ -155,6 +155,22 @@ def _without_draws(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda _, *arguments, **named: function(*arguments, **named)
 
 
+def _dropout(draw: Draw, x: Tensor, p: float = 0.5, training: bool = True, **named: Any) -> Tensor:
+    """Dropout that is on when the policy acts: `F.dropout(x, 0.5)`. In evaluation mode it does nothing."""
+    if p == 0 or not named.get("train", training):
+        return x
+    return x * (draw("uniform", x.shape) >= p).to(x.dtype) / (1 - p)
+
+
+def _gumbel_softmax(
+    draw: Draw, logits: Tensor, tau: float = 1.0, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> Tensor:
+    soft = ((logits + draw("gumbel", logits.shape)) / tau).softmax(dim)
+    if not hard:
+        return soft
+    return torch.zeros_like(logits).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+
+
 _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     torch.rand: _rand,
     torch.randn: _randn,
@@ -172,6 +188,9 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.multinomial: _multinomial,
     torch.Tensor.cauchy_: _cauchy_,
     torch.Tensor.log_normal_: _log_normal_,
+    torch.dropout: _dropout,
+    torch.nn.functional.dropout: _dropout,
+    torch.nn.functional.gumbel_softmax: _gumbel_softmax,
     torch.erfinv: _without_draws(decompositions.erfinv),
     torch.Tensor.erfinv: _without_draws(decompositions.erfinv),
     torch.lgamma: _without_draws(decompositions.lgamma),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actserve.core.completion import draw_noise
-from actserve.core.errors import Disagreement
+from actserve.core.errors import CaptureFailed, Disagreement
 from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Signature
 from actserve.engine import golden
 from actserve.engine.golden import Agreement, Tolerance
@@ -109,6 +109,7 @@ def _compare_samples(
     reference, results = _side_by_side(
         lambda: golden.in_batches(captured.run_reference, inputs, 1), in_company, runtimes, slow
     )
+    _refuse_nan(reference)
     found = {}
     for name, by_size in results.items():
         agreements = []
@@ -120,6 +121,17 @@ def _compare_samples(
                 raise _disagreement(where, captured.signature, agreements[-1], outputs, expected)
         found[name] = _summary(agreements)
     return reference, found
+
+
+def _refuse_nan(reference: Arrays) -> None:
+    """Raise `CaptureFailed` if results of the policy itself are not numbers, which cannot be compared."""
+    for name, array in reference.items():
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            wrong = sum(bool(np.isnan(item).any()) for item in array)
+            raise CaptureFailed(
+                f"the policy's own {name} is NaN for {wrong} of {len(array)} samples, which cannot be compared: have "
+                "it give numbers for all observations, or give the export real ones (`observe`)"
+            )
 
 
 def _side_by_side(
