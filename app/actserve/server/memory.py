@@ -1,7 +1,7 @@
 """Memory: what all connections of one worker may hold, in bytes.
 
-Large and lasting things are taken from it before they are allocated: connections, bodies, streams, games. What grows
-with the bytes that arrive, or that a client does not read, is measured once a second. If the limit is reached, what is
+Large and lasting things are taken from it before they are allocated: connections, bodies, streams, games. Requests that
+were sent ahead, and answers that a client does not read, are measured once a second. If the limit is reached, what is
 new is refused; if the measured bytes exceed it, the connections that hold the most are closed.
 """
 
@@ -37,6 +37,10 @@ class Memory:
         """Raises `MemoryFull`. `give_back` the same size later."""
         if size_bytes > self.free_bytes:
             raise MemoryFull(self.limit_bytes)
+        self.taken_bytes += size_bytes
+
+    def take_in_any_case(self, size_bytes: int) -> None:
+        """For memory that is moved, and was counted nowhere. `give_back` the same size later."""
         self.taken_bytes += size_bytes
 
     def give_back(self, size_bytes: int) -> None:

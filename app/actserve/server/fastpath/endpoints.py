@@ -109,7 +109,7 @@ class TimedConnection(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """The memory of the bytes that have come, or that the client does not read."""
+        """The memory of requests that were sent ahead, and of answers that the client does not read."""
 
 
 class FastPath:

@@ -25,7 +25,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from actserve import wire
-from actserve.core.errors import ActserveError, TooManyConnections, Unavailable
+from actserve.core.errors import ActserveError, MemoryFull, TooManyConnections, Unavailable
 from actserve.engine.batch import BatchResult
 from actserve.server.admission import Ticket
 from actserve.server.fastpath.discard import discard
@@ -34,7 +34,7 @@ from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
 from actserve.server.fastpath.request_heads import MAX_BYTES, RequestHead, may_become_a_head
 from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
 from actserve.server.http import error_responses as errors
-from actserve.server.memory import CONNECTION_BYTES
+from actserve.server.memory import CONNECTION_BYTES, Memory
 from actserve.wire import as_raw
 from actserve.wire.as_npy import MAGIC
 
@@ -125,6 +125,10 @@ class FastPathProtocol(Receiver):
                 self._inner.data_received(bytes(self._buffer[:count]))
             else:
                 self._begin(self._data + self._buffer[:count])
+        except MemoryFull as error:
+            assert self._endpoint is not None
+            self._closing = True  # the rest of the body is not read
+            self._answer(self._endpoint.refusal(error, self._state.default_headers))
         except Exception:  # the request is not queued: the last thing that it does is to enter the queue
             self.abandon()
             raise  # for the log of the event loop
@@ -321,6 +325,11 @@ class FastPathProtocol(Receiver):
             self.transport.close()
         elif phase is Phase.SENDING and self._unchanged_s >= self._fast_path.patience_s:
             self.transport.abort()
+
+    @property
+    def _memory(self) -> Memory:
+        assert self._fast_path is not None
+        return self._fast_path.admission.memory
 
     @property
     def held_bytes(self) -> int:

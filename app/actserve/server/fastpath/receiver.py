@@ -19,6 +19,7 @@ from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchRequest
 from actserve.server.admission import Admission
+from actserve.server.memory import Memory
 
 log = logging.getLogger("actserve")
 
@@ -47,6 +48,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self._block: Array | None = None
         self._grown: bytearray | None = None
         self._to_grow = 0  # bytes
+        self._grown_bytes = 0  # taken from `_memory`
         self._missing: memoryview | None = None
         self._data = b""
         self._waits_for_reader = False
@@ -58,6 +60,11 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     @abstractmethod
     def _complete(self) -> None:
         """Handle the complete observation."""
+
+    @property
+    @abstractmethod
+    def _memory(self) -> Memory:
+        """What all connections may hold."""
 
     # called by asyncio
 
@@ -114,6 +121,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self._fill(self._block.data)
         else:
             received, self._data = self._data[:size_bytes], self._data[size_bytes:]
+            self._take_memory(len(received))
             self._grow(bytearray(received), size_bytes - len(received))
 
     def _fill(self, place: memoryview) -> None:
@@ -141,6 +149,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         assert self._missing is not None
         assert self._arena is not None
         if self._grown is not None:
+            self._take_memory(count)
             self._grown += self._buffer[:count]
             self._to_grow -= count
             if self._to_grow:
@@ -153,6 +162,11 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self._arena.coming.pop(self, None)
         self._complete()
 
+    def _take_memory(self, size_bytes: int) -> None:
+        """Raises `MemoryFull`."""
+        self._memory.take(size_bytes)
+        self._grown_bytes += size_bytes
+
     def unseat(self) -> int:
         """Called by the arena while the observation arrives: give up the row, and continue in other memory."""
         assert self._arena is not None
@@ -161,6 +175,8 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         row, self.row = self.row, None
         memory = self._arena.memory[row]
         to_come = len(self._missing)
+        self._memory.take_in_any_case(len(memory) - to_come)
+        self._grown_bytes += len(memory) - to_come
         self._grow(bytearray(memory[: len(memory) - to_come]), to_come)
         return row
 
@@ -170,6 +186,9 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self._arena = self.row = self._block = self._grown = None
         if arena is None:
             return
+        if self._grown_bytes:
+            self._memory.give_back(self._grown_bytes)
+            self._grown_bytes = 0
         if block is not None:
             assert self._admission is not None
             self._admission.memory.release(block.nbytes)
@@ -225,9 +244,9 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
 
     @property
     def held_bytes(self) -> int:
-        """The memory of the bytes that have come, or that the client does not read. Without a row or a block."""
+        """The memory of requests that were sent ahead, and of answers that the client does not read."""
         held: int = len(self._data) + self.transport.get_write_buffer_size()
-        return held if self._grown is None else held + len(self._grown)
+        return held
 
     # called by the batcher
 

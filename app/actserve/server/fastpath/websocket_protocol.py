@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actserve.core.errors import ActserveError
+from actserve.core.errors import ActserveError, MemoryFull
 from actserve.core.signature import Array
 from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchResult
@@ -24,6 +24,7 @@ from actserve.server.admission import Admission, Ticket
 from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.receiver import Receiver
 from actserve.server.http.websocket import WebSocketProtocol
+from actserve.server.memory import Memory
 
 
 class SteppableEpisode(Protocol):
@@ -92,6 +93,8 @@ class FastPathStream(Receiver):
                 self._keep(count)
             else:
                 self._begin(self._data + self._buffer[:count])
+        except MemoryFull:
+            self.abandon()
         except Exception:  # the request is not queued: the last thing that it does is to enter the queue
             self.abandon()
             raise  # for the log of the event loop
@@ -101,6 +104,11 @@ class FastPathStream(Receiver):
         if self._missing is not None:
             self._leave()
         self._inner.connection_lost(error)
+
+    @property
+    def _memory(self) -> Memory:
+        assert self._episode is not None
+        return self._episode.admission.memory
 
     # frames arrive
 
@@ -173,9 +181,9 @@ class FastPathStream(Receiver):
         self._answer_with(frames.write(first, payload))
 
     def _leave(self) -> None:
+        super()._leave()
         self._episode = None
         self._idle.set()
-        super()._leave()
 
 
 def unmask(payload: Array, mask: bytes) -> None:
