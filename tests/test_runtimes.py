@@ -3,10 +3,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from actserve.core.errors import CorruptFile, RuntimeFailure
-from actserve.core.signature import TensorSpec
+from actserve.core.signature import Array, Signature, TensorSpec
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.load import RUNTIMES, load
 from actserve.store.artifact import Artifact, Program
@@ -24,6 +25,26 @@ class TestAotiRuntime(RuntimeContract):
     @pytest.fixture
     def runtime(self, cart: Artifact) -> Runtime:
         return load("pt2", cart)
+
+
+class Unrounded(Runtime):
+    """A compiled program that leaves out a rounding to bfloat16."""
+
+    @classmethod
+    def load(cls, artifact: Artifact, threads: int) -> Unrounded:
+        raise NotImplementedError
+
+    def _run(self, arrays: list[Array]) -> list[Array]:
+        return [arrays[0] / 3]
+
+    def close(self) -> None: ...
+
+
+def test_results_of_bfloat16_are_bfloat16() -> None:
+    spec = TensorSpec("x", "bfloat16", (2,))
+    runtime = Unrounded(Signature((spec,), (dataclasses.replace(spec, name="action"),), 8))
+    action = runtime.run({"x": np.ones((1, 2), np.float32)})["action"]
+    assert action.tolist() == [[0.333984375, 0.333984375]]
 
 
 @pytest.mark.parametrize("name", RUNTIMES)

@@ -26,6 +26,7 @@ _PORTABLE = {  # hosts of the last decade: (march, vector width in bits)
     "x86_64": ("x86-64-v3", 256),
     "aarch64": ("armv8-a", 128),
 }
+_FAITHFUL = {"emulate_precision_casts": True}  # float16 and bfloat16 are rounded where the policy rounds them
 # CPU features whose name in the compiler differs from the kernel's.
 _ALIASES = {"lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "bmi": "bmi1", "sha": "sha_ni", "rdrnd": "rdrand",
             "lahf_sahf": "lahf_lm", "prfchw": "3dnowprefetch"}  # fmt: skip
@@ -75,8 +76,8 @@ def _options(native: bool) -> tuple[str, dict[str, Any]]:
     """(march, Inductor's options for it)."""
     march = march_for(native)
     if march == NATIVE:
-        return march, {}
-    return march, {"cpp.march": march, "cpp.simdlen": _PORTABLE[platform.machine()][1]}
+        return march, dict(_FAITHFUL)
+    return march, _FAITHFUL | {"cpp.march": march, "cpp.simdlen": _PORTABLE[platform.machine()][1]}
 
 
 def cpu_flags(march: str, options: dict[str, Any]) -> list[str]:

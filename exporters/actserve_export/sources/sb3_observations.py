@@ -7,7 +7,7 @@ That is, in the order of the wrappers: `VecNormalize`, images from (H, W, C) to 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchrl.data import Bounded, Composite
 
 from actserve.core.errors import CaptureFailed
-from actserve.core.signature import Array, Arrays
+from actserve.core.signature import Array, Arrays, DType
 from actserve_export.sources.keys import RESERVED
 
 _OBSERVATION = "observation"
@@ -234,6 +234,6 @@ def _dtype(space: Any) -> str:
     found = np.dtype(space.dtype)
     if isinstance(space, spaces.MultiBinary):
         return "bool"
-    if found.name in ("uint8", "int32", "int64", "float32", "float64", "bool"):
+    if found.name in get_args(DType):
         return str(found.name)
     return "float32" if found.kind == "f" else "int32"
