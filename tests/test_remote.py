@@ -54,7 +54,7 @@ def test_an_observation_is_posted_raw_and_gives_a_plain_number(service: FakeServ
     assert action == 66 % 6
     assert type(action) is int
     assert service.bodies == [ITEM.tobytes()] * 2
-    assert service.requests[-1][2]["content-type"] == "application/octet-stream"
+    assert service.requests[-1][2]["content-type"] == "application/octet-stream; dtype=uint8"
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
