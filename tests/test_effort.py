@@ -39,15 +39,16 @@ def runs(monkeypatch: pytest.MonkeyPatch, *item_s: float) -> list[Callable[[Arra
 
 
 @pytest.mark.parametrize(
-    ("item_s", "samples", "steps", "rows", "slow"),
-    [(1e-5, 512, 200, 8, False), (1e-3, 288, 200, 2, False), (0.06, 64, 100, 2, True)],
+    ("item_s", "samples", "steps", "rows", "draws", "slow"),
+    [(1e-5, 512, 200, 8, 4096, False), (1e-3, 288, 200, 2, 750, False), (0.06, 64, 100, 2, 256, True)],
 )
 def test_a_slow_policy_is_compared_on_fewer_samples(
-    monkeypatch: pytest.MonkeyPatch, item_s: float, samples: int, steps: int, rows: int, slow: bool
+    monkeypatch: pytest.MonkeyPatch, item_s: float, samples: int, steps: int, rows: int, draws: int, slow: bool
 ) -> None:
     policy, program = runs(monkeypatch, item_s, item_s)
     found = Effort.of(policy, [program], SIGNATURE, {"observation": SPEC.zeros(64)})
-    assert (found.samples, found.steps, found.rows, found.slow) == (samples, steps, rows, slow)
+    assert (found.samples, found.steps, found.rows) == (samples, steps, rows)
+    assert (found.draws, found.slow) == (pytest.approx(draws, abs=1), slow)
 
 
 def test_the_expected_time_is_that_of_the_slower_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
 from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
-from actserve_export.capture.company import ITEMS, affordable, dependence, refuse_hidden_draws
+from actserve_export.capture.company import FEWEST_ITEMS, ITEMS, affordable, dependence, refuse_hidden_draws
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.indices import refuse_negative_indices
 from actserve_export.capture.layout import Layout, layout_of
@@ -42,7 +42,7 @@ from actserve_export.sources.tensors import to_array
 log = logging.getLogger("actserve")
 RECORDED_BATCH = 13  # of the eager runs on the example; no usual size of a layer
 TRACED_BATCH = 64  # tracing takes a batch of 1 for a constant, and AOTInductor chooses branches by the example
-DRAWS = 1024  # items whose log-probability is checked
+DRAWS, FEWEST_DRAWS = 1024, 64  # items whose log-probability is checked
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,11 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         program.halves = {name for name, item in items.items() if item.dtype == torch.bfloat16}
         program.bind(tuple(spec.name for spec in signature.inputs))
         traced = TracedPolicy(None, program, signature, layout)
-        inputs = affordable(traced.run_reference, samples.collect(source, signature, ITEMS))
+        inputs = samples.collect(source, signature, ITEMS)
+        count = max(FEWEST_ITEMS, affordable(traced.run_reference, inputs))
+        inputs = {name: array[:count] for name, array in inputs.items()}
         refuse_hidden_draws(traced.run_reference, inputs)
-        if unfit := _misplaced(program, signature, source):
+        if unfit := _misplaced(traced, source):
             return capture_policy(_without(source, layout, unfit))
         reason = dependence(traced.run_reference, signature, inputs)
         if reason is None:
@@ -174,14 +176,18 @@ def _copied(program: StepProgram, signature: Signature) -> StepProgram:
     return copy.deepcopy(program).bind(tuple(spec.name for spec in signature.inputs))
 
 
-def _misplaced(program: StepProgram, signature: Signature, source: PolicySource) -> list[str]:
+def _misplaced(traced: TracedPolicy, source: PolicySource) -> list[str]:
     """The outputs that are the log-probability of another action than the one that the policy returns."""
+    program: Any = traced.reference
     if not writers(program.policy):
         return []
-    inputs = samples.collect(source, signature, DRAWS)
+    inputs = samples.collect(source, traced.signature, FEWEST_DRAWS)
+    count = min(DRAWS, affordable(traced.run_reference, inputs, runs=1))
+    if count > FEWEST_DRAWS:
+        inputs = samples.collect(source, traced.signature, count)
     with misplaced_log_probs(program.policy) as (wrong, check):
         program.watching.append(check)
-        program(*(torch.from_numpy(inputs[spec.name]) for spec in signature.inputs))
+        traced.run_reference(inputs)
         program.watching.clear()
     return [name for name, key in program.layout.outputs.items() if key in wrong]
 

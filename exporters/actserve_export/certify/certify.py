@@ -83,7 +83,7 @@ def certify(
                 found[name]["rollout"] = rollout
     if signature.noise:
         progress("comparing random actions with the policy's own")
-        certificate["statistics"] = statistics.compare(captured, source, inputs)
+        certificate["statistics"] = statistics.compare(captured, source, inputs, effort.draws)
     chosen = np.linspace(0, effort.samples - 1, min(GOLDEN_SAMPLES, effort.samples // 4)).astype(int)
     picked = [{k: v[chosen] for k, v in part.items()} for part in (inputs, reference)]
     return Evidence(certificate, golden.save(*picked))

@@ -20,36 +20,35 @@ from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 from actserve_export.sources.policy_source import PolicySource
 from actserve_export.sources.tensors import to_array, to_tensor
 
-DRAWS = 4096
 MAX_KINDS = 64  # actions; floating-point actions of more kinds are continuous
 LEVEL = 1e-4  # one correct export in ten thousand fails
 
 
-def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays) -> dict[str, Any]:
-    """Draw `DRAWS` actions for one observation both ways, and test every output that the draws change.
+def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays, draws: int) -> dict[str, Any]:
+    """Draw `draws` actions for one observation both ways, and test every output that the draws change.
 
     Raises `Disagreement` if p is below `LEVEL`.
     """
     signature = captured.signature
-    one = {spec.name: np.repeat(inputs[spec.name][:1], DRAWS, 0) for spec in signature.observations}
+    one = {spec.name: np.repeat(inputs[spec.name][:1], draws, 0) for spec in signature.observations}
     mode: Exploration = "random"
-    full = complete(signature, one, DRAWS, mode, seed=0).inputs
+    full = complete(signature, one, draws, mode, seed=0).inputs
     ours = captured.run_reference({spec.name: full[spec.name] for spec in signature.inputs})
-    theirs = _own(captured, source, full)
+    theirs = _own(captured, source, full, draws)
     drawn = [name for name in theirs if name == signature.action.name or _varies(ours[name]) or _varies(theirs[name])]
     test, value = min((_test(ours[name], theirs[name]) for name in drawn), key=lambda found: found[1])
     value = min(1.0, value * len(drawn))  # Bonferroni
     if value < LEVEL:
         raise Disagreement(
             f"the actions drawn from noise inputs are not distributed as the policy's own: {test}, "
-            f"p = {value:.2g} over {DRAWS} draws, below {LEVEL}",
+            f"p = {value:.2g} over {draws} draws, below {LEVEL}",
             p=value,
         )
-    return {"test": test, "draws": DRAWS, "level": LEVEL, "p": value}
+    return {"test": test, "draws": draws, "level": LEVEL, "p": value}
 
 
-def _own(captured: CapturedPolicy, source: ExportSource, full: Arrays) -> Arrays:
-    """The outputs of `DRAWS` steps of the policy as TorchRL runs it, with its own randomness.
+def _own(captured: CapturedPolicy, source: ExportSource, full: Arrays, draws: int) -> Arrays:
+    """The outputs of `draws` steps of the policy as TorchRL runs it, with its own randomness.
 
     Log-probabilities are left out: they follow from the actions, and are compared for equal noise.
     """
@@ -57,8 +56,8 @@ def _own(captured: CapturedPolicy, source: ExportSource, full: Arrays) -> Arrays
     assert isinstance(source, PolicySource)
     layout = captured.layout
     specs = {spec.name: spec for spec in captured.signature.inputs}
-    tensordict = layout.tensordict({name: to_tensor(full[name], spec) for name, spec in specs.items()}, DRAWS)
-    tensordict.set("is_init", torch.ones(DRAWS, 1, dtype=torch.bool))
+    tensordict = layout.tensordict({name: to_tensor(full[name], spec) for name, spec in specs.items()}, draws)
+    tensordict.set("is_init", torch.ones(draws, 1, dtype=torch.bool))
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM), torch.random.fork_rng():
         torch.manual_seed(0)
         result = source.policy(tensordict)

@@ -14,11 +14,13 @@ from actserve.core.signature import Arrays, Signature
 
 BATCH_SIZES = (1, 3, 8, 32)
 LEAST_SAMPLES, MOST_SAMPLES = 64, 512
+LEAST_DRAWS, MOST_DRAWS = 256, 4096  # of the test of random actions
 LEAST_STEPS, MOST_STEPS = 100, 200  # of a rollout
 FEW_ROWS, ROWS = 2, 8  # episodes side by side in a rollout
 BUDGET_S = 1.5  # of one core, for the samples, and again for the rollout
 SLOW_S = 0.005  # one item: the programs are compared on several cores
 _WORTH_SAYING_S = 3.0
+_IN_BATCH = 8
 _CALLS, _LONG_S = 5, 0.05  # when measuring
 
 Run = Callable[[Arrays], Arrays]
@@ -33,12 +35,13 @@ class Effort:
     steps: int
     rows: int
     rollout_s: float
+    draws: int
     slow: bool
 
     @staticmethod
     def of(reference: Run, programs: Sequence[Run], signature: Signature, inputs: Arrays) -> Effort:
         """Measure how long the policy and its programs take on a few of `inputs`, each (n, *shape)."""
-        alone = {name: array[:1] for name, array in inputs.items()}
+        alone = _first(inputs, 1)
         reference_s = _seconds(reference, alone)
         programs_s = [_seconds(run, alone) for run in programs]
         slow = reference_s > SLOW_S
@@ -54,7 +57,9 @@ class Effort:
                 rows = FEW_ROWS
                 step_s = _step_seconds(reference, programs, inputs, rows)
         steps = int(_within(LEAST_STEPS, BUDGET_S / max(step_s, 1e-9), MOST_STEPS))
-        return Effort(samples, samples * share, steps, rows, steps * step_s, slow)
+        item_s = _seconds(reference, _first(inputs, _IN_BATCH)) / _IN_BATCH
+        draws = int(_within(LEAST_DRAWS, BUDGET_S / item_s / 2, MOST_DRAWS))  # twice: from noise, and as in training
+        return Effort(samples, samples * share, steps, rows, steps * step_s, draws, slow)
 
 
 def about(seconds: float) -> str:
@@ -63,8 +68,11 @@ def about(seconds: float) -> str:
 
 
 def _step_seconds(reference: Run, programs: Sequence[Run], inputs: Arrays, rows: int) -> float:
-    some = {name: array[:rows] for name, array in inputs.items()}
-    return sum(_seconds(run, some) for run in (reference, *programs))
+    return sum(_seconds(run, _first(inputs, rows)) for run in (reference, *programs))
+
+
+def _first(inputs: Arrays, count: int) -> Arrays:
+    return {name: array[:count] for name, array in inputs.items()}
 
 
 def _seconds(run: Run, inputs: Arrays) -> float:
