@@ -163,7 +163,7 @@ def test_the_actions_come_first_and_each_is_distributed_as_the_policys_own(
     made = source(*make())
     captured = capture(made)
     assert list(captured.signature.output_names[: len(actions)]) == actions
-    found = statistics.compare(captured, made, samples.collect(made, captured.signature, 8))
+    found = statistics.compare(captured, made, samples.collect(made, captured.signature, 8), 4096)
     assert found["p"] > statistics.LEVEL
 
 

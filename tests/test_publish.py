@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from actserve.core.environment import game_of
 from actserve.core.errors import Disagreement, UsageError
 from actserve.engine import golden
 from actserve.store.artifact import GOLDEN, Artifact
@@ -136,7 +137,7 @@ def wrong() -> float:
 def test_a_policy_of_screens_can_be_said_to_play_a_game() -> None:
     pixels = {"frame": torch.zeros(210, 160, 3, dtype=torch.uint8), "speed": torch.zeros(1)}
     source = PolicySource(cart().policy, TensorDict(pixels))
-    environment = playing(source, "breakout").environment
+    environment = game_of(playing(source, "breakout").environment)
     assert environment is not None
     assert (environment.id, environment.screen, len(environment.actions)) == ("ALE/Breakout-v5", "frame", 4)
     with pytest.raises(UsageError, match="expected one observation of a screen"):

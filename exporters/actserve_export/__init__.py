@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from actserve_export.sources.onnx_source import OnnxSource
     from actserve_export.sources.policy_source import PolicySource
     from actserve_export.sources.rl_games import from_rl_games
+    from actserve_export.sources.robot_files import read_robot
     from actserve_export.sources.rsl_rl import from_rsl_rl
     from actserve_export.sources.sb3 import from_sb3
     from actserve_export.sources.skrl import from_skrl
@@ -28,6 +29,7 @@ __all__ = [
     "from_rsl_rl",
     "from_sb3",
     "from_skrl",
+    "read_robot",
 ]
 _HOMES = {
     "PolicySource": "actserve_export.sources.policy_source",
@@ -38,6 +40,7 @@ _HOMES = {
     "from_rsl_rl": "actserve_export.sources.rsl_rl",
     "from_sb3": "actserve_export.sources.sb3",
     "from_skrl": "actserve_export.sources.skrl",
+    "read_robot": "actserve_export.sources.robot_files",
 }
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from actserve.atari.play import Report, play
 from actserve.cli.tools import local_service
 from actserve.client.remote_policy import RemotePolicy
+from actserve.core.environment import game_of
 from actserve.core.errors import UsageError
 from actserve.core.signature import Array
 from actserve.engine.runtimes import preflight
@@ -75,8 +76,9 @@ def _measure(way: str, act: Act, artifact: Artifact, steps: int) -> Measurement:
 
 
 def _play(act: Act, artifact: Artifact, steps: int) -> Report:
-    assert artifact.manifest.environment is not None
-    return play(lambda _seed: act, artifact.manifest.environment, episodes=1, seed=0, max_steps=steps)
+    game = game_of(artifact.manifest.environment)
+    assert game is not None
+    return play(lambda _seed: act, game, episodes=1, seed=0, max_steps=steps)
 
 
 def print_rows(rows: list[Measurement]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Environment, game_of
 from actserve.core.errors import Disagreement
 from actserve.core.signature import Arrays
 from actserve.engine import golden
@@ -48,7 +48,7 @@ def export_int8(
     progress(f"collecting {SAMPLES} samples to calibrate on and to hold out")
     inputs = samples.collect(source, manifest.signature, SAMPLES)
     calibration, held_out = ({k: v[start::2].copy() for k, v in inputs.items()} for start in (0, 1))
-    environment = source.environment
+    environment = game_of(source.environment)
     games = (lambda run: play(run, environment)) if environment is not None else None
     with tempfile.TemporaryDirectory(prefix="actserve-") as name_of_folder:
         folder = Path(name_of_folder)

@@ -26,7 +26,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from actserve.atari.play import play
-from actserve.core.environment import Environment
+from actserve.core.environment import Environment, game_of
 from actserve.core.signature import Array, Arrays
 from actserve.engine import golden
 from actserve_export.capture import TracedPolicy, capture
@@ -119,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
     source = pong()
-    environment = source.environment
+    environment = game_of(source.environment)
     assert source.weights is not None
     assert source.observe is not None
     assert environment is not None

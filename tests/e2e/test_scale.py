@@ -22,7 +22,7 @@ from actserve.atari.play import Act, play
 from actserve.client.remote_policy import Episode, RemotePolicy, RemoteSession
 from actserve.client.stream import Stream
 from actserve.core.completion import complete
-from actserve.core.environment import Environment
+from actserve.core.environment import Environment, game_of
 from actserve.core.errors import ServiceError, ServiceUnreachable
 from actserve.core.signature import Array, Arrays
 from actserve.engine.runtimes.load import load
@@ -52,7 +52,7 @@ def scaled() -> Iterator[Scaled]:
 
 @pytest.fixture(scope="module")
 def game() -> Environment:
-    found = ModelStore(SHIPPED).resolve(NAME).manifest.environment
+    found = game_of(ModelStore(SHIPPED).resolve(NAME).manifest.environment)
     assert found is not None
     return found
 

@@ -14,6 +14,7 @@ from actserve.client.tensordicts import read_tensordict, write_tensordict
 from actserve.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, authorization_header, parse_service_url
 from actserve.core.errors import ServiceUnreachable
 from actserve.core.imports import import_extra
+from actserve.core.robot import Robot
 from actserve.core.signature import Array, Arrays, Exploration
 
 
@@ -23,8 +24,16 @@ class AsyncRemotePolicy:
     Many tasks may share it; each plays its own episodes.
     """
 
-    def __init__(self, url: str, policy: str | None = None, uds: str | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        policy: str | None = None,
+        uds: str | None = None,
+        token: str | None = None,
+        robot: Robot | None = None,
+    ) -> None:
         self.url = url
+        self._robot = robot
         self.uds = uds
         self.token = token
         self._policy_name = policy
@@ -41,6 +50,7 @@ class AsyncRemotePolicy:
         )
         try:
             self._description = await self.run(operations.describe(self._policy_name))
+            self._description.check_robot(self._robot)
         except BaseException:
             await self._http.close()
             raise

@@ -16,8 +16,9 @@ import pydantic
 import pydantic_core
 
 from actserve import wire
-from actserve.core.environment import Environment
-from actserve.core.errors import InvalidRequest, ProxyFailed, ServiceError, UsageError
+from actserve.core.environment import Contract
+from actserve.core.errors import EnvironmentMismatch, InvalidRequest, ProxyFailed, ServiceError, UsageError
+from actserve.core.robot import Robot
 from actserve.core.signature import Array, Arrays, Exploration, Signature, TensorSpec
 
 
@@ -50,7 +51,17 @@ class PolicyDescription:
     runtime: str  # "onnx" or "pt2"
     reason: str  # why the service chose this runtime
     signature: Signature
-    environment: Environment | None  # None: the policy plays no game
+    environment: Contract | None  # a game or a robot
+
+    def check_robot(self, robot: Robot | None) -> None:
+        """Raise `EnvironmentMismatch` if a client's robot is not the one that the policy was trained on."""
+        if robot is None:
+            return
+        if not isinstance(self.environment, Robot):
+            raise EnvironmentMismatch(
+                f"{self.name} was not exported with the description of a robot; the client has one"
+            )
+        self.environment.check(robot)
 
     def named_observations(self, observation: Array | Mapping[str, Array]) -> Mapping[str, Array]:
         """See the function `named_observations`."""
@@ -88,7 +99,7 @@ def describe(policy: str | None) -> Operation[PolicyDescription]:
     try:
         manifest = answer["manifest"]
         signature = pydantic.TypeAdapter(Signature).validate_python(manifest["signature"])
-        environment = pydantic.TypeAdapter(Environment | None).validate_python(manifest.get("environment"))
+        environment = pydantic.TypeAdapter(Contract | None).validate_python(manifest.get("environment"))
         return PolicyDescription(
             answer["name"], answer["version"], answer["runtime"], answer["reason"], signature, environment
         )

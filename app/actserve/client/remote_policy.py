@@ -13,8 +13,9 @@ from actserve.client.operations import Operation, PolicyDescription, Result, unw
 from actserve.client.tensordicts import read_tensordict, write_tensordict
 from actserve.client.transport import HttpConnection
 from actserve.core.completion import step_seed
-from actserve.core.environment import Environment
+from actserve.core.environment import Environment, game_of
 from actserve.core.errors import ActserveError, ProxyFailed, ServiceUnreachable
+from actserve.core.robot import Robot
 from actserve.core.signature import Array, Arrays, Exploration, Signature
 
 MAX_ATTEMPTS = 3  # per step of an episode; a session takes a retried step once
@@ -26,12 +27,22 @@ class RemotePolicy:
 
     Every request carries `token`. The client checks an https certificate against the host's trusted certificates, or
     against the file in SSL_CERT_FILE.
+    `robot` is the client's. If it names other joints, observation terms, units, scales or another order than the policy
+    was trained with, `__enter__` raises `EnvironmentMismatch`.
     A context manager that keeps one connection open. Do not share it between threads. Every method raises
     `ServiceUnreachable` if there is no answer and `ServiceError` if the answer is an error.
     """
 
-    def __init__(self, url: str, policy: str | None = None, uds: str | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        policy: str | None = None,
+        uds: str | None = None,
+        token: str | None = None,
+        robot: Robot | None = None,
+    ) -> None:
         self.url = url
+        self._robot = robot
         self.uds = uds
         self.token = token
         self._policy_name = policy
@@ -42,6 +53,7 @@ class RemotePolicy:
         self._connection = HttpConnection(self.url, self.uds, self.token)
         try:
             self._description = self.run(operations.describe(self._policy_name))
+            self._description.check_robot(self._robot)
         except BaseException:
             self._connection.close()
             raise
@@ -146,7 +158,14 @@ class RemotePolicy:
 
     @property
     def environment(self) -> Environment | None:
-        return self.description.environment
+        """The game that the policy plays, or None."""
+        return game_of(self.description.environment)
+
+    @property
+    def robot(self) -> Robot | None:
+        """The robot that the policy was trained on, or None."""
+        found = self.description.environment
+        return found if isinstance(found, Robot) else None
 
 
 class CarriedState:

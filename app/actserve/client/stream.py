@@ -21,7 +21,7 @@ from actserve.client.transport import (
     parse_service_url,
     stream_url,
 )
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
 from actserve.core.signature import Array, Arrays, Exploration, Signature, TensorSpec
 from actserve.wire.payload import find_spec
@@ -120,7 +120,7 @@ class Stream:
         return self.hello.signature
 
     @property
-    def environment(self) -> Environment | None:
+    def environment(self) -> Contract | None:
         return self.hello.environment
 
     @property

@@ -1,10 +1,13 @@
-"""The environment that a policy was trained in. A client must reproduce it, or the policy does not act as trained."""
+"""The game that a policy was trained in. A client must reproduce it, or the policy does not act as trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from pydantic import ConfigDict
+
+from actserve.core.robot import Robot
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,11 @@ class Environment:
     frame_skip: int = 4  # emulator frames per action
     repeat_action_probability: float = 0.25  # sticky actions
     max_frames: int = 108_000  # emulator frames per episode: half an hour of play
+
+
+Contract: TypeAlias = Environment | Robot
+
+
+def game_of(contract: Contract | None) -> Environment | None:
+    """The game that the policy plays; None for a robot's policy."""
+    return contract if isinstance(contract, Environment) else None

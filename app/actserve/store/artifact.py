@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import (
     CorruptFile,
     InvalidManifest,
@@ -77,7 +77,7 @@ class Manifest:
     parent: int | None  # the version that this one was compiled from, for another host
     created: str  # ISO 8601, UTC
     signature: Signature
-    environment: Environment | None
+    environment: Contract | None
     programs: dict[str, Program]  # by runtime name
     files: Files  # all files in the folder except the manifest and its signature
     provenance: dict[str, Any]  # its origin: factory, checkpoint, fingerprint, versions

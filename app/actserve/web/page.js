@@ -42,7 +42,7 @@ async function describe() {
   options($("exploration"), (manifest?.signature.exploration ?? []).map((name) => [name, name]));
   for (const id of ["version", "runtime", "exploration"]) $(id).disabled = $(id).options.length < 2;
   $("served").textContent = [manifest?.environment?.id, `${described.name}@${version}`, runtime].filter(Boolean).join(" · ");
-  meanings = manifest?.environment?.actions.map(({ meaning }) => meaning) ?? [];
+  meanings = manifest?.environment?.actions?.map(({ meaning }) => meaning) ?? [];
   bars.name(meanings);
   $("start").disabled = !playable || !meanings.length;
   if (!playable) return;

@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 import pydantic_core
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import MalformedBody
 from actserve.core.signature import Arrays, Exploration, Signature, TensorSpec
 
@@ -40,7 +40,7 @@ class Hello:
     runtime: str  # "onnx" or "pt2"
     signature: Signature  # of one message and its reply: without state and noise, which the service holds
     offsets: dict[str, int]  # byte offset of each output in a binary reply
-    environment: Environment | None  # the game that the policy plays, if any
+    environment: Contract | None  # the game that the policy plays, or its robot
     exploration: Exploration
     seed: int | None  # the episode's seed; None: deterministic
     window: int  # the most unanswered messages

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.signature import Arrays, Signature
 from actserve.store.artifact import Program
 
@@ -28,7 +28,7 @@ class ExportSource(Protocol):
     """A policy to export."""
 
     @property
-    def environment(self) -> Environment | None: ...
+    def environment(self) -> Contract | None: ...
 
     @property
     def reference(self) -> str:

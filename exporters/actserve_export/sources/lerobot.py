@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed, UsageError
 from actserve_export.sources.library_actor import LibraryActor, Tensors, fresh_copy, titled
 from actserve_export.sources.policy_source import PolicySource
@@ -34,7 +34,7 @@ def from_lerobot(
     postprocessor: Any = None,
     *,
     channels_last: bool = False,
-    environment: Environment | None = None,
+    environment: Contract | None = None,
 ) -> PolicySource:
     """A policy of LeRobot, acting as `postprocessor(policy.select_action(preprocessor(observation)))` does.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT, Arrays
 from actserve_export.sources.interfaces import OriginalPolicy
@@ -58,7 +58,7 @@ class LibraryActor(nn.Module):
     def act(self, seen: Tensors, state: Tensors, begins: Tensor | None, noise: list[Tensor]) -> tuple[Tensor, Tensors]:
         """(action, new state) as the library itself acts, deterministically or with this noise."""
 
-    def source(self, library: str, call: str, environment: Environment | None, **more: Any) -> PolicySource:
+    def source(self, library: str, call: str, environment: Contract | None, **more: Any) -> PolicySource:
         """`call`: what `act` does, for the certificate. `more`: further attributes of the source."""
 
         def original(inputs: Arrays) -> Arrays:

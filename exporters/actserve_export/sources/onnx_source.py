@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import onnxruntime as ort
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.signature import Arrays
+from actserve_export.sources.robot_files import robot_in
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class OnnxSource:
     `action` "argmax": the first output has one value per action, (B, n); the program returns the best action before it,
     as `action`. "identity": the first output is the action.
     `state` maps inputs to the outputs that replace them in the next step. State starts at zero.
-    `observe(n)` returns n real observations by name, each (n, *shape). A client must reproduce `environment`.
+    `observe(n)` returns n real observations by name, each (n, *shape). A client must reproduce `environment`; by
+    default it is the robot that the file's metadata describes, if any.
     """
 
     path: Path | str
@@ -35,7 +37,11 @@ class OnnxSource:
     constants: Mapping[str, Any] = field(default_factory=dict)
     batch_axes: Mapping[str, int] = field(default_factory=dict)
     observe: Callable[[int], Arrays] | None = None
-    environment: Environment | None = None
+    environment: Contract | None = None
+
+    def __post_init__(self) -> None:
+        if self.environment is None:
+            object.__setattr__(self, "environment", robot_in(Path(self.path)))
 
     original: ClassVar[None] = None
     reference: ClassVar[str] = (

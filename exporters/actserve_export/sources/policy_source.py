@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration
 from actserve_export.sources.interfaces import OriginalPolicy
@@ -59,7 +59,7 @@ class PolicySource:
     outputs: tuple[str, ...] = ()
     exploration: tuple[Exploration, ...] | None = None
     observe: Callable[[int], TensorDict] | None = None
-    environment: Environment | None = None
+    environment: Contract | None = None
     weights: nn.Module | None = None
     library: str = "TorchRL"
     original: OriginalPolicy | None = None

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed
 from actserve_export.sources.library_actor import RecurrentActor, Tensors, WithoutDraws, fresh_copy, titled
 from actserve_export.sources.policy_source import PolicySource
@@ -23,7 +23,7 @@ _MEMORY = {"lstm": ("hidden", "cell", "critic_hidden", "critic_cell"), "gru": ("
 _LIMIT = 5.0  # of a normalised observation
 
 
-def from_rl_games(player: Any, *, masks: bool = False, environment: Environment | None = None) -> PolicySource:
+def from_rl_games(player: Any, *, masks: bool = False, environment: Contract | None = None) -> PolicySource:
     """The player of rl_games, acting as `player.get_action(observation, is_deterministic=True)`, or at random.
 
     `player` is what `runner.create_player()` returns, after `player.restore(checkpoint)`. Observations are as its

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed
 from actserve_export.sources.library_actor import (
     Examples,
@@ -36,7 +36,7 @@ def from_rsl_rl(
     observations: Examples | None = None,
     *,
     normalizer: nn.Module | None = None,
-    environment: Environment | None = None,
+    environment: Contract | None = None,
 ) -> PolicySource:
     """The actor of rsl_rl, acting as `runner.get_inference_policy()` does, or in random mode as in training.
 

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from actserve.core.environment import Environment
+from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed
 from actserve_export.sources.library_actor import RecurrentActor, Tensors, WithoutDraws, fresh_copy, restored, titled
 from actserve_export.sources.policy_source import PolicySource
@@ -22,7 +22,7 @@ _OBSERVATION, _STATES = "observation", "states"
 
 
 def from_skrl(
-    policy: Any, *, preprocessor: nn.Module | None = None, environment: Environment | None = None
+    policy: Any, *, preprocessor: nn.Module | None = None, environment: Contract | None = None
 ) -> PolicySource:
     """An agent of skrl, or its policy or Q-network, acting as a trainer's `eval` does, or at random as in training.
 

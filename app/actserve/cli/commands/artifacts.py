@@ -9,7 +9,9 @@ import typer
 from actserve.cli.certificate import print_certificate
 from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json
+from actserve.core.environment import game_of
 from actserve.core.errors import UntrustedProgram
+from actserve.core.robot import Robot
 
 
 def inspect(
@@ -40,11 +42,38 @@ def inspect(
         print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {_needs(program.requires)}")
         for rewrite in program.rewrites:
             print(f"      rewritten: {rewrite}")
-    if manifest.environment:
-        game = manifest.environment
+    if isinstance(manifest.environment, Robot):
+        _print_robot(manifest.environment)
+    if game := game_of(manifest.environment):
         actions = ", ".join(f"{i}={action.meaning}({action.code})" for i, action in enumerate(game.actions))
         print(f"  plays  {game.id}: frame skip {game.frame_skip}, sticky {game.repeat_action_probability}; {actions}")
     print_certificate(manifest.certificate)
+
+
+def _print_robot(robot: Robot) -> None:
+    print(f"  joints  {', '.join(robot.joints)}")
+    command = f"action × {_listed(robot.action_scale, '1')} + {_listed(robot.action_offset, '0')}"
+    print(f"  command  {command}{f', {robot.action_units}' if robot.action_units else ''}")
+    if robot.control_period_s:
+        print(f"  period  {robot.control_period_s:g} s between actions")
+    for name, values in (
+        ("default", robot.default_positions),
+        ("stiffness", robot.stiffness),
+        ("damping", robot.damping),
+    ):
+        if values:
+            print(f"  {name}  {_listed(values, '')}")
+    for term in robot.observations:
+        details = [f"× {_listed(term.scale, '1')}"] if term.scale else []
+        details += [f"{term.history} steps"] if term.history > 1 else []
+        details += [term.units] if term.units else []
+        details += [" ".join(term.elements)] if term.elements else []
+        print(f"  observes  {', '.join([term.name, *details])}")
+
+
+def _listed(values: tuple[float, ...], default: str) -> str:
+    numbers = [f"{value:g}" for value in values]
+    return f"[{', '.join(numbers)}]" if len(numbers) > 1 else (numbers or [default])[0]
 
 
 def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None, json: Json = False) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from actserve.atari.evaluation import summarise
 from actserve.atari.play import Report
 from actserve.cli.tools import local_service, play_and_load
+from actserve.core.environment import game_of
 from actserve.store.artifact import Artifact
 
 PROTOCOL = "machado"
@@ -38,7 +39,7 @@ def evaluate(artifact: Artifact, episodes: int, seed: int, progress: Callable[[s
                     on_game=lambda number, score: progress(f"  game {number + 1} of {episodes}: {score:+.0f}"),
                 )
             )
-    environment = artifact.manifest.environment
+    environment = game_of(artifact.manifest.environment)
     assert environment is not None
     return {
         "protocol": PROTOCOL,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from actserve.atari.emulator import AtariGame
 from actserve.core.completion import choose_exploration, step_seed
-from actserve.core.environment import Environment
+from actserve.core.environment import Environment, game_of
 from actserve.core.errors import InvalidRequest, TooManyGames
 from actserve.core.signature import Arrays, Exploration, Signature
 from actserve.engine.policy import Policy
@@ -154,7 +154,7 @@ def encode_png(screen: Screen) -> bytes:
 
 
 def _environment(policy: Policy) -> Environment:
-    environment = policy.artifact.manifest.environment
+    environment = game_of(policy.artifact.manifest.environment)
     if environment is None:
         raise InvalidRequest(f"{policy.name} was not trained on an Atari game; only Atari games can be played here")
     action = policy.signature.action
