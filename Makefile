@@ -11,6 +11,8 @@ BIN := .venv/bin
 export AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL ?= O0
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+# Every version is in the file: nothing is resolved, and only what is imported is compiled.
+PINNED := --quiet --disable-pip-version-check --no-deps --no-compile
 
 .PHONY: demo test test-wide test-fast chromium servers check format docs bench
 
@@ -72,7 +74,7 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 # The libraries of tests/robots, over what .venv has: they pin other versions of it, so nothing but they is installed.
 .venv/robots/installed: .ci/robots.txt | .venv/dev
 	$(PYTHON) -m venv .venv/robots
-	.venv/robots/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .ci/robots.txt
+	.venv/robots/bin/pip install $(PINNED) --requirement .ci/robots.txt
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$(.venv/robots/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/actserve.pth"
 	@touch $@
@@ -80,5 +82,5 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 # Tools with conflicting dependencies get their own virtual environment.
 .venv/%/installed: .ci/%.txt | .venv/all
 	$(PYTHON) -m venv .venv/$*
-	.venv/$*/bin/pip install --quiet --disable-pip-version-check --requirement .ci/$*.txt
+	.venv/$*/bin/pip install $(PINNED) --requirement .ci/$*.txt
 	@touch $@

@@ -15,6 +15,7 @@ import pytest
 import urllib3
 
 from actserve import wire
+from actserve.server.http.bounded_turns import MAX_BEGUN, BoundedTurnsMiddleware
 from actserve.server.protocols.oip.infer_request import parse_json
 from actserve.telemetry.loop_lag import EVERY_S, LoopLag
 from actserve.wire import large_json
@@ -145,3 +146,24 @@ def test_the_lag_of_the_loop_is_measured() -> None:
             assert sum(lag.lag_ns.counts) >= 1
 
     asyncio.run(scenario())
+
+
+def test_many_requests_at_once_begin_in_several_turns_and_in_order() -> None:
+    begun: list[list[int]] = [[]]
+
+    async def inner(scope: Any, _receive: Any, _send: Any) -> None:
+        if not begun[-1]:
+            asyncio.get_running_loop().call_soon(begun.append, [])
+        begun[-1].append(scope["number"])
+
+    async def run() -> None:
+        app = BoundedTurnsMiddleware(inner)
+        nothing: Any = None
+        tasks = [asyncio.create_task(app({"type": "http", "number": n}, nothing, nothing)) for n in range(1000)]
+        await asyncio.sleep(0)
+        tasks[500].cancel()
+        await asyncio.wait(tasks)
+
+    asyncio.run(run())
+    assert [number for turn in begun for number in turn] == [n for n in range(1000) if n != 500]
+    assert max(map(len, begun)) <= MAX_BEGUN

@@ -25,6 +25,7 @@ from actserve.server.arcade.game import GameSlots
 from actserve.server.fastpath.endpoints import FastPath
 from actserve.server.fastpath.request_heads import Observed
 from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions, stream
+from actserve.server.http.bounded_turns import BoundedTurnsMiddleware
 from actserve.server.http.observability import ObservabilityMiddleware
 from actserve.server.http.root_path import RootPathMiddleware
 from actserve.server.metrics.publisher import Publisher
@@ -51,12 +52,11 @@ def check(settings: Settings) -> None:
 
 
 class _Application(FastAPI):
-    """FastAPI with the observability middleware around everything, error handlers included."""
+    """FastAPI with our middleware around everything, error handlers included."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return RootPathMiddleware(
-            ObservabilityMiddleware(super().build_middleware_stack()), self.state.settings.root_path
-        )
+        observed = ObservabilityMiddleware(super().build_middleware_stack())
+        return BoundedTurnsMiddleware(RootPathMiddleware(observed, self.state.settings.root_path))
 
 
 def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:
