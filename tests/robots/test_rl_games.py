@@ -59,7 +59,7 @@ PLAYERS = {
     "choice": lambda: player(PpoPlayerDiscrete, "discrete_a2c", {"space": {"discrete": {}}}, spaces.Discrete(4)),
     "sac": lambda: player(SACPlayer, "soft_actor_critic", SOFT, spaces.Box(-1, 1, (2,), np.float32)),
 }
-ALWAYS = ("lstm, 2 layers", "choice")
+ALWAYS = ("lstm, 2 layers",)
 
 
 @pytest.mark.parametrize(

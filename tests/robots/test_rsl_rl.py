@@ -48,7 +48,7 @@ MODELS = {
     "camera": lambda: trained(CNNModel, ["policy", "camera"], **PICTURES),
     "camera only": lambda: trained(CNNModel, ["camera"], **PICTURES),
 }
-ALWAYS = ("two groups", "lstm, 2 layers", "gru, 1 layer")
+ALWAYS = ("two groups", "lstm, 2 layers")
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.wide
 def test_an_agents_statistics_are_a_part_of_it(tmp_path: Path) -> None:
     configuration = PPO_CFG(
         observation_preprocessor=RunningStandardScaler,

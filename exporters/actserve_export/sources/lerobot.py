@@ -1,4 +1,4 @@
-"""LeRobot's policies that predict chunks of actions (ACT, Diffusion, VQ-BeT) -> PolicySource.
+"""LeRobot's policies that predict chunks of actions (ACT, Diffusion) -> PolicySource.
 
 A policy of LeRobot keeps a queue of predicted actions, and queues of past observations. Here they are state, for each
 item:
@@ -24,7 +24,7 @@ from actserve.core.errors import CaptureFailed, UsageError
 from actserve_export.sources.library_actor import LibraryActor, Tensors, fresh_copy, titled
 from actserve_export.sources.policy_source import PolicySource
 
-_KINDS = ("act", "diffusion", "vqbet")
+_KINDS = ("act", "diffusion")
 _IMAGES, _ACTION = "observation.images", "action"
 
 
@@ -38,7 +38,7 @@ def from_lerobot(
 ) -> PolicySource:
     """A policy of LeRobot, acting as `postprocessor(policy.select_action(preprocessor(observation)))` does.
 
-    `policy` is an `ACTPolicy`, `DiffusionPolicy` or `VQBeTPolicy`, or the folder of a saved one, with its processors.
+    `policy` is an `ACTPolicy` or a `DiffusionPolicy`, or the folder of a saved one, with its processors.
     `preprocessor` and `postprocessor` are what `make_pre_post_processors` returns; they hold the normalisation. Without
     them the policy takes and returns normalised values.
     `channels_last`: the artifact takes images as cameras give them, uint8 (H, W, C), instead of float32 (C, H, W) in
