@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from actserve.core.environment import game_of
 from actserve.core.errors import Disagreement, UsageError
@@ -16,6 +18,8 @@ from actserve.engine import golden
 from actserve.store.artifact import GOLDEN, Artifact
 from actserve.store.local import ModelStore
 from actserve_export import publish
+from actserve_export.capture import swaps
+from actserve_export.capture.steps import LeftOut
 from actserve_export.publish import export
 from actserve_export.sources.policy_source import PolicySource
 from actserve_export.targets import load, playing
@@ -97,6 +101,29 @@ def test_a_disagreement_publishes_nothing_and_says_where(
         export(source, "cart", own_store, origin="x", runtimes=["onnx"])
     assert own_store.versions("cart") == [1]
     assert [entry.name for entry in (own_store.root / "cart").iterdir()] == ["1"]
+
+
+class Doubled(TensorDictModuleBase):
+    in_keys, out_keys = ["action_value"], ["action_value"]
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        return tensordict.set("action_value", 2 * tensordict.get("action_value"))
+
+
+def test_what_is_captured_is_compared_with_the_policy_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cart()
+    source = replace(source, policy=TensorDictSequential(source.policy, Doubled()))
+    store = ModelStore(tmp_path)
+    done = export(source, "doubled", store, origin="x", runtimes=["onnx"])
+    certificate = done.artifact.manifest.certificate
+    original = certificate["original"]
+    assert original["name"] == "the policy as it was given"
+    assert (original["compared"], original["action_disagreements"]) == (certificate["samples"], 0)
+    monkeypatch.setitem(swaps._SWAPS, Doubled, LeftOut)  # a replacement that is wrong
+    with pytest.raises(Disagreement, match="what was captured is not the policy"):
+        export(source, "wrong", store, origin="x", runtimes=["onnx"])
 
 
 def test_values_beyond_the_tolerance_are_a_disagreement(cart: Artifact) -> None:

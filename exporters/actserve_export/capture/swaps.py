@@ -67,6 +67,14 @@ from actserve_export.capture.steps import (
 
 def swap(policy: nn.Module, io: StepIO) -> nn.Module:
     """A copy of `policy` with replacements. Raises `CaptureFailed` for a module with state and no replacement."""
+    copied = copy_of(policy)
+    for module in copied.modules():
+        _make_weights_plain(module)
+    return _swap(copied, io)
+
+
+def copy_of(policy: nn.Module) -> nn.Module:
+    """A deep copy, of policies too that `copy.deepcopy` refuses."""
     uncopied = {  # an empty frame buffer cannot be copied; its module is replaced anyway
         id(module): module
         for module in policy.modules()
@@ -78,10 +86,7 @@ def swap(policy: nn.Module, io: StepIO) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    copied = copy.deepcopy(policy, uncopied | computed)
-    for module in copied.modules():
-        _make_weights_plain(module)
-    return _swap(copied, io)
+    return copy.deepcopy(policy, uncopied | computed)
 
 
 def _make_weights_plain(module: nn.Module) -> None:

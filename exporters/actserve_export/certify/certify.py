@@ -19,6 +19,7 @@ from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
 from actserve_export.certify import distributions as statistics
+from actserve_export.certify.as_given import as_given
 from actserve_export.certify.effort import BATCH_SIZES, LEAST_SAMPLES, Effort, about
 from actserve_export.sources import samples
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource, OriginalPolicy
@@ -72,9 +73,9 @@ def certify(
             "programs": found,
             "not_shown": _not_shown(captured, source),
         }
-        if source.original is not None:
-            progress(f"comparing with {source.original.name}")
-            certificate["original"] = _compare_original(captured, source.original, inputs)
+        if (original := source.original or as_given(captured, source)) is not None:
+            progress(f"comparing with {original.name}")
+            certificate["original"] = _compare_original(captured, original, inputs)
         if signature.state:
             progress(
                 f"comparing {listed} over {effort.steps} steps of {effort.rows} episodes" + about(effort.rollout_s)

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.core.completion import complete
 from actserve.core.errors import Disagreement
-from actserve.core.signature import Array, Arrays, Exploration
+from actserve.core.signature import IS_INIT, Array, Arrays, Exploration
+from actserve_export.capture.swaps import copy_of
 from actserve_export.capture.tensordict_policy import TracedPolicy
+from actserve_export.certify.as_given import act
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 from actserve_export.sources.policy_source import PolicySource
-from actserve_export.sources.tensors import to_array, to_tensor
 
 MAX_KINDS = 64  # actions; floating-point actions of more kinds are continuous
 LEVEL = 1e-4  # one correct export in ten thousand fails
@@ -34,7 +34,14 @@ def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays, draw
     mode: Exploration = "random"
     full = complete(signature, one, draws, mode, seed=0).inputs
     ours = captured.run_reference({spec.name: full[spec.name] for spec in signature.inputs})
-    theirs = _own(captured, source, full, draws)
+    assert isinstance(captured, TracedPolicy)  # an .onnx file has no noise
+    assert isinstance(source, PolicySource)
+    begins = {IS_INIT.name: np.ones(draws, bool)} if signature.is_init else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = act(captured, copy_of(source.policy).eval(), full | begins, mode)
+    # Log-probabilities follow from the actions, and are compared for equal noise.
+    theirs = {name: theirs[name] for name in captured.layout.outputs if not name.endswith("log_prob")}
     drawn = [name for name in theirs if name == signature.action.name or _varies(ours[name]) or _varies(theirs[name])]
     test, value = min((_test(ours[name], theirs[name]) for name in drawn), key=lambda found: found[1])
     value = min(1.0, value * len(drawn))  # Bonferroni
@@ -45,23 +52,6 @@ def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays, draw
             p=value,
         )
     return {"test": test, "draws": draws, "level": LEVEL, "p": value}
-
-
-def _own(captured: CapturedPolicy, source: ExportSource, full: Arrays, draws: int) -> Arrays:
-    """The outputs of `draws` steps of the policy as TorchRL runs it, with its own randomness.
-
-    Log-probabilities are left out: they follow from the actions, and are compared for equal noise.
-    """
-    assert isinstance(captured, TracedPolicy)  # an .onnx file has no noise
-    assert isinstance(source, PolicySource)
-    layout = captured.layout
-    specs = {spec.name: spec for spec in captured.signature.inputs}
-    tensordict = layout.tensordict({name: to_tensor(full[name], spec) for name, spec in specs.items()}, draws)
-    tensordict.set("is_init", torch.ones(draws, 1, dtype=torch.bool))
-    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM), torch.random.fork_rng():
-        torch.manual_seed(0)
-        result = source.policy(tensordict)
-    return {name: to_array(result.get(key)) for name, key in layout.outputs.items() if not name.endswith("log_prob")}
 
 
 def _varies(values: Array) -> bool:
