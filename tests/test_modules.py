@@ -121,7 +121,11 @@ def test_a_checkpoint_is_the_modules_own(tmp_path: Path) -> None:
 
 def test_the_names_that_factories_use() -> None:
     assert {name: getattr(actserve_export, name).__name__ for name in actserve_export.__all__} == {
-        name: name for name in ("OnnxSource", "PolicySource", "from_module", "from_sb3")
+        name: name
+        for name in (
+            *("OnnxSource", "PolicySource", "from_module", "from_sb3"),
+            *("from_lerobot", "from_rl_games", "from_rsl_rl", "from_skrl", "read_robot"),
+        )
     }
     with pytest.raises(AttributeError, match="nothing"):
         _ = actserve_export.nothing

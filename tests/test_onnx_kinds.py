@@ -246,7 +246,7 @@ DOUBLED = helper.make_node("Concat", ["h", "h"], ["q"], axis=1)
 @pytest.mark.parametrize(
     ("made", "options", "message"),
     [
-        (with_input(TensorProto.FLOAT16), {}, "obs: expected one of uint8, .*; got float16. Export the file with one"),
+        (with_input(TensorProto.UINT32), {}, "obs: expected one of uint8, .*; got uint32. Export the file with one"),
         (with_input(TensorProto.STRING), {}, "got strings"),
         (with_input(0), {}, "obs: the file states no dtype"),
         (with_input(FLOAT, None), {}, "obs: the file does not state its shape"),

@@ -184,9 +184,8 @@ class Keyed(nn.Module):
         (lambda x: (x, x), "another number of results than it has out_keys"),
         (lambda x: {"a": x}, "action: expected a plain tensor; the policy gives TensorDict"),
         (lambda x: "up", "action: expected a plain tensor; the policy gives NonTensor"),
-        (lambda x: x.half(), "action: expected one of uint8, .*got float16: .*convert it in the policy"),
-        (lambda x: torch.fft.fft(x), "action: expected one of uint8, .*got complex64"),
-        (lambda x: x.reshape(4), r"reshape\(4\).*it got a batch of 64 of observation float32\[4\]"),
+        (lambda x: torch.fft.fft(x), "action: expected one of uint8, .*got complex64: .*convert it in the policy"),
+        (lambda x: x.reshape(4), r"reshape\(4\).*it got a batch of \d+ of observation float32\[4\]"),
         (lambda x: x * random.random(), "draws random numbers from Python's random"),
         (lambda x: x + np.random.rand(), "draws random numbers from numpy.random"),
     ],
@@ -198,9 +197,8 @@ def test_results_that_a_program_cannot_give_are_refused(function: Callable[[Tens
 
 
 def test_inputs_of_other_dtypes_are_refused_before_they_are_run() -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.complex64):
-        with pytest.raises(CaptureFailed, match=f"observation: expected one of .*got {str(dtype)[6:]}: .*convert"):
-            capture(from_module(nn.Linear(4, 3, dtype=dtype), ITEM.to(dtype), "argmax"))
+    with pytest.raises(CaptureFailed, match=r"observation: expected one of .*got complex64: .*convert"):
+        capture(from_module(nn.Linear(4, 3, dtype=torch.complex64), ITEM.to(torch.complex64), "argmax"))
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4))])

@@ -20,6 +20,7 @@ from tests.benchmarks.questions import Screens
 
 CACHE = Path(".cache/benchmarks")  # what takes a minute to build, by the artifact and the exporter
 EXPORTERS = Path("exporters")
+SCREENS = 32
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def prepare(models: Path, policies: Collection[str] = ("pong",)) -> Ground:
     stores = {name: _once(CACHE / f"{key}-{name}", made[name]) for name in made if name in policies}
     programs = {"tutorial": folder / "tutorial.onnx"}
     programs |= {name: ModelStore(store).resolve(name).folder / "policy.onnx" for name, store in stores.items()}
-    pixels = load_file(pong / "golden.safetensors")["input.pixels"]
+    golden = load_file(pong / "golden.safetensors")["input.pixels"]
+    pixels = np.resize(golden, (SCREENS, *golden.shape[1:]))  # repeated, if they are fewer
     np.save(folder / "pixels.npy", pixels)
     actions = {}
     for name, program in programs.items():

@@ -72,7 +72,8 @@ def test_the_certificate_says_what_was_compared_with_what(cartpole: Path) -> Non
     assert artifact.manifest.provenance["origin"] == "ppo_cartpole.zip"
     assert set(certificate["programs"]) == {"onnx", "pt2"}
     assert certificate["original"]["name"].endswith("predict(deterministic=True)")
-    assert (certificate["original"]["compared"], certificate["original"]["action_disagreements"]) == (512, 0)
+    assert certificate["original"]["compared"] == certificate["samples"] >= 64
+    assert certificate["original"]["action_disagreements"] == 0
     assert certificate["statistics"]["p"] > certificate["statistics"]["level"]
 
 

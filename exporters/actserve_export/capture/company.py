@@ -115,7 +115,7 @@ def _extremes(signature: Signature, inputs: Arrays) -> Arrays:
     found = {}
     for spec in signature.observations:
         own = inputs[spec.name]
-        least, most = (0, 1) if own.dtype == bool else spec.limits
+        least, most = (0.0, 1.0) if own.dtype == bool else map(float, spec.limits)
         low, high = np.clip(spec.each_low, max(least, -FAR), None), np.clip(spec.each_high, None, min(most, FAR))
         ends = np.where(np.arange(len(own)).reshape(-1, *[1] * len(spec.shape)) % 2, low, high)
         found[spec.name] = np.concatenate([own, np.broadcast_to(ends, own.shape).astype(own.dtype)])

@@ -71,7 +71,9 @@ def _copies(value: Any, depth: int = 2) -> Iterator[tuple[str, Any]]:
         yield "", kept
     elif depth and not callable(value) and type(value).__module__.partition(".")[0] not in _LIBRARIES:
         for name, attribute in getattr(value, "__dict__", {}).items():
-            yield from ((f".{name}{inner}", copied) for inner, copied in _copies(attribute, depth - 1))
+            for inner, copied in _copies(attribute, depth - 1):
+                if isinstance(copied, (bool, int, float, str)):  # tensors there are results, such as a distribution's
+                    yield f".{name}{inner}", copied
 
 
 def _copy(value: Any) -> Any:

@@ -42,7 +42,7 @@ class StreamBackend(Backend):
 
     @cached_property
     def _uri(self) -> WebSocketURI:
-        query = {"binary": self.bodies[0], "seed": self.noise_seed}
+        query = {"binary": self.bodies[0].partition(";")[0], "seed": self.noise_seed}
         return parse_uri(stream_url(self.url, self.description.name, None, query))
 
 
