@@ -27,8 +27,8 @@ from tests.waiting import until
 
 ITEMS = 9
 BOTH = ("onnx", "pt2")
-SLOW = ("heads_of_torch",)  # only `make test-wide` exports it
-COMPILED = ("cart_pair", "epsilon_greedy", "gru", "tanh_normal")  # `make test-wide` compiles the others, too
+SOME = ("c51", "gsde", "hybrid", "mappo", *policies.KINDS)  # `make test-wide` exports the others, too
+COMPILED = ("cart_pair", "epsilon_greedy", "gru")  # `make test-wide` compiles the others, too
 
 
 class Kinds:
@@ -99,7 +99,7 @@ def observations(artifact: Artifact) -> Arrays:
     [
         *(pytest.param(BOTH, kind, marks=[] if kind in COMPILED else pytest.mark.wide) for kind in kinds.KINDS),
         *(
-            pytest.param(("onnx",), kind, marks=pytest.mark.wide if kind in SLOW else [])
+            pytest.param(("onnx",), kind, marks=[] if kind in SOME else pytest.mark.wide)
             for kind in kinds.KINDS
             if kind not in COMPILED
         ),
