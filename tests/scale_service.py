@@ -63,7 +63,9 @@ def environment(folder: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "TMPDIR": folder,
     }
-    return {name: value for name, value in os.environ.items() if not name.startswith("ACTSERVE_")} | settings
+    # That this host is slow is no failure: Ray waits 5 s for a new proxy, and kills it.
+    patient = {f"RAY_SERVE_PROXY_{what}_CHECK_TIMEOUT_S": "120" for what in ("READY", "HEALTH")}
+    return {name: value for name, value in os.environ.items() if not name.startswith("ACTSERVE_")} | settings | patient
 
 
 @contextmanager
