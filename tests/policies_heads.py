@@ -55,8 +55,9 @@ from torchrl.modules import (
 )
 from torchrl.modules.models.exploration import gSDEModule
 
+from tests.policies import OBSERVATION
+
 Pair = tuple[Any, TensorDict]
-OBSERVATION = {"observation": torch.zeros(4)}
 NORMAL = ["loc", "scale"]
 PIXELS = {"in_features": 3, "num_cells": [4], "kernel_sizes": 3, "strides": 2, "paddings": 0, "depth": 1}
 

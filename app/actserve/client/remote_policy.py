@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -219,7 +220,27 @@ class Episode:
         return self._carried.outputs
 
 
-class RemoteSession:
+class KeptEpisode(ABC):
+    """An episode whose state the service keeps. A context manager that ends it."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the episode at the service."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.end()
+        except ActserveError:
+            if kind is None:  # otherwise it would hide the exception of the block
+                raise
+
+
+class RemoteSession(KeptEpisode):
     """One episode whose state the service keeps. A context manager that ends the session."""
 
     def __init__(self, policy: RemotePolicy, id_: str, outputs: Sequence[str]) -> None:
@@ -243,15 +264,3 @@ class RemoteSession:
     def end(self) -> None:
         """End the session at the service. Raises the same errors as `act`."""
         self._policy.run_with_retries(lambda: operations.end_session(self._policy.description, self.id))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.end()
-        except ActserveError:
-            if kind is None:  # otherwise it would hide the exception of the block
-                raise

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from actserve.client.oip_request import binary_data, infer_request, request_json
 from actserve.client.operations import Operation, as_array, read_json, unexpected_answer, unwrap_action
-from actserve.client.remote_policy import RemotePolicy
-from actserve.core.errors import ActserveError
+from actserve.client.remote_policy import KeptEpisode, RemotePolicy
 from actserve.core.signature import Array, Arrays, Exploration
 
 
-class OipSequence:
+class OipSequence(KeptEpisode):
     """One episode of `policy` whose state the service keeps under an id that the client chooses.
 
     A context manager that ends the sequence. To end it, the client sends the last observation again: the protocol has
@@ -56,18 +54,6 @@ class OipSequence:
         """End the sequence at the service, if it has begun."""
         if self.steps:
             self._policy.run(self._infer(self._last, {"sequence_end": True}))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.end()
-        except ActserveError:
-            if kind is None:  # otherwise it would hide the exception of the block
-                raise
 
     def _infer(self, tensors: Mapping[str, Array], parameters: Mapping[str, Any]) -> Operation[Arrays]:
         policy = self._policy

@@ -30,9 +30,8 @@ from actserve.telemetry.counts import ProgramLabels
 
 log = logging.getLogger("actserve")
 
-HANG_NS = (
-    30 * 10**9
-)  # a call of a program takes at most so long, or `HANG_FACTOR` times as long as when it was measured
+# A call of a program takes at most so long, or `HANG_FACTOR` times as long as when it was measured.
+HANG_NS = 30 * 10**9
 HANG_FACTOR = 20
 
 

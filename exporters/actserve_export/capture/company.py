@@ -7,7 +7,6 @@ batches, one client's observation would change another client's action.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,22 +19,17 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Signature
 from actserve.engine import golden
 from actserve.engine.golden import Tolerance
+from actserve_export.capture.cost import Run, cpu_seconds, first
 
 FAR = 1e6  # an end of a range without bounds
 ITEMS, FEWEST_ITEMS = 32, 8  # that are compared
 BUDGET_S = 2.0  # for all comparisons
 COMPANIES = 3  # each item is run in so many batches, beside other items and at another place
-Run = Callable[[Arrays], Arrays]
 
 
 def affordable(run: Run, inputs: Arrays, runs: int = 2 + 1 + COMPANIES + 2) -> int:
     """How many items `run` can take `runs` times in `BUDGET_S`. `inputs`: every input, each (n, *shape)."""
-    calls_s = []
-    for _ in range(2):  # the first one may prepare something
-        begun_s = time.process_time()
-        run({name: array[:1] for name, array in inputs.items()})
-        calls_s.append(time.process_time() - begun_s)
-    return int(BUDGET_S / runs / max(min(calls_s), 1e-6))
+    return int(BUDGET_S / runs / cpu_seconds(run, first(inputs, 1)))
 
 
 def refuse_hidden_draws(run: Run, inputs: Arrays) -> None:

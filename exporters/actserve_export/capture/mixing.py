@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from actserve_export.capture.arguments import arguments_of
 from actserve_export.programs.reasons import line_of
 
 aten: Any = torch.ops.aten
@@ -80,9 +81,8 @@ def _open_axes(tensor: torch.Tensor) -> list[int]:
 
 def _axes(node: fx.Node, rank: int) -> list[int]:
     """The axes along which an operator works; all without an argument that says so."""
-    declared = node.target._schema.arguments
-    values = {argument.name: argument.default_value for argument in declared}
-    values |= {argument.name: value for argument, value in zip(declared, node.args, strict=False)} | node.kwargs
-    found = values.get("dim", values.get("dims", values.get("self")))
-    listed = [found] if isinstance(found, int) else found if isinstance(found, (tuple, list)) else range(rank)
-    return [axis % rank for axis in listed]
+    values = arguments_of(node)
+    found = values.get("dim", values.get("dims"))
+    if isinstance(found, int):
+        return [found % rank]
+    return [axis % rank for axis in found or range(rank)]  # torch.roll(x, 1) has an empty list: it works along all

@@ -22,6 +22,7 @@ from actserve.core.signature import Arrays, Exploration, Signature, State, Tenso
 from actserve.store.artifact import Program
 from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
 from actserve_export.capture.company import FEWEST_ITEMS, ITEMS, affordable, dependence, refuse_hidden_draws
+from actserve_export.capture.cost import first
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.indices import refuse_negative_indices
 from actserve_export.capture.layout import Layout, layout_of
@@ -144,7 +145,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         traced = TracedPolicy(None, program, signature, layout)
         inputs = samples.collect(source, signature, ITEMS)
         count = max(FEWEST_ITEMS, affordable(traced.run_reference, inputs))
-        inputs = {name: array[:count] for name, array in inputs.items()}
+        inputs = first(inputs, count)
         refuse_hidden_draws(traced.run_reference, inputs)
         if unfit := _misplaced(traced, source):
             return capture_policy(_without(source, layout, unfit))

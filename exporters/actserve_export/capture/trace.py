@@ -11,6 +11,7 @@ from torch.export._trace import _export
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Signature
+from actserve_export.capture.arguments import arguments_of
 from actserve_export.capture.value_checks import without_value_checks
 from actserve_export.programs.reasons import explain
 
@@ -66,9 +67,7 @@ def _assert_deterministic(program: torch.export.ExportedProgram) -> None:
 
 def _draws(node: torch.fx.Node) -> bool:
     """Whether an operator that is tagged as random draws with these arguments: most do so in training mode only."""
-    declared = node.target._schema.arguments
-    values = {argument.name: argument.default_value for argument in declared}
-    values |= {argument.name: value for argument, value in zip(declared, node.args, strict=False)} | node.kwargs
+    values = arguments_of(node)
     training = values.get("train", values.get("training", True))
     share = next((values[name] for name in ("dropout_p", "dropout", "p") if name in values), 1.0)
     return bool(training) and share != 0

@@ -41,9 +41,8 @@ def act(captured: TracedPolicy, policy: nn.Module, inputs: Arrays, mode: Explora
     tensors = {name: to_tensor(inputs[name], spec).clone() for name, spec in specs.items()}
     count = len(next(iter(tensors.values())))
     tensordict = layout.tensordict(tensors, count)
-    if layout.is_init or mode == "random":
-        starts = tensors[IS_INIT.name] if IS_INIT.name in tensors else torch.ones(count, dtype=torch.bool)
-        tensordict.set(IS_INIT.name, starts.reshape(-1, *(layout.is_init_shape if layout.is_init else (1,))))
+    starts = tensors[IS_INIT.name] if IS_INIT.name in tensors else torch.ones(count, dtype=torch.bool)
+    tensordict.set(IS_INIT.name, starts.reshape(-1, *(layout.is_init_shape if layout.is_init else (1,))))
     with torch.no_grad(), set_composite_lp_aggregate(False), set_exploration_type(MODES[mode]):
         result = policy(tensordict)
     keys = layout.outputs | {f"next_{name}": written for name, (_, written) in layout.states.items()}

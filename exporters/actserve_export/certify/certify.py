@@ -75,7 +75,7 @@ def certify(
         }
         if (original := source.original or as_given(captured, source)) is not None:
             progress(f"comparing with {original.name}")
-            certificate["original"] = _compare_original(captured, original, inputs)
+            certificate["original"] = _compare_original(captured, original, inputs, reference)
         if signature.state:
             progress(
                 f"comparing {listed} over {effort.steps} steps of {effort.rows} episodes" + about(effort.rollout_s)
@@ -176,12 +176,17 @@ def _not_shown(captured: CapturedPolicy, source: ExportSource) -> list[str]:
     return gaps
 
 
-def _compare_original(captured: CapturedPolicy, original: OriginalPolicy, inputs: Arrays) -> dict[str, Any]:
-    """Compare the captured policy with its training library, item by item."""
-    signature = captured.signature
+def _compare_original(
+    captured: CapturedPolicy, original: OriginalPolicy, inputs: Arrays, reference: Arrays
+) -> dict[str, Any]:
+    """Compare the captured policy in its deterministic mode with the original, item by item.
+
+    `reference`: its results for `inputs`.
+    """
+    signature, ours = captured.signature, reference
     if EXPLORE.name in inputs:
         inputs = inputs | {EXPLORE.name: np.zeros_like(inputs[EXPLORE.name])}
-    ours = golden.in_batches(captured.run_reference, inputs, 1)
+        ours = golden.in_batches(captured.run_reference, inputs, 1)
     theirs = golden.in_batches(original.act, inputs, 1)
     agreement = golden.compare(signature, ours, ours | theirs, TOLERANCE)
     if not agreement.holds:

@@ -132,9 +132,8 @@ def outputs_of(graph: Any, asked: Sequence[str], state: Mapping[str, str], fixed
 
 def dtype_of(name: str, dtype: np.dtype[Any]) -> DType:
     """The signature's name for a numpy dtype. Raises `CaptureFailed` for a dtype that no client can send."""
-    possible: list[DType] = [
-        known for known in get_args(DType) if known != "bfloat16"
-    ]  # ONNX Runtime has no numpy form
+    # ONNX Runtime's arrays cannot hold bfloat16.
+    possible: list[DType] = [known for known in get_args(DType) if known != "bfloat16"]
     for known in possible:
         if dtype.name == known:
             return known

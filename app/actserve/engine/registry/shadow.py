@@ -47,9 +47,8 @@ class Shadow:
             self.outcomes["failures"] += size
             return
         self._failing = False
-        own = acted.outputs[self.policy.signature.action.name]
-        same = int(
-            agreeing(action, own, Tolerance().of(self.policy.signature.action)).sum()
-        )  # the same tolerance as for golden samples
+        spec = self.policy.signature.action
+        tolerance = Tolerance().of(spec)  # the same as for golden samples
+        same = int(agreeing(action, acted.outputs[spec.name], tolerance).sum())
         self.outcomes["agreements"] += same
         self.outcomes["disagreements"] += size - same
