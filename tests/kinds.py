@@ -35,6 +35,8 @@ TITLES = {
     "gru": "`GRUModule`",
     "pixel_lstm": "pixels, CNN, `LSTMModule`",
     "cat_frames": "`CatFrames` and `ObservationNorm`",
+    "ppo_tutorial": "the tutorial's PPO policy behind `env.transform`",
+    "target_return": "`TimeMaxPool` and `TargetReturn` (state)",
     "own_state": 'state of your own (`h` → `("next", "h")`)',
 }
 

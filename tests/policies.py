@@ -10,7 +10,20 @@ from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot
-from torchrl.envs import BatchSizeTransform, CatFrames, Compose, ObservationNorm, ToTensorImage
+from torchrl.envs import (
+    BatchSizeTransform,
+    CatFrames,
+    Compose,
+    DoubleToFloat,
+    GymEnv,
+    ObservationNorm,
+    RewardScaling,
+    StepCounter,
+    TargetReturn,
+    TimeMaxPool,
+    ToTensorImage,
+    TransformedEnv,
+)
 from torchrl.modules import (
     MLP,
     AdditiveGaussianModule,
@@ -228,6 +241,46 @@ def cat_frames() -> Pair:
     )
 
 
+def ppo_tutorial() -> Pair:
+    """The policy of TorchRL's tutorial on PPO, behind the transforms of its environment."""
+    env = TransformedEnv(
+        GymEnv("Pendulum-v1"), Compose(ObservationNorm(in_keys=["observation"]), DoubleToFloat(), StepCounter())
+    )
+    env.set_seed(0)
+    env.transform[0].init_stats(num_iter=100, reduce_dim=0, cat_dim=0)
+    network = nn.Sequential(mlp(3, 2), NormalParamExtractor())
+    policy = ProbabilisticActor(
+        module=TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),
+        spec=env.action_spec,
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": env.action_spec.space.low, "high": env.action_spec.space.high},
+        return_log_prob=True,
+    )
+    return TensorDictSequential(env.transform, policy), env.base_env.fake_tensordict()
+
+
+def target_return() -> Pair:
+    """A policy that reads the return that is left to reach."""
+    transforms = Compose(
+        TimeMaxPool(in_keys=["observation"], T=3), RewardScaling(0.0, 0.1), TargetReturn(10.0, in_keys=["reward"])
+    )
+    joined = TensorDictModule(Joined(mlp(5, 2)), in_keys=["observation", "target_return"], out_keys=["action"])
+    return TensorDictSequential(transforms, joined), TensorDict(OBSERVATION)
+
+
+class Joined(nn.Module):
+    """A network of several inputs, joined."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.network(torch.cat(inputs, -1))
+        return result
+
+
 class Memory(nn.Module):
     """State that is nobody's but the user's: a running mean."""
 
@@ -247,7 +300,7 @@ KINDS: dict[str, Callable[[], Pair]] = {
         cart_pair, one_hot, several_observations, nested, deterministic_control,
         epsilon_greedy, epsilon_greedy_one_hot, gaussian_noise, ornstein_uhlenbeck,
         categorical, one_hot_categorical, masked_categorical, tanh_normal, truncated_normal,
-        tutorial_lstm, gru, pixel_lstm, cat_frames, own_state,
+        tutorial_lstm, gru, pixel_lstm, cat_frames, own_state, ppo_tutorial, target_return,
     )
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.envs import CatFrames, Compose, GymEnv, TimeMaxPool, TransformedEnv
+from torchrl.envs import CatFrames, Compose, GymEnv, TransformedEnv
 from torchrl.envs.transforms import VecNormV2
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import GRUModule, LSTMModule, OrnsteinUhlenbeckProcessModule
@@ -201,13 +201,6 @@ def test_gaussian_noise_is_scaled_and_clamped() -> None:
     assert isinstance(policy.module[-1], AdditiveGaussianModule)
 
 
-def test_an_unfrozen_vecnorm_is_refused_with_what_to_do() -> None:
-    module = TensorDictModule(torch.nn.Identity(), in_keys=["observation"], out_keys=["action"])
-    policy = TensorDictSequential(Compose(VecNormV2(in_keys=["observation"])), module)
-    with pytest.raises(CaptureFailed, match=r"VecNormV2 still gathers statistics: call \.freeze\(\)"):
-        capture(PolicySource(policy, TensorDict(policies.OBSERVATION)))
-
-
 def test_a_frozen_vecnorm_becomes_constants() -> None:
     norm = VecNormV2(in_keys=["observation"], decay=0.9)
     env = TransformedEnv(GymEnv("CartPole-v1"), norm)
@@ -220,13 +213,6 @@ def test_a_frozen_vecnorm_becomes_constants() -> None:
     expected = norm._norm(TensorDict({"observation": torch.from_numpy(raw)}, [5]), norm._loc, norm._var, norm._count)
     actions = captured.run_reference({"observation": raw})["action"]
     np.testing.assert_allclose(actions, expected["observation"].numpy(), rtol=1e-5)
-
-
-def test_a_transform_that_keeps_state_of_its_own_is_refused_by_name() -> None:
-    module = TensorDictModule(torch.nn.Identity(), in_keys=["observation"], out_keys=["action"])
-    policy = TensorDictSequential(Compose(TimeMaxPool(in_keys=["observation"], T=2)), module)
-    with pytest.raises(CaptureFailed, match=r"TimeMaxPool keeps state .* leave it out"):
-        capture(PolicySource(policy, TensorDict(policies.OBSERVATION)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ go through `StepIO`, and so become inputs and outputs of the program:
     GaussianNoise         noise (B, *action) normal, sigma (B,)
     OrnsteinUhlenbeck     is_init (B,), ou_noise (B, *action), ou_steps (B,) int64, noise (B, *action) normal,
                           epsilon (B,) -> the new ou_noise and ou_steps
-    FixedObservationNorm, FixedVecNorm, LeftOut: nothing
+    FixedVecNorm, LeftOut: nothing
 
 Each does the arithmetic of the module that it replaces. `tests/test_swaps.py` compares the two.
 """
@@ -19,17 +19,17 @@ import math
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Bounded
-from torchrl.envs.transforms import ObservationNorm
+from torchrl.envs.transforms import VecNorm
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import AdditiveGaussianModule, LSTMModule, OrnsteinUhlenbeckProcessModule
 
 from actserve.core.errors import CaptureFailed
 from actserve_export.capture.step_io import StepIO
-from actserve_export.sources.keys import key_name, last_part
+from actserve_export.sources.keys import key_name
 
 
 class StepModule(TensorDictModuleBase):
@@ -44,6 +44,31 @@ class StepModule(TensorDictModuleBase):
     @property
     def exploring(self) -> bool:
         return exploration_type() in (ExplorationType.RANDOM, None)
+
+
+class TransformStep(StepModule):
+    """A replacement of a transform: it prepares observations, and can leave out what the policy does not read."""
+
+    def __init__(self, original: Any, io: StepIO) -> None:
+        TensorDictModuleBase.__init__(self)
+        self.in_keys, self.out_keys = keys_of(original, "in_keys"), keys_of(original, "out_keys")
+        self.__dict__["io"] = io
+
+    def keep(self, read: set[Any]) -> None:
+        """Drop all out_keys but those in `read`, each with its in_key."""
+        if self.in_keys:
+            pairs = [(a, b) for a, b in zip(self.in_keys, self.out_keys, strict=True) if b in read]
+            self.in_keys, self.out_keys = [a for a, _ in pairs], [b for _, b in pairs]
+        else:
+            self.out_keys = [key for key in self.out_keys if key in read]
+
+
+def keys_of(original: Any, name: str) -> list[Any]:
+    """The keys of a transform. Some ask its environment for them, which may be gone: then there are none."""
+    try:
+        return list(getattr(original, name, None) or [])
+    except (NotImplementedError, RuntimeError, ValueError):
+        return []
 
 
 class RecurrentStep(StepModule):
@@ -84,7 +109,7 @@ class RecurrentStep(StepModule):
         return tensordict
 
 
-class FrameStack(StepModule):
+class FrameStack(TransformStep):
     """`CatFrames`: the last N observations along an axis are state. `padding` fills it on `is_init`, as in training."""
 
     def __init__(self, original: Any, io: StepIO) -> None:
@@ -167,28 +192,8 @@ class OrnsteinUhlenbeck(StepModule):
         return tensordict
 
 
-class FixedObservationNorm(StepModule):
-    """`ObservationNorm`, its statistics as constants."""
-
-    def __init__(self, original: ObservationNorm, io: StepIO) -> None:
-        super().__init__(original, io)
-        if not original.initialized:
-            raise CaptureFailed("ObservationNorm has no statistics: call .init_stats() or give loc and scale")
-        self.standard_normal = original.standard_normal
-        self.register_buffer("loc", original.loc.detach().clone())
-        self.register_buffer("scale", original.scale.detach().clone())
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        loc: Any = self.loc
-        scale: Any = self.scale
-        for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
-            value = tensordict.get(in_key)
-            tensordict.set(out_key, (value - loc) / scale if self.standard_normal else value * scale + loc)
-        return tensordict
-
-
-class LeftOut(StepModule):
-    """A transform that only training needs (counters, rewards, primers)."""
+class LeftOut(TransformStep):
+    """A transform that only training needs, or that removes keys."""
 
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
@@ -198,27 +203,42 @@ class LeftOut(StepModule):
         return tensordict
 
 
-class FixedVecNorm(StepModule):
+class FixedVecNorm(TransformStep):
     """A frozen `VecNorm`: (x - loc) / scale for each key, with constants."""
 
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
-        if not original.frozen:
-            raise CaptureFailed(
-                f"{type(original).__name__} still gathers statistics: call .freeze() on it before the export, "
-                "so that the exported policy acts as the trained one"
-            )
-        self.in_keys = [
-            key for key in original.in_keys if last_part(key) != "reward" and key in original.loc.keys(True)
-        ]
-        self.out_keys = [original.out_keys[original.in_keys.index(key)] for key in self.in_keys]
-        for index, key in enumerate(self.in_keys):
-            self.register_buffer(f"loc_{index}", original.loc.get(key).detach().clone())
-            self.register_buffer(f"scale_{index}", original.scale.get(key).detach().clone())
+        self.name, self.frozen = type(original).__name__, original.frozen
+        self.stateful = getattr(original, "stateful", True)
+        if not self.stateful:
+            pairs = zip(original._in_keys, original.out_keys, strict=False)
+            self.in_keys, self.out_keys = map(list, zip(*pairs, strict=True))
+        elif self.frozen:
+            loc, scale = self._statistics(original)
+            for index, key in enumerate(self.in_keys):
+                if key in loc.keys(True) and bool(loc.get(key).isfinite().all()):
+                    self.register_buffer(f"loc_{index}", loc.get(key).detach().clone())
+                    self.register_buffer(f"scale_{index}", scale.get(key).detach().clone())
+        self.index = {key: index for index, key in enumerate(self.in_keys)}
+
+    def _statistics(self, original: Any) -> Any:
+        """(mean, standard deviation), tensordicts by key."""
+        if original._td is None if isinstance(original, VecNorm) else original._loc is None:
+            return TensorDict(), TensorDict()
+        return original._get_loc_scale()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        for index, (in_key, out_key) in enumerate(zip(self.in_keys, self.out_keys, strict=True)):
-            loc, scale = self.get_buffer(f"loc_{index}"), self.get_buffer(f"scale_{index}")
+        for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
+            if not self.stateful:
+                raise CaptureFailed(f"{self.name}(stateful=False) cannot be exported: train with stateful=True")
+            if not self.frozen:
+                raise CaptureFailed(
+                    f"{self.name} still gathers statistics: call .freeze() on it before the export, "
+                    "so that the exported policy acts as the trained one"
+                )
+            loc, scale = (getattr(self, f"{name}_{self.index[in_key]}", None) for name in ("loc", "scale"))
+            if loc is None or scale is None:
+                raise CaptureFailed(f"{self.name} has no statistics of {in_key!r}: run the environment, then freeze it")
             tensordict.set(out_key, (tensordict.get(in_key) - loc) / scale)
         return tensordict
 

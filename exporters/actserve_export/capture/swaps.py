@@ -1,7 +1,8 @@
 """A policy -> a copy whose modules with hidden state or batch-wide randomness are replaced.
 
-The replacements are in `actserve_export.capture.steps`; the table is `_SWAPS`. `swap` takes and returns a module, and
-the replacements ask the given `StepIO` for their state and noise, (B, ...) each.
+The tables are `_SWAPS` and `_TRANSFORMS`; the replacements are in `actserve_export.capture.steps`, those of transforms
+in `actserve_export.capture.transforms`. `swap` takes and returns a module, and the replacements ask the given `StepIO`
+for their state and noise, (B, ...) each.
 """
 
 from __future__ import annotations
@@ -22,23 +23,8 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torchrl.envs.transforms import (
-    CatFrames,
-    Compose,
-    EndOfLifeTransform,
-    FrameSkipTransform,
-    InitTracker,
-    NoopResetEnv,
-    ObservationNorm,
-    RewardClipping,
-    RewardScaling,
-    RewardSum,
-    StepCounter,
-    TensorDictPrimer,
-    TimeMaxPool,
-    VecNorm,
-    VecNormV2,
-)
+from torchrl.envs import EnvBase
+from torchrl.envs.transforms import Compose, ModuleTransform, Transform
 from torchrl.modules import (
     AdditiveGaussianModule,
     ConsistentDropoutModule,
@@ -50,27 +36,21 @@ from torchrl.modules import (
 from torchrl.modules.models.exploration import gSDEModule
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
-from actserve.core.errors import CaptureFailed
 from actserve_export.capture.agents import AgentNetworks
 from actserve_export.capture.exploration import EpsilonGreedy, StateDependentNoise, WithoutDropout
 from actserve_export.capture.step_io import StepIO
-from actserve_export.capture.steps import (
-    FixedObservationNorm,
-    FixedVecNorm,
-    FrameStack,
-    GaussianNoise,
-    LeftOut,
-    OrnsteinUhlenbeck,
-    RecurrentStep,
-)
+from actserve_export.capture.steps import GaussianNoise, LeftOut, OrnsteinUhlenbeck, RecurrentStep
+from actserve_export.capture.transforms import TRANSFORMS
+
+Kinds = dict[type, Callable[[Any, StepIO], nn.Module]]
 
 
-def swap(policy: nn.Module, io: StepIO) -> nn.Module:
+def swap(policy: nn.Module, io: StepIO, *, transforms_only: bool = False) -> nn.Module:
     """A copy of `policy` with replacements. Raises `CaptureFailed` for a module with state and no replacement."""
     copied = copy_of(policy)
     for module in copied.modules():
         _make_weights_plain(module)
-    return _swap(copied, io)
+    return _swap(copied, io, _TRANSFORMS if transforms_only else _SWAPS | _TRANSFORMS)
 
 
 def copy_of(policy: nn.Module) -> nn.Module:
@@ -86,7 +66,14 @@ def copy_of(policy: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(policy, uncopied | computed)
+    environments = {  # transforms refer to theirs
+        id(value): value
+        for module in policy.modules()
+        if isinstance(module, Transform)
+        for value in (module._container and module._container(), module._parent)
+        if isinstance(value, EnvBase)
+    }
+    return copy.deepcopy(policy, uncopied | computed | environments)
 
 
 def _make_weights_plain(module: nn.Module) -> None:
@@ -107,14 +94,14 @@ def _make_weights_plain(module: nn.Module) -> None:
             module.register_parameter(name, nn.Parameter(value))
 
 
-def _swap(module: nn.Module, io: StepIO) -> nn.Module:
-    if isinstance(module, TensorDictModule) and isinstance(module.module, gSDEModule):
+def _swap(module: nn.Module, io: StepIO, kinds: Kinds) -> nn.Module:
+    if kinds is not _TRANSFORMS and isinstance(module, TensorDictModule) and isinstance(module.module, gSDEModule):
         return StateDependentNoise(module, io)
-    for kind, make in _SWAPS.items():
+    for kind, make in kinds.items():
         if isinstance(module, kind):
             return make(module, io)
     for name, child in module.named_children():
-        replacement = _swap(child, io)
+        replacement = _swap(child, io, kinds)
         if replacement is not child:
             module._modules[name] = replacement
     if isinstance(module, ProbabilisticTensorDictSequential) and module.det_part is not None:
@@ -125,7 +112,7 @@ def _swap(module: nn.Module, io: StepIO) -> nn.Module:
 
 def _swap_compose(original: Compose, io: StepIO) -> nn.Module:
     """A `Compose` whose transforms are replaced."""
-    return SwappedCompose([_swap(transform, io) for transform in original.transforms])
+    return SwappedCompose([_swap(transform, io, _TRANSFORMS) for transform in original.transforms])
 
 
 class SwappedCompose(TensorDictModuleBase):
@@ -159,35 +146,26 @@ def _overlap(one: Any, other: Any) -> bool:
     return all(a == b for a, b in parts)
 
 
-def _refuse(original: Any, _: StepIO) -> nn.Module:
-    raise CaptureFailed(
-        f"{type(original).__name__} keeps state that cannot be made an input of the program; leave it out of the "
-        "exported policy, or apply it to the observations"
-    )
-
-
 def _swap_agents(original: MultiAgentNetBase, _: StepIO) -> nn.Module:
     return AgentNetworks(original)
 
 
-_SWAPS: dict[type, Callable[[Any, StepIO], nn.Module]] = {
+def _swap_module_transform(original: ModuleTransform, io: StepIO) -> nn.Module:
+    return LeftOut(original, io) if original.inverse else _swap(original.module, io, _SWAPS | _TRANSFORMS)
+
+
+_SWAPS: Kinds = {
     LSTMModule: RecurrentStep,
     GRUModule: RecurrentStep,
-    CatFrames: FrameStack,
-    ObservationNorm: FixedObservationNorm,
     EGreedyModule: EpsilonGreedy,
     ConsistentDropoutModule: WithoutDropout,
     AdditiveGaussianModule: GaussianNoise,
     OrnsteinUhlenbeckProcessModule: OrnsteinUhlenbeck,
-    VecNorm: FixedVecNorm,
-    VecNormV2: FixedVecNorm,
-    **dict.fromkeys((EndOfLifeTransform, FrameSkipTransform, NoopResetEnv, TimeMaxPool), _refuse),
-    StepCounter: LeftOut,
-    InitTracker: LeftOut,
-    RewardSum: LeftOut,
-    RewardScaling: LeftOut,
-    RewardClipping: LeftOut,
-    TensorDictPrimer: LeftOut,
-    Compose: _swap_compose,
     MultiAgentNetBase: _swap_agents,
+}
+_TRANSFORMS: Kinds = {
+    ModuleTransform: _swap_module_transform,
+    **{kind: make for kind, make in TRANSFORMS.items() if kind is not Transform},
+    Compose: _swap_compose,
+    Transform: TRANSFORMS[Transform],
 }

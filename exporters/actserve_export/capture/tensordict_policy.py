@@ -25,7 +25,7 @@ from actserve_export.capture.company import FEWEST_ITEMS, ITEMS, affordable, dep
 from actserve_export.capture.cost import first
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.indices import refuse_negative_indices
-from actserve_export.capture.layout import Layout, layout_of
+from actserve_export.capture.layout import Layout, layout_of, modules_in_order
 from actserve_export.capture.lazy import refuse_uninitialised, without_initialisation
 from actserve_export.capture.log_prob import misplaced_log_probs, writers
 from actserve_export.capture.mixing import mixing_reason
@@ -33,6 +33,7 @@ from actserve_export.capture.step_io import StepIO, Undrawable, dtype_name
 from actserve_export.capture.step_program import StepProgram
 from actserve_export.capture.swaps import swap
 from actserve_export.capture.trace import MAX_BATCH, trace
+from actserve_export.capture.transforms import connect
 from actserve_export.programs.exported import PROGRAM, save_program
 from actserve_export.programs.reasons import explain, refuse_what_has_no_values_or_source
 from actserve_export.programs.rewrites.optimize import optimize
@@ -119,6 +120,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     if any(parameter.device.type != "cpu" for parameter in (*policy.parameters(), *policy.buffers())):
         policy = policy.cpu()
     refuse_uninitialised(policy.named_buffers())
+    source = replace(source, example=connect(modules_in_order(policy), source.example, io))
     layout = layout_of(source, policy)
     io.taken = {*layout.observations, *layout.states}
     items = {name: source.example.get(key).cpu() for name, key in layout.observations.items()}

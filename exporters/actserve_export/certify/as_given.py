@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import set_composite_lp_aggregate
 from torch import nn
 from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import set_exploration_type
 
 from actserve.core.signature import IS_INIT, Arrays, Exploration
+from actserve_export.capture.layout import modules_in_order
+from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.step_program import MODES
-from actserve_export.capture.swaps import copy_of
+from actserve_export.capture.swaps import copy_of, swap
 from actserve_export.capture.tensordict_policy import TracedPolicy
+from actserve_export.capture.transforms import connect
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource, OriginalPolicy
 from actserve_export.sources.policy_source import PolicySource
 from actserve_export.sources.tensors import to_array, to_tensor
@@ -28,10 +32,28 @@ def as_given(captured: CapturedPolicy, source: ExportSource) -> OriginalPolicy |
     signature, states = captured.signature, captured.layout.states
     if "deterministic" not in signature.exploration or len(signature.state) != len(states):
         return None
-    if any(isinstance(module, Transform) for module in source.policy.modules()):
+    if _has_transforms(source.policy):
         return None
     policy = copy_of(source.policy).eval().cpu()
     return OriginalPolicy("the policy as it was given", lambda inputs: act(captured, policy, inputs, "deterministic"))
+
+
+def as_trained(policy: nn.Module, example: TensorDictBase, batch: int) -> nn.Module:
+    """A copy of `policy` that draws by itself, for the first step of `batch` episodes.
+
+    Its transforms are replaced, because most run in an environment only.
+    """
+    if not _has_transforms(policy):
+        return copy_of(policy).eval()
+    io = StepIO()
+    swapped = swap(policy, io, transforms_only=True).eval()
+    connect(modules_in_order(swapped), example, io)
+    io.begin(batch, None)
+    return swapped
+
+
+def _has_transforms(policy: nn.Module) -> bool:
+    return any(isinstance(module, Transform) for module in policy.modules())
 
 
 def act(captured: TracedPolicy, policy: nn.Module, inputs: Arrays, mode: Exploration) -> Arrays:

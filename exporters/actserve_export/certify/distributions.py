@@ -14,9 +14,8 @@ import torch
 from actserve.core.completion import complete
 from actserve.core.errors import Disagreement
 from actserve.core.signature import IS_INIT, Array, Arrays, Exploration
-from actserve_export.capture.swaps import copy_of
 from actserve_export.capture.tensordict_policy import TracedPolicy
-from actserve_export.certify.as_given import act
+from actserve_export.certify.as_given import act, as_trained
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
 from actserve_export.sources.policy_source import PolicySource
 
@@ -39,7 +38,7 @@ def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays, draw
     begins = {IS_INIT.name: np.ones(draws, bool)} if signature.is_init else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = act(captured, copy_of(source.policy).eval(), full | begins, mode)
+        theirs = act(captured, as_trained(source.policy, source.example, draws), full | begins, mode)
     # Log-probabilities follow from the actions, and are compared for equal noise.
     theirs = {name: theirs[name] for name in captured.layout.outputs if not name.endswith("log_prob")}
     drawn = [name for name in theirs if name == signature.action.name or _varies(ours[name]) or _varies(theirs[name])]

@@ -92,7 +92,8 @@ class PolicySource:
 
     def largest_value(self, name: str) -> int:
         """The largest value of the integer observation `name` in the example; it may be an index."""
-        return int(_named(self.example)[name].max())
+        known = _named(self.example).get(name)
+        return 1 if known is None else int(known.max())
 
 
 def _named(tensordict: TensorDict) -> Arrays:
