@@ -37,6 +37,10 @@ TITLES = {
     "cat_frames": "`CatFrames` and `ObservationNorm`",
     "ppo_tutorial": "the tutorial's PPO policy behind `env.transform`",
     "target_return": "`TimeMaxPool` and `TargetReturn` (state)",
+    "act_chunks": "`ACTModel` in `MultiStepActorWrapper` (chunk and counter are state)",
+    "diffusion": "`DiffusionActor`",
+    "dreamer": "DreamerV3 (`RSSMStateEstimatorV3`, `DreamerV3DiscreteActor`; state)",
+    "rbf": "`RBFController`",
     "own_state": 'state of your own (`h` → `("next", "h")`)',
 }
 

@@ -27,17 +27,26 @@ from torchrl.envs import (
 from torchrl.modules import (
     MLP,
     AdditiveGaussianModule,
+    DiffusionActor,
+    DreamerV3DiscreteActor,
+    DreamerV3MLP,
     EGreedyModule,
     GRUModule,
     LSTMModule,
     MaskedCategorical,
+    MultiStepActorWrapper,
     OneHotCategorical,
     OrnsteinUhlenbeckProcessModule,
     ProbabilisticActor,
     QValueModule,
+    RBFController,
+    RSSMPosteriorV3,
+    RSSMPriorV3,
+    RSSMStateEstimatorV3,
     TanhNormal,
     TruncatedNormal,
 )
+from torchrl.modules.models import ACTModel
 
 from actserve_export.sources.policy_source import PolicySource
 
@@ -294,6 +303,51 @@ def own_state() -> Pair:
     return TensorDictSequential(module), TensorDict({**OBSERVATION, "mean": torch.zeros(4)})
 
 
+def act_chunks() -> Pair:
+    """ACT plans six actions, and the next six steps take them."""
+    torch.manual_seed(0)
+    model = ACTModel(4, 2, 6, hidden_dim=16, nheads=2, num_encoder_layers=1, num_decoder_layers=2)
+    planner = TensorDictModule(model, in_keys=["observation"], out_keys=["action_chunk", "mu", "log_var"])
+    return TensorDictSequential(MultiStepActorWrapper(planner, n_steps=6)), TensorDict(OBSERVATION)
+
+
+def diffusion() -> Pair:
+    torch.manual_seed(0)
+    network = mlp(4 + 2 + 1, 2)
+    return TensorDictSequential(DiffusionActor(2, score_network=network, num_steps=10)), TensorDict(OBSERVATION)
+
+
+class Carry(nn.Module):
+    def forward(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(value.float() for value in state)
+
+
+def dreamer() -> Pair:
+    """DreamerV3: its latent state is drawn for deterministic actions, too."""
+    torch.manual_seed(0)
+    prior = RSSMPriorV3(
+        action_shape=(2,), action_dim=2, hidden_dim=8, rnn_hidden_dim=8, num_categoricals=2, num_classes=4
+    )
+    posterior = RSSMPosteriorV3(hidden_dim=8, rnn_hidden_dim=8, obs_embed_dim=6, num_categoricals=2, num_classes=4)
+    carried = ["state", "belief", "action"]
+    policy = TensorDictSequential(
+        TensorDictModule(DreamerV3MLP(4, 6, depth=1, num_cells=8), ["observation"], ["encoded_latents"]),
+        RSSMStateEstimatorV3(prior, posterior),
+        DreamerV3DiscreteActor(16, 2, depth=1, num_cells=8),
+        TensorDictModule(Carry(), carried, [("next", "state"), ("next", "belief"), ("next", "previous_action")]),
+    )
+    state = {"state": torch.zeros(8), "belief": torch.zeros(8), "previous_action": torch.zeros(2)}
+    return policy, TensorDict({**OBSERVATION, **state, "is_init": torch.ones(1, dtype=torch.bool)})
+
+
+def rbf() -> Pair:
+    torch.manual_seed(0)
+    controller = RBFController(input_dim=3, output_dim=1, max_action=2.0, n_basis=4)
+    keys = ["action", "action_covariance", "cross_covariance"]
+    module = TensorDictModule(controller, in_keys=["mean", "covariance"], out_keys=keys)
+    return TensorDictSequential(module), TensorDict({"mean": torch.zeros(3), "covariance": 0.1 * torch.eye(3)})
+
+
 KINDS: dict[str, Callable[[], Pair]] = {
     factory.__name__: factory
     for factory in (
@@ -301,6 +355,7 @@ KINDS: dict[str, Callable[[], Pair]] = {
         epsilon_greedy, epsilon_greedy_one_hot, gaussian_noise, ornstein_uhlenbeck,
         categorical, one_hot_categorical, masked_categorical, tanh_normal, truncated_normal,
         tutorial_lstm, gru, pixel_lstm, cat_frames, own_state, ppo_tutorial, target_return,
+        act_chunks, diffusion, dreamer, rbf,
     )
 }  # fmt: skip
 

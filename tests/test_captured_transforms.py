@@ -242,6 +242,31 @@ def test_a_function_in_front_reads_what_it_uses() -> None:
     np.testing.assert_allclose(captured.run_reference({"observation": observation})["action"], expected.numpy())
 
 
+class Remembers(nn.Module):
+    """(observation, the action before, a memory) -> (action, the new memory)."""
+
+    def forward(self, x: Tensor, action: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return (0.1 * x[..., :2] + action + memory[..., :2]).tanh(), 0.5 * memory + 0.1
+
+
+def test_what_a_primer_primes_and_the_policy_changes_is_state_and_begins_anew_with_each_episode() -> None:
+    primer = {"memory": Unbounded((3,)), "action": ACTION}
+    transforms = torchrl.Compose(torchrl.TensorDictPrimer(primer, default_value=0.5, reset_key="_reset"))
+    policy = TensorDictModule(Remembers(), ["observation", "action", "memory"], ["action", ("next", "memory")])
+    captured = capture(
+        PolicySource(TensorDictSequential(transforms, policy), TensorDict({"observation": torch.zeros(4)}))
+    )
+    assert {part.spec.name for part in captured.signature.state} == {"previous_action", "memory"}
+    environment = TransformedEnv(ReplayEnv(FOUR, ACTION, ends=(40, 41, 120)), transforms)
+    tensordict, actions = environment.reset(), []
+    for _ in range(STEPS):
+        tensordict = policy(tensordict)
+        actions.append(tensordict["action"].numpy())
+        _, tensordict = environment.step_and_maybe_reset(tensordict)
+    ours = served(captured, [environment.base_env.recording.steps[:STEPS]])
+    np.testing.assert_allclose(np.concatenate([step["action"] for step in ours]), np.stack(actions), atol=1e-5)
+
+
 def behind(transform: Any, width: int = 4) -> PolicySource:
     policy = TensorDictModule(Joined(width, 2, nn.Tanh()), in_keys=["observation"], out_keys=["action"])
     return PolicySource(TensorDictSequential(policy, transform), TensorDict({"observation": torch.zeros(4)}))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actserve.core.errors import CaptureFailed
-from actserve_export.capture import decompositions
+from actserve_export.capture import decompositions, linalg
 
 X = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0))
 POSITIVE = X @ X.mT + torch.eye(4)
@@ -20,7 +19,7 @@ def test_the_logarithm_of_the_gamma_function() -> None:
 @pytest.mark.parametrize("upper", [True, False])
 def test_cholesky(upper: bool) -> None:
     expected = torch.linalg.cholesky(POSITIVE, upper=upper)
-    torch.testing.assert_close(decompositions.cholesky(POSITIVE, upper=upper), expected)
+    torch.testing.assert_close(linalg.cholesky(POSITIVE, upper=upper), expected)
 
 
 @pytest.mark.parametrize("upper", [True, False])
@@ -31,12 +30,29 @@ def test_a_triangular_system(upper: bool, left: bool, unit: bool) -> None:
     right = X[..., :3] if left else X[..., :3].mT
     options = {"upper": upper, "left": left, "unitriangular": unit}
     expected = torch.linalg.solve_triangular(factor, right, **options)
-    torch.testing.assert_close(decompositions.solve_triangular(factor, right, **options), expected)
+    torch.testing.assert_close(linalg.solve_triangular(factor, right, **options), expected)
 
 
-def test_a_large_matrix_is_refused() -> None:
-    with pytest.raises(CaptureFailed, match="a matrix of 33 rows"):
-        decompositions.cholesky(torch.eye(33))
+def test_a_linear_system_and_a_determinant() -> None:
+    """Of matrices whose largest entries are anywhere, and of determinants of either sign."""
+    matrices = torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(1))
+    right = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(linalg.solve(matrices, right), torch.linalg.solve(matrices, right), atol=1e-4, rtol=1e-4)
+    sign, logarithm = torch.linalg.slogdet(matrices)
+    assert set(sign.tolist()) == {-1.0, 1.0}
+    torch.testing.assert_close(linalg.slogdet(matrices), (sign, logarithm), atol=1e-5, rtol=1e-5)
+
+
+def test_a_large_matrix_goes_to_torchs_own_function() -> None:
+    large = X[0, 0, 0] * torch.eye(linalg.LARGEST + 1) ** 2 + 3
+    large = large @ large.mT + torch.eye(len(large))
+    right = torch.ones(len(large), 2)
+    factor = torch.linalg.cholesky(large)
+    assert torch.equal(linalg.cholesky(large), factor)
+    solved = torch.linalg.solve_triangular(factor, right, upper=False)
+    assert torch.equal(linalg.solve_triangular(factor, right, upper=False), solved)
+    assert torch.equal(linalg.solve(large, right), torch.linalg.solve(large, right))
+    assert torch.equal(linalg.slogdet(large)[1], torch.linalg.slogdet(large)[1])
 
 
 def test_products_and_losses() -> None:

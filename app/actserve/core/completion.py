@@ -63,7 +63,7 @@ def choose_exploration(
 ) -> tuple[Exploration, int | None]:
     """The exploration mode and the seed of a request. Raises `InvalidRequest`.
 
-    The default mode is the policy's first. Without a seed, a random one is chosen. Deterministic actions have no seed.
+    The default mode is the policy's first. Without a seed, a random one is chosen. If nothing is drawn, there is none.
     """
     exploration = exploration or signature.exploration[0]
     if exploration not in signature.exploration:
@@ -73,7 +73,7 @@ def choose_exploration(
         )
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise InvalidRequest(f"expected a seed of 0 to 2**63 - 1; got {seed}")
-    if not signature.noise or exploration != "random":
+    if not signature.draws(exploration):
         return exploration, None
     return exploration, secrets.randbelow(MAX_SEED) if seed is None else seed
 

@@ -188,12 +188,16 @@ class State:
 
 @dataclass(frozen=True)
 class Noise:
-    """A random input. Its elements are independent samples of a standard distribution; uniform means [0, 1)."""
+    """A random input. Its elements are independent samples of a standard distribution; uniform means [0, 1).
+
+    `always`: it is drawn for deterministic actions, too, such as the latent state of a world model.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     spec: TensorSpec
     distribution: Distribution
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,10 @@ class Signature:
     @property
     def action(self) -> TensorSpec:
         return self.outputs[0]
+
+    def draws(self, exploration: Exploration) -> bool:
+        """Whether a request in this mode needs noise, and so a seed."""
+        return any(noise.always or exploration == "random" for noise in self.noise)
 
     @cached_property
     def output_names(self) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ class Arena:
     @staticmethod
     def suits(signature: Signature) -> bool:
         """Whether a request can consist of one observation alone: no noise is drawn for it by default."""
-        draws = signature.noise and signature.exploration[0] == "random"
+        draws = signature.draws(signature.exploration[0])
         resets = not signature.state or signature.is_init  # otherwise an episode's beginning could not be expressed
         return len(signature.observations) == 1 and resets and not draws
 

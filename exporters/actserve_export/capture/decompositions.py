@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actserve.core.errors import CaptureFailed
-
-LARGEST = 32  # rows of a matrix: the loops are unrolled in the program
+from actserve_export.capture import linalg
 
 # Giles 2010, "Approximating the erfinv function", in single precision: the polynomials of the centre and the tails.
 _CENTRE = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 2.1858087e-04, -1.25372503e-03,
@@ -73,39 +72,17 @@ def cumprod(x: Tensor, dim: int) -> Tensor:
     return torch.stack(products, dim)
 
 
-def cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
-    """(..., n, n), positive definite -> its lower (or upper) triangular factor."""
-    columns: list[Tensor] = []
-    for j in range(_rows(matrix)):
-        column = matrix[..., j]
-        for previous in columns:
-            column = column - previous * previous[..., j : j + 1]
-        column = column / column[..., j : j + 1].sqrt()
-        columns.append(torch.cat([torch.zeros_like(column[..., :j]), column[..., j:]], -1))
-    return torch.stack(columns, -2 if upper else -1)
-
-
-def solve_triangular(
-    matrix: Tensor, right: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
-) -> Tensor:
-    """The X of matrix X = right, (..., n, n) and (..., n, k) -> (..., n, k), or with `left` False of X matrix = right.
-
-    `matrix` is triangular.
-    """
-    if not left:
-        return solve_triangular(matrix.mT, right.mT, upper=not upper, unitriangular=unitriangular).mT
-    count = _rows(matrix)
-    found: dict[int, Tensor] = {}
-    for i in reversed(range(count)) if upper else range(count):
-        row = right[..., i, :]
-        for k, solved in found.items():
-            row = row - matrix[..., i, k].unsqueeze(-1) * solved
-        found[i] = row if unitriangular else row / matrix[..., i, i].unsqueeze(-1)
-    return torch.stack([found[i] for i in range(count)], -2)
-
-
-def _rows(matrix: Tensor) -> int:
-    count = int(matrix.shape[-1])
-    if count > LARGEST:
-        raise CaptureFailed(f"the factors of a matrix of {count} rows cannot be exported: expected {LARGEST} or fewer")
-    return count
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    torch.erfinv: erfinv,
+    torch.Tensor.erfinv: erfinv,
+    torch.lgamma: lgamma,
+    torch.Tensor.lgamma: lgamma,
+    torch.special.gammaln: lgamma,
+    torch.nn.functional.cross_entropy: cross_entropy,
+    torch.cumprod: cumprod,
+    torch.Tensor.cumprod: cumprod,
+    torch.linalg.cholesky: linalg.cholesky,
+    torch.linalg.solve_triangular: linalg.solve_triangular,
+    torch.linalg.solve: linalg.solve,
+    torch.linalg.slogdet: linalg.slogdet,
+}

@@ -4,7 +4,7 @@
     EpisodeStart   is_init (B,)
     RewardSoFar    is_init (B,), target_return or episode_reward (B, 1) -> the new one; it reads the last reward
     MaxOfFrames    is_init (B,), pool (B, T - 1, ...) per key -> the new last observations
-    Primed         nothing
+    Primed         is_init (B,)
 
 `examples` are inputs that a user's example may lack.
 """
@@ -25,6 +25,8 @@ from actserve_export.sources.keys import Key, key_name
 
 class StepCount(TransformStep):
     """`StepCounter`: how many steps the episode has had."""
+
+    remembers = True
 
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
@@ -54,6 +56,8 @@ class EpisodeStart(TransformStep):
 
 class RewardSoFar(TransformStep):
     """`TargetReturn`: a target less the episode's rewards. `RewardSum`: their sum."""
+
+    remembers = True
 
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
@@ -90,6 +94,8 @@ class RewardSoFar(TransformStep):
 class MaxOfFrames(TransformStep):
     """`TimeMaxPool`: the largest values of the last T observations; before an episode they are 0."""
 
+    remembers = True
+
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
         self.earlier = original.buffer_size - 1
@@ -112,8 +118,8 @@ class MaxOfFrames(TransformStep):
 class Primed(TransformStep):
     """`TensorDictPrimer`: values that an episode begins with.
 
-    A value that the policy itself changes is state. One that the example has, or that is drawn at random, is an
-    observation. Any other is a constant.
+    A value that the policy itself changes is state, even the action. One that the example has, or that is drawn at
+    random, is an observation. Any other is a constant.
     """
 
     def __init__(self, original: Any, io: StepIO) -> None:
@@ -123,13 +129,16 @@ class Primed(TransformStep):
         self.random = bool(original.random) or original.single_default_value
         self.in_keys, self.out_keys = [], list(self.specs)
         self.examples: dict[Key, Tensor] = {}
+        self.carried: list[Key] = []  # state
 
     def choose(self, given: set[Key], carried: set[Key]) -> None:
         """Sort the values that are read. `given`: the example's keys; `carried`: those that the policy writes."""
-        for key in self.out_keys:
-            if self.random or callable(self.defaults[key]) or key in carried or _next(key) in carried:
-                self.examples[key] = self._value(key)
-        self.out_keys = [key for key in self.out_keys if key not in given and key not in self.examples]
+        changed = [key for key in self.out_keys if key in carried or _next(key) in carried]
+        drawn = [key for key in self.out_keys if self.random or callable(self.defaults[key])]
+        self.examples = {key: self._value(key) for key in (*changed, *drawn)}
+        self.carried = [key for key in changed if key not in drawn]
+        fixed = [key for key in self.out_keys if key not in given and key not in self.examples]
+        self.in_keys, self.out_keys = self.carried, [*self.carried, *fixed]
 
     def _value(self, key: Key) -> Tensor:
         spec = self.specs[key]
@@ -139,8 +148,11 @@ class Primed(TransformStep):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         for key in self.out_keys:
-            value = self._value(key)
-            tensordict.set(key, value.expand(self.io.batch, *value.shape))
+            value = self._value(key).expand(self.io.batch, *self.specs[key].shape)
+            if key in self.carried:
+                starts = self.io.is_init().reshape(-1, *[1] * (value.ndim - 1))
+                value = torch.where(starts, value, tensordict.get(key))
+            tensordict.set(key, value)
         return tensordict
 
 

@@ -14,6 +14,7 @@ from torchrl.modules import QValueModule
 
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import IS_INIT
+from actserve_export.capture.episode import Primed
 from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import SwappedCompose, reads_and_writes
 from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
@@ -51,9 +52,9 @@ def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
     steps = modules_in_order(policy)
     reads, writes = reads_and_writes(steps)
     # The environment gives the previous action: a policy that reads it does not carry it.
-    carried = {key for step in steps if not _prepares(step) for key in step.out_keys} - set(
-        _actions(source.policy, steps)
-    )
+    actions = set(_actions(source.policy, steps))
+    carried = {key for step in steps if not _prepares(step) for key in step.out_keys} - actions
+    carried |= {key for each in steps if isinstance(each, Primed) for key in each.carried if _next(key) not in carried}
     present = set(source.example.keys(include_nested=True, leaves_only=True))
     needed = [key for key in reads if last_part(key) != IS_INIT.name]
     if missing := [key for key in needed if key not in present]:
@@ -61,14 +62,18 @@ def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
     written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
     if needed and len(written) == len(needed):
         raise CaptureFailed(f"the policy overwrites everything that it reads ({needed}): expected an observation, too")
-    names = keys_by_name(needed, "input", rename=True)
+    names = {
+        f"previous_{name}" if key in actions & written.keys() else name: key
+        for name, key in keys_by_name(needed, "input", rename=True).items()
+    }
     init = source.example.get(IS_INIT.name, None)
     return Layout(
         observations={name: key for name, key in names.items() if key not in written},
         states={name: (key, written[key]) for name, key in names.items() if key in written},
         initial={name: _initial(source.example.get(key)) for name, key in names.items() if key in written},
         outputs=_output_names(
-            source.outputs or _outputs(source.policy, steps, set(written.values())), set(map(key_name, written))
+            source.outputs or _outputs(source.policy, steps, set(written.values()) - actions),
+            {name for name, key in names.items() if key in written},
         ),
         is_init=len(needed) < len(reads),
         is_init_shape=() if init is None else tuple(init.shape),

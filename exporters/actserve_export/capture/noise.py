@@ -151,7 +151,7 @@ def _randint(draw: Draw, *arguments: Any, **named: Any) -> Tensor:
     return (low + (draw("uniform", size) * (high - low)).floor()).to(dtype)
 
 
-def _without_draws(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _without_draws(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda _, *arguments, **named: function(*arguments, **named)
 
 
@@ -171,7 +171,7 @@ def _gumbel_softmax(
     return torch.zeros_like(logits).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
 
 
-_REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.rand: _rand,
     torch.randn: _randn,
     torch.rand_like: _rand_like,
@@ -191,16 +191,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     torch.dropout: _dropout,
     torch.nn.functional.dropout: _dropout,
     torch.nn.functional.gumbel_softmax: _gumbel_softmax,
-    torch.erfinv: _without_draws(decompositions.erfinv),
-    torch.Tensor.erfinv: _without_draws(decompositions.erfinv),
-    torch.lgamma: _without_draws(decompositions.lgamma),
-    torch.Tensor.lgamma: _without_draws(decompositions.lgamma),
-    torch.special.gammaln: _without_draws(decompositions.lgamma),
-    torch.nn.functional.cross_entropy: _without_draws(decompositions.cross_entropy),
-    torch.cumprod: _without_draws(decompositions.cumprod),
-    torch.Tensor.cumprod: _without_draws(decompositions.cumprod),
-    torch.linalg.cholesky: _without_draws(decompositions.cholesky),
-    torch.linalg.solve_triangular: _without_draws(decompositions.solve_triangular),
+    **{function: _without_draws(made) for function, made in decompositions.REPLACEMENTS.items()},
 }
 _REFUSED = {
     torch.randperm,

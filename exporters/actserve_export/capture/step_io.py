@@ -35,6 +35,7 @@ class StepIO:
         self.uses_is_init = False
         self.taken: set[str] = set()  # names of the policy's own inputs
         self.overwritten: set[str] = set()  # inputs that the policy changes in place
+        self.deterministic = False  # the mode of the run
         self.next_states: dict[str, Tensor] = {}
         self._inputs: Mapping[str, Tensor] | None = None
         self._batch: Any = 0
@@ -101,7 +102,7 @@ class StepIO:
         if index >= MOST_DRAWS:  # the same noise each time: a loop that draws until values fit never ends
             raise Undrawable("the policy draws random numbers until they fit, and a program cannot repeat itself")
         name = self._free("noise" if index == 0 else f"noise_{index}")
-        noise = Noise(TensorSpec(name, "float32", tuple(shape)), distribution)
+        noise = Noise(TensorSpec(name, "float32", tuple(shape)), distribution, always=self.deterministic)
         self.noises.append(noise)
         return torch.from_numpy(draw_noise((noise,), seed=0, size=self._batch)[name])
 

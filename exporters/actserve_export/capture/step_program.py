@@ -73,6 +73,7 @@ class StepProgram(nn.Module):
         if self.layout.is_init:
             tensordict.set(IS_INIT.name, self.io.is_init().reshape(-1, *self.layout.is_init_shape))
         self.io.next_states = {}
+        self.io.deterministic = mode == "deterministic"
         with set_exploration_type(MODES[mode]), NoiseFromInputs(self.io):
             result: TensorDictBase = self.policy(tensordict)
             for watch in self.watching:

@@ -35,6 +35,8 @@ from actserve_export.sources.keys import key_name
 class StepModule(TensorDictModuleBase):
     """A replacement with the keys of the original."""
 
+    remembers = False  # whether it has state
+
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__()
         self.in_keys = list(original.in_keys)
@@ -74,6 +76,8 @@ def keys_of(original: Any, name: str) -> list[Any]:
 class RecurrentStep(StepModule):
     """One step of an `LSTMModule` or `GRUModule`. State is zeroed where `is_init`."""
 
+    remembers = True
+
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
         fused = original.make_cudnn_based()  # torch's own cell, which both runtimes support
@@ -111,6 +115,8 @@ class RecurrentStep(StepModule):
 
 class FrameStack(TransformStep):
     """`CatFrames`: the last N observations along an axis are state. `padding` fills it on `is_init`, as in training."""
+
+    remembers = True
 
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
@@ -160,6 +166,8 @@ class GaussianNoise(StepModule):
 
 class OrnsteinUhlenbeck(StepModule):
     """`OrnsteinUhlenbeckProcessModule`: the noise process and its age are state (Uhlenbeck & Ornstein 1930)."""
+
+    remembers = True
 
     def __init__(self, original: OrnsteinUhlenbeckProcessModule, io: StepIO) -> None:
         super().__init__(original, io)

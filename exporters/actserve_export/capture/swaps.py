@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from tensordict import TensorDictBase
 from tensordict.nn import (
@@ -28,21 +28,29 @@ from torchrl.envs.transforms import Compose, ModuleTransform, Transform
 from torchrl.modules import (
     AdditiveGaussianModule,
     ConsistentDropoutModule,
+    DecisionTransformerInferenceWrapper,
+    DreamerV3SeededPolicy,
     EGreedyModule,
     GRUModule,
     LSTMModule,
+    MPCPlannerBase,
+    MultiStepActorWrapper,
     OrnsteinUhlenbeckProcessModule,
 )
 from torchrl.modules.models.exploration import gSDEModule
 from torchrl.modules.models.multiagent import MultiAgentNetBase
+from torchrl.modules.tensordict_module.actors import _DDPMModule
 
+from actserve.core.errors import CaptureFailed
 from actserve_export.capture.agents import AgentNetworks
+from actserve_export.capture.attention import without_vmap
 from actserve_export.capture.exploration import EpsilonGreedy, StateDependentNoise, WithoutDropout
+from actserve_export.capture.sequences import ChunkedActions, DecisionTransformer, Diffusion
 from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.steps import GaussianNoise, LeftOut, OrnsteinUhlenbeck, RecurrentStep
 from actserve_export.capture.transforms import TRANSFORMS
 
-Kinds = dict[type, Callable[[Any, StepIO], nn.Module]]
+Kinds: TypeAlias = dict[type, Callable[[Any, StepIO], nn.Module]]
 
 
 def swap(policy: nn.Module, io: StepIO, *, transforms_only: bool = False) -> nn.Module:
@@ -50,7 +58,8 @@ def swap(policy: nn.Module, io: StepIO, *, transforms_only: bool = False) -> nn.
     copied = copy_of(policy)
     for module in copied.modules():
         _make_weights_plain(module)
-    return _swap(copied, io, _TRANSFORMS if transforms_only else _SWAPS | _TRANSFORMS)
+        without_vmap(module)
+    return _swap(copied, io, _TRANSFORMS if transforms_only else _SWAPS)
 
 
 def copy_of(policy: nn.Module) -> nn.Module:
@@ -150,10 +159,23 @@ def _swap_agents(original: MultiAgentNetBase, _: StepIO) -> nn.Module:
     return AgentNetworks(original)
 
 
+def _refuse_planner(original: Any, _: StepIO) -> nn.Module:
+    raise CaptureFailed(
+        f"{type(original).__name__} plans by stepping an environment ({type(original.env).__name__}), and a program "
+        "has none: train a policy on its actions and export that, or plan in the client"
+    )
+
+
 def _swap_module_transform(original: ModuleTransform, io: StepIO) -> nn.Module:
-    return LeftOut(original, io) if original.inverse else _swap(original.module, io, _SWAPS | _TRANSFORMS)
+    return LeftOut(original, io) if original.inverse else _swap(original.module, io, _SWAPS)
 
 
+_TRANSFORMS: Kinds = {
+    ModuleTransform: _swap_module_transform,
+    **{kind: make for kind, make in TRANSFORMS.items() if kind is not Transform},
+    Compose: _swap_compose,
+    Transform: TRANSFORMS[Transform],
+}
 _SWAPS: Kinds = {
     LSTMModule: RecurrentStep,
     GRUModule: RecurrentStep,
@@ -162,10 +184,10 @@ _SWAPS: Kinds = {
     AdditiveGaussianModule: GaussianNoise,
     OrnsteinUhlenbeckProcessModule: OrnsteinUhlenbeck,
     MultiAgentNetBase: _swap_agents,
-}
-_TRANSFORMS: Kinds = {
-    ModuleTransform: _swap_module_transform,
-    **{kind: make for kind, make in TRANSFORMS.items() if kind is not Transform},
-    Compose: _swap_compose,
-    Transform: TRANSFORMS[Transform],
+    MultiStepActorWrapper: lambda original, io: ChunkedActions(original, io, _swap(original.actor, io, _SWAPS)),
+    DecisionTransformerInferenceWrapper: DecisionTransformer,
+    DreamerV3SeededPolicy: lambda original, io: _swap(original.module, io, _SWAPS),  # its seed is the request's
+    _DDPMModule: Diffusion,
+    MPCPlannerBase: _refuse_planner,
+    **_TRANSFORMS,
 }

@@ -225,19 +225,22 @@ def _modes(
     if wanted is not None:
         return wanted
     _record(StepProgram(policy, io, layout, ("random",)), items)
-    if not io.noises:
+    drawn = len(io.noises)
+    if not drawn:
         return ("deterministic",)
     try:
         results = _record(StepProgram(policy, io, layout, ("deterministic",)), items)
     except CaptureFailed as error:
         log.warning("this policy only acts at random; deterministic mode failed: %s", error.message)
         return ("random",)
-    if io.noises:
-        log.warning("this policy only acts at random: it draws in its deterministic mode, too")
+    if len(io.noises) >= drawn:
+        log.warning("this policy only acts at random: it draws as much in its deterministic mode")
         return ("random",)
     if any(bool(result.isnan().any()) for result in results):
         log.warning("this policy only acts at random: in its deterministic mode it gives NaN, as Cauchy's mean is")
         return ("random",)
+    if io.noises:
+        log.warning("this policy draws in its deterministic mode, too: a request in either mode has a seed")
     return ("deterministic", "random")
 
 

@@ -74,6 +74,7 @@ class Whole(TransformStep):
 
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__(original, io)
+        self.in_keys += [original.ref_key] if isinstance(original, torchrl.ExpandAs) else []
         self.original = _for_batches(original)
 
     def keep(self, read: set[Any]) -> None:
@@ -228,7 +229,7 @@ def connect(steps: list[Any], example: TensorDictBase, io: StepIO) -> TensorDict
             step.choose(given, carried)
         for key, value in getattr(step, "examples", {}).items():
             completed = completed if key in given else completed.copy().set(key, value)
-        read |= set(step.in_keys)
+        read = (read - set(step.out_keys)) | set(step.in_keys)
     return completed
 
 

@@ -24,13 +24,15 @@ from actserve_export.sources.tensors import to_array, to_tensor
 def as_given(captured: CapturedPolicy, source: ExportSource) -> OriginalPolicy | None:
     """The user's own policy in its deterministic mode, to compare the captured one with.
 
-    None if it cannot take a step of its own: it has no such mode, the capture gave it state, or it has transforms,
-    which may count what they see.
+    None if it cannot take a step of its own: it has no such mode or draws in it, the capture gave it state, or it has
+    transforms, which may count what they see.
     """
     if not isinstance(captured, TracedPolicy) or not isinstance(source, PolicySource):
         return None
     signature, states = captured.signature, captured.layout.states
-    if "deterministic" not in signature.exploration or len(signature.state) != len(states):
+    if "deterministic" not in signature.exploration or signature.draws("deterministic"):
+        return None
+    if len(signature.state) != len(states):
         return None
     if _has_transforms(source.policy):
         return None

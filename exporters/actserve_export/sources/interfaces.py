@@ -47,6 +47,9 @@ class ExportSource(Protocol):
     def largest_value(self, name: str) -> int:
         """The largest value that the integer observation `name` is known to take; it may be an index."""
 
+    def is_covariance(self, name: str) -> bool:
+        """Whether the observation `name` is known to be a covariance: symmetric, with positive eigenvalues."""
+
 
 class CapturedPolicy(Protocol):
     """The policy that programs are built from and compared with."""

@@ -60,3 +60,7 @@ class OnnxSource:
     def largest_value(self, name: str) -> int:
         """1: an `.onnx` file does not say which values are valid."""
         return 1
+
+    def is_covariance(self, name: str) -> bool:
+        """False: an `.onnx` file does not say which values are valid."""
+        return False

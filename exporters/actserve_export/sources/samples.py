@@ -57,6 +57,8 @@ def _random(spec: TensorSpec, source: ExportSource, count: int, rng: np.random.G
         largest = max(1, source.largest_value(spec.name))
         return rng.integers(0, largest, (count, *spec.shape), spec.numpy_dtype, endpoint=True)
     values = spec.sample(rng, count)
+    if source.is_covariance(spec.name):
+        return (values @ values.swapaxes(-1, -2) / spec.shape[-1]).astype(spec.numpy_dtype)
     if spec.dtype == "bool" and "mask" in spec.name:
         values[..., 0] |= ~values.any(-1)  # a mask allows at least one action
     elif spec.dtype == "bool":

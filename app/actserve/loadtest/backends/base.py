@@ -35,7 +35,7 @@ class Backend(ABC):
         self.description = description
         self.signature = description.signature
         self.url = parse_service_url(url)
-        self.noise_seed = seed if self.signature.noise and self.signature.exploration[0] == "random" else None
+        self.noise_seed = seed if self.signature.draws(self.signature.exploration[0]) else None
         self.shared_keys: Iterator[int] = itertools.cycle(range(OBSERVATIONS))  # of requests for any connection
         self._seed = seed
 
