@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from tensordict import TensorDict
@@ -127,6 +129,20 @@ def test_a_controller_of_beliefs_is_torchrls() -> None:
     with torch.no_grad():
         expected = policy(TensorDict({name: torch.from_numpy(value) for name, value in inputs.items()}, [ROWS]))
     np.testing.assert_allclose(captured.run_reference(inputs)["action"], expected["action"].numpy(), atol=1e-4)
+
+
+def test_attention_without_heads_has_an_operator_in_onnx(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[..., -1, :]
+
+    module = TensorDictModule(Attention(), ["observation"], ["action"])
+    captured = capture(PolicySource(module, TensorDict({"observation": torch.zeros(5, 4)})))
+    captured.build("onnx", tmp_path, {})
+    x = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+    program = onnxruntime.InferenceSession(tmp_path / "policy.onnx")
+    expected = module(TensorDict({"observation": torch.from_numpy(x)}, [3]))["action"].numpy()
+    np.testing.assert_allclose(program.run(None, {"observation": x})[0], expected, atol=1e-5)
 
 
 class Imagined(ModelBasedEnvBase):

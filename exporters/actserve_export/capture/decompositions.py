@@ -72,6 +72,19 @@ def cumprod(x: Tensor, dim: int) -> Tensor:
     return torch.stack(products, dim)
 
 
+def attention(*given: Any, **named: Any) -> Tensor:
+    """Attention of (B, length, width) as attention with one head: ONNX has it for four axes only."""
+    attend = nn.functional.scaled_dot_product_attention
+    tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
+    if tensors[0].ndim != 3:
+        return attend(*given, **named)
+
+    def with_head(value: Any) -> Any:
+        return value.unsqueeze(1) if isinstance(value, Tensor) and value.ndim == 3 else value
+
+    return attend(*map(with_head, given), **{name: with_head(value) for name, value in named.items()}).squeeze(1)
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.erfinv: erfinv,
     torch.Tensor.erfinv: erfinv,
@@ -79,6 +92,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.lgamma: lgamma,
     torch.special.gammaln: lgamma,
     torch.nn.functional.cross_entropy: cross_entropy,
+    torch.nn.functional.scaled_dot_product_attention: attention,
     torch.cumprod: cumprod,
     torch.Tensor.cumprod: cumprod,
     torch.linalg.cholesky: linalg.cholesky,

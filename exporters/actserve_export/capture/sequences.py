@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch.overrides import _pop_mode_temporarily
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import DecisionTransformerInferenceWrapper, MultiStepActorWrapper
 
@@ -84,27 +86,43 @@ class DecisionTransformer(StepModule):
 
 
 class Diffusion(nn.Module):
-    """The denoising chain of `DiffusionActor`, observation (B, n) -> action (B, m); one noise input for all steps."""
+    """The denoising chain of `DiffusionActor`, observation (B, n) -> action (B, m); one noise input for all steps.
+
+    In a program it is a loop: a hundred copies of a network take minutes to convert.
+    """
 
     def __init__(self, original: Any, io: StepIO) -> None:
         super().__init__()
         self.network: Any = original.score_network
         self.count, self.size = original.num_steps, original.action_dim
-        betas, alphas, products = original._schedule(torch.zeros(()))
-        self.scales = [
-            (1 / float(a.sqrt()), float(b / (1 - p).sqrt()), float(b.sqrt()))
-            for a, b, p in zip(alphas, betas, products, strict=True)
-        ]
+        betas, alphas, products = (values.flip(0) for values in original._schedule(torch.zeros(())))
+        steps = torch.arange(self.count - 1, -1, -1.0)
+        spread = betas.sqrt() * (steps > 0)  # the last step adds no noise
+        scales = [1 / alphas.sqrt(), betas / (1 - products).sqrt(), spread, steps]
+        self.register_buffer("scales", torch.stack(scales, -1), persistent=False)  # (steps, 4)
         self.__dict__["io"] = io
 
     def forward(self, observation: Tensor) -> Tensor:
-        random = exploration_type() != ExplorationType.DETERMINISTIC
-        noise = self.io.noise("normal", (self.count, self.size)) if random else None
-        x = observation.new_zeros(*observation.shape[:-1], self.size) if noise is None else noise[:, 0]
-        for step in reversed(range(self.count)):
-            whole, share, spread = self.scales[step]
-            time = torch.full_like(observation[..., :1], step)
-            x = whole * (x - share * self.network(torch.cat([x, observation, time], -1)))
-            if noise is not None and step:
-                x = x + spread * noise[:, self.count - step]
-        return x
+        scales: Any = self.scales
+        if exploration_type() == ExplorationType.DETERMINISTIC:
+            noise = observation.new_zeros(self.count, observation.shape[0], self.size)
+        else:
+            noise = self.io.noise("normal", (self.count, self.size)).transpose(0, 1)
+        noise = noise.contiguous()
+        start = noise[0].clone()
+
+        def denoise(x: Tensor, step: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            scale, added = step
+            time = scale[3] * torch.ones_like(observation[..., :1])
+            predicted = self.network(torch.cat([x, observation, time], -1))
+            x = scale[0] * (x - scale[1] * predicted) + scale[2] * added
+            return x, scale[3].clone()  # a loop collects something of each step
+
+        steps = (scales, torch.cat([noise[1:], noise[:1]]))
+        if torch.compiler.is_exporting():
+            with _pop_mode_temporarily():  # NoiseFromInputs, into which the loop's own tracer cannot look
+                result: Tensor = scan(denoise, start, steps)[0]
+            return result
+        for step in zip(*steps, strict=True):
+            start, _ = denoise(start, step)
+        return start
