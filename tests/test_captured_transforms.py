@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -265,6 +266,14 @@ def test_what_a_primer_primes_and_the_policy_changes_is_state_and_begins_anew_wi
         _, tensordict = environment.step_and_maybe_reset(tensordict)
     ours = served(captured, [environment.base_env.recording.steps[:STEPS]])
     np.testing.assert_allclose(np.concatenate([step["action"] for step in ours]), np.stack(actions), atol=1e-5)
+
+
+def test_a_clipped_observation_in_both_modes_converts(tmp_path: Path) -> None:
+    case = Case(lambda: [torchrl.ClipTransform(in_keys=["observation"], low=-1.0, high=1.0)])
+    network = TensorDictModule(Joined(4, 4, NormalParamExtractor()), in_keys=["observation"], out_keys=["loc", "scale"])
+    actor = ProbabilisticActor(network, in_keys=["loc", "scale"], distribution_class=TanhNormal, return_log_prob=True)
+    program = capture(case.source(actor)).build("onnx", tmp_path, {})
+    assert (tmp_path / program.file).exists()
 
 
 def behind(transform: Any, width: int = 4) -> PolicySource:

@@ -19,7 +19,10 @@ from actserve_export.programs.reasons import explain
 def convert_program(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> dict[str, Any]:
     """Write `program` to `target`; returns its requirements on the host. Raises `CaptureFailed`."""
     try:
-        model = _convert(program, signature, target)
+        try:
+            model = _convert(program, signature, target, optimize=True)
+        except onnx.checker.ValidationError:  # the optimizer removes nodes whose results it still uses: Max with Min
+            model = _convert(program, signature, target, optimize=False)
     except CaptureFailed:
         raise
     except Exception as error:  # the converter raises many types, with no common base
@@ -30,7 +33,7 @@ def convert_program(program: torch.export.ExportedProgram, signature: Signature,
     return {"opset": opset_of(model)}
 
 
-def _convert(program: torch.export.ExportedProgram, signature: Signature, target: Path) -> Any:
+def _convert(program: torch.export.ExportedProgram, signature: Signature, target: Path, optimize: bool) -> Any:
     """Write the model to `target`, checked, and return it."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent, which is not used
     with warnings.catch_warnings():
@@ -41,7 +44,7 @@ def _convert(program: torch.export.ExportedProgram, signature: Signature, target
             dynamo=True,
             input_names=[spec.name for spec in signature.inputs],
             output_names=[spec.name for spec in signature.graph_results],
-            optimize=True,
+            optimize=optimize,
             verbose=False,
         )
     assert exported is not None
