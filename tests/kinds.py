@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests import policies, policies_agents, policies_heads
+from tests import policies, policies_agents, policies_heads, policies_models
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "bring-your-own-policy.md"
@@ -44,7 +44,7 @@ TITLES = {
     "own_state": 'state of your own (`h` → `("next", "h")`)',
 }
 
-FROM_DOCSTRINGS = policies_agents.KINDS | policies_heads.KINDS
+FROM_DOCSTRINGS = policies_agents.KINDS | policies_heads.KINDS | policies_models.KINDS
 KINDS: dict[str, Callable[[], Any]] = policies.KINDS | FROM_DOCSTRINGS
 TITLES |= {name: str(factory.__doc__) for name, factory in FROM_DOCSTRINGS.items()}
 
@@ -67,19 +67,24 @@ NO_ROW = {
     ),
     **dict.fromkeys(("EXP3Score", "MCTSScore", "MCTSScores", "PUCTScore", "UCB1TunedScore", "UCBScore"), _SEARCH),
     **dict.fromkeys(("CrossCriticGroupSpec", "ReparamGradientStrategy", "set_recurrent_mode"), _ARGUMENT),
-    "DreamerV3SeededPolicy": "refused: its counter seeds each call, and a program has no hidden state",
+    **dict.fromkeys(
+        ("DTActor", "DecisionTransformer", "DecisionTransformerInferenceWrapper", "OnlineDTActor"),
+        "needs the package transformers: tests/robots/test_transformers.py",
+    ),
+    **dict.fromkeys(
+        ("CEMPlanner", "MPCPlannerBase", "MPPIPlanner"),
+        "refused: it plans by stepping an environment, of which a program has none",
+    ),
+    **dict.fromkeys(("DreamerV3ImageDecoder", "ObsDecoder"), "draws what a model imagines: no policy acts through it"),
+    **dict.fromkeys(
+        ("GPWorldModel", "RSSMRollout", "RSSMRolloutV3", "WorldModel", "WorldModelWrapper"),
+        "a model that is trained, or planned with, over whole trajectories: no policy acts through it",
+    ),
     "LMHeadActorValueOperator": "a head of language models of `transformers`, which is not installed",
     "RandomPolicy": "refused: no module, and it reads nothing",
 }  # fmt: skip
 # Classes whose rows are not written yet.
-PENDING = {
-    "CEMPlanner", "DTActor", "DecisionTransformer", "DecisionTransformerInferenceWrapper", "DiffusionActor",
-    "DreamerActor", "DreamerV3BlockGRU", "DreamerV3BlockGRUCell", "DreamerV3DiscreteActor", "DreamerV3ImageDecoder",
-    "DreamerV3ImageEncoder", "DreamerV3MLP", "GPWorldModel", "GRU", "GRUCell", "LSTMCell",
-    "LeRobotPolicyWrapper", "MPCPlannerBase", "MPPIPlanner", "MultiStepActorWrapper", "ObsDecoder", "ObsEncoder",
-    "OnlineDTActor", "RBFController", "RSSMPosterior", "RSSMPosteriorV3", "RSSMPrior", "RSSMPriorV3", "RSSMRollout",
-    "RSSMRolloutV3", "RSSMStateEstimatorV3", "TinyVLA", "VLAWrapperBase", "WorldModel", "WorldModelWrapper",
-}  # fmt: skip
+PENDING = {"LeRobotPolicyWrapper", "TinyVLA", "VLAWrapperBase"}
 
 
 def record(kind: str, runtime: str, exploration: str, max_batch: int) -> None:

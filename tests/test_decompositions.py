@@ -38,6 +38,8 @@ def test_a_linear_system_and_a_determinant() -> None:
     matrices = torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(1))
     right = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(linalg.solve(matrices, right), torch.linalg.solve(matrices, right), atol=1e-4, rtol=1e-4)
+    swapped = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    torch.testing.assert_close(linalg.solve(swapped, torch.eye(2)), swapped)
     sign, logarithm = torch.linalg.slogdet(matrices)
     assert set(sign.tolist()) == {-1.0, 1.0}
     torch.testing.assert_close(linalg.slogdet(matrices), (sign, logarithm), atol=1e-5, rtol=1e-5)

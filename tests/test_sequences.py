@@ -21,7 +21,6 @@ from actserve.core.completion import complete
 from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration
 from actserve_export.capture import TracedPolicy, capture
-from actserve_export.capture.linalg import slogdet, solve
 from actserve_export.sources.policy_source import PolicySource
 from tests import policies
 
@@ -110,15 +109,6 @@ def test_a_world_models_latent_state_is_drawn_for_deterministic_actions_too() ->
             result = policy(TensorDict({**seen, **carried}, [ROWS]))
         carried = dict(result["next"].items())
         np.testing.assert_array_equal(ours["action"], result["action"].numpy())
-
-
-def test_small_systems_of_equations_are_solved_as_torch_does() -> None:
-    torch.manual_seed(0)
-    matrix, right = torch.randn(50, 5, 5, dtype=torch.float64), torch.randn(50, 5, 3, dtype=torch.float64)
-    torch.testing.assert_close(solve(matrix, right), torch.linalg.solve(matrix, right))
-    torch.testing.assert_close(slogdet(matrix), tuple(torch.linalg.slogdet(matrix)))
-    swapped = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    torch.testing.assert_close(solve(swapped, torch.eye(2)), swapped)
 
 
 def test_a_controller_of_beliefs_is_torchrls() -> None:
