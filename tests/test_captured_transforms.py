@@ -276,6 +276,15 @@ def test_a_clipped_observation_in_both_modes_converts(tmp_path: Path) -> None:
     assert (tmp_path / program.file).exists()
 
 
+def test_what_a_transform_computes_can_be_an_output() -> None:
+    square = torchrl.UnaryTransform(in_keys=["observation"], out_keys=["square"], fn=torch.square)
+    policy = TensorDictModule(Joined(4, 2, nn.Tanh()), in_keys=["observation"], out_keys=["action"])
+    example = TensorDict({"observation": torch.zeros(4)})
+    source = PolicySource(TensorDictSequential(torchrl.Compose(square), policy), example, outputs=("action", "square"))
+    observation = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    np.testing.assert_allclose(capture(source).run_reference({"observation": observation})["square"], observation**2)
+
+
 def behind(transform: Any, width: int = 4) -> PolicySource:
     policy = TensorDictModule(Joined(width, 2, nn.Tanh()), in_keys=["observation"], out_keys=["action"])
     return PolicySource(TensorDictSequential(policy, transform), TensorDict({"observation": torch.zeros(4)}))

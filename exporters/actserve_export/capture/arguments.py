@@ -8,7 +8,7 @@ from torch import fx
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call of one of torch's operators by name, with the defaults of those that are not given."""
+    """The arguments of a call of an operator of torch, by name, with defaults."""
     declared = node.target._schema.arguments
     values: dict[str, Any] = {argument.name: argument.default_value for argument in declared}
     values.update({argument.name: value for argument, value in zip(declared, node.args, strict=False)})

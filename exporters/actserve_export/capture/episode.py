@@ -132,7 +132,7 @@ class Primed(TransformStep):
         self.carried: list[Key] = []  # state
 
     def choose(self, given: set[Key], carried: set[Key]) -> None:
-        """Sort the values that are read. `given`: the example's keys; `carried`: those that the policy writes."""
+        """Sort the values that are read. `given`: keys of the example; `carried`: keys that the policy writes."""
         changed = [key for key in self.out_keys if key in carried or _next(key) in carried]
         drawn = [key for key in self.out_keys if self.random or callable(self.defaults[key])]
         self.examples = {key: self._value(key) for key in (*changed, *drawn)}

@@ -1,4 +1,4 @@
-"""StepProgram: a tensordict policy as a function of tensors, batch first. It is what is traced, and the reference."""
+"""StepProgram: a tensordict policy as a function of tensors, batch first. It is traced, and it is the reference."""
 
 from __future__ import annotations
 

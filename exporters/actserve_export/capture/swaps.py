@@ -115,7 +115,7 @@ def _swap(module: nn.Module, io: StepIO, kinds: Kinds) -> nn.Module:
             module._modules[name] = replacement
     if isinstance(module, ProbabilisticTensorDictSequential) and module.det_part is not None:
         *deterministic, _ = module._module_iter()
-        module.__dict__["_det_part"] = TensorDictSequential(*deterministic)  # what it runs: its modules but the last
+        module.__dict__["_det_part"] = TensorDictSequential(*deterministic)  # it runs all but its last module
     return module
 
 

@@ -120,7 +120,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
     if any(parameter.device.type != "cpu" for parameter in (*policy.parameters(), *policy.buffers())):
         policy = policy.cpu()
     refuse_uninitialised(policy.named_buffers())
-    source = replace(source, example=connect(modules_in_order(policy), source.example, io))
+    source = replace(source, example=connect(modules_in_order(policy), source.example, io, source.outputs or ()))
     layout = layout_of(source, policy)
     io.taken = {*layout.observations, *layout.states}
     items = {name: source.example.get(key).cpu() for name, key in layout.observations.items()}

@@ -1,7 +1,7 @@
 """TorchRL's transforms in a policy, as in ``TensorDictSequential(env.transform[:-1], policy)``.
 
-An environment runs its transforms on each observation, and some keep what they need of the episode. Here each transform
-becomes a step of the program:
+An environment runs its transforms on each observation, and some of them have memory. Here each transform becomes a step
+of the program:
 
 * One whose result no later module reads is left out: only training needs it (counters, rewards, done flags).
 * One that computes its result from the observation alone is run as it is.
@@ -12,7 +12,7 @@ becomes a step of the program:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -24,6 +24,7 @@ from actserve.core.errors import CaptureFailed
 from actserve_export.capture.episode import EpisodeStart, MaxOfFrames, Primed, RewardSoFar, StepCount
 from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.steps import FixedVecNorm, FrameStack, LeftOut, TransformStep
+from actserve_export.sources.keys import Key
 
 
 class Elementwise(TransformStep):
@@ -208,8 +209,10 @@ TRANSFORMS: dict[type, Callable[[Any, StepIO], nn.Module]] = {  # the first that
 }
 
 
-def connect(steps: list[Any], example: TensorDictBase, io: StepIO) -> TensorDictBase:
-    """Leave out what no later one of a policy's `steps` reads. Gives `example`, one item, with what it may lack.
+def connect(steps: list[Any], example: TensorDictBase, io: StepIO, outputs: Collection[Key]) -> TensorDictBase:
+    """Leave out the transforms of a policy's `steps` whose results no later step reads, except `outputs`.
+
+    Returns `example`, one item, with the inputs that transforms read and that it may lack.
 
     Transforms behind the last other module compute the policy's results, and stay.
     """
@@ -220,7 +223,7 @@ def connect(steps: list[Any], example: TensorDictBase, io: StepIO) -> TensorDict
     find_keys(front, example, io)
     given = set(example.keys(include_nested=True, leaves_only=True))
     carried = {key for step in policy for key in step.out_keys}
-    read: set[Any] = set(steps[others[-1]].in_keys)
+    read: set[Any] = {*steps[others[-1]].in_keys, *outputs}
     completed = example
     for step in reversed(front):
         if isinstance(step, TransformStep):
@@ -261,7 +264,7 @@ def _found_keys(function: Function, tensordict: TensorDictBase) -> tuple[list[An
     for key in before:
         try:
             without = dict(function(tensordict.clone().exclude(key)).items(True, True))
-        except Exception:  # the user's own code, without what it reads
+        except Exception:  # the user's own code, which lacks an input
             reads.append(key)
             continue
         if not all(_same(without.get(name), value) for name, value in written.items()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import set_composite_lp_aggregate
 from torch import nn
 from torchrl.envs.transforms import Transform
@@ -40,16 +39,16 @@ def as_given(captured: CapturedPolicy, source: ExportSource) -> OriginalPolicy |
     return OriginalPolicy("the policy as it was given", lambda inputs: act(captured, policy, inputs, "deterministic"))
 
 
-def as_trained(policy: nn.Module, example: TensorDictBase, batch: int) -> nn.Module:
-    """A copy of `policy` that draws by itself, for the first step of `batch` episodes.
+def as_trained(source: PolicySource, batch: int) -> nn.Module:
+    """A copy of the policy that draws by itself, for the first step of `batch` episodes.
 
     Its transforms are replaced, because most run in an environment only.
     """
-    if not _has_transforms(policy):
-        return copy_of(policy).eval()
+    if not _has_transforms(source.policy):
+        return copy_of(source.policy).eval()
     io = StepIO()
-    swapped = swap(policy, io, transforms_only=True).eval()
-    connect(modules_in_order(swapped), example, io)
+    swapped = swap(source.policy, io, transforms_only=True).eval()
+    connect(modules_in_order(swapped), source.example, io, source.outputs or ())
     io.begin(batch, None)
     return swapped
 

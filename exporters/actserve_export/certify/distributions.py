@@ -38,7 +38,7 @@ def compare(captured: CapturedPolicy, source: ExportSource, inputs: Arrays, draw
     begins = {IS_INIT.name: np.ones(draws, bool)} if signature.is_init else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = act(captured, as_trained(source.policy, source.example, draws), full | begins, mode)
+        theirs = act(captured, as_trained(source, draws), full | begins, mode)
     # Log-probabilities follow from the actions, and are compared for equal noise.
     theirs = {name: theirs[name] for name in captured.layout.outputs if not name.endswith("log_prob")}
     drawn = [name for name in theirs if name == signature.action.name or _varies(ours[name]) or _varies(theirs[name])]

@@ -98,7 +98,9 @@ class PolicySource:
     def is_covariance(self, name: str) -> bool:
         """Whether the observation `name` is a covariance in the example: symmetric, with positive eigenvalues."""
         value = _named(self.example).get(name)
-        if value is None or value.dtype.kind != "f" or value.ndim < 2 or value.shape[-1] != value.shape[-2]:
+        if value is None or value.dtype.kind != "f" or value.ndim < 2:
+            return False
+        if value.shape[-1] != value.shape[-2] or value.shape[-1] == 1:
             return False
         return bool((value == value.swapaxes(-1, -2)).all() and (np.linalg.eigvalsh(value) > 0).all())
 
