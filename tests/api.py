@@ -43,7 +43,7 @@ def documented(module: str) -> Iterator[tuple[str, str]]:
 
 
 def _bring_in() -> None:
-    """What `actserve_export` imports when it is asked for, pdoc takes for nothing."""
+    """pdoc does not see the names that `actserve_export` imports at their first use."""
     for name in actserve_export.__all__:
         setattr(actserve_export, name, getattr(actserve_export, name))
 

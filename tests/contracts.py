@@ -1,4 +1,4 @@
-"""What every Runtime must do, whichever engine is behind it. Subclass and provide `runtime`."""
+"""The contract of a Runtime, for any engine. Subclass it and provide `runtime`."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Reader:
         return printed
 
     def _shell(self, text: str) -> str:
-        """What serves has to be the last line, as a terminal does nothing else from there on."""
+        """A command that serves must be the last line, because a terminal does nothing after it."""
         text, serving, beyond = _SERVE.split(text, maxsplit=1) if _SERVE.search(text) else (text, "", "")
         assert not beyond.strip(), f"nothing comes to pass after what serves: {beyond}"
         printed = self._script(text) if text.strip() else ""

@@ -81,7 +81,7 @@ class Service:
 
     @property
     def left(self) -> float:
-        """What is left of the token's rate."""
+        """The rest of the token's rate."""
         assert self.admission.access is not None
         (token,) = self.admission.access._tokens.values()
         return token._left

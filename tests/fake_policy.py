@@ -138,7 +138,7 @@ class Versions(Registry):
 
 
 class Alone:
-    """What one session must answer: the same program, run alone, one item at a time, its state in a variable."""
+    """The expected answers of one session: the same program alone, one item at a time, its state in a variable."""
 
     def __init__(self, version: int, seed: int | None, exploration: Exploration | None) -> None:
         assert seed is not None

@@ -29,7 +29,7 @@ def act(body: bytes) -> Answer:
 
 @dataclass
 class FakeService:
-    """What it says, and what it saw. The fields may be changed while it runs."""
+    """Its answers and the requests that it got. The fields may be changed while it runs."""
 
     signature: dict[str, Any] = field(default_factory=lambda: SIGNATURE)
     environment: dict[str, Any] | None = None

@@ -197,7 +197,7 @@ def overloaded(service: Service, connect: Callable[[], socket.socket] | None = N
 def request(
     body: bytes = bytes(ITEM_BYTES), path: str = "/act", headers: Sequence[str] = (), length: str | None = None
 ) -> bytes:
-    """What a well-behaved client sends."""
+    """The request of a correct client."""
     lines = [
         f"POST {path} HTTP/1.1",
         "Host: here",

@@ -62,7 +62,7 @@ def in_binary(tensors: Arrays, **rest: Any) -> tuple[bytes, dict[str, str]]:
 
 
 def arrays(answer: Answer) -> Arrays:
-    """What an answer holds, however it is encoded."""
+    """The content of an answer, in any encoding."""
     assert answer.status == 200, answer.content
     end = int(answer.headers.get(HEADER.lower(), len(answer.content)))
     document, rest = json.loads(answer.content[:end]), answer.content[end:]

@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase
 
 @dataclass(frozen=True)
 class Seen:
-    """What an environment gives before a step."""
+    """The observation of one step, with the reward of the step before."""
 
     observation: Mapping[str, Tensor]
     reward: Tensor  # of the step before, (1,); 0 at the start of an episode

@@ -1,4 +1,4 @@
-"""What the tests of sessions share: a registry in an event loop, and what a session must answer."""
+"""Helpers of the tests of sessions: a registry in an event loop, and the expected answers of a session."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Service:
     registry: Versions
 
     def drain(self) -> None:
-        """What SIGTERM does."""
+        """Stop as at SIGTERM."""
         self.server.should_exit = True
 
     @property

@@ -43,7 +43,7 @@ def values(wanted: tuple[TensorSpec, ...] | list[TensorSpec], size: int, seed: i
 
 @st.composite
 def requests(draw: st.DrawFn, signature: Signature) -> Payload:
-    """What a client may say to a policy: all of the observations, and of the rest some."""
+    """The inputs that a client may send to a policy: all observations, and some of the others."""
     states = [state.spec for state in signature.state] if draw(st.booleans()) else []
     others = [spec for spec in signature.request_inputs if spec is IS_INIT or spec.name == "epsilon"]
     others = draw(st.lists(st.sampled_from(others), unique=True)) if others else []

@@ -71,7 +71,7 @@ def published(source: PolicySource, folder: Path) -> Artifact:
 
 
 def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `actserve inspect` shows, each sentence on one line."""
+    """The text of `actserve inspect`, each sentence on one line."""
     capsys.readouterr()
     inspect("x", str(folder))
     return capsys.readouterr().out

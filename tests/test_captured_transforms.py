@@ -174,7 +174,7 @@ CASES = {
 
 
 def played(case: Case, seed: int) -> tuple[list[Any], list[Tensor]]:
-    """What TorchRL's environment gave in `STEPS` steps, and how the policy acted."""
+    """The observations of TorchRL's environment in `STEPS` steps, and the policy's actions."""
     environment = case.environment(seed, ends=(40 + seed, 41 + seed, 120))
     policy, actions = case.policy(), []
     environment.base_env.recording.steps.clear()

@@ -113,7 +113,7 @@ def links(document: Path) -> Iterator[str]:
 
 
 def headings(document: Path) -> set[str]:
-    """What links call them, by GitHub's rule."""
+    """The anchors of the headings, by GitHub's rule."""
     parsed = tokens(document)
     titles = [title for opening, title in pairwise(parsed) if opening.type == "heading_open"]
     texts = ["".join(part.content for part in title.children or ()) for title in titles]
@@ -127,7 +127,7 @@ def test_every_command_that_is_named_exists(document: Path) -> None:
 
 
 def commands(document: Path) -> Iterator[list[str]]:
-    """What follows `actserve` in shell blocks and in the text, word by word."""
+    """The words after `actserve` in shell blocks and in the text."""
     for block in blocks(document):
         if block.language == "bash":
             for line in block.text.replace("\\\n", " ").splitlines():

@@ -278,7 +278,7 @@ def test_who_sends_no_more_is_let_go() -> None:
     with running(FAST, Settings(request_timeout_s=1), timeout_keep_alive=1) as impatient:
 
         def heard(sent: bytes) -> tuple[bytes, float]:
-            """What is answered until the service closes, and the seconds until then."""
+            """The bytes of the answer until the service closes, and the seconds until then."""
             with impatient.connect() as connection:
                 connection.sendall(sent)
                 began, answer = time.monotonic(), b""

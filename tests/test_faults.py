@@ -1,4 +1,4 @@
-"""What may happen to a store: while its policies are served, and while something is published."""
+"""Faults of a store: while its policies are served, and while something is published."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ def test_a_shadow_is_compared_and_nobody_waits_for_it(variants: Variants) -> Non
 
     async def scenario(registry: Registry, variants: Variants) -> None:
         async def compared(total: int) -> dict[str, Any]:
-            """What is told once so many were compared or dropped."""
+            """The report, once so many requests were compared or dropped."""
 
             def told() -> dict[str, Any]:
                 found: dict[str, Any] = registry.describe("cart")["routing"]["shadow"]

@@ -80,7 +80,7 @@ def test_a_head_that_is_too_large_is_told_so(service: Service) -> None:
 
 
 def test_trailers_are_no_headers(stateful: stream_service.Service) -> None:
-    """What comes behind a body cannot name a session, or anything else."""
+    """Bytes behind a body cannot name a session, or anything else."""
     chunked = (
         f"POST /policies/{NAME}/act HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
         'Transfer-Encoding: chunked\r\nTrailer: X-Session\r\n\r\n8\r\n{"x": 1}\r\n0\r\nX-Session: nobodys\r\n\r\n'

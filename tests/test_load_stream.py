@@ -16,7 +16,7 @@ from actserve.loadtest.connection import LoadConnection
 
 
 class Transport:
-    """What `StreamLoadConnection` needs of one; the other end is the library's server."""
+    """The part of a connection that `StreamLoadConnection` needs; the other end is the library's server."""
 
     def __init__(self, refusing: bool = False) -> None:
         self.server = ServerProtocol()

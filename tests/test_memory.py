@@ -1,4 +1,4 @@
-"""What all connections hold together is bounded: what is beyond is refused, and the service goes on."""
+"""The memory that all connections hold together is bounded: more is refused, and the service goes on."""
 
 from __future__ import annotations
 

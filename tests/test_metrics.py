@@ -1,4 +1,4 @@
-"""What the service tells of itself: the whole application, with `pong` as it ships."""
+"""Metrics and logs of the whole application, with `pong` as it ships."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_no_code_pickles(file: Path) -> None:
 
 
 def test_only_one_file_opens_what_others_pickled() -> None:
-    """What Stable-Baselines3 saves is pickled; its own code opens it, offline."""
+    """Stable-Baselines3 pickles its models; its own code opens them, offline."""
     opens = [
         file.name
         for file in [*ROOT.glob("app/**/*.py"), *ROOT.glob("exporters/**/*.py")]

@@ -26,7 +26,7 @@ from tests.oip_grpc import arrays, infer, with_parameters
 
 
 class AbortedError(Exception):
-    """What a call ended with."""
+    """The status with which a call ended."""
 
     def __init__(self, code: StatusCode, message: str) -> None:
         super().__init__(code, message)

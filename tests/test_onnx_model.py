@@ -1,4 +1,4 @@
-"""What an `.onnx` may hold: every model is first shown to do, in ONNX Runtime, what it is refused for."""
+"""Refused `.onnx` models: each is first run in ONNX Runtime, to show that it does what it is refused for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the AOTI loader is given to open, and what it never sees."""
+"""Packages that reach the AOTI loader, and packages that are refused before."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def remote(source: ModelStore) -> RemoteStore:
 
 
 def kept(store: RemoteStore) -> list[str]:
-    """What the cache holds, whole or not."""
+    """The artifacts in the cache, whole or not."""
     return sorted(str(path.relative_to(store.root)) for path in store.root.glob("*/*"))
 
 

@@ -44,7 +44,7 @@ def heads() -> HeadParser[Endpoint]:
 
 
 class Parsed:
-    """What uvicorn's parser makes of a head."""
+    """The head as uvicorn's parser reads it."""
 
     def __init__(self, head: bytes) -> None:
         self.headers: list[tuple[bytes, bytes]] = []

@@ -1,4 +1,4 @@
-"""What Stable-Baselines3's `predict` does, the exported policy does: before it is traced, and as it is captured."""
+"""An exported policy of Stable-Baselines3 acts as `predict` does, before it is traced and as it is captured."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Running:
     port: int
 
     def tell(self, command: str = "") -> dict[str, Any] | None:
-        """What the worker that got the connection answers; None: it ended."""
+        """The answer of the worker that got the connection; None: the worker ended."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=WITHIN_S) as connection:
             connection.sendall(command.encode() or b"-")
             try:

@@ -1,4 +1,4 @@
-"""What one end writes the other reads, to the last bit, in every encoding."""
+"""Each end reads exactly what the other writes, in every encoding."""
 
 from __future__ import annotations
 

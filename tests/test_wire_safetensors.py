@@ -1,4 +1,4 @@
-"""What safetensors bodies may be, and that the library reads what we write, and nothing that we refuse as broken."""
+"""Safetensors bodies: the library reads what we write, and refuses what we refuse as broken."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ class Variants:
         return self._inputs[self._artifact.manifest.signature.observations[0].name]
 
     def action(self, original: int, version: int) -> int:
-        """What `version` does where the original does that."""
+        """The action of `version` where the original takes `action`."""
         return (original + version) % self.actions
 
     def episode(self, steps: int) -> list[int]:
-        """What the original does in an episode in which it sees the observations one after the other, over and over."""
+        """The original's actions in an episode with these observations in order, repeated."""
         signature = self._artifact.manifest.signature
         name = signature.observations[0].name
         state: Arrays = {}

@@ -1,4 +1,4 @@
-"""What the programs cost without a server around them: ONNX Runtime, one thread, in a process of its own."""
+"""The cost of the programs without a server: ONNX Runtime, one thread, in a process of its own."""
 
 from __future__ import annotations
 

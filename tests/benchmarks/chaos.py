@@ -37,7 +37,7 @@ LAG = re.compile(r"^actserve_loop_lag_max_seconds (\S+)", re.MULTILINE)
 
 @dataclass
 class Outcome:
-    """What came of a run. `silent_s` is the longest time that a door was silent, by fault and door."""
+    """The results of a run. `silent_s` is the longest time that a door was silent, by fault and door."""
 
     doors: dict[str, Door]
     silent_s: dict[str, dict[str, float]] = field(default_factory=dict)

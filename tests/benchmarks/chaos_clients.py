@@ -60,7 +60,7 @@ class Models:
 
 @dataclass
 class Door:
-    """What came of the requests through one door."""
+    """The results of the requests through one protocol."""
 
     name: str
     right: int = 0

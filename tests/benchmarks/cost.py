@@ -1,4 +1,4 @@
-"""What does an action cost, ours and theirs, on one core? Run: python -m tests.benchmarks.cost
+"""The cost of an action on one core, of actserve and of other servers. Run: python -m tests.benchmarks.cost
 
 Every contender takes its turn once a round, at 1, 8 and 64 connections in a closed loop: its server with all that it
 starts on one core, the load generator on another. T is what the tutorial's graph costs in bare ONNX Runtime, one screen

@@ -1,4 +1,4 @@
-"""What each contender needs: screens of played games, the programs, and a store for each policy."""
+"""The inputs of each contender: screens of played games, the programs, and a store for each policy."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ REFUSED = (429, 503)
 
 @dataclass
 class Tally:
-    """What came of a load. Latencies are in seconds: since a request was sent; in an open loop, since it was due."""
+    """The results of a load. Latencies are in seconds: since a request was sent; in an open loop, since it was due."""
 
     good: array[float] = field(default_factory=lambda: array("d"))  # right answers
     refused: array[float] = field(default_factory=lambda: array("d"))  # told at once that there is no room

@@ -1,4 +1,4 @@
-"""What was measured on, without saying where: no host name, no path."""
+"""The machine of a measurement, without a host name or a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of a service that is asked for more than it can do? Run: python -m tests.benchmarks.overload
+"""A service under more load than it can bear. Run: python -m tests.benchmarks.overload
 
 The service has one core, the load generator another. First its peak is found: the most right answers a second that any
 rate of requests gets out of it. Then 0.8, 1, 2 and 5 times as many requests fall due a second, at random moments and
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
 
 
 def step(load: Load, rate: float, seconds: float) -> dict[str, Any]:
-    """What came of so many requests a second; JSON-able."""
+    """The results of so many requests a second; JSON-able."""
     tally = load.open(rate, seconds)
     return {
         "due_a_second": rate,

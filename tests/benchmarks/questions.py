@@ -1,4 +1,4 @@
-"""What the servers are asked, and what they have to answer: screens of played games, in each way of sending them."""
+"""The requests to the servers and the expected answers: screens of played games, in each encoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does Ray Serve cost, and what does it bring? Run: python -m tests.benchmarks.scale
+"""The cost of Ray Serve, and its gain. Run: python -m tests.benchmarks.scale
 
 Raw screens to `/act`: one connection that waits for each answer, then many at once. `actserve serve` with as many
 workers is asked in turns with Ray's replicas, round after round, so that whatever else the machine does falls on both.

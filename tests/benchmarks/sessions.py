@@ -1,4 +1,4 @@
-"""What do sessions cost? Run: python -m tests.benchmarks.sessions
+"""The cost of sessions. Run: python -m tests.benchmarks.sessions
 
 Sessions of a policy with the state of an LSTM of 256 units (2 x 256 float32: 2,048 bytes): bytes per idle session on
 disk and in this process, and microseconds that a step has on top of the policy's own time, alone and while another

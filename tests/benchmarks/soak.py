@@ -75,7 +75,7 @@ def measured(server: Server, tally: Tally, seconds: float, minutes: float, spent
 
 
 def trends(stretches: Sequence[Stretch]) -> dict[str, float]:
-    """What changed from the first of these to the last, by the line that fits best; JSON-able."""
+    """The change from the first of these to the last, by linear regression; JSON-able."""
     settled = stretches[int(len(stretches) * WARM) :]
     at = np.array([stretch.minutes for stretch in settled])
     found = {}

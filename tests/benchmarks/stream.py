@@ -1,4 +1,4 @@
-"""What does an action cost through a stream, and what through /act? Run: python -m tests.benchmarks.stream
+"""The cost of an action through a stream, and through /act. Run: python -m tests.benchmarks.stream
 
 One service and one client, each a process on this machine. The ways take turns, round after round, so that whatever
 else the machine does falls on all of them; `stream, ahead` keeps as many messages unanswered as the service allows.

@@ -39,7 +39,7 @@ WITHIN_S = 60.0  # for a swap
 
 @dataclass
 class Seen:
-    """What came of everything so far."""
+    """The results so far."""
 
     answers: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What do two workers bring? Run: python -m tests.benchmarks.workers
+"""The gain of a second worker. Run: python -m tests.benchmarks.workers
 
 One worker has a core to itself, and the load generator another. Two workers have both cores, on which the generator
 runs as well. So throughput alone would say how much the generator takes; what counts is what comes out of a second of

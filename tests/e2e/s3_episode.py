@@ -103,7 +103,7 @@ def publish(folder: Path, version: int) -> None:
 
 
 def outcome(work: Callable[[], Any]) -> dict[str, Any]:
-    """What `work` returns or the code of its error, and whether it took less than a minute."""
+    """The result of `work` or the code of its error, and whether it took less than a minute."""
     began = time.monotonic()
     try:
         found = work()

@@ -51,7 +51,7 @@ def make_cartpole(folder: Path) -> None:
 
 
 def played(model: PPO) -> Array:
-    """What the model sees while it plays, (200, 4) float32."""
+    """The model's observations while it plays, (200, 4) float32."""
     environment = gymnasium.make("CartPole-v1")
     seen: list[Array] = []
     ended = True

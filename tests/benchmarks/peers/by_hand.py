@@ -1,4 +1,4 @@
-"""What people write by hand: FastAPI and uvicorn, a raw body in, JSON out.
+"""A server as people write it by hand: FastAPI and uvicorn, a raw body in, JSON out.
 
 With THREADS=1 the inference runs in FastAPI's thread pool; without, in the event loop, which costs a third less here.
 """

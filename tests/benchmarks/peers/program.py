@@ -1,4 +1,4 @@
-"""What all peers run: the same .onnx in ONNX Runtime, with one thread."""
+"""The program that all peers run: the same .onnx in ONNX Runtime, with one thread."""
 
 from __future__ import annotations
 
