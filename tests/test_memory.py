@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import selectors
 import socket
 from contextlib import ExitStack, suppress
@@ -17,7 +18,7 @@ from actserve.core.errors import MemoryFull
 from actserve.core.settings import Settings
 from actserve.server.admission import Admission
 from actserve.server.fastpath.endpoints import FastPath
-from actserve.server.memory import CONNECTION_BYTES, STREAM_BYTES, Memory
+from actserve.server.memory import CONNECTION_BYTES, STREAM_BYTES, Memory, allocate
 from tests import stream_service
 from tests.fake_policy import NAME
 from tests.fastpath_service import FAST, ITEM_BYTES, SCREENS, OnePolicy, exchange, request, running
@@ -48,6 +49,22 @@ def test_memory_is_taken_and_given_back() -> None:
     assert not memory.reserve(1), "a part is all that announced bodies may have"
     memory.release(12)
     assert memory.taken_bytes == 0
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_a_large_body_takes_memory_as_it_comes() -> None:
+    mega = 1 << 20
+    before = resident_bytes()
+    body = allocate(64 * mega)
+    assert resident_bytes() - before < 8 * mega
+    body[: 32 * mega] = 1
+    assert abs(resident_bytes() - before - 32 * mega) < 8 * mega
+    del body
+    assert resident_bytes() - before < 8 * mega
 
 
 @pytest.mark.parametrize("content_type", ["application/octet-stream", "application/json"])

@@ -1,8 +1,8 @@
 """Receiver: receives an observation into the memory of a batch.
 
 A single observation is received into a row of the arena. If rows run out, the slowest sender gives up its row, and its
-observation continues in separate memory, so a slow client delays no other. The memory of a batch is allocated before
-its bytes arrive, within `Admission.reserve`; beyond that limit it grows with the bytes that arrive.
+observation continues in separate memory, so a slow client delays no other. The memory of a batch is reserved before its
+bytes arrive (`Memory.reserve`); beyond that limit it is counted as they arrive.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from abc import abstractmethod
 from time import perf_counter_ns
 from typing import Any
 
-import numpy as np
-
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchRequest
 from actserve.server.admission import Admission
-from actserve.server.memory import Memory
+from actserve.server.memory import Memory, allocate
 
 log = logging.getLogger("actserve")
 
@@ -30,9 +28,9 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     """A connection with one request at a time: received, queued, answered. `inner` is uvicorn's own protocol, which
     gets everything that does not take the fast path.
 
-    `_arena` is set while a request is received or waits for a row, until `_leave`. Its bytes go to `row`, to `_block`
-    (memory for all of it), or to `_grown` (memory for the bytes so far). `_missing` is where the next bytes go. `_data`
-    holds bytes without a place: the beginning of a head, or a request that was sent ahead.
+    `_arena` is set while a request is received or waits for a row, until `_leave`. Its bytes go to `row` or to
+    `_block`. `_missing` is where the next bytes go. `_data` holds bytes without a place: the beginning of a head, or a
+    request that was sent ahead.
     """
 
     # Shared by all connections: it is filled and emptied in one turn of the event loop.
@@ -44,11 +42,9 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self.row: int | None = None
         self.size = 1  # observations in the request
         self._arena: Arena | None = None
-        self._admission: Admission | None = None  # the one that reserved the block
         self._block: Array | None = None
-        self._grown: bytearray | None = None
-        self._to_grow = 0  # bytes
-        self._grown_bytes = 0  # taken from `_memory`
+        self._admission: Admission | None = None  # the one that reserved the block; None: it is counted as bytes arrive
+        self._counted_bytes = 0  # taken from `_memory`
         self._missing: memoryview | None = None
         self._data = b""
         self._waits_for_reader = False
@@ -118,11 +114,10 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         size_bytes = self.size * arena.item_bytes
         if admission.memory.reserve(size_bytes):
             self._admission, self._block = admission, arena.lend(self.size)
-            self._fill(self._block.data)
         else:
-            received, self._data = self._data[:size_bytes], self._data[size_bytes:]
-            self._take_memory(len(received))
-            self._grow(bytearray(received), size_bytes - len(received))
+            self._take_memory(min(size_bytes, len(self._data)))
+            self._block = allocate(size_bytes)
+        self._fill(self._block.data)
 
     def _fill(self, place: memoryview) -> None:
         """Move the received bytes to `place`, and receive the rest there."""
@@ -136,26 +131,13 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         else:
             self._complete()
 
-    def _grow(self, received: bytearray, to_come: int) -> None:
-        """Continue in memory that grows with the bytes that arrive."""
-        self._grown, self._to_grow = received, to_come
-        if to_come:
-            self._missing = self._buffer[: min(to_come, BUFFER_BYTES)]
-        else:
-            self._complete()
-
     def _received(self, count: int) -> None:
         """Handle `count` more bytes in `_missing`."""
         assert self._missing is not None
         assert self._arena is not None
-        if self._grown is not None:
+        if self._block is not None and self._admission is None:
             self._take_memory(count)
-            self._grown += self._buffer[:count]
-            self._to_grow -= count
-            if self._to_grow:
-                self._missing = self._buffer[: min(self._to_grow, BUFFER_BYTES)]
-                return
-        elif count < len(self._missing):
+        if count < len(self._missing):
             self._missing = self._missing[count:]
             return
         self._missing = None
@@ -165,33 +147,34 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     def _take_memory(self, size_bytes: int) -> None:
         """Raises `MemoryFull`."""
         self._memory.take(size_bytes)
-        self._grown_bytes += size_bytes
+        self._counted_bytes += size_bytes
 
     def unseat(self) -> int:
         """Called by the arena while the observation arrives: give up the row, and continue in other memory."""
         assert self._arena is not None
         assert self._missing is not None
         assert self.row is not None
+        observation = self._arena.bytes[self.row]
+        received = len(observation) - len(self._missing)
+        block = allocate(len(observation))
+        block[:received] = observation[:received]
+        self._memory.take_in_any_case(received)
+        self._counted_bytes += received
+        self._block, self._missing = block, block.data[received:]
         row, self.row = self.row, None
-        memory = self._arena.memory[row]
-        to_come = len(self._missing)
-        self._memory.take_in_any_case(len(memory) - to_come)
-        self._grown_bytes += len(memory) - to_come
-        self._grow(bytearray(memory[: len(memory) - to_come]), to_come)
         return row
 
     def _leave(self) -> None:
         """Free the memory of the request, when it is answered or the client has disconnected."""
-        arena, row, block = self._arena, self.row, self._block
-        self._arena = self.row = self._block = self._grown = None
+        arena, row, block, admission = self._arena, self.row, self._block, self._admission
+        self._arena = self.row = self._block = self._admission = None
         if arena is None:
             return
-        if self._grown_bytes:
-            self._memory.give_back(self._grown_bytes)
-            self._grown_bytes = 0
-        if block is not None:
-            assert self._admission is not None
-            self._admission.memory.release(block.nbytes)
+        if self._counted_bytes:
+            self._memory.give_back(self._counted_bytes)
+            self._counted_bytes = 0
+        if block is not None and admission is not None:
+            admission.memory.release(block.nbytes)
             arena.take_back(block)
         if self._missing is not None:
             self._missing = None
@@ -233,14 +216,12 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         if self.row is not None:
             row: Array = self._arena.bytes[self.row]
             return row
-        if self._block is not None:
-            return self._block
-        assert self._grown is not None
-        return np.frombuffer(self._grown, np.uint8)
+        assert self._block is not None
+        return self._block
 
     @property
     def waits_for_row(self) -> bool:
-        return self._arena is not None and self.row is None and self._block is None and self._grown is None
+        return self._arena is not None and self.row is None and self._block is None
 
     @property
     def held_bytes(self) -> int:

@@ -12,6 +12,7 @@ from actserve.core.signature import Signature
 from actserve.engine.registry import Registry
 from actserve.server import off_loop
 from actserve.server.admission import Admission, current_ticket
+from actserve.server.memory import allocate
 from actserve.server.sessions import Sessions
 from actserve.wire.payload import Body
 
@@ -61,26 +62,44 @@ async def read_body(request: Request) -> Body:
     return expanded
 
 
-async def read_raw_body(request: Request, limit_bytes: int) -> bytearray:
-    """The body as sent, bounded: a declared length is refused before the first byte is read."""
-    held_bytes = 0
+async def read_raw_body(request: Request, limit_bytes: int) -> Body:
+    """The body as sent, writable, so that runtimes do not copy it. It is bounded: a declared length is refused before
+    the first byte is read.
+    """
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit_bytes:
+    if not declared.isdecimal():
+        return await _read_chunked(request, limit_bytes)
+    if int(declared) > limit_bytes:
         raise BodyTooLarge(limit_bytes, int(declared))
-    body = bytearray()  # writable, so that runtimes do not copy it
+    body, received, held_bytes = allocate(int(declared)).data, 0, 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
+        if received + len(chunk) > held_bytes:
+            held_bytes += _hold(len(chunk))
+        body[received : received + len(chunk)] = chunk
+        received += len(chunk)
+    return body[:received]
+
+
+async def _read_chunked(request: Request, limit_bytes: int) -> bytearray:
+    body, held_bytes = bytearray(), 0
+    async for chunk in request.stream():
+        if len(body) + len(chunk) > limit_bytes:
             raise BodyTooLarge(limit_bytes)
-        if len(body) > held_bytes:
-            more_bytes = max(HELD_AT_ONCE_BYTES, len(chunk))
-            _hold(more_bytes)
-            held_bytes += more_bytes
+        if _grown_bytes(len(body) + len(chunk)) > held_bytes:
+            held_bytes += _hold(_grown_bytes(len(chunk)))
+        body += chunk
     return body
 
 
-def _hold(size_bytes: int) -> None:
-    """Take memory for the request in progress. Raises `MemoryFull`."""
+def _grown_bytes(size_bytes: int) -> int:
+    """The memory of a bytearray that has grown to `size_bytes`: it has an eighth to spare."""
+    return size_bytes * 9 // 8
+
+
+def _hold(size_bytes: int) -> int:
+    """Take memory for the request in progress, at least `HELD_AT_ONCE_BYTES`. Raises `MemoryFull`."""
+    size_bytes = max(size_bytes, HELD_AT_ONCE_BYTES)
     ticket = current_ticket.get()
     if ticket is not None:
         ticket.hold(size_bytes)
+    return size_bytes

@@ -66,7 +66,7 @@ async def ready(request: Request) -> dict[str, bool]:
 @router.post("/v2/repository/index")
 async def index(request: Request) -> list[dict[str, str]]:
     """Every version of every policy and its state; with `{"ready": true}`, only versions that are ready."""
-    body = await read_raw_body(request, INDEX_LIMIT_BYTES)
+    body = bytes(await read_raw_body(request, INDEX_LIMIT_BYTES))
     try:
         options = pydantic_core.from_json(body or b"{}")
     except ValueError as error:
