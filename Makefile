@@ -9,10 +9,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # The code around the kernels of a .pt2 is compiled without optimisation: it takes a third less time.
 export AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL ?= O0
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
-# Every version is in the file: nothing is resolved, and only what is imported is compiled.
-PINNED := --quiet --disable-pip-version-check --no-deps --no-compile
+# What is imported is compiled then, and kept: compiling everything takes a minute of the installation.
+export PYTHONDONTWRITEBYTECODE :=
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+QUIET := --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/pip install $(QUIET) --constraint .ci/constraints.txt
+PINNED := $(QUIET) --no-deps
 
 .PHONY: demo test test-wide test-fast chromium servers check format docs bench
 
