@@ -3,10 +3,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import urllib3
 
@@ -193,6 +195,19 @@ def test_a_library_that_is_no_model_is_the_loaders_refusal_without_folders(
     with pytest.raises(RuntimeFailure, match="the AOTI loader refused the package: ") as caught:
         load("pt2", artifact)
     assert "/tmp" not in caught.value.message
+
+
+def test_native_code_does_not_stay_in_the_temporary_directory(
+    cart: Artifact, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gone once the program is loaded, so that a service which is killed leaves nothing, too."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked up anew
+    runtime = load("pt2", cart)
+    assert tempfile.gettempdir() == str(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.suffix in (".so", ".o") or "aotinductor" in path.name] == []
+    assert len(runtime.run({"observation": np.zeros((2, 4), np.float32)})) > 0
+    runtime.close()
 
 
 def test_a_file_is_tried_once(cart: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

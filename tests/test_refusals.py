@@ -109,6 +109,52 @@ def used(module: nn.Module) -> nn.Module:
     return module
 
 
+class Attending(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 1, 2, 2)
+        share = 0.5 if self.training else 0.0
+        return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=share).flatten(1)
+
+
+class Stepping(nn.Module):
+    """A recurrent network of torch over a window of observations."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.network(x.reshape(-1, 2, 2))[0][:, -1]
+        return result
+
+
+IN_EVALUATION_MODE: dict[str, Callable[[], nn.Module]] = {
+    "attention": Attending,
+    "TransformerEncoderLayer": lambda: nn.Sequential(
+        nn.Unflatten(-1, (2, 2)), nn.TransformerEncoderLayer(2, 1, 8, batch_first=True), nn.Flatten()
+    ),
+    "RNN": lambda: Stepping(nn.RNN(2, 4, num_layers=2, dropout=0.5, batch_first=True)),
+    "GRU": lambda: Stepping(nn.GRU(2, 4, num_layers=2, dropout=0.5, batch_first=True)),
+    "Dropout": nn.Dropout,
+    "Dropout2d": lambda: nn.Sequential(nn.Unflatten(-1, (1, 2, 2)), nn.Dropout2d(), nn.Flatten()),
+    "AlphaDropout": nn.AlphaDropout,
+    "FeatureAlphaDropout": nn.FeatureAlphaDropout,
+    "RReLU": nn.RReLU,
+}
+
+
+@pytest.mark.parametrize("name", IN_EVALUATION_MODE)
+def test_what_draws_in_training_only_is_deterministic(name: str) -> None:
+    torch.manual_seed(0)
+    module = IN_EVALUATION_MODE[name]().eval()
+    captured = capture(from_module(module, ITEM, "identity"))
+    assert captured.signature.noise == ()
+    assert captured.single_item_reason is None
+    with torch.no_grad():
+        expected = module(torch.from_numpy(BATCH)).numpy()
+    np.testing.assert_allclose(captured.run_reference({"observation": BATCH})["action"], expected, atol=1e-5)
+
+
 WEIGHTS: dict[str, Callable[[], nn.Module]] = {
     "weight_norm": lambda: nn.utils.weight_norm(nn.Linear(4, 3)),
     "weight_norm, used": lambda: used(nn.utils.weight_norm(nn.Linear(4, 3))),

@@ -16,11 +16,12 @@ from actserve.core.errors import (
     NotAcceptable,
     UnsupportedContentType,
 )
-from actserve.core.signature import Array, Signature, TensorSpec
+from actserve.core.signature import Array, Signature, State, TensorSpec
 
 PIXELS = TensorSpec("pixels", "uint8", (4, 3))
 ACTION = TensorSpec("action", "int64", ())
 ONE = Signature((PIXELS,), (ACTION,), 256)
+RECURRENT = Signature((PIXELS,), (ACTION,), 256, (State(TensorSpec("h", "float32", (2,)), "h_next"),), is_init=True)
 TWO = Signature((PIXELS, TensorSpec("speed", "float32", (2,)), TensorSpec("on", "bool", ())), (ACTION,), max_batch=256)
 
 
@@ -30,6 +31,24 @@ def b64(array: Array) -> dict[str, object]:
 
 def decode_json(document: object, signature: Signature = ONE) -> wire.Payload:
     return wire.decode(wire.JSON, json.dumps(document).encode(), signature)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "flag", "expected", "batched"),
+    [
+        ((4, 3), True, [True], False),
+        ((4, 3), [True], [True], False),  # as InitTracker gives it
+        ((2, 4, 3), [True, False], [True, False], True),
+        ((2, 4, 3), [[True], [False]], [True, False], True),
+    ],
+)
+def test_the_reset_flag_may_have_torchrls_shape(
+    pixels: tuple[int, ...], flag: object, expected: list[bool], batched: bool
+) -> None:
+    document = {"pixels": np.zeros(pixels, np.uint8).tolist(), "is_init": flag}
+    payload = decode_json(document, RECURRENT)
+    assert payload.tensors["is_init"].tolist() == expected
+    assert payload.batched == batched
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
