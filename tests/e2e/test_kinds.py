@@ -27,8 +27,8 @@ from tests.waiting import until
 
 ITEMS = 9
 BOTH = ("onnx", "pt2")
-SOME = ("c51", "gsde", "hybrid", "mappo", *policies.KINDS)  # `make test-wide` exports the others, too
 COMPILED = ("cart_pair", "epsilon_greedy", "gru")  # `make test-wide` compiles the others, too
+SOME = ("several_observations", "tanh_normal", "cat_frames", "gsde")  # `make test-wide` exports the others, too
 
 
 class Kinds:
