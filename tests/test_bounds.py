@@ -33,7 +33,7 @@ from torchrl.modules import (
 from typer.testing import CliRunner
 
 from actserve.cli.commands.artifacts import inspect
-from actserve.core.completion import complete
+from actserve.core.completion import blank_inputs, complete
 from actserve.core.errors import ActserveError, CaptureFailed, InvalidTensor, RefusedByProgram
 from actserve.core.settings import Settings
 from actserve.core.signature import Bound, TensorSpec
@@ -229,6 +229,21 @@ def test_a_blank_observation_is_within_bounds() -> None:
     spec.validate(spec.blank(3))
     spec.validate(spec.sample(np.random.default_rng(0), 50))
     assert spec.range == "1 to 6, -3 to -1"
+
+
+def from_one() -> PolicySource:
+    function, item, *_ = GRAPHS["from one"]
+    return from_module(Indexing(function), item, "argmax")
+
+
+def test_blank_inputs_are_within_bounds() -> None:
+    signature = capture(from_one()).signature
+    assert blank_inputs(signature, 3)["observation"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.wide
+def test_the_trial_run_of_a_program_gets_inputs_within_bounds(tmp_path: Path) -> None:
+    assert asked(published(from_one(), tmp_path, "pt2"), [1, 7], "pt2")
 
 
 def gaussian() -> TensorDictModule:

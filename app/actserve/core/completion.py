@@ -58,6 +58,14 @@ def complete(
     return Completed(inputs, seed)
 
 
+def blank_inputs(signature: Signature, size: int) -> Arrays:
+    """Every input of a program for the first step of `size` episodes, each (size, *shape).
+
+    Observations are zeros, or the valid values nearest to zero.
+    """
+    return complete(signature, {spec.name: spec.blank(size) for spec in signature.observations}, size).inputs
+
+
 def choose_exploration(
     signature: Signature, exploration: Exploration | None, seed: int | None
 ) -> tuple[Exploration, int | None]:

@@ -1,12 +1,13 @@
 """A trial run of a `.pt2` program in a child process, so that a crash does not end the service.
 
 The program is native code: its constructors run when it is loaded, and an illegal instruction ends the process. A
-child process therefore loads a new file first and runs it on zeros. The child has to import torch, which is slow, so a
-success is recorded in the user's cache directory, per file, torch version and machine.
+child process therefore loads a new file first and runs it on blank observations. The child has to import torch, which
+is slow, so a success is recorded in the user's cache directory, per file, torch version and machine.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import platformdirs
 
+from actserve.core.completion import blank_inputs
 from actserve.core.errors import RuntimeFailure
 from actserve.engine.runtimes.host import cpu_model, this_host
 from actserve.engine.runtimes.package import inspect_package
@@ -55,11 +57,15 @@ def trial_run(path: Path, artifact: Artifact) -> str | None:
     """Load and run the package at `path` in a child process. Returns the failure, or None."""
     token = secrets.token_hex(8)
     signature = artifact.manifest.signature
+    item = blank_inputs(signature, 1)
     task = {
         "path": str(path),
         "token": token,
         "device": artifact.manifest.programs["pt2"].requires.get("device") or "cpu",
-        "inputs": [[spec.numpy_dtype.name, spec.shape] for spec in signature.inputs],
+        "inputs": [
+            [spec.numpy_dtype.name, spec.shape, base64.b64encode(item[spec.name].tobytes()).decode()]
+            for spec in signature.inputs
+        ],
         "sizes": [size for size in _BATCHES if size <= signature.max_batch],
     }
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter_ns
 
-from actserve.core.completion import complete
+from actserve.core.completion import blank_inputs
 from actserve.core.signature import Array, Arrays, Signature
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -58,8 +58,7 @@ def measure(run: Callable[[Mapping[str, Array]], Arrays], signature: Signature, 
     for size in SIZES:
         if size > signature.max_batch:
             break
-        blank = {spec.name: spec.blank(size) for spec in signature.observations}
-        inputs = complete(signature, blank, size).inputs
+        inputs = blank_inputs(signature, size)
         calls_ns: list[int] = []
         while (total_ns := sum(calls_ns)) < min_ns or len(calls_ns) < (MIN_CALLS if total_ns < SLOW_NS else 2):
             begun_ns = perf_counter_ns()
