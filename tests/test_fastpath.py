@@ -244,6 +244,16 @@ def test_where_no_row_is_free_the_next_one_is_waited_for(lane: Service) -> None:
         arena.release(row)
 
 
+def test_a_compressed_observation_needs_no_row() -> None:
+    with running(FAST) as service:
+        arena = service.policy.batcher.arena
+        assert arena is not None
+        taken = take_rows(arena)
+        assert b"200 OK" in exchange(service, [zstd_request(BODY)])
+        for row in taken:
+            arena.release(row)
+
+
 def test_who_sends_slowly_takes_nobodys_place(lane: Service) -> None:
     """More clients than there are rows hold their bodies back; others are answered, and so are they in the end."""
     arena = lane.policy.batcher.arena

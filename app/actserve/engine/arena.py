@@ -17,6 +17,7 @@ import numpy as np
 
 from actserve.core.completion import complete
 from actserve.core.signature import IS_INIT, Array, Arrays, Signature
+from actserve.engine.malloc import allocate
 
 BATCHES = 4  # there are rows for so many: one in the program, one queued, and two being received
 MAX_BYTES = 16 << 20  # of all rows
@@ -116,19 +117,23 @@ class Arena:
         """Uninitialised memory for the observations of one request, (n,) uint8; `take_back` it later."""
         blocks = self._spare.get(items)
         if not blocks:
-            return np.empty(items * self.item_bytes, np.uint8)
+            return allocate(items * self.item_bytes)
         block = blocks.pop()
         self.spare_bytes -= len(block)
         return block
 
     def take_back(self, block: Array) -> None:
         if self.spare_bytes + len(block) > SPARE_BYTES:  # some sizes may not come again
-            self._spare.clear()
-            self.spare_bytes = 0
+            self.drop_spare()
         blocks = self._spare.setdefault(len(block) // self.item_bytes, [])
         if len(blocks) < SPARE_BLOCKS:
             blocks.append(block)
             self.spare_bytes += len(block)
+
+    def drop_spare(self) -> None:
+        """Free the spare blocks."""
+        self._spare.clear()
+        self.spare_bytes = 0
 
     # slots
 

@@ -7,14 +7,10 @@ new is refused; if the measured bytes exceed it, the connections that hold the m
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 from actserve.core.errors import MemoryFull
-from actserve.core.signature import Array
 
 CONNECTION_BYTES = 16 << 10  # of an idle connection: two protocols, a transport, a parser, the head of a request
 STREAM_BYTES = 64 << 10  # with the buffers of a WebSocket, and its tasks
@@ -23,28 +19,14 @@ RESERVED_BYTES = 64 << 20  # at most, for announced bodies that are still to com
 RESERVED_SHARE = 8  # of the limit: one of so many parts
 
 
-LARGE_BYTES = 256 << 10
-
-
-def allocate(size_bytes: int) -> Array:
-    """Memory for a body that is still to come, (n,) uint8. A page of a large one is used once something is written to
-    it, and goes back to the system with the array. `malloc` keeps what is freed, in pieces that nothing fits into.
-
-    Raises `MemoryError`.
-    """
-    if size_bytes < LARGE_BYTES:
-        return np.empty(size_bytes, np.uint8)
-    try:
-        return np.frombuffer(mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
-    except OSError as error:
-        raise MemoryError(f"no memory for a body of {size_bytes} bytes: {error.strerror}") from None
+UNCOUNTED_SHARE = 8  # of the limit, one of so many parts is left for the allocator's pieces, parsers and tasks
 
 
 class Memory:
     """`taken_bytes` are those in use or promised, `measured_bytes` the further ones at the last measurement."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes - limit_bytes // UNCOUNTED_SHARE
         self.taken_bytes = 0
         self.measured_bytes = 0
         self.reserved_bytes = 0

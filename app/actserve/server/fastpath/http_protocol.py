@@ -21,6 +21,7 @@ from enum import Enum, auto
 from time import perf_counter_ns
 from typing import Any
 
+import numpy as np
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
@@ -251,7 +252,7 @@ class FastPathProtocol(Receiver):
         if expanded is not None:
             self._arena, self.row = endpoint.arena, endpoint.arena.acquire()
             if self.row is None:
-                self._grown = expanded
+                self._block = np.frombuffer(expanded, np.uint8)
             else:
                 endpoint.arena.memory[self.row][:] = expanded
             self._complete()
@@ -333,8 +334,8 @@ class FastPathProtocol(Receiver):
 
     @property
     def held_bytes(self) -> int:
-        cycle = self._inner.cycle
-        return super().held_bytes + (0 if cycle is None else len(cycle.body))
+        ahead: int = self._inner.held_bytes
+        return super().held_bytes + ahead
 
     @property
     def _phase(self) -> Phase:

@@ -16,8 +16,9 @@ from typing import Any
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchRequest
+from actserve.engine.malloc import allocate
 from actserve.server.admission import Admission
-from actserve.server.memory import Memory, allocate
+from actserve.server.memory import Memory
 
 log = logging.getLogger("actserve")
 

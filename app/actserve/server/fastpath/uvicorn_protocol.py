@@ -12,14 +12,17 @@ from actserve.server.http.stream import FAST_PATH
 from actserve.server.http.websocket import WebSocketProtocol
 
 MAX_BYTES = 1 << 16  # of a head, of trailers, and of chunk extensions
+MAX_AHEAD = 128  # requests that wait for the answer to another
+AHEAD_BYTES = 8 << 10  # of such a request: the head as objects, a task to come
 _UPGRADING = (b"upgrade", b"http2-settings")
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class UvicornProtocol(HttpToolsProtocol):
-    """Adds five things: whether the parser is between two messages, a bound on bytes that belong to no body, silence
-    towards clients that have disconnected (uvicorn would log a traceback for each), answers to clients that have closed
-    their side, and answers to requests that ask for an upgrade which is not made.
+    """Adds six things: whether the parser is between two messages, a bound on bytes that belong to no body, a bound on
+    requests that were sent ahead, silence towards clients that have disconnected (uvicorn would log a traceback for
+    each), answers to clients that have closed their side, and answers to requests that ask for an upgrade which is not
+    made.
 
     A server may ignore such an `Upgrade` (RFC 9110, 7.8). Java's client and `curl --http2` send one to HTTP/2 with the
     first request. The parser would skip the body, and read it as the next request. So the request is parsed again,
@@ -87,6 +90,8 @@ class UvicornProtocol(HttpToolsProtocol):
             extensions[FAST_PATH] = stream
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_AHEAD:
+            raise OverflowError(f"more than {MAX_AHEAD} requests were sent ahead")  # the parser gives up
         self.between_messages, self._in_head = False, True
         super().on_message_begin()
 
@@ -136,6 +141,16 @@ class UvicornProtocol(HttpToolsProtocol):
             await app(scope, receive, send_if_connected)
 
         super()._start_asgi_task(cycle, app_until_disconnect)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.pipeline.clear()  # nobody waits for the answers
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of the body so far, and of requests that were sent ahead."""
+        body_bytes: int = 0 if self.cycle is None else len(self.cycle.body)
+        return body_bytes + AHEAD_BYTES * len(self.pipeline)
 
     @property
     def is_idle(self) -> bool:

@@ -9,10 +9,10 @@ from starlette.requests import HTTPConnection
 from actserve import wire
 from actserve.core.errors import BodyTooLarge, InvalidRequest
 from actserve.core.signature import Signature
+from actserve.engine.malloc import allocate
 from actserve.engine.registry import Registry
 from actserve.server import off_loop
 from actserve.server.admission import Admission, current_ticket
-from actserve.server.memory import allocate
 from actserve.server.sessions import Sessions
 from actserve.wire.payload import Body
 
