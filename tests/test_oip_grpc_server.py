@@ -32,13 +32,16 @@ from tests.waiting import until_in_loop
 
 
 @asynccontextmanager
-async def served(registry: Versions, folder: Path) -> AsyncIterator[tuple[grpc.aio.Channel, AsyncExitStack]]:
-    """A channel to the service, and what ends the service when it is closed."""
+async def served(
+    registry: Versions, folder: Path, admission: Admission | None = None
+) -> AsyncIterator[tuple[grpc.aio.Channel, AsyncExitStack]]:
+    """A channel to the service, and a stack that ends the service when it is closed."""
     chosen = Settings(grpc_port=free_port(), max_body_bytes=MAX_BODY_BYTES)
+    admission = admission or Admission(chosen)
     with Sessions(folder / "sessions.sqlite", SessionLimits()) as sessions:
         registry.publish()
         async with AsyncExitStack() as service:
-            await service.enter_async_context(serving(registry, sessions, chosen, Admission(chosen)))
+            await service.enter_async_context(serving(registry, sessions, chosen, admission))
             async with grpc.aio.insecure_channel(f"127.0.0.1:{chosen.grpc_port}") as channel:
                 yield channel, service
         await registry.close()
@@ -80,6 +83,27 @@ def test_what_was_accepted_is_answered_before_the_server_ends(tmp_path: Path) ->
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ServerLive(pb.ServerLiveRequest())
             assert caught.value.code() is StatusCode.UNAVAILABLE
+
+    asyncio.run(main())
+
+
+def test_messages_and_streams_take_memory_of_the_connections(tmp_path: Path) -> None:
+    async def main() -> None:
+        registry, admission = Versions(SLOW), Admission(Settings(max_body_bytes=MAX_BODY_BYTES))
+        memory = admission.memory
+        async with served(registry, tmp_path, admission) as (channel, _):
+            stub = GRPCInferenceServiceStub(channel)
+            with memory.taken(memory.free_bytes):
+                for call in (stub.ModelInfer(infer(BATCH)), stub.ModelStreamInfer().read()):
+                    with pytest.raises(grpc.aio.AioRpcError, match="all connections together may hold") as caught:
+                        await call
+                    assert caught.value.code() is StatusCode.UNAVAILABLE
+            open_ = hold(registry)
+            waiting = asyncio.ensure_future(stub.ModelInfer(infer(BATCH)))
+            await until_in_loop(lambda: memory.taken_bytes == infer(BATCH).ByteSize())
+            open_.set()
+            await waiting
+            await until_in_loop(lambda: memory.taken_bytes == 0)
 
     asyncio.run(main())
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import grpc
@@ -17,6 +18,7 @@ from actserve.core.errors import ActserveError, MalformedBody
 from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
 from actserve.server.admission import Admission, current_ticket
+from actserve.server.memory import STREAM_BYTES
 from actserve.server.protocols.grpc import messages
 from actserve.server.protocols.grpc import status as errors
 from actserve.server.protocols.grpc.infer_stream import InferStream
@@ -119,15 +121,18 @@ class InferenceService:
     ) -> None:
         """Several requests may be in flight; responses come in order. Errors are in the responses and do not end the
         stream. UNAVAILABLE when the service closes."""
+        held = ExitStack()
         try:
             self.admit(context)
+            held.enter_context(self._admission.memory.taken(STREAM_BYTES))
         except ActserveError as error:
             await context.abort(*errors.status(error))
-        stream = InferStream(self._respond, _sequence, context.write)
-        if not await stream.run(requests, self._closing):
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE, "the service is closing; it has answered all requests that it received"
-            )
+        with held:
+            stream = InferStream(self._respond, _sequence, context.write)
+            if not await stream.run(requests, self._closing):
+                await context.abort(
+                    grpc.StatusCode.UNAVAILABLE, "the service is closing; it has answered all requests that it received"
+                )
 
     async def _find(self, name: str, version: str) -> Policy:
         return await self._registry.find(name, version or None)
@@ -137,17 +142,19 @@ class InferenceService:
         call.current.set(Call.of(request.id))  # never reset: each request has its own task
         name = request.model_name if request.model_name in self._registry.names else ""
         tally = self._registry.counts.tally(name, "grpc", "ModelInfer")
+        size_bytes = request.ByteSize()
         try:
-            response = await infer.handle_infer(
-                self._admission,
-                self._sessions,
-                self._registry,
-                await self._find(request.model_name, request.model_version),
-                bool(request.model_version),
-                lambda: messages.GrpcInferRequest(request),
-                messages.encode,
-                takes_long=request.ByteSize() > MANY_BYTES,
-            )
+            with self._admission.memory.taken(size_bytes):
+                response = await infer.handle_infer(
+                    self._admission,
+                    self._sessions,
+                    self._registry,
+                    await self._find(request.model_name, request.model_version),
+                    bool(request.model_version),
+                    lambda: messages.GrpcInferRequest(request),
+                    messages.encode,
+                    takes_long=size_bytes > MANY_BYTES,
+                )
         except Exception as error:
             tally.add(errors.code(error).name, error.code if isinstance(error, ActserveError) else "internal")
             raise
