@@ -83,8 +83,6 @@ NO_ROW = {
     "LMHeadActorValueOperator": "a head of language models of `transformers`, which is not installed",
     "RandomPolicy": "refused: no module, and it reads nothing",
 }  # fmt: skip
-# Classes whose rows are not written yet.
-PENDING = {"LeRobotPolicyWrapper", "TinyVLA", "VLAWrapperBase"}
 
 
 def record(kind: str, runtime: str, exploration: str, max_batch: int) -> None:

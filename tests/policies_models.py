@@ -1,4 +1,4 @@
-"""World models and recurrent cells of TorchRL in policies. The docstring is the title in the table of kinds."""
+"""World models, recurrent cells and models of vision and language of TorchRL, in policies. The docstring is the title."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.data import Unbounded
@@ -19,11 +19,13 @@ from torchrl.modules import (
     DreamerV3ImageEncoder,
     DreamerV3SeededPolicy,
     GRUCell,
+    LeRobotPolicyWrapper,
     LSTMCell,
     ObsEncoder,
     RSSMPosterior,
     RSSMPrior,
     TanhNormal,
+    TinyVLA,
 )
 
 from tests.policies import OBSERVATION
@@ -118,9 +120,41 @@ def cells() -> Pair:
     return policy, TensorDict({**OBSERVATION, **{name: torch.zeros(8) for name in "abcde"}})
 
 
+def seeing() -> TensorDict:
+    """An example of what vision-language-action policies read."""
+    observation = TensorDict({"image": torch.zeros(3, 16, 16), "state": torch.zeros(5)})
+    return TensorDict({"observation": observation, "language_instruction": NonTensorData("pick up the cup")})
+
+
+def vla() -> Pair:
+    """`TinyVLA` (the instruction is fixed)"""
+    torch.manual_seed(0)
+    policy = TinyVLA(action_dim=3, chunk_size=4, hidden_dim=16)
+    policy(TensorDict.stack([seeing(), seeing()]))  # lazy layers
+    return policy, seeing()
+
+
+class Chunks(nn.Module):
+    """A policy with the interface of LeRobot's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(5, 12), nn.Unflatten(-1, (4, 3)))
+
+    def predict_action_chunk(self, batch: Any) -> Tensor:
+        chunk: Tensor = self.network(batch["observation.state"])
+        return chunk
+
+
+def wrapped_lerobot() -> Pair:
+    """`LeRobotPolicyWrapper` (the instruction is fixed)"""
+    torch.manual_seed(0)
+    return LeRobotPolicyWrapper(Chunks(), action_dim=3, chunk_size=4), seeing()
+
+
 KINDS: dict[str, Callable[[], Pair]] = {
     factory.__name__: factory
     for factory in (
-        dreamer_pixels, dreamer_v3_pixels, cells,
+        dreamer_pixels, dreamer_v3_pixels, cells, vla, wrapped_lerobot,
     )
 }  # fmt: skip

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MultiAgentMLP
 
 from actserve.core.errors import CaptureFailed
 from actserve_export.capture import capture
 from actserve_export.capture.trace import MAX_BATCH
+from actserve_export.sources import samples
 from actserve_export.sources.policy_source import PolicySource
+from tests import policies_models
 from tests.policies import cart
 
 
@@ -122,6 +127,19 @@ def test_a_dtype_that_no_client_can_send_is_refused() -> None:
     for dtype in (torch.complex64, torch.float8_e5m2):
         with pytest.raises(CaptureFailed, match=rf"x: expected one of uint8.*; got {str(dtype)[6:]}"):
             capture(source(nn.Identity(), torch.zeros(3).to(dtype)))
+
+
+@pytest.mark.parametrize("kind", [policies_models.vla, policies_models.wrapped_lerobot])
+def test_what_is_no_tensor_is_fixed_in_the_program(kind: Callable[[], policies_models.Pair]) -> None:
+    policy, example = kind()
+    captured = capture(PolicySource(policy, example))
+    inputs = samples.collect(PolicySource(policy, example), captured.signature, 1)
+    seen = example.unsqueeze(0)
+    for name, key in captured.layout.observations.items():
+        seen.set(key, torch.from_numpy(inputs[name]))
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        expected = policy(seen)["vla_action", "chunk"].numpy()
+    np.testing.assert_allclose(captured.run_reference(inputs)["vla_action_chunk"], expected, atol=1e-6)
 
 
 def test_a_policy_that_cannot_run_its_example_says_so() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_non_tensor
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.envs.transforms import Transform
@@ -19,6 +20,8 @@ from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import SwappedCompose, reads_and_writes
 from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
 from actserve_export.sources.policy_source import PolicySource
+
+log = logging.getLogger("actserve")
 
 # Outputs that the program returns besides the action, if the policy writes them.
 KNOWN_OUTPUTS = ("action_value", "logits", "loc", "scale", "state_value", "action_log_prob", "sample_log_prob")
@@ -36,6 +39,7 @@ class Layout:
     is_init: bool  # the policy itself reads "is_init"
     is_init_shape: tuple[int, ...]
     groups: dict[Key, tuple[int, ...]]  # nested tensordicts -> their batch size, such as the agents of a group
+    fixed: dict[Key, Any]  # what is no tensor, such as an instruction: as in the example
 
     def tensordict(self, tensors: Mapping[str, Tensor], batch: Any) -> TensorDict:
         """The tensordict that the policy gets: observations and state by name, (B, *shape) each."""
@@ -44,6 +48,8 @@ class Layout:
             tensordict.set(key, TensorDict({}, batch_size=[batch, *size]))
         for name, key in (self.observations | {name: read for name, (read, _) in self.states.items()}).items():
             tensordict.set(key, tensors[name])
+        for key, value in self.fixed.items():
+            tensordict.set_non_tensor(key, value)
         return tensordict
 
 
@@ -56,7 +62,10 @@ def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
     carried = {key for step in steps if not _prepares(step) for key in step.out_keys} - actions
     carried |= {key for each in steps if isinstance(each, Primed) for key in each.carried if _next(key) not in carried}
     present = set(source.example.keys(include_nested=True, leaves_only=True))
-    needed = [key for key in reads if last_part(key) != IS_INIT.name]
+    fixed = {key: value.tolist() for key in reads if is_non_tensor(value := source.example.get(key, None))}
+    for key, value in fixed.items():
+        log.warning("%s is no tensor, and fixed in the program: %r", key_name(key), value)
+    needed = [key for key in reads if last_part(key) != IS_INIT.name and key not in fixed]
     if missing := [key for key in needed if key not in present]:
         raise CaptureFailed(f"the policy reads {missing}, which the example lacks; it has {sorted(map(str, present))}")
     written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
@@ -75,9 +84,10 @@ def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
             source.outputs or _outputs(source.policy, steps, set(written.values()) - actions),
             {name for name, key in names.items() if key in written},
         ),
-        is_init=len(needed) < len(reads),
+        is_init=len(needed) + len(fixed) < len(reads),
         is_init_shape=() if init is None else tuple(init.shape),
         groups=_groups(source.example),
+        fixed=fixed,
     )
 
 
