@@ -1,4 +1,4 @@
-"""World models, recurrent cells and models of vision and language of TorchRL, in policies. The docstring is the title."""
+"""World models, recurrent cells and vision-language models of TorchRL in policies. The docstring is the title."""
 
 from __future__ import annotations
 
