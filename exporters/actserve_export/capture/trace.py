@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ def trace(program: Callable[[], nn.Module], signature: Signature, batch: int) ->
     `program` makes it anew: tracing can harm a module. Raises `CaptureFailed`.
     """
     examples = tuple(torch.from_numpy(spec.zeros(batch)) for spec in signature.inputs)
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)  # it prints whole graphs
     dynamic = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch > 1 else None
     try:
         with without_value_checks(), warnings.catch_warnings():
