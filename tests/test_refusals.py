@@ -61,6 +61,12 @@ REFUSED: dict[Any, str] = {
 }
 
 
+def test_a_refusal_is_one_sentence_without_graphs(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureFailed):
+        capture(from_module(Function(decides), ITEM, "argmax"))
+    assert "def forward" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("function", REFUSED)
 def test_what_a_program_cannot_do_is_refused_with_the_line(function: Callable[[Any, Tensor], Any]) -> None:
     with pytest.raises(CaptureFailed, match=REFUSED[function]):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr
 
 import torch
 from torch import nn
@@ -25,10 +27,11 @@ def trace(program: Callable[[], nn.Module], signature: Signature, batch: int) ->
     `program` makes it anew: tracing can harm a module. Raises `CaptureFailed`.
     """
     examples = tuple(torch.from_numpy(spec.zeros(batch)) for spec in signature.inputs)
-    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)  # it prints whole graphs
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     dynamic = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch > 1 else None
     try:
-        with without_value_checks(), warnings.catch_warnings():
+        # Where it fails, torch prints the graph so far.
+        with without_value_checks(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.filterwarnings("ignore", message=".*_flat_weights")  # torch's LSTM rebuilds its list of weights
             shapes = tuple(dynamic for _ in examples)
             exported = torch.export.export(program(), examples, dynamic_shapes=shapes, strict=False)
