@@ -87,7 +87,7 @@ def run(
         finally:
             clients.stop()
             outcome.exit_code = service.stop()
-            if outcome.problems():
+            if outcome.problems() or sys.exc_info()[1] is not None:
                 sys.stderr.write(service.log.read_text(errors="replace")[-5000:])
         shutil.rmtree(folder / "store", ignore_errors=True)
     return outcome
