@@ -113,3 +113,22 @@ def test_while_loading_requests_are_told_to_come_back(cart_store: ModelStore) ->
         await registry.close()
 
     asyncio.run(main())
+
+
+def test_a_store_that_is_away_when_a_worker_begins_is_no_store_without_policies(own_store: ModelStore) -> None:
+    away = own_store.root.rename(own_store.root.with_name("away"))
+
+    async def scenario(registry: Registry) -> None:
+        assert registry.not_ready() == "the folder of the store cannot be read: No such file or directory"
+        for ask in (registry.get, registry.begin):
+            with pytest.raises(NotServing, match="cannot be read: No such file or directory; try again shortly"):
+                await ask("cart")
+        with pytest.raises(NotServing, match="cannot be read"):
+            registry.describe("cart")
+        away.rename(own_store.root)
+        await registry.poll()
+        assert (await registry.get("cart")).name == "cart"
+        with pytest.raises(UnknownPolicy):
+            await registry.get("chess")
+
+    with_registry(own_store, scenario, poll_s=600)

@@ -41,10 +41,11 @@ def open_for_reading(location: str, trust: Path | None = None) -> ModelStore:
     from actserve.store.trust import Trust
 
     store = open_store(location, Trust.load(trust))
-    try:
-        store.refresh()
-    except StoreUnreachable as error:
-        console().print(f"{error.message}; using the artifacts fetched before", soft_wrap=True)
+    if "://" in location:
+        try:
+            store.refresh()
+        except StoreUnreachable as error:
+            console().print(f"{error.message}; using the artifacts fetched before", soft_wrap=True)
     return store
 
 

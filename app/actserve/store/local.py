@@ -21,6 +21,7 @@ from actserve.core.errors import (
     InvalidName,
     MisplacedVersion,
     StoreError,
+    StoreUnreachable,
     UnknownPolicy,
     UnknownVersion,
 )
@@ -49,7 +50,11 @@ class ModelStore:
             self._trust = dataclasses.replace(self._trust, keys=(*self._trust.keys, key.public))
 
     def refresh(self) -> None:
-        """Update the list of artifacts. Only remote stores need it."""
+        """Check that the store can be read; a remote store is listed anew. Raises `StoreUnreachable`."""
+        try:
+            self.root.stat()
+        except OSError as error:
+            raise StoreUnreachable(f"the folder of the store cannot be read: {error.strerror}") from None
 
     def names(self) -> list[str]:
         """The policies that have at least one version, sorted."""

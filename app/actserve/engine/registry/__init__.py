@@ -14,7 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Set
 from typing import Any
 
-from actserve.core.errors import NotServing, SessionsUnavailable, StoreError, UnknownPolicy, UnknownVersion
+from actserve.core.errors import (
+    ActserveError,
+    NotServing,
+    SessionsUnavailable,
+    StoreError,
+    UnknownPolicy,
+    UnknownVersion,
+)
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine.policy import Acted, Policy
@@ -87,7 +94,7 @@ class Registry:
         if self.failed:
             return self.failed
         if not self._live:
-            return "no policy in the store can be served"
+            return self._unreachable or "no policy in the store can be served"
         if self._settings.policy not in (None, *self._live):
             return f"there is no policy {self._settings.policy!r} to serve by default"
         return None
@@ -144,14 +151,17 @@ class Registry:
     def _get_live(self, name: str | None) -> Policy:
         if name in self._live:
             return self._live[name]
-        if self.loading:
-            raise self._still_loading()
-        if name is not None and (refused := self._refused.of(name)):
+        if not self.loading and name is not None and (refused := self._refused.of(name)):
             raise refused[max(refused)]
-        raise UnknownPolicy(name or "", sorted(self._live))
+        raise self._unknown(name or "", sorted(self._live))
 
-    def _still_loading(self) -> NotServing:
-        return NotServing(f"{self._loading_reason}; try again shortly")
+    def _unknown(self, name: str, known: list[str]) -> ActserveError:
+        """The error for a policy that is not there, as far as the store could be read."""
+        if self.loading:
+            return NotServing(f"{self._loading_reason}; try again shortly")
+        if self._unreachable is not None:
+            return NotServing(f"{self._unreachable}; try again shortly")
+        return UnknownPolicy(name, known)
 
     async def find(self, name: str, version: str | None) -> Policy:
         """As `get`; `version` is a number or an alias, from a URL. Raises `UnknownVersion` for other texts."""
@@ -205,7 +215,7 @@ class Registry:
     def describe(self, name: str) -> dict[str, Any]:
         """JSON-able: the live version of `name`, its candidates, and the refused versions with their errors."""
         if name not in self.names:
-            raise self._still_loading() if self.loading else UnknownPolicy(name, self.names)
+            raise self._unknown(name, self.names)
         policy = self._live.get(name)
         current = policy.describe() if policy else {"name": name, "version": None, "runtime": None, "reason": None}
         refused = {v: {"code": e.code, "message": e.message} for v, e in self._refused.of(name).items()}
