@@ -1,4 +1,4 @@
-"""Nothing is unbounded: what is too much is refused, soon and in so many words, and the service goes on."""
+"""Everything is bounded: a request that is too large is refused soon, with a reason, and the service goes on."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_streams_are_bounded_by_their_memory() -> None:
 
 
 def test_who_does_not_read_is_not_read(tmp_path: Path) -> None:
-    """Answers that nobody reads do not pile up: after those that fit into the buffers, no request is taken."""
+    """Unread answers are bounded: once the buffers are full, the service reads no further request of that client."""
     with (
         running(FAST, SETTINGS, uds=str(tmp_path / "socket")) as service,  # whose buffers are small
         socket.socket(socket.AF_UNIX) as connection,

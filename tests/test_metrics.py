@@ -57,7 +57,7 @@ def scrape(call: Caller, accept: str = "") -> Samples:
 
 
 def grown(before: Samples, after: Samples, name: str) -> dict[str, float]:
-    """By the values of a counter's labels, sorted by name, what has been added to it."""
+    """The value of a counter for each combination of its labels, sorted by name."""
     return {
         ",".join(value for _, value in sorted(labels)): value - before.get((sample, labels), 0)
         for (sample, labels), value in after.items()

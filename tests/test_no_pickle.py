@@ -81,7 +81,7 @@ def test_only_one_file_opens_what_others_pickled() -> None:
 
 
 def contents(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
-    """A file and, of an archive, what is inside, and inside that."""
+    """A file; of an archive also its members, at any depth."""
     yield name, data
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

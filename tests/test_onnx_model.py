@@ -1,4 +1,4 @@
-"""Refused `.onnx` models: each is first run in ONNX Runtime, to show that it does what it is refused for."""
+"""Refused `.onnx` models. Each is first run in ONNX Runtime, to show that the reason of the refusal is true."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_operators_that_are_not_onnxs_own_are_refused() -> None:
 
 
 def test_a_message_in_two_pieces_is_looked_at_whole() -> None:
-    """Protobuf joins what comes twice: so a model may be the bytes of one model after those of another."""
+    """Protobuf joins repeated fields, so the bytes of two models in a row are one model."""
     hidden = add(inside()) + ModelProto(graph=onnx.GraphProto(initializer=[external("v")])).SerializeToString()
     assert onnx.load_from_string(hidden).graph.initializer[1].name == "v"
     assert inspect_model(hidden) == ELSEWHERE

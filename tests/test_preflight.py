@@ -34,7 +34,7 @@ HOST = Host(
     cxxabi=(1, 3, 12),
     libraries=frozenset({"libc.so.6"}),
 )
-# What a manifest may ask, and what this actserve answers on HOST.
+# Requirements of a manifest, and the refusal on HOST.
 FORGED: dict[str, tuple[dict[str, object], str]] = {
     "platform": ({"platform": "Darwin-arm64"}, "built for Darwin-arm64, this host is Linux-x86_64"),
     "device": ({"device": "cuda"}, "built for cuda, this host has cpu"),

@@ -1,4 +1,4 @@
-"""Stores behind a URL: what is fetched and kept, and what happens when the network goes away or the store lies."""
+"""Stores behind a URL: which files are fetched and kept, with a network that fails and a store that is wrong."""
 
 from __future__ import annotations
 

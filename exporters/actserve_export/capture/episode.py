@@ -20,7 +20,7 @@ from torchrl.envs.transforms import RewardSum, TargetReturn
 
 from actserve_export.capture.step_io import StepIO
 from actserve_export.capture.steps import TransformStep, keys_of
-from actserve_export.sources.keys import Key, key_name
+from actserve_export.sources.keys import Key, key_name, next_key
 
 
 class StepCount(TransformStep):
@@ -133,7 +133,7 @@ class Primed(TransformStep):
 
     def choose(self, given: set[Key], carried: set[Key]) -> None:
         """Sort the values that are read. `given`: keys of the example; `carried`: keys that the policy writes."""
-        changed = [key for key in self.out_keys if key in carried or _next(key) in carried]
+        changed = [key for key in self.out_keys if key in carried or next_key(key) in carried]
         drawn = [key for key in self.out_keys if self.random or callable(self.defaults[key])]
         self.examples = {key: self._value(key) for key in (*changed, *drawn)}
         self.carried = [key for key in changed if key not in drawn]
@@ -154,7 +154,3 @@ class Primed(TransformStep):
                 value = torch.where(starts, value, tensordict.get(key))
             tensordict.set(key, value)
         return tensordict
-
-
-def _next(key: Key) -> Key:
-    return ("next", *((key,) if isinstance(key, str) else key))

@@ -18,7 +18,7 @@ from actserve.core.signature import IS_INIT
 from actserve_export.capture.episode import Primed
 from actserve_export.capture.steps import StepModule
 from actserve_export.capture.swaps import SwappedCompose, reads_and_writes
-from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part
+from actserve_export.sources.keys import Key, key_name, keys_by_name, last_part, next_key
 from actserve_export.sources.policy_source import PolicySource
 
 log = logging.getLogger("actserve")
@@ -60,7 +60,9 @@ def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
     # The environment gives the previous action: a policy that reads it does not carry it.
     actions = set(_actions(source.policy, steps))
     carried = {key for step in steps if not _prepares(step) for key in step.out_keys} - actions
-    carried |= {key for each in steps if isinstance(each, Primed) for key in each.carried if _next(key) not in carried}
+    carried |= {
+        key for each in steps if isinstance(each, Primed) for key in each.carried if next_key(key) not in carried
+    }
     present = set(source.example.keys(include_nested=True, leaves_only=True))
     fixed = {key: value.tolist() for key in reads if is_non_tensor(value := source.example.get(key, None))}
     for key, value in fixed.items():
@@ -68,7 +70,7 @@ def layout_of(source: PolicySource, policy: nn.Module) -> Layout:
     needed = [key for key in reads if last_part(key) != IS_INIT.name and key not in fixed]
     if missing := [key for key in needed if key not in present]:
         raise CaptureFailed(f"the policy reads {missing}, which the example lacks; it has {sorted(map(str, present))}")
-    written = {key: after for key in needed for after in (_next(key), key) if after in carried and after in writes}
+    written = {key: after for key in needed for after in (next_key(key), key) if after in carried and after in writes}
     if needed and len(written) == len(needed):
         raise CaptureFailed(f"the policy overwrites everything that it reads ({needed}): expected an observation, too")
     names = {
@@ -128,10 +130,6 @@ def modules_in_order(policy: nn.Module) -> list[Any]:
     if children is None:
         return [policy]
     return [found for child in children for found in modules_in_order(child)]
-
-
-def _next(key: Key) -> Key:
-    return ("next", *((key,) if isinstance(key, str) else key))
 
 
 def _outputs(policy: Any, steps: list[Any], state: set[Key]) -> list[Key]:

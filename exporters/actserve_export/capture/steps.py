@@ -69,7 +69,7 @@ def keys_of(original: Any, name: str) -> list[Any]:
     """The keys of a transform. Some ask its environment for them, which may be gone: then there are none."""
     try:
         return list(getattr(original, name, None) or [])
-    except (NotImplementedError, RuntimeError, ValueError):
+    except (NotImplementedError, RuntimeError, ValueError):  # what these properties raise without an environment
         return []
 
 

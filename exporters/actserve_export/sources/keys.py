@@ -46,3 +46,8 @@ def keys_by_name(keys: Iterable[Key], kind: str, *, rename: bool = False) -> dic
             )
         names[name] = key
     return names
+
+
+def next_key(key: Key) -> Key:
+    """Where a module writes the next value of `key`: ("next", key)."""
+    return ("next", *((key,) if isinstance(key, str) else key))

@@ -177,10 +177,11 @@ class FastPath:
                 await asyncio.sleep(0)
         memory = self.admission.memory
         arenas = [arena for policy in self._registry.live if (arena := policy.batcher.arena) is not None]
-        if memory.taken_bytes + sum(held.values()) > memory.limit_bytes // 2:
+        total_bytes = sum(held.values())
+        if memory.taken_bytes + total_bytes > memory.limit_bytes // 2:
             for arena in arenas:
                 arena.drop_spare()
-        memory.measured_bytes = sum(held.values()) + sum(arena.spare_bytes for arena in arenas)
+        memory.measured_bytes = total_bytes + sum(arena.spare_bytes for arena in arenas)
         for connection in sorted(held, key=held.__getitem__, reverse=True):
             if memory.free_bytes >= 0:
                 break
