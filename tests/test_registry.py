@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -126,9 +127,31 @@ def test_a_store_that_is_away_when_a_worker_begins_is_no_store_without_policies(
         with pytest.raises(NotServing, match="cannot be read"):
             registry.describe("cart")
         away.rename(own_store.root)
-        await registry.poll()
+        polled = asyncio.create_task(registry.poll())
+        while not polled.done():  # what the store has is loaded before it can be said what it has not
+            with contextlib.suppress(NotServing):
+                assert (await registry.get("cart")).name == "cart"
+            await asyncio.sleep(0.001)
         assert (await registry.get("cart")).name == "cart"
         with pytest.raises(UnknownPolicy):
             await registry.get("chess")
+
+    with_registry(own_store, scenario, poll_s=600)
+
+
+def test_a_store_that_goes_away_while_it_is_read_is_no_store_without_policies(
+    own_store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refresh = ModelStore.refresh
+
+    def refresh_and_go_away(store: ModelStore) -> None:
+        refresh(store)
+        own_store.root.rename(own_store.root.with_name("away"))
+
+    monkeypatch.setattr(ModelStore, "refresh", refresh_and_go_away)
+
+    async def scenario(registry: Registry) -> None:
+        with pytest.raises(NotServing, match="cannot be read"):
+            await registry.get("cart")
 
     with_registry(own_store, scenario, poll_s=600)

@@ -254,10 +254,14 @@ class Registry:
         async with self._poll_lock:
             if retry:
                 self._refused.retry()
-            found = await asyncio.to_thread(self._read_store)
+            unreachable, found = await asyncio.to_thread(self._read_store)
+            if unreachable not in (None, self._unreachable):
+                log.warning("%s; versions that were fetched before are still served", unreachable)
+            self._unreachable = unreachable or self._unreachable  # until what is found now is served
             self._stored = {name: versions for name, (versions, _) in found.items()}
             for name, (versions, policy_routing) in found.items():
                 await self._update(name, versions, policy_routing)
+            self._unreachable = unreachable
             for name in self._refused.names:
                 routed = self._candidates[name].routing.versions
                 self._refused.keep(name, routed.union(self._stored.get(name, ())))
@@ -265,25 +269,28 @@ class Registry:
             with contextlib.suppress(SessionsUnavailable):
                 self._loaded.sweep(self.session_versions, stored)
 
-    def _read_store(self) -> dict[str, tuple[list[int], Routing | StoreError | None]]:
-        """The versions and the routing of each policy. Blocks."""
-        unreachable = None
-        try:
-            self._store.refresh()
-        except StoreError as error:
-            unreachable = error.message
-        if unreachable not in (None, self._unreachable):
-            log.warning("%s; versions that were fetched before are still served", unreachable)
-        self._unreachable = unreachable
+    def _read_store(self) -> tuple[str | None, dict[str, tuple[list[int], Routing | StoreError | None]]]:
+        """Why the store cannot be read, or None; the versions and the routing of each policy. Blocks."""
+        unreachable = self._refresh()
         found: dict[str, tuple[list[int], Routing | StoreError | None]] = {}
-        for name in self._store.names():
+        names = self._store.names()
+        for name in names:
             with contextlib.suppress(UnknownPolicy):  # deleted meanwhile
                 versions = self._store.versions(name)
                 try:
                     found[name] = versions, routing.read(self._store.root, name)
                 except StoreError as error:
                     found[name] = versions, error
-        return found
+        if not found or len(found) < len(names):  # a store that went away meanwhile looks like an empty one
+            unreachable = unreachable or self._refresh()
+        return unreachable, found
+
+    def _refresh(self) -> str | None:
+        try:
+            self._store.refresh()
+        except StoreError as error:
+            return error.message
+        return None
 
     async def _update(self, name: str, versions: list[int], policy_routing: Routing | StoreError | None) -> None:
         candidates = self._candidates.setdefault(name, Candidates())
