@@ -9,7 +9,8 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # of the libraries, at their import
+    for kind in ("DeprecationWarning", "FutureWarning"):  # of the libraries
+        config.addinivalue_line("filterwarnings", f"ignore::{kind}")
 
 
 collect_ignore_glob = [] if find_spec("rsl_rl") else ["test_*.py"]

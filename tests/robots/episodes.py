@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import urllib3
 from torch import Tensor
 
+from actserve import RemotePolicy
 from actserve.core.completion import complete
+from actserve.core.settings import Settings
 from actserve.core.signature import Arrays
 from actserve.engine.runtimes.load import load
+from actserve.server.app import create_app
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
 from actserve_export.publish import export
 from actserve_export.sources.policy_source import PolicySource
+from tests.serving import port_of, serving
+from tests.waiting import until
 
 ROWS, STEPS = 3, 30
 Act = Callable[[dict[str, Tensor], Tensor], Tensor]  # (observations, where episodes begin) -> actions
@@ -24,6 +31,17 @@ Act = Callable[[dict[str, Tensor], Tensor], Tensor]  # (observations, where epis
 
 def published(source: PolicySource, folder: Path) -> Artifact:
     return export(source, "robot", ModelStore(folder), origin="x", runtimes=["onnx"]).artifact
+
+
+@contextmanager
+def serving_policy(source: PolicySource, folder: Path) -> Iterator[RemotePolicy]:
+    """A client of a service with the policy, exported."""
+    published(source, folder)
+    with serving(create_app(Settings(store=str(folder), runtime="onnx"))) as server:
+        url = f"http://127.0.0.1:{port_of(server)}"
+        until(lambda: urllib3.request("GET", f"{url}/readyz").status == 200)
+        with RemotePolicy(url) as client:
+            yield client
 
 
 def assert_same_episodes(artifact: Artifact, act: Act, rows: int = ROWS, begins_at: float = 0.1) -> None:
