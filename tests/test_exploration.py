@@ -37,6 +37,7 @@ from actserve.core.errors import CaptureFailed
 from actserve_export.capture import TracedPolicy, capture
 from actserve_export.capture.exploration import choices, random_action
 from actserve_export.certify import distributions as statistics
+from actserve_export.certify.distributions import chi_square, kolmogorov_smirnov
 from actserve_export.sources import samples
 from actserve_export.sources.policy_source import PolicySource
 from tests import policies_agents, policies_heads
@@ -223,3 +224,17 @@ def test_a_spec_may_be_composite() -> None:
     )
     captured = capture(source(policy))
     assert [noise.distribution for noise in captured.signature.noise] == ["uniform", "normal"]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.3])
+def test_the_two_sample_tests_are_those_of_scipy(shift: float) -> None:
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=1500), rng.normal(size=1000) + shift
+    expected = stats.ks_2samp(ours, theirs, method="asymp").pvalue
+    assert kolmogorov_smirnov(ours, theirs) == pytest.approx(expected, rel=0.15)  # for finite samples
+    for kinds in (2, 5):
+        counts = [np.bincount(np.digitize(sample, np.linspace(-1, 1, kinds - 1))) for sample in (ours, theirs)]
+        expected = stats.chi2_contingency(np.stack(counts)).pvalue
+        assert chi_square(*counts) == pytest.approx(expected, rel=1e-9)
