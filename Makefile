@@ -21,10 +21,10 @@ PINNED := $(QUIET) --no-deps
 demo: .venv/all
 	$(BIN)/python -m actserve_export.demo
 
-test: .venv/dev .venv/kserve/installed .venv/ray/installed .venv/s3/installed chromium servers
+test: .venv/dev .venv/kserve/installed .venv/s3/installed chromium servers
 	$(PYTEST) -m "not wide"
 
-test-wide: .venv/dev .venv/robots/installed
+test-wide: .venv/dev .venv/ray/installed .venv/robots/installed
 	$(PYTEST) -m wide
 
 test-fast: .venv/dev

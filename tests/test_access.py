@@ -15,7 +15,7 @@ from actserve.core.errors import RateLimited, Unauthorized, UsageError
 from actserve.server.access.tokens import CHECK_EVERY_S, PREFIX, Access, Token, add_token, read_tokens
 from actserve.server.admission import Ticket
 from tests.clock import Clock
-from tests.test_cli import actserve
+from tests.command_line import actserve
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from actserve.server import admin
 from actserve.store import routing
 from actserve.store.local import ModelStore
 from actserve.store.routing import Routing
-from tests.test_cli import actserve
+from tests.command_line import actserve
 from tests.variants import Variants
 from tests.waiting import until
 

@@ -153,7 +153,14 @@ SPACES: dict[str, tuple[Any, list[Any], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("algorithm", "name"), [*((PPO, name) for name in SPACES), (DQN, "discrete")])
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [
+        (DQN, "discrete"),
+        (PPO, "several, from 1"),
+        *(pytest.param(PPO, name, marks=pytest.mark.wide) for name in SPACES if name != "several, from 1"),
+    ],
+)
 def test_an_observation_outside_of_its_space_is_refused(algorithm: Any, name: str, tmp_path: Path) -> None:
     space, right, wrong = SPACES[name]
     _model(algorithm, space, CHOICE)().save(tmp_path / "model.zip")

@@ -1,27 +1,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from actserve.cli.tools.local_service import serve
 from actserve.store.local import ModelStore
-
-ROOT = Path(__file__).parent.parent
-
-
-def actserve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "actserve", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        cwd=ROOT,
-    )
+from tests.command_line import actserve
 
 
 def test_help_lists_the_commands() -> None:

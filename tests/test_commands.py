@@ -13,8 +13,8 @@ from actserve.store.local import ModelStore
 from actserve.store.trust.signing import PrivateKey
 from actserve_export.compile import _existing
 from actserve_export.publish import export
+from tests.command_line import actserve
 from tests.policies import cart
-from tests.test_cli import actserve
 
 
 def test_keys_are_made_and_shown(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from actserve.server.http.error_responses import STATUS
 from tests.documents import OUTPUT, ROOT, RUN, SHOWN, Block, Reader, agrees, blocks, tokens
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
+LONG = ("tutorial.md",)  # documents that compile and measure: `make test-wide` does what they say
 _LINK = re.compile(r"^(?![a-z]+:)([^#]*)(?:#(.+))?$")
 
 
@@ -29,7 +30,14 @@ def each(documents: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("document", documents, ids=named)
 
 
-@each([document for document in DOCUMENTS if any(blocks(document))])
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(document, marks=[pytest.mark.wide] if document.name in LONG else [], id=named(document))
+        for document in DOCUMENTS
+        if any(blocks(document))
+    ],
+)
 def test_what_a_document_says_works(document: Path, tmp_path: Path) -> None:
     printed: str | None = None  # by the block before, if it was run
     with Reader(tmp_path) as reader:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
 from actserve_export.publish import export
 from actserve_export.sources.onnx_source import OnnxSource
+from tests.command_line import Done, actserve
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 WEIGHTS = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
@@ -282,9 +281,8 @@ def test_a_file_is_described_on_the_command_line(tmp_path: Path) -> None:
     onnx.save(recurrent("n"), tmp_path / "robot.onnx")
     options = ["--state", "h_in=h_out", "--batch-axis", "h_in=1", "--output", "actions"]
 
-    def export_it(target: str, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "actserve", "export", target, "--store", str(tmp_path / "store"), *options]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)
+    def export_it(target: str, *options: str) -> Done:
+        return actserve("export", target, "--store", str(tmp_path / "store"), *options, cwd=tmp_path)
 
     done = export_it("robot.onnx", *options)
     assert done.returncode == 0, done.stderr

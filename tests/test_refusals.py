@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from actserve_export.capture import capture
 from actserve_export.programs.reasons import explain
 from actserve_export.publish import export
 from actserve_export.targets import find_source
+from tests.command_line import actserve
 
 ITEM = torch.zeros(4)
 BATCH = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
@@ -390,12 +390,9 @@ def test_networks_that_share_a_call_are_exported_and_stay_usable(name: str, tmp_
 
 @pytest.mark.parametrize("arguments", [("--debug", "export", "missing:x"), ("inspect", "missing", "--debug")])
 def test_a_traceback_is_shown_when_it_is_asked_for(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    def said(*command: str) -> str:
-        full = [sys.executable, "-m", "actserve", *command]
-        return subprocess.run(full, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path).stderr
-
-    assert "Traceback" in said(*arguments)
-    assert "Traceback" not in said(*(argument for argument in arguments if argument != "--debug"))
+    plain = (argument for argument in arguments if argument != "--debug")
+    assert "Traceback" in actserve(*arguments, cwd=tmp_path).stderr
+    assert "Traceback" not in actserve(*plain, cwd=tmp_path).stderr
 
 
 def test_an_unexpected_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,8 @@ from actserve.core.settings import Settings
 from actserve.loadtest.generator import load
 from actserve.server.access.tls import check
 from tests import certificates, fastpath_service, stream_service
+from tests.command_line import actserve
 from tests.fastpath_service import FAST, NAME, Service, request
-from tests.test_cli import actserve
 
 BODY = bytes(range(12))
 GET = b"GET /policies HTTP/1.1\r\nHost: h\r\n\r\n"

@@ -16,7 +16,7 @@ from actserve.cli.tools.local_service import serve
 from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
 from actserve.core.errors import ServiceError
-from tests.test_cli import actserve
+from tests.command_line import actserve
 
 
 def test_a_service_behind_tokens(pong_store: Path, tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def test_demo_serve_curl_play_and_bench(pong_store: Path, tmp_path: Path, monkey
 
     ways = [row.way for row in bench.run(artifact, str(store.root), 5, Console(quiet=True))]
     assert ways == ["TorchRL", ".pt2", ".onnx", ".pt2 through HTTP", ".onnx through HTTP"]
+
+
+@pytest.mark.wide
+def test_the_benchmark_of_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ship(Path("models_store"))
     for name in (".cache", "exporters"):
         Path(name).symlink_to(ROOT / name)
     tiny = ["--only", "actserve", "--connections", "1", "--seconds", "0.2", "--rounds", "1", "--json", "cost.json"]

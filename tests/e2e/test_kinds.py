@@ -27,8 +27,9 @@ from tests.waiting import until
 
 ITEMS = 9
 BOTH = ("onnx", "pt2")
-COMPILED = ("cart_pair", "epsilon_greedy", "gru")  # `make test-wide` compiles the others, too
-SOME = ("several_observations", "tanh_normal", "cat_frames", "gsde")  # `make test-wide` exports the others, too
+# In `make test`; `make test-wide` compiles and exports the others, too.
+COMPILED = ("epsilon_greedy", "gru")
+SOME = ("cart_pair", "several_observations", "tanh_normal", "cat_frames", "gsde")
 
 
 class Kinds:
@@ -135,8 +136,9 @@ def agree(one: dict[str, Any], other: dict[str, Any]) -> None:
         np.testing.assert_allclose(np.array(value, float), np.array(other[name], float), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("runtimes", [("onnx",), pytest.param(BOTH, marks=pytest.mark.wide)])
 def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager(
-    tmp_path: Path, http: urllib3.PoolManager, monkeypatch: pytest.MonkeyPatch
+    runtimes: tuple[str, ...], tmp_path: Path, http: urllib3.PoolManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     from tensordict import TensorDict
@@ -149,11 +151,11 @@ def test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager
     name, source = load("robot_policies:tutorial_lstm")
 
     def make(folder: Path) -> None:
-        export(source, name, ModelStore(folder), origin="robot_policies:tutorial_lstm")
+        export(source, name, ModelStore(folder), origin="robot_policies:tutorial_lstm", runtimes=runtimes)
 
-    store = made_once("robot", make, [Path(policies.__file__)])
+    store = made_once("-".join(["robot", *runtimes]), make, [Path(policies.__file__)])
     rng = np.random.default_rng(0)
-    for runtime in ("onnx", "pt2"):
+    for runtime in runtimes:
         with local.serve(store, "--runtime", runtime) as service:
             ours: dict[str, Any] = {}
             theirs = {"hidden0": torch.zeros(2, 256), "hidden1": torch.zeros(2, 256)}

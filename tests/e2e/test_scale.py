@@ -41,7 +41,10 @@ RESTARTED_WITHIN_S = 240.0
 until = partial(waiting.until, within_s=RESTARTED_WITHIN_S)
 SCREEN = np.zeros((210, 160, 3), np.uint8)
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="Ray is not installed: make .venv/ray/installed")
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.skipif(not PYTHON.exists(), reason="Ray is not installed: make .venv/ray/installed"),
+]
 
 
 @pytest.fixture(scope="module")
