@@ -186,6 +186,22 @@ print(sorted({"torch", "torchrl", "tensordict", "actserve_export", "gymnasium"} 
     assert run(code) == "[]"
 
 
+def test_a_wrong_name_is_told_before_torch_is_loaded() -> None:
+    code = """
+import sys
+from actserve.core.errors import UsageError
+from actserve_export.training.known import locate
+from actserve_export.training.train import train
+
+for ask in (lambda: locate("chess"), lambda: train("chess", out=None, total_frames=None, seed=0)):
+    try:
+        ask()
+    except UsageError as error:
+        print("chess" in str(error), "torch" in sys.modules)
+"""
+    assert run(code).split() == ["True", "False"] * 2
+
+
 def test_the_service_loads_no_extra_unless_it_is_asked_for() -> None:
     code = """
 import asyncio, sys

@@ -109,6 +109,7 @@ def export(
         "constants": _pairs("--constant", constant, _numbers),
         "batch_axes": _pairs("--batch-axis", batch_axis, int),
     }
+    import_extra("export", "actserve_export.training.known:locate")(target, checkpoint)  # before torch, which takes 5 s
     own = open_for_publishing(store, sign)
     from actserve.engine.tuning.tuned import tune_briefly
 

@@ -28,9 +28,7 @@ from actserve_export.sources.modules import from_module
 from actserve_export.sources.onnx_source import OnnxSource
 from actserve_export.sources.policy_source import PolicySource
 from actserve_export.training import atari
-from actserve_export.training.known import find_policy, known_names
-
-_FILES = {".zip": "actserve_export.sources.sb3:from_sb3", ".onnx": "actserve_export.sources.onnx_source:OnnxSource"}
+from actserve_export.training.known import FILES, find_policy, locate
 
 
 def load(target: str, checkpoint: Path | None = None) -> tuple[str, PolicySource]:
@@ -65,9 +63,10 @@ def find_source(
     `of_file` are attributes of an `OnnxSource`, such as `state`.
     Raises `UsageError` for a target that cannot be found, and `CaptureFailed` for another result of a factory.
     """
+    path = locate(target, checkpoint)
     sys.path.insert(0, str(Path.cwd()))  # the user's modules are in the current folder
     try:
-        name, made = _make_from_file(Path(target)) if Path(target).suffix in _FILES else _make(target, checkpoint)
+        name, made = _make_from_file(Path(path)) if Path(path).suffix in FILES else _make(target, path)
     finally:
         sys.path.pop(0)
     source = _as_source(target, made, action)
@@ -81,25 +80,14 @@ def find_source(
 
 
 def _make_from_file(path: Path) -> tuple[str, object]:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
     try:
-        return path.stem, resolve_name(_FILES[path.suffix])(path)
+        return path.stem, resolve_name(FILES[path.suffix])(path)
     except ModuleNotFoundError as error:
         raise UsageError(f'{path.name} needs {error.name}; try: pip install "actserve[sb3]"') from error
 
 
-def _make(target: str, checkpoint: Path | None) -> tuple[str, object]:
+def _make(target: str, path: str) -> tuple[str, object]:
     known = find_policy(target)
-    path = known.factory if known else target
-    if not path.partition(":")[2]:
-        raise UsageError(f"expected {known_names()}, module:factory, or a file ({', '.join(_FILES)}); got {target!r}")
-    if known and not known.weights_ship and checkpoint is None:
-        raise UsageError(
-            f"no weights of {target} ship: train it (actserve train {target}), then export it with --checkpoint"
-        )
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", path):
-        raise UsageError(f"expected module:factory, such as my_policies.walker:make; got {target!r}")
     try:
         factory = resolve_name(path)
     except Exception as error:

@@ -8,7 +8,6 @@ from pkgutil import resolve_name
 
 from actserve.core.errors import UsageError
 from actserve_export.training.known import find_policy, known_names
-from actserve_export.training.run import Run, draw
 
 
 def train(
@@ -24,6 +23,8 @@ def train(
     method = method or next(iter(known.train))
     if method not in known.train:
         raise UsageError(f"{name} can be trained by {', '.join(known.train)}; got {method!r}")
+    from actserve_export.training.run import Run, draw  # torch: a wrong name is told at once
+
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # its messages would break the progress line
     training = Run(out, total_frames, resume)
     resolve_name(known.train[method])(training, seed, *known.arguments)
