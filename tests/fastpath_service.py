@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,8 +209,12 @@ def request(
 
 
 def exchange(service: Service, pieces: list[bytes], pause_s: float = 0.0) -> bytes:
-    """Everything that is answered until the service closes or, all being sent, says nothing for a while."""
+    """Everything that is answered until the service closes or, all being sent, says nothing for a while.
+
+    On a busy host a while is not enough: the service must have answered another client meanwhile.
+    """
     answer = b""
+    silent = False
     with service.connect() as connection:
         try:
             for piece in pieces:
@@ -218,10 +222,28 @@ def exchange(service: Service, pieces: list[bytes], pause_s: float = 0.0) -> byt
                 time.sleep(pause_s)
         except OSError:  # it has closed
             pass
-        connection.settimeout(0.25)
-        try:
-            while data := connection.recv(1 << 16):
-                answer += data
-        except (TimeoutError, ConnectionResetError):
-            pass
+        connection.settimeout(0.15)
+        while True:
+            try:
+                data = connection.recv(1 << 16)
+            except TimeoutError:
+                if silent:
+                    break
+                silent = True
+                _ask_otherwise(service)
+                continue
+            except ConnectionResetError:
+                break
+            if not data:
+                break
+            answer += data
+            silent = False
     return answer
+
+
+def _ask_otherwise(service: Service) -> None:
+    """Wait until the service has answered or refused another client, whose request no route sees: it is none."""
+    with service.connect() as connection, suppress(ConnectionResetError):
+        connection.sendall(b"nonsense\r\n\r\n")
+        while connection.recv(1 << 16):
+            pass
