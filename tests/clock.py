@@ -1,4 +1,4 @@
-"""Time, for what is given a clock."""
+"""A clock that a test moves, for code that takes a clock."""
 
 from __future__ import annotations
 

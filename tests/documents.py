@@ -1,4 +1,4 @@
-"""The documents, as their readers use them: what is in them, and somebody who does what they say."""
+"""The blocks of the documents, and a reader who runs them."""
 
 from __future__ import annotations
 

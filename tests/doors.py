@@ -1,4 +1,4 @@
-"""Every door to one service: how to post items through each, and what comes back, in one form.
+"""Every door to one service: how to send items through each; the answers have one form.
 
 The service has all routes, the fast path, streams and gRPC on a policy of real screens, uint8[210, 160, 3], that is
 ε-greedy and deterministic by default.

@@ -77,7 +77,7 @@ class DigestRuntime(Runtime):
 
 
 class Listing(ModelStore):
-    """A store of which only the versions are asked."""
+    """A store that only lists versions."""
 
     def __init__(self, policies: Mapping[int, Policy]) -> None:
         super().__init__(Path("nowhere"))

@@ -291,7 +291,7 @@ class Joined(nn.Module):
 
 
 class Memory(nn.Module):
-    """State that is nobody's but the user's: a running mean."""
+    """State that the user's own code defines: a running mean."""
 
     def forward(self, x: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = 0.9 * mean + 0.1 * x

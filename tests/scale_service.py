@@ -37,7 +37,7 @@ class Scaled:
     process: subprocess.Popen[str]
 
     def replicas(self) -> list[Replica]:
-        """Those that Ray takes to be alive. Raises ValueError when the cluster is no more."""
+        """The replicas that Ray lists as alive. Raises ValueError when the cluster is no more."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()

@@ -1,4 +1,4 @@
-"""Who waits to be accepted is, whatever the others ask for."""
+"""Waiting connections are accepted, however busy the others are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOKS = 5  # of the loop at its sockets
 
 
 async def nothing(_scope: Any, _receive: Any, _send: Any) -> None:
-    """An application that nobody asks."""
+    """An application that gets no requests."""
 
 
 def test_a_crowd_is_accepted_in_a_few_looks() -> None:

@@ -1,4 +1,4 @@
-"""Tokens: the file, who is let in, and what is left of a rate."""
+"""Tokens: the file, which tokens are accepted, and rate limits."""
 
 from __future__ import annotations
 

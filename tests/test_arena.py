@@ -143,7 +143,7 @@ def test_its_memory_is_bounded() -> None:
 
 def test_states_are_gathered_and_scattered_by_slot() -> None:
     arena = Arena(fake_policy.SIGNATURE, 4)
-    slots = [arena.keep() for _ in range(40)]  # it grows, and what was there stays
+    slots = [arena.keep() for _ in range(40)]  # it grows, and keeps its contents
     assert slots == list(range(40))
     rng = np.random.default_rng(0)
     digests = rng.integers(0, 99, (40, 2))

@@ -1,4 +1,4 @@
-"""How a policy behaves decides what is exported: what draws, what depends on its company, what hides state.
+"""A policy's behaviour decides the export: draws, dependence on other items, hidden state.
 
 Each policy here was once certified and then served wrong, or refused for the wrong reason.
 """

@@ -46,7 +46,7 @@ def test_the_cost_of_a_server_is_that_of_all_its_processes() -> None:
         pids = tree(process.pid)
         assert len(pids) == 2
         assert spent_s > 0.3
-        # Each of the four parts is at least 0.05 s. What came after they were added up makes it more.
+        # Each of the four parts is at least 0.05 s. Time that is used after the sum increases it.
         assert spent_s - 0.03 < cpu_s(pids) < 2 * spent_s
         process.communicate("\n")
     assert tree(process.pid) == set()

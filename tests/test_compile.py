@@ -285,7 +285,7 @@ def test_a_program_that_ships_repeats_no_weights(name: str) -> None:
     load_program(artifact.read(PROGRAM), artifact.read)
 
 
-# What the .pt2 asks of its host.
+# The requirements of the .pt2 on its host.
 
 
 def test_the_requirements_are_what_the_library_says(cart: Artifact) -> None:

@@ -1,4 +1,4 @@
-"""The files in docs/dashboards fit what the service tells: every metric and label in them is one that a scrape has."""
+"""The files in docs/dashboards fit the service: a scrape has every metric and label in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dashboard() -> Any:
 
 @pytest.fixture(scope="module")
 def labels() -> dict[str, set[str]]:
-    """Those of each sample in a scrape, by the sample's name."""
+    """The labels of each sample in a scrape, by the sample's name."""
     with running() as call:
         ready(call)
         act(call)

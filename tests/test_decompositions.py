@@ -34,7 +34,7 @@ def test_a_triangular_system(upper: bool, left: bool, unit: bool) -> None:
 
 
 def test_a_linear_system_and_a_determinant() -> None:
-    """Of matrices whose largest entries are anywhere, and of determinants of either sign."""
+    """Matrices with their largest entries anywhere, and determinants of either sign."""
     matrices = torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(1))
     right = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(linalg.solve(matrices, right), torch.linalg.solve(matrices, right), atol=1e-4, rtol=1e-4)

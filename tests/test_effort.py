@@ -1,4 +1,4 @@
-"""How much a certificate compares. The clock is the test's own: a call costs what it says."""
+"""How much a certificate compares. The test has its own clock and sets the time of each call."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_a_loop_that_draws_until_numbers_fit_acts_deterministically() -> None:
 
 
 def test_modules_inside_of_a_probabilistic_sequence_are_replaced() -> None:
-    """TorchRL keeps a second list of them, which is what it runs."""
+    """TorchRL keeps a second list of them, and runs that one."""
     captured = capture(source(*policies_heads.gsde()))
     assert captured.signature.is_init
     assert captured.signature.max_batch == 256

@@ -74,7 +74,7 @@ def gone(version: Path) -> None:
 
 
 def another(version: Path) -> None:
-    """The whole store is a link to one of somebody else's."""
+    """The whole store is a link to another user's store."""
     root = version.parents[1]
     if not root.is_symlink():
         root.rename(root.with_name("aside"))
@@ -137,7 +137,7 @@ def _mend(root: Path, good: Path) -> None:
     shutil.copytree(good, root)
 
 
-# A disk that is full, in a process and a file system of its own. It says what it finds line by line.
+# A disk that is full, in a process and a file system of its own. It prints each finding on a line.
 PUBLISH = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who is let in, over real sockets and in both lanes; and whose sessions are whose."""
+"""Access over real sockets in both lanes, and who owns a session."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_pages_of_others_may_ask_if_they_are_named(http: str, tmp_path: Path) ->
 
 
 def test_what_is_wrong_inside_stays_inside(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that nobody thought of has no more to say than that it happened."""
+    """An unexpected error is answered without its details."""
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("the password in /etc/secret is hunter2")

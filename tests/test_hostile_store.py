@@ -1,4 +1,4 @@
-"""A store made by somebody who means harm: what its manifests and folders may not do."""
+"""A malicious store: what its manifests and folders cannot do."""
 
 from __future__ import annotations
 

@@ -363,7 +363,7 @@ def test_a_shadow_is_compared_and_nobody_waits_for_it(variants: Variants) -> Non
 
 @contextmanager
 def at(monkeypatch: pytest.MonkeyPatch, registry: Registry) -> Iterator[Callable[[float], None]]:
-    """A clock that is moved by hand, for what is kept loaded."""
+    """A clock that the test moves, for versions that are kept loaded."""
     now = [0.0]
     with monkeypatch.context() as patched:
         patched.setattr(registry._loaded, "_clock", lambda: now[0])

@@ -19,7 +19,7 @@ from actserve.store.local import ModelStore
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {"actserve": ROOT / "app" / "actserve", "actserve_export": ROOT / "exporters" / "actserve_export"}
-# A part imports itself, its own layer's other parts never, and what stands in a layer before its own.
+# A part imports itself and lower layers, and no other part of its own layer.
 LAYERS: dict[str, list[set[str]]] = {
     "actserve": [
         {"core"},
@@ -81,7 +81,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 
 def _module(path: str) -> str | None:
-    """The module that a dotted path leads to: the path itself, or what it is an attribute of."""
+    """The module of a dotted path: the path itself, or the module that has it as an attribute."""
     while path not in MODULES:
         path, dot, _ = path.rpartition(".")
         if not dot:

@@ -39,7 +39,7 @@ def stateful() -> Iterator[stream_service.Service]:
 
 
 def poured(service: Service, beginning: bytes, piece: bytes) -> tuple[int, bytes]:
-    """Send `piece` without end -> how many bytes were taken until the service had enough, and what it said."""
+    """Send `piece` without end -> how many bytes the service took before it refused, and its answer."""
     taken, said = 0, b""
     with service.connect() as connection:
         connection.sendall(beginning)
@@ -177,7 +177,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_looked_up_and_never_joined(stateful: stream_service.Service, name: str) -> None:
-    """Of policies, versions, sessions and models, wherever a path has one."""
+    """Names of policies, versions, sessions and models, in every path that has one."""
     for method, path in (
         ("GET", f"/policies/{name}"),
         ("POST", f"/policies/{name}/act"),

@@ -92,7 +92,7 @@ def test_requests_and_refusals_are_counted_by_policy_route_and_status(service: C
         2,
         3,
         4,
-    )  # calls, by what is fastest here
+    )  # calls, by the fastest batch size here
     assert grown(before, after, "actserve_batch_size_sum") == {"pong,onnx,1": 4}
     assert 2 <= grown(before, after, "actserve_queue_seconds_count")["pong,onnx,1"] <= 4
     assert 0 < grown(before, after, "actserve_inference_seconds_sum")["pong,onnx,1"] < 10

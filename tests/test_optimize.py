@@ -132,7 +132,7 @@ def test_picks_are_exact_where_nothing_else_changes() -> None:
 
 
 class Leaky(Pictures):
-    """Greyscale of which a part is used elsewhere too."""
+    """Greyscale with a part that is also used elsewhere."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         red, green, blue = nn.functional.interpolate(pixels.permute(0, 3, 1, 2) / 255, self.size).unbind(1)

@@ -42,7 +42,7 @@ def rows_with(frame: Array, colour: tuple[int, int, int]) -> Array:
 
 
 def bar_lengths(frame: Array) -> list[int]:
-    """Of the actions that are not chosen, from the top: the length of each bar, in pixels."""
+    """The length of each bar in pixels, from the top, for the actions that are not chosen."""
     lengths = (frame[:, 480:] == BAR).all(2).sum(1)
     starts = np.flatnonzero((lengths > 0) & (np.roll(lengths, 1) == 0))
     return [int(lengths[start]) for start in starts]

@@ -163,7 +163,7 @@ def test_the_package_is_looked_into_before_it_is_loaded(cart: Artifact, tmp_path
         load("pt2", artifact)
 
 
-# What happens when it is loaded.
+# The effect of loading it.
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_a_store_that_is_away_when_a_worker_begins_is_no_store_without_policies(
             registry.describe("cart")
         away.rename(own_store.root)
         polled = asyncio.create_task(registry.poll())
-        while not polled.done():  # what the store has is loaded before it can be said what it has not
+        while not polled.done():  # no policy is unknown before the store's policies are loaded
             with contextlib.suppress(NotServing):
                 assert (await registry.get("cart")).name == "cart"
             await asyncio.sleep(0.001)

@@ -1,4 +1,4 @@
-"""How long a session is kept: idle ones go, and so do those that others need the room of."""
+"""How long a session is kept: idle sessions are removed, and the oldest ones when the store is full."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_clock_that_is_set_ends_no_session(sessions_file: Path, monkeypatch: p
 
 
 def test_sessions_outlive_a_host_that_begins_anew(sessions_file: Path) -> None:
-    """Whose clock then begins anew, too."""
+    """The clock of the host begins again, too."""
     before, after = Clock(), Clock()
     after.now_s = 5.0
     with Sessions(sessions_file, SessionLimits(), before) as sessions:

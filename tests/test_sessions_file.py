@@ -1,4 +1,4 @@
-"""The sessions' file: what is in it, what outlives a restart, and what is done where it cannot be used."""
+"""The sessions' file: its contents, restarts, and errors when it cannot be used."""
 
 from __future__ import annotations
 

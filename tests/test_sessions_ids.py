@@ -1,4 +1,4 @@
-"""Whose a session is: ids, owners, and names that clients choose."""
+"""The owner of a session: ids, owners, and names that clients choose."""
 
 from __future__ import annotations
 

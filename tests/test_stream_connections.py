@@ -1,4 +1,4 @@
-"""Streams whose clients go, idle or send what is no message, and streams of a service that ends."""
+"""Streams whose clients disconnect, idle or send invalid messages, and streams of a service that ends."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_nonsense_behind_a_handshake_is_no_error_of_ours(
         "GET /stream HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nX-Pad: "
     )
-    head += "x" * (FIRST_HEAD_BYTES - len(head) - 4) + "\r\n\r\n"  # what is behind it comes in a read of its own
+    head += "x" * (FIRST_HEAD_BYTES - len(head) - 4) + "\r\n\r\n"  # the rest comes in a read of its own
     port = int(service.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(head.encode() + ahead)
@@ -150,7 +150,7 @@ def test_an_idle_stream_is_closed() -> None:
 
 
 def upgraded(service: Service) -> socket.socket:
-    """A stream's bare socket after the hello, with little room for what comes."""
+    """A stream's bare socket after the hello, with a small receive buffer."""
     bare = socket.socket()
     bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     bare.connect(("127.0.0.1", int(service.url.rsplit(":", 1)[1])))

@@ -121,7 +121,7 @@ def test_whoever_speaks_no_tls_is_let_go(secure: Service) -> None:
 
 def test_our_own_clients_speak_tls(pair: Pair, secure: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"https://127.0.0.1:{secure.port}"
-    with pytest.raises(ServiceUnreachable), RemotePolicy(url):  # a certificate that nobody trusts
+    with pytest.raises(ServiceUnreachable), RemotePolicy(url):  # a certificate that no client trusts
         pass
     monkeypatch.setenv("SSL_CERT_FILE", str(pair.cert))
     with RemotePolicy(url) as policy:

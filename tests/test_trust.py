@@ -1,4 +1,4 @@
-"""Whose native code runs, and what is served where signatures are required."""
+"""Whose native code may run, and which versions are served if signatures are required."""
 
 from __future__ import annotations
 

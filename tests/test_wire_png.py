@@ -54,7 +54,7 @@ def decode(content: bytes, spec: TensorSpec = RGB) -> wire.Payload:
 def shown(content: bytes, spec: TensorSpec = RGB) -> Array:
     payload = decode(content, spec)
     assert not payload.batched
-    assert payload.tensors["pixels"].flags.writeable  # some runtimes copy what is not
+    assert payload.tensors["pixels"].flags.writeable  # some runtimes copy arrays that are not
     screen: Array = payload.tensors["pixels"][0]
     return screen
 

@@ -1,4 +1,4 @@
-"""Who takes part: what starts each server, and how it is asked."""
+"""The servers that are compared: how to start each, and how to send it requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Contender:
     own: bool = False  # it has an environment of its own
 
     def missing(self) -> str | None:
-        """How to install what it needs, if that is not there."""
+        """How to install its dependencies, if they are missing."""
         if self.own:
             return None if self._python.exists() else f"make .venv/{self.module}/installed"
         return None if self.kind != "peer" or find_spec(self.module) else "pip install 'actserve[peers]'"

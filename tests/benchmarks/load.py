@@ -25,7 +25,7 @@ Address = tuple[str, int] | str  # a port, or a Unix socket
 
 TIMEOUT_S = 10.0
 LATE_S = 0.005  # an open loop leaves out what it could not send so long after it was due
-IDLE_S = 2.0  # as a pool of connections does: servers close what is idle, some after 5 s
+IDLE_S = 2.0  # as a connection pool does: servers close idle connections, some after 5 s
 SEND_BUFFER_BYTES = 1 << 20  # a screen leaves in one call
 REFUSED = (429, 503)
 
@@ -130,7 +130,7 @@ class Load:
             gc.enable()
 
     def _turn(self, timeout_s: float) -> bool:
-        """Whatever there is to read and to write; whether there was anything."""
+        """Read and write on all ready connections. Returns whether any was ready."""
         events = self._epoll.poll(timeout_s)
         for number, event in events:
             connection = self._connections[number]
@@ -156,7 +156,7 @@ class Load:
 
     def _send(self, connection: Connection) -> None:
         assert connection.rest is not None
-        with suppress(OSError):  # what is wrong with it, reading tells
+        with suppress(OSError):  # the error is found when reading
             connection.rest = connection.rest[connection.sock.send(connection.rest) :] or None
         if connection.blocked == (connection.rest is None):
             connection.blocked = not connection.blocked

@@ -40,7 +40,7 @@ def sentence(machine: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that take part, as far as they are installed."""
+    """The versions of the packages that are compared and installed."""
     found = [d for name in HERE for d in Distribution.discover(name=name)]
     for folder, name in THERE.items():
         path = [str(path) for path in (OWN / folder).glob("lib/python*/site-packages")]

@@ -18,7 +18,7 @@ from actserve.core.signature import Array
 Answer = tuple[int, bytes]  # status, body
 RAW = {"Content-Type": "application/octet-stream"}
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-MASK = b"\x5a\x13\xc7\x88"  # a WebSocket client has to mask what it sends (RFC 6455, 5.3)
+MASK = b"\x5a\x13\xc7\x88"  # a WebSocket client must mask its messages (RFC 6455, 5.3)
 TIMING = 16  # bytes of a stream's reply before the action: the step and two durations
 
 
@@ -107,7 +107,7 @@ def posts(
 
 
 def constant(screens: Screens) -> Questions:
-    """For a server that does not look at what it is sent."""
+    """For a server that does not read its requests."""
     return replace(posts()(screens), actions=[[0]] * len(screens.actions))
 
 

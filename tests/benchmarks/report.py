@@ -156,7 +156,7 @@ def notes(found: Document) -> Iterable[str]:
 
 
 def show(found: Document) -> int:
-    """On stdout. The exit code: 1 when a row is invalid or somebody did not serve."""
+    """On stdout. The exit code: 1 if a row is invalid or a server failed."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, header, lines in tables(found):
         table = Table(header[0], title=title, title_justify="left")

@@ -97,7 +97,7 @@ class Crowd:
         while not self.stopping:
             try:
                 await kind()
-            except Exception as error:  # whatever it is, somebody was not served
+            except Exception as error:  # any other error: a request was not answered
                 self.seen.failures.append(f"{type(error).__name__}: {error}"[:300])
                 await asyncio.sleep(0.1)
 

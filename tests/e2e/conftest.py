@@ -50,7 +50,7 @@ def service(request: pytest.FixtureRequest, both: dict[str, local.LocalService])
 
 @pytest.fixture(scope="session")
 def screens() -> Array:
-    """512 real Pong screens, (512, 210, 160, 3) uint8, none of which the certificate saw."""
+    """512 real Pong screens, (512, 210, 160, 3) uint8, other screens than the certificate's."""
     from actserve.atari.emulator import AtariGame
     from actserve_export.training.atari import environment
 

@@ -1,4 +1,4 @@
-"""A store in S3, as moto's server plays it, through s3fs: `python s3_episode.py`. Prints what came of each scenario.
+"""A store in S3, as moto's server plays it, through s3fs: `python s3_episode.py`. Prints the result of each scenario.
 
 Between them is a proxy that does what no healthy server does: it throttles, cuts downloads, lets listings lag and says
 that the credentials have expired. Run by tests/e2e/test_s3.py, in an environment of its own.

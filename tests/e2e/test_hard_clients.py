@@ -1,4 +1,4 @@
-"""Clients as nobody wants them, many at once, at a service that is a process of its own. After each of them it is as it
+"""Many bad clients at once, at a service in a process of its own. After each of them it is as it
 was: it answers, and has no connection, no file and no memory more than before."""
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_clients_that_send_a_byte_now_and_then_keep_nobody_waiting(service: Loca
 
 
 def test_clients_that_never_read_are_not_written_to_for_ever(service: LocalService, screens: Array) -> None:
-    """They ask as often as they can, and for large answers; what nobody takes is not made."""
+    """They send many requests with large answers. Answers that no client reads are not computed."""
     large = HEAD(path="/policies/pong/act?outputs=action,action_value", length=256 * SCREEN_BYTES).encode()
     with bearing(service, screens) as act, ExitStack() as stack:
         deaf = [stack.enter_context(closing(connect(service))) for _ in range(20)]

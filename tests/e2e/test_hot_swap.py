@@ -63,7 +63,7 @@ def test_a_body_that_is_on_its_way_while_the_version_changes_is_answered_by_the_
         time.sleep(1)  # until the service has read them
         assert variants.publish() == 2
         until(lambda: described(http, service)["version"] == 2)
-        time.sleep(1.2)  # the lane lets go of what is not live any more
+        time.sleep(1.2)  # the lane releases versions that are no longer live
         for connection, _ in waiting:
             for version in (1, 2):
                 answer = b""

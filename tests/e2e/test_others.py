@@ -1,4 +1,4 @@
-"""Other people's policies, from their own file to the service: what is answered is what they answered before."""
+"""Policies of other libraries, from their files to the service: the answers are the library's own."""
 
 from __future__ import annotations
 

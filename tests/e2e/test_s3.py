@@ -1,4 +1,4 @@
-"""The remote store against an S3 server: moto's, through s3fs. What no real server does, a proxy between them does.
+"""The remote store against an S3 server: moto's, through s3fs. A proxy between them makes rarer faults.
 
 Both have an environment of their own, `make .venv/s3/installed`: they want older versions of what the others need.
 """

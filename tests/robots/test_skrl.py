@@ -92,7 +92,7 @@ def test_an_agents_statistics_are_a_part_of_it(tmp_path: Path) -> None:
     models = {"policy": Gaussian(), "value": Gaussian()}
     agent = PPO(models=models, observation_space=SEEN, action_space=FORCES, device="cpu", cfg=configuration)
     agent._observation_preprocessor(3 * torch.randn(100, 6) + 1, train=True)
-    agent.act(torch.randn(3, 6), None, timestep=0, timesteps=1)  # what it leaves has a history and cannot be copied
+    agent.act(torch.randn(3, 6), None, timestep=0, timesteps=1)  # its results have a history and cannot be copied
     artifact = published(from_skrl(agent), tmp_path)
     assert "statistics" in artifact.manifest.certificate
 

@@ -1,6 +1,6 @@
 """BentoML, started by `bentoml serve`: one worker process, a raw body in, JSON out.
 
-What BentoML batches are arrays, and an array has to come as JSON. So the body's schema says "string" here: that is
+BentoML batches arrays, and takes them as JSON. So the body's schema says "string" here: that is
 handed over as it came, and a validator makes it an array.
 """
 
