@@ -1,5 +1,5 @@
 # make demo    install, export the bundled policy, serve it, and play a game over HTTP with each runtime
-# make test    install and run the tests (20 minutes)
+# make test    install and run the tests (10 to 20 minutes)
 # make test-wide   more policies and games of the kinds that `make test` tries
 # make test-fast   the tests of the server, the client and the store in process (2 minutes)
 # make check   lint, types, format
