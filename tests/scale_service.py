@@ -21,7 +21,7 @@ from tests.benchmarks.server import stop, tree
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv" / "ray" / "bin" / "python"
-SESSION_HEADER = "x-session"  # by which Ray's proxies find a session's home
+SESSION_HEADER = "x-session"  # Ray's proxies find a session's home by it
 ENDS_WITHIN_S = 60.0
 
 
@@ -49,7 +49,7 @@ class Scaled:
 
 
 def environment(folder: str) -> dict[str, str]:
-    """Ray's own files are in `folder`; it reports to nobody, and only who has the token is let into the cluster."""
+    """Ray's own files are in `folder`; it sends no statistics, and only clients with the token can join."""
     settings = {
         "HOME": folder,
         "OMP_NUM_THREADS": "1",

@@ -35,7 +35,7 @@ class Service:
     http: urllib3.PoolManager
 
     def ask(self, method: str, path: str, document: Any = None, token: str | None = TOKEN) -> tuple[int, Any]:
-        """Of the administration."""
+        """The status and the JSON of a request to the administration."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         answer = self.http.request(method, self.admin_url + path, json=document, headers=headers)
         return answer.status, json.loads(answer.data)

@@ -18,7 +18,7 @@ from actserve.server.http.error_responses import STATUS
 from tests.documents import OUTPUT, ROOT, RUN, SHOWN, Block, Reader, agrees, blocks, tokens
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
-LONG = ("tutorial.md",)  # documents that compile and measure: `make test-wide` does what they say
+LONG = ("tutorial.md",)  # documents that compile and measure: `make test-wide` runs them
 _LINK = re.compile(r"^(?![a-z]+:)([^#]*)(?:#(.+))?$")
 
 

@@ -56,7 +56,7 @@ class Chain(Runtime):
     served: Signature
     before: Callable[[int], None] = lambda _batches: None  # each batch; told how many there were
     amnesia = False  # the first item's state is forgotten
-    amiss = 0  # added to what is seen
+    amiss = 0  # added to each observation
 
     def __init__(self) -> None:
         super().__init__(self.served)

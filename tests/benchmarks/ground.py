@@ -43,7 +43,7 @@ def prepare(models: Path, policies: Collection[str] = ("pong",)) -> Ground:
         "pong-int8": lambda making: _int8(pong, making),
     }
     stores = {name: _once(CACHE / f"{key}-{name}", made[name]) for name in made if name in policies}
-    for name, store in stores.items():  # as an export ends; or the size of batches differs from start to start
+    for name, store in stores.items():  # as an export does; otherwise each start measures its own batch size
         tune_briefly(ModelStore(store).resolve(name), lambda _: None)
     programs = {"tutorial": folder / "tutorial.onnx"}
     programs |= {name: ModelStore(store).resolve(name).folder / "policy.onnx" for name, store in stores.items()}

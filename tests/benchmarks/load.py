@@ -24,7 +24,7 @@ from tests.benchmarks.questions import Questions, greeted
 Address = tuple[str, int] | str  # a port, or a Unix socket
 
 TIMEOUT_S = 10.0
-LATE_S = 0.005  # an open loop leaves out what it could not send so long after it was due
+LATE_S = 0.005  # an open loop drops a request that it cannot send within this time
 IDLE_S = 2.0  # as a connection pool does: servers close idle connections, some after 5 s
 SEND_BUFFER_BYTES = 1 << 20  # a screen leaves in one call
 REFUSED = (429, 503)
@@ -41,7 +41,7 @@ class Tally:
     sent: int = 0
     late: int = 0  # open loop: left out, as this process was behind
     crowded: int = 0  # open loop: left out, as no connection was free
-    busy: float = 0.0  # this process's share of its core; in an open loop, which never sleeps, of what was not waiting
+    busy: float = 0.0  # this process's share of its core; an open loop never sleeps, so its waiting is not counted
 
 
 class Connection:

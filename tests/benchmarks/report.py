@@ -16,7 +16,7 @@ from rich.table import Table
 from tests.benchmarks import machine, plot
 from tests.benchmarks.contenders import CONTENDERS
 
-WIDTH = 150  # of the tables, where nobody's terminal says
+WIDTH = 150  # of the tables, if stdout is no terminal
 LIMITED = 0.9  # the load generator's share of its core from which on it may have been the limit
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 HEADER = (

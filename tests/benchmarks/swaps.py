@@ -2,8 +2,8 @@
 
 Version after version of a policy is published under full load: connections that ask without a pause, sessions and
 streams that begin on one version and end several versions later. Each version's answers are its own, so every answer
-shows who gave it. Between two swaps only the live version may answer; sessions and streams stay on theirs. What was
-published a dozen versions ago is deleted from the store.
+shows who gave it. Between two swaps only the live version may answer; sessions and streams stay on theirs. Versions
+that are a dozen behind are deleted from the store.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 from actserve.core.errors import (
     ActserveError,
@@ -37,6 +37,7 @@ from actserve.telemetry.counts import Counts
 log = logging.getLogger("actserve")
 
 LOADING = "policies are being loaded"
+Found: TypeAlias = dict[str, tuple[list[int], Routing | StoreError | None]]  # versions and routing, by policy
 
 
 class Registry:
@@ -269,10 +270,10 @@ class Registry:
             with contextlib.suppress(SessionsUnavailable):
                 self._loaded.sweep(self.session_versions, stored)
 
-    def _read_store(self) -> tuple[str | None, dict[str, tuple[list[int], Routing | StoreError | None]]]:
+    def _read_store(self) -> tuple[str | None, Found]:
         """Why the store cannot be read, or None; the versions and the routing of each policy. Blocks."""
         unreachable = self._refresh()
-        found: dict[str, tuple[list[int], Routing | StoreError | None]] = {}
+        found: Found = {}
         names = self._store.names()
         for name in names:
             with contextlib.suppress(UnknownPolicy):  # deleted meanwhile
