@@ -85,12 +85,27 @@ def refuse_some_processes_and_sockets(count: int) -> None:
     Address.listen_again = listen_again_sometimes  # type: ignore[method-assign, assignment]
 
 
+def look_late() -> None:
+    """The supervisor's first look at its workers comes when one has run and ended."""
+    wait, looks = Supervisor._wait, itertools.count()
+
+    def wait_late(self: Supervisor) -> None:
+        if next(looks):
+            wait(self)
+        else:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+
+    Supervisor._wait = wait_late  # type: ignore[method-assign]
+
+
 def main(port: int, count: int) -> int:
     logging.basicConfig(level=logging.INFO)
     hurried: dict[str, Any] = {"DRAIN_S": 1.0} | ({"HANG_S": 1.0} if "hasty" in sys.argv else {})
     vars(supervisor).update(hurried)
     if "scarce" in sys.argv:
         refuse_some_processes_and_sockets(count)
+    if "late" in sys.argv:
+        look_late()
     return Supervisor(Address("127.0.0.1", port), count, work).run()
 
 

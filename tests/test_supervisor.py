@@ -93,6 +93,14 @@ def test_one_that_dies_costs_only_what_it_held_and_its_successor_begins_at_once(
         assert {a["replaces"] for a in answers if a is not None and a["pid"] == successor} == {True}
 
 
+def test_one_that_ran_and_ended_between_two_looks_is_replaced() -> None:
+    with running(1, "late") as service:
+        assert service.tell("exit") is None
+        answered = service.tell()
+        assert answered is not None
+        assert answered["replaces"]
+
+
 def test_a_lone_one_that_dies_again_and_again_rests_and_says_why() -> None:
     with running(1) as service:
         first = service.tell()

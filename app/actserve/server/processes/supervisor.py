@@ -156,13 +156,11 @@ class Supervisor:
         for worker in self._workers:
             worker.pass_time(elapsed_s)
         for key, _ in ready:
-            try:
-                data = os.read(key.fd, 4096)
-            except BlockingIOError:
-                continue
-            for worker in self._workers:
-                if worker.heartbeat_fd == key.fd and data:  # no data: the worker has ended
-                    worker.heartbeat()
+            if key.data is not None:
+                key.data.read_heartbeat()
+            else:  # the signals since the last turn
+                with suppress(BlockingIOError):
+                    os.read(key.fd, 4096)
 
     def _reap(self) -> None:
         for slot in self._slots:
@@ -171,6 +169,7 @@ class Supervisor:
             pid, status = os.waitpid(slot.worker.pid, os.WNOHANG)
             if pid:
                 worker, slot.worker = slot.worker, None
+                worker.read_heartbeat()  # it may have run and ended since the last look
                 self._selector.unregister(worker.heartbeat_fd)
                 os.close(worker.heartbeat_fd)
                 if not self._stopping:
@@ -245,7 +244,7 @@ class Supervisor:
             os.close(write_fd)
         slot.starts += 1
         slot.worker = WorkerProcess(pid, read_fd, delay_s)
-        self._selector.register(read_fd, selectors.EVENT_READ)
+        self._selector.register(read_fd, selectors.EVENT_READ, slot.worker)
 
     def _run_worker(self, slot: WorkerSlot, start: Start) -> None:
         """In the child. Never returns: the cleanup on the stack belongs to the supervisor."""

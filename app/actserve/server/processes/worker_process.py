@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from time import monotonic
 
@@ -20,8 +21,13 @@ class WorkerProcess:
         self.ran = False  # its event loop has run
         self._cpu_ticks = -1  # at the last `pass_time`
 
-    def heartbeat(self) -> None:
-        self.silent_s, self.ran = 0.0, True
+    def read_heartbeat(self) -> None:
+        try:
+            written = os.read(self.heartbeat_fd, 4096)
+        except BlockingIOError:
+            return
+        if written:  # otherwise the worker has ended
+            self.silent_s, self.ran = 0.0, True
 
     def pass_time(self, elapsed_s: float) -> None:
         """Count `elapsed_s` as silence, unless the system did not let the worker run."""
