@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -38,7 +39,8 @@ LEFT_OUT = {
         *("test_behaviour.py", "test_capture.py", "test_commands.py", "test_compile.py", "test_every_game.py"),
         *("test_modules.py", "test_onnx_file.py", "test_onnx_kinds.py", "test_remote_episodes.py"),
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
-        *("test_bounds.py", "test_refusals.py"),
+        *("test_bounds.py", "test_refusals.py", "test_captured_transforms.py", "test_effort.py", "test_exploration.py"),
+        *("test_kinds_of_torchrl.py", "test_sequences.py", "test_widen.py", "test_no_pickle.py"),
         *("test_robots.py", "test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",
     },
@@ -51,20 +53,41 @@ LEFT_OUT = {
     "training": {"test_train.py", "test_any_game_can_be_trained_exported_and_played"},
 }
 
+# The tests that export a policy for each of their cases: so many cases run in `make test`, all in `make test-wide`.
+CASES = {
+    "test_a_policy_behind_transforms_acts_as_in_torchrls_environment": 7,
+    "test_any_name_that_a_dictionary_can_have": 3,
+    "test_a_policy_that_mixes_items_takes_one_a_call": 3,
+    "test_a_policy_that_always_draws_acts_at_random_only": 3,
+    "test_generated_policies_are_served_as_they_act_or_refused_by_name": 4,
+    "test_weights_that_are_computed_are_exported_as_they_are": 3,
+    "test_networks_that_share_a_call_are_exported_and_stay_usable": 3,
+    "test_a_log_probability_is_that_of_the_action_that_is_served": 3,
+    "test_cells_of_any_depth_and_kind": 3,
+    "test_rounding_is_the_policys": 3,
+    "test_any_nearest_resize_of_bytes": 10,
+    "test_random_actions_behind_transforms_are_compared_with_the_policys_own": 3,
+}
+
 LONGEST = ("test_first_steps.py", "test_kinds.py", "test_docs.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m fast` does not import the files that it leaves out, which takes as long as many tests."""
-    fast = config.option.markexpr == "fast"
-    return True if fast and any(collection_path.name in names for names in LEFT_OUT.values()) else None
+    """Files that `-m` leaves out are not imported, which takes as long as many tests."""
+    left_out = {"not wide": {"robots"}, "fast": {"robots"}.union(*LEFT_OUT.values())}
+    return True if collection_path.name in left_out.get(config.option.markexpr, set()) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: Counter[str] = Counter()
     for item in items:
+        function = getattr(item, "originalname", item.name)
+        cases[function] += 1
+        if cases[function] > CASES.get(function, cases[function]):
+            item.add_marker("wide")
         names = {*getattr(item, "fixturenames", ()), item.path.parent.name, item.path.name}
-        names.add(getattr(item, "originalname", item.name))
+        names.add(function)
         markers = [marker for marker, named in LEFT_OUT.items() if names & named]
         for marker in markers or ["fast"]:
             item.add_marker(marker)

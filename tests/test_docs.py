@@ -18,7 +18,8 @@ from actserve.server.http.error_responses import STATUS
 from tests.documents import OUTPUT, ROOT, RUN, SHOWN, Block, Reader, agrees, blocks, tokens
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
-LONG = ("tutorial.md",)  # documents that compile and measure: `make test-wide` runs them
+# Documents that compile and measure: `make test-wide` runs them.
+LONG = ("tutorial.md", "bring-your-own-policy.md")
 _LINK = re.compile(r"^(?![a-z]+:)([^#]*)(?:#(.+))?$")
 
 
