@@ -30,7 +30,8 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server.access.tokens import Access, add_token
 from actserve.server.admission import Admission
-from actserve.server.fastpath.endpoints import FastPath
+from actserve.server.app import FAST_PROTOCOLS
+from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.http import act, error_responses, policies, security, sessions, stream
 from actserve.server.protocols import grpc as grpc_door
 from actserve.server.protocols import oip
@@ -114,7 +115,7 @@ def running(
             app.state.sessions = stack.enter_context(Sessions(file, SessionLimits(), admission=admission))
             async with (
                 grpc_door.serving(registry, app.state.sessions, settings, admission),
-                FastPath(registry, admission, settings) as fast_path,
+                FastPath(registry, admission, app.state.sessions, settings, protocols=FAST_PROTOCOLS) as fast_path,
             ):
                 yield {"fast_path": fast_path}
             await registry.close()

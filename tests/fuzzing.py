@@ -27,14 +27,20 @@ from backports import zstd
 from actserve import wire
 from actserve.core.errors import ActserveError
 from actserve.core.signature import Arrays, Signature, TensorSpec
+from actserve.engine.arena import Arena
 from actserve.server.access.tokens import Access
 from actserve.server.fastpath import websocket_frames as frames
+from actserve.server.fastpath.act_codec import ActResource
+from actserve.server.fastpath.codec import Resources
 from actserve.server.fastpath.request_heads import HeadParser, may_become_a_head
 from actserve.server.protocols.oip import http_infer
+from actserve.server.protocols.oip.fast_infer import InferCodec
+from actserve.telemetry.counts import Tally
 from actserve.wire.accept_header import quality
 from actserve.wire.stream_messages import Hello, ReplyCodec
 from tests.fake_policy import SIGNATURE
 from tests.fastpath_service import ITEM_BYTES, request
+from tests.fastpath_service import SIGNATURE as TINY
 
 LIMIT_BYTES = 1 << 16
 SOON_S = 1.0  # no answer takes longer
@@ -94,12 +100,19 @@ class Report:
         )
 
 
+def _endpoint(signature: Signature) -> Any:
+    """An endpoint as far as codecs read requests with it."""
+    policy, arena = SimpleNamespace(signature=signature), Arena(signature, 4)
+    return SimpleNamespace(item_bytes=arena.item_bytes, max_items=4, policy=policy, arena=arena)
+
+
 def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """By name: what takes bytes, and bytes that it takes. `folder`: for a file of tokens."""
     (folder / "tokens").write_text("")
     access = Access(folder / "tokens")
-    endpoints = {b"/act": SimpleNamespace(item_bytes=ITEM_BYTES, max_items=4, dtype="uint8")}
-    heads, guarded = HeadParser(endpoints), HeadParser(endpoints, find_token=access.find)
+    endpoint, digest = _endpoint(TINY), _endpoint(SIGNATURE)
+    resources: Resources = {b"/act": ActResource(endpoint, Tally(), LIMIT_BYTES)}
+    heads, guarded = HeadParser(resources), HeadParser(resources, find_token=access.find)
     replies = ReplyCodec(MIXED.outputs)
 
     def decoded(content_type: str, signature: Signature) -> Target:
@@ -115,7 +128,9 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
 
     def oip(data: bytes) -> None:
         size, _, content = data.partition(b"|")
-        http_infer.split(content, size.decode("latin-1") or None).tensors(SIGNATURE)
+        json_bytes = size.decode("latin-1") or None
+        InferCodec(digest, Tally(), json_bytes, "").read(content)
+        http_infer.read(content, json_bytes).tensors(SIGNATURE)
 
     tensors: Arrays = {"pixels": PIXELS, "speed": np.array([[0.5, 1]], np.float32)}
     document = {"pixels": PIXELS.tolist(), "speed": [[0.5, 1]], "is_init": [True], "seed": 3}

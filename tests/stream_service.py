@@ -18,7 +18,8 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server.access.tokens import Access
 from actserve.server.admission import Admission
-from actserve.server.fastpath.endpoints import FastPath
+from actserve.server.app import FAST_PROTOCOLS
+from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.http import act, policies, security, sessions, stream
 from actserve.server.http import error_responses as errors
 from actserve.server.protocols import oip
@@ -38,7 +39,7 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
             Sessions(Path(folder) / "sessions.sqlite", SessionLimits(), admission=admission) as held,
         ):
             _app.state.sessions = held
-            async with FastPath(registry, admission, settings) as fast_path:
+            async with FastPath(registry, admission, held, settings, protocols=FAST_PROTOCOLS) as fast_path:
                 yield {"fast_path": fast_path}
             await registry.close()
 

@@ -99,7 +99,7 @@ def test_a_batch_is_a_view_of_neighbours_and_else_a_copy(rows: list[int]) -> Non
     assert pixels[:, 0, 0].tolist() == rows
     assert pixels.flags.c_contiguous
     neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
-    assert np.shares_memory(pixels, arena._items) == neighbours
+    assert np.shares_memory(pixels, arena._items["pixels"]) == neighbours
 
 
 def test_what_a_request_leaves_out_is_filled_in() -> None:
@@ -116,19 +116,42 @@ def test_what_a_request_leaves_out_is_filled_in() -> None:
     assert not inputs["explore"].any()
 
 
-def test_policies_with_chance_or_several_observations_have_none() -> None:
+def test_policies_with_chance_have_none() -> None:
     x, action = TensorSpec("x", "float32", (2,)), TensorSpec("action", "int64", ())
     assert Arena.suits(fake_policy.SIGNATURE)
-    assert not Arena.suits(Signature((x,), (action,), 8, state=(State(TensorSpec("h", "float32", (2,)), "h2"),)))
-    assert not Arena.suits(Signature((x, TensorSpec("y", "float32", ())), (action,), 8))
     noise = Noise(TensorSpec("noise", "float32", ()), "normal")
     assert not Arena.suits(Signature((x,), (action,), 8, exploration=("random",), noise=(noise,)))
+
+
+def test_several_observations_and_state_without_a_reset_flag() -> None:
+    x, y = TensorSpec("x", "float32", (2,)), TensorSpec("y", "uint8", ())
+    state = State(TensorSpec("h", "float32", (2,)), "next_h", (1.0, 2.0))
+    signature = Signature((x, y), (TensorSpec("action", "int64", ()),), 8, state=(state,))
+    arena = Arena(signature, 2)
+    assert not arena.is_received_into
+    batch = []
+    for number in (1, 2, 3):
+        row = arena.place({"x": np.full((1, 2), number, np.float32), "y": np.array([number], np.uint8)})
+        assert row is not None
+        batch.append(Item(row, arena.keep()))
+    assert batch[1].slot is not None
+    arena.set_state(batch[1].slot, {"h": np.array([[8, 9]], np.float32)})
+    inputs = arena.inputs(batch)
+    assert inputs["x"].tolist() == [[1, 1], [2, 2], [3, 3]]
+    assert inputs["y"].tolist() == [1, 2, 3]
+    assert inputs["h"].tolist() == [[1, 2], [8, 9], [1, 2]]
+    assert set(inputs) == {"x", "y", "h"}
+    alone = arena.inputs_of(batch[1], {"x": np.full((1, 2), 7, np.float32), "y": np.array([7], np.uint8)})
+    assert (alone["x"].tolist(), alone["y"].tolist(), alone["h"].tolist()) == ([[7, 7]], [7], [[8, 9]])
+    while arena.free:
+        arena.acquire()
+    assert arena.place({"x": np.zeros((1, 2), np.float32), "y": np.zeros(1, np.uint8)}) is None
 
 
 def test_its_memory_is_bounded() -> None:
     large = Signature((TensorSpec("x", "float32", (1 << 20,)),), (TensorSpec("action", "int64", ()),), 256)
     arena = Arena(large, 32)
-    assert arena._items.nbytes <= MAX_BYTES
+    assert arena._items["x"].nbytes <= MAX_BYTES
     for items in (1, 1, *range(1, 9)):
         lent = [arena.lend(items) for _ in range(3)]
         assert {len(block) for block in lent} == {items * arena.item_bytes}

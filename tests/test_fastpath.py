@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import io
 import signal
 import socket
 import threading
@@ -10,10 +12,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from backports import zstd
+from safetensors.numpy import save
 
 from actserve.core.settings import Settings
+from actserve.core.signature import Array
 from actserve.telemetry.counts import ACT
 from tests.fastpath_service import (
     FAST,
@@ -59,7 +64,22 @@ def zstd_request(body: bytes) -> bytes:
     return request(zstd.compress(body), headers=["Content-Encoding: zstd"])
 
 
+def typed(body: bytes, content_type: str, *headers: str) -> bytes:
+    """A request with a body of this type."""
+    raw = request(body, headers=headers)
+    return raw.replace(b"application/octet-stream", content_type.encode(), 1)
+
+
+def npy(array: Array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 RAW = "Content-Type: application/octet-stream"
+JSON = "application/json"
+ITEM = np.frombuffer(BODY, np.uint8).reshape(4, 3)
+LISTS = str(ITEM.tolist()).encode()
 EXCHANGES: dict[str, list[bytes]] = {
     "one": [request(BODY)],
     "by name": [request(BODY, f"/policies/{NAME}/act")],
@@ -141,6 +161,36 @@ EXCHANGES: dict[str, list[bytes]] = {
     "many headers": [request(BODY, headers=[f"Accept-Language: {'x' * 5000}"])],
     "a head without end": [b"POST /act HTTP/1.1\r\n" + b"A: b\r\n" * 9000],
     "nonsense": [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20],
+    "outputs": [request(BODY, "/act?outputs=value,action") + request(BODY * 3, "/act?outputs=value")],
+    "unknown output": [request(BODY, "/act?outputs=reward") + request(BODY)],
+    "outputs twice": [request(BODY, "/act?outputs=value&outputs=action")],
+    "exploration": [request(BODY, "/act?exploration=deterministic")],
+    "one output in raw": [request(BODY, "/act?outputs=value", ["Accept: application/octet-stream"])],
+    "two outputs in raw": [request(BODY, "/act?outputs=value,action", ["Accept: application/octet-stream"])],
+    "outputs in safetensors": [request(BODY * 2, "/act?outputs=value", ["Accept: application/safetensors"])],
+    "lists": [typed(b'{"pixels":%s}' % LISTS, JSON) + request(BODY)],
+    "lists of two items": [typed(b'{"pixels":[%s,%s]}' % (LISTS, LISTS), JSON) + request(BODY)],
+    "lists of a batch of one": [typed(b'{"pixels":[%s]}' % LISTS, JSON)],
+    "lists of nine items": [typed(b'{"pixels":[%s]}' % b",".join([LISTS] * 9), JSON)],
+    "JSON with a seed": [typed(b'{"pixels":%s,"seed":3}' % LISTS, JSON) + request(BODY)],
+    "JSON with an unknown input": [typed(b'{"pixels":%s,"more":3}' % LISTS, JSON) + request(BODY)],
+    "JSON out of range": [typed(b'{"pixels":%s}' % LISTS.replace(b"11", b"256"), JSON) + request(BODY)],
+    "JSON cut short": [typed(b'{"pixels":', JSON) + request(BODY)],
+    "JSON of one that the program chokes on": [typed(b'{"pixels":%s}' % LISTS.replace(b"[0", b"[255"), JSON)],
+    "JSON, then its end": [typed(b'{"pixels":%s}' % LISTS, JSON), typed(b'{"pixels":%s}' % LISTS, JSON) * 3],
+    "JSON in gzip": [typed(gzip.compress(b'{"pixels":%s}' % LISTS, mtime=0), JSON, "Content-Encoding: gzip")],
+    "JSON with a charset": [typed(b'{"pixels":%s}' % LISTS, f"{JSON}; charset=utf-8")],
+    "base64": [typed(b'{"pixels":{"dtype":"uint8","shape":[4,3],"b64":"%s"}}' % base64.b64encode(BODY), JSON)],
+    "safetensors": [typed(save({"pixels": ITEM}), "application/safetensors") + request(BODY)],
+    "safetensors of three": [typed(save({"pixels": np.stack([ITEM] * 3)}), "application/safetensors")],
+    "safetensors of another shape": [typed(save({"pixels": ITEM.T.copy()}), "application/safetensors")],
+    "npy": [typed(npy(ITEM), "application/x-npy") + typed(npy(np.stack([ITEM, ITEM])), "application/x-npy")],
+    "npy called raw": [request(npy(ITEM))],
+    "another dtype": [typed(BODY, "application/octet-stream; dtype=float32") + request(BODY)],
+    "its dtype": [typed(BODY, "application/octet-stream; dtype=uint8") + request(BODY)],
+    "unknown type": [typed(BODY, "text/plain") + request(BODY)],
+    "large": [typed(b'{"pixels":%s}%s' % (LISTS, b" " * 70_000), JSON) + request(BODY)],
+    "an unknown session": [request(BODY, headers=["X-Session: abc", "X-Step: 1"]) + request(BODY)],
     "an item that the program chokes on": [request(b"\xff" * ITEM_BYTES) + request(BODY)],
 }
 
@@ -154,7 +204,10 @@ def test_both_lanes_answer_alike(lane: Service, plain: Service, pieces: list[byt
 
 TAKEN = {
     "one", "by name", "three in a row", "keep-alive", "names in capitals", "accepts all", "accepts JSON",
-    "spaced length", "two items", "eight items, one", "zstd",
+    "spaced length", "two items", "eight items, one", "zstd", "by version", "query", "outputs", "one output in raw",
+    "outputs in safetensors", "lists", "lists of two items", "lists of a batch of one", "JSON, then its end",
+    "JSON in gzip", "JSON with a charset", "base64", "safetensors", "safetensors of three", "npy", "its dtype", "gzip",
+    "zstd of two items", "accepts raw", "type with a parameter", "type in capitals", "large",
 }  # fmt: skip
 
 
@@ -166,7 +219,11 @@ def test_what_the_lane_takes_never_comes_to_the_routes(lane: Service, name: str)
 
 
 @pytest.mark.parametrize(
-    "name", ["one", "three in a row", "lane, route, lane", "refused, lane", "chunked, lane", "zstd"]
+    "name",
+    [
+        *("one", "three in a row", "lane, route, lane", "refused, lane", "chunked, lane", "zstd", "lists"),
+        *("JSON with a seed", "safetensors of three", "zstd and more"),
+    ],
 )
 def test_pieces_make_no_difference(lane: Service, plain: Service, name: str) -> None:
     data = b"".join(EXCHANGES[name]) + LAST

@@ -18,8 +18,9 @@ from actserve.core.errors import MemoryFull
 from actserve.core.settings import Settings
 from actserve.engine.malloc import allocate
 from actserve.server.admission import Admission
-from actserve.server.fastpath.endpoints import FastPath
+from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.memory import CONNECTION_BYTES, STREAM_BYTES, Memory
+from actserve.server.sessions import SessionLimits, Sessions
 from tests import stream_service
 from tests.fake_policy import NAME
 from tests.fastpath_service import FAST, ITEM_BYTES, SCREENS, OnePolicy, exchange, request, running
@@ -164,7 +165,8 @@ def test_the_largest_are_closed_while_all_hold_too_much() -> None:
     async def scenario() -> None:
         settings = Settings(max_connection_bytes=1 << 20)
         admission = Admission(settings)
-        fast_path = FastPath(OnePolicy(settings, slow=False), admission, settings)
+        sessions = Sessions(Path("nowhere"), SessionLimits())
+        fast_path = FastPath(OnePolicy(settings, slow=False), admission, sessions, settings)
         connections = [Holding(size << 10) for size in (100, 900, 300, 50, 400)]
         fast_path.connections |= set(connections)
         await fast_path._watch_connections()

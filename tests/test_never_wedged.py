@@ -17,7 +17,7 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batcher import Batcher
-from actserve.server.fastpath.endpoints import Endpoint
+from actserve.server.fastpath.act_codec import ActCodec
 from actserve.server.fastpath.http_protocol import FastPathProtocol
 from tests import stream_service
 from tests.fake_policy import NAME
@@ -146,7 +146,7 @@ def test_a_program_that_does_not_return_is_noticed_by_the_time_in_which_it_could
 
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Arena, "inputs"), (Arena, "scatter"), (Endpoint, "answer"), (FastPathProtocol, "_answer")]
+    ("owner", "name"), [(Arena, "inputs"), (Arena, "scatter"), (ActCodec, "answer"), (FastPathProtocol, "_answer")]
 )
 def test_on_the_fast_path_too(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, slow: bool) -> None:
     with running(FAST, slow=slow) as service:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import httptools
 import pytest
@@ -20,15 +21,36 @@ from actserve.server.fastpath.request_heads import (
 from tests.fastpath_service import ITEM_BYTES, request
 
 
-@dataclass(frozen=True)
 class Endpoint:
-    name: str
-    item_bytes: int = ITEM_BYTES
+    item_bytes = ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class FakeCodec:
+    """Raw bodies, or such in zstd, without a query."""
+
+    resource: FakeResource
+    in_place: bool
+    endpoint: Any = Endpoint
     max_items: int = 2
-    dtype: str = "uint8"
+
+    def read(self, *_: object) -> Any:
+        raise NotImplementedError
+
+    answer = refusal = read
 
 
-ENDPOINTS = {b"/act": Endpoint("default"), b"/policies/tiny/act": Endpoint("tiny")}
+@dataclass(frozen=True)
+class FakeResource:
+    name: str
+
+    def codec(self, fields: dict[bytes, bytes], query: bytes) -> FakeCodec | None:
+        content_type, coding = fields.pop(b"content-type", None), fields.pop(b"content-encoding", None)
+        understood = content_type == b"application/octet-stream" and coding in (None, b"zstd") and not query
+        return FakeCodec(self, coding is None) if understood and fields.pop(b"accept", b"*/*") == b"*/*" else None
+
+
+RESOURCES: dict[bytes, Any] = {b"/act": FakeResource("default"), b"/policies/tiny/act": FakeResource("tiny")}
 HEAD = request(b"", length=str(ITEM_BYTES))
 TOKENS = (
     b"Content-Length: 12", b"Content-Length", b"Content-Type: application/octet-stream", b"Transfer-Encoding: chunked",
@@ -36,11 +58,12 @@ TOKENS = (
     b"HTTP/1.1", b"HTTP/1.0", b"/act", b"/policies/tiny/act", b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"12",
     b"+12", b"0", b"1", b"x", b"\xe9", b"?", b"%", b",", b"User-Agent: x",
     b"Content-Encoding: zstd", b"Content-Encoding: gzip", b"Content-Length: 24", b"X-Deadline-Ms: 5",
+    b"X-Session: a", b"X-Step: 3", b"x-step:1", b"X-Request-Id: a", b"traceparent: 0",
 )  # fmt: skip
 
 
-def heads() -> HeadParser[Endpoint]:
-    return HeadParser(ENDPOINTS)
+def heads() -> HeadParser:
+    return HeadParser(RESOURCES)
 
 
 class Parsed:
@@ -88,7 +111,7 @@ def test_what_is_taken_means_the_same_to_both(head: bytes) -> None:
     assert parsed.parser.get_http_version() == "1.1"
     assert parsed.parser.should_keep_alive()
     assert not parsed.parser.should_upgrade()
-    assert ENDPOINTS[parsed.url] == taken.endpoint
+    assert taken.codec == FakeCodec(RESOURCES[parsed.url], b"content-encoding" not in dict(parsed.headers))
     names = [name for name, _ in parsed.headers if name != b"user-agent"]
     assert len(set(names)) == len(names)
     found = dict(parsed.headers)
@@ -99,6 +122,9 @@ def test_what_is_taken_means_the_same_to_both(head: bytes) -> None:
         assert (taken.items, taken.body_bytes) in ((1, ITEM_BYTES), (2, 2 * ITEM_BYTES))
     assert taken.patience_ns == int(found.get(b"x-deadline-ms", 0)) * 1_000_000
     assert found[b"content-type"] == b"application/octet-stream"
+    assert taken.session == (found[b"x-session"].decode() if b"x-session" in found else None)
+    assert taken.step == (int(found[b"x-step"]) if b"x-step" in found else None)
+    assert taken.request_id == found.get(b"x-request-id")
     assert not {b"transfer-encoding", b"expect", b"upgrade"} & set(names)
 
 
@@ -113,7 +139,7 @@ def test_a_head_is_read_once_and_not_too_many_are_remembered() -> None:
     known = heads()
     for index in range(3 * CACHED):
         assert known.find(request(b"", length="12", headers=[f"User-Agent: {index}"])) == RequestHead(
-            ENDPOINTS[b"/act"], 0, ITEM_BYTES, 1
+            FakeCodec(RESOURCES[b"/act"], True), 0, ITEM_BYTES, 1
         )
         assert len(known._cache) <= CACHED
 
@@ -161,14 +187,36 @@ def test_all_of_them_together_do_too() -> None:
     ],
 )
 def test_what_is_recorded_goes_to_the_routes(observed: Observed, header: str, fast: bool) -> None:
-    parser = HeadParser(ENDPOINTS, observed=observed)
+    parser = HeadParser(RESOURCES, observed=observed)
     head = request(b"", length=str(ITEM_BYTES), headers=[header])
     assert (parser.find(head) is not None) is fast
-    assert not parser._cache, "each request has another id"
+    parser.find(head.replace(header.encode(), header.encode()[:-1] + b"2"))
+    assert len(parser._cache) <= 1, "each request has another id"
+
+
+def test_the_steps_of_a_session_have_one_entry_in_the_cache() -> None:
+    parser = HeadParser(RESOURCES)
+    for step in range(1, 3 * CACHED):
+        found = parser.find(request(b"", length="12", headers=["X-Session: abc=", f"X-Step: {step}"]))
+        assert found is not None
+        assert (found.session, found.step, found.items) == ("abc=", step, 1)
+    assert len(parser._cache) == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["X-Step: 1"], ["X-Session: a", "X-Step: 0"], ["X-Session: a", "X-Step: +1"], ["X-Session: a", "X-Step:"],
+        ["X-Session: a", "X-Session: a"], ["X-Session: a", "x-session: b"], ["X-Session: a "], ["X-Session: \x7f"],
+        ["X-Session: a", "X-Step: 1", "X-Step: 1"], ["X-Session: a", "X-Step: 1000000000000000000"],
+    ],
+)  # fmt: skip
+def test_steps_that_only_the_routes_understand(headers: list[str]) -> None:
+    assert HeadParser(RESOURCES).find(request(b"", length="12", headers=headers)) is None
 
 
 def test_bodies_beyond_the_limits_go_to_the_routes() -> None:
     two = request(b"", length=str(2 * ITEM_BYTES))
-    assert HeadParser(ENDPOINTS).find(two) is not None
-    assert HeadParser(ENDPOINTS, lambda body_bytes, _items: body_bytes < 2 * ITEM_BYTES).find(two) is None
-    assert HeadParser(ENDPOINTS, lambda _body_bytes, items: items < 2).find(two) is None
+    assert HeadParser(RESOURCES).find(two) is not None
+    assert HeadParser(RESOURCES, lambda body_bytes, _items: body_bytes < 2 * ITEM_BYTES).find(two) is None
+    assert HeadParser(RESOURCES, lambda _body_bytes, items: items < 2).find(two) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from actserve.core.completion import step_seed
 from actserve.core.errors import InvalidRequest, InvalidTensor, RuntimeFailure, SessionExpired, StepConflict
 from actserve.core.signature import Array
-from actserve.server.sessions import SessionLimits, Sessions
+from actserve.server.sessions import SessionLimits, Sessions, replayed
 from tests.fake_policy import NAME, SLOW, Versions, same, seen
 from tests.sessions import alone, run
 from tests.waiting import until_in_loop
@@ -39,15 +40,16 @@ def test_a_step_sent_again_gets_the_stored_answer_whatever_it_carries(sessions_f
         with Sessions(sessions_file, SessionLimits()) as sessions:
             session = sessions.begin(NAME, 1, exploration="random")
             policy = await registry.get(NAME, 1)
-            assert sessions.stored(policy, session, 1) is None
             first = await sessions.step(registry, session, seen(1), 1)
             batch = {"x": np.zeros(3, np.int64)}
+            stored = sessions.resume(NAME, session.id)
+            assert stored.last is not None
+            assert stored == replace(sessions.get(NAME, session.id), last=stored.last, idle_s=stored.idle_s)
             for again in (
                 await sessions.step(registry, session, seen(999), 1),
                 await sessions.step(registry, session, batch, 1),
-                sessions.stored(policy, session, 1),
+                replayed(policy, stored, stored.last),
             ):
-                assert again is not None
                 assert again.replayed
                 assert same(again.acted.outputs, first.acted.outputs)
                 assert again.acted.seed == first.acted.seed

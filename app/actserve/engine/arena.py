@@ -1,7 +1,7 @@
-"""Arena: memory that request bodies are received into and programs read from.
+"""Arena: memory that requests are received into and programs read from.
 
-It has rows, one for each observation that is being received or queued, and slots, one for the state of each episode
-that the service keeps. It hands out the lowest free row first, so the rows of a batch are mostly adjacent, and the
+It has rows, one for the observations of each request that is being received or queued, and slots, one for the state of
+each request or episode. It hands out the lowest free row first, so the rows of a batch are mostly adjacent, and the
 batch is a view instead of a copy.
 """
 
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from time import perf_counter_ns
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,39 +50,42 @@ class Seated(Protocol):
 
 
 class Arena:
-    """Rows for the only observation of a policy: `memory[row]` holds the bytes of one item.
+    """Rows for the observations of a policy. If it has a single one, `memory[row]` holds its bytes, and a body is
+    received there.
 
-    The program's other inputs have their defaults: a request that sets them does not use the arena.
+    Parameters and noise have their defaults: a request that sets them does not use the arena.
     """
 
     def __init__(self, signature: Signature, batch: int) -> None:
-        (spec,) = signature.observations
-        self.item_bytes = spec.item_bytes
+        specs = signature.observations
+        self.item_bytes = sum(spec.item_bytes for spec in specs)
         self.waiting: deque[Waiter] = deque()
         self.coming: dict[Sender, int] = {}  # when each began, in nanoseconds; the oldest comes first
-        rows = max(2, min(BATCHES * max(batch, 8), MAX_BYTES // spec.item_bytes))
-        self._name = spec.name
-        self._spec = spec
-        self._items = np.zeros((rows, *spec.shape), spec.wire_dtype)
-        self.bytes = self._items.reshape(rows, -1).view(np.uint8)  # (rows, item_bytes)
-        self.memory = [memoryview(self.bytes[row]) for row in range(rows)]
+        rows = max(2, min(BATCHES * max(batch, 8), MAX_BYTES // max(1, self.item_bytes)))
+        self._specs = specs
+        self._items: Arrays = {spec.name: np.zeros((rows, *spec.shape), spec.wire_dtype) for spec in specs}
+        self.is_received_into = len(specs) == 1 and self.item_bytes > 0  # whether a body can be received into a row
+        self.bytes = np.empty((0, 0), np.uint8)  # (rows, item_bytes)
+        if self.is_received_into:
+            self.bytes = self._items[specs[0].name].reshape(rows, -1).view(np.uint8)
+        self.memory = [row.data for row in self.bytes]
+        self._rows = rows
         self._signature = signature
         self._defaults: Arrays = {}  # of the other inputs, each (n, *shape)
         self._defaults_size = 0
-        self._extend_defaults(rows)
         self._free = list(range(rows))  # a heap
         self._spare: dict[int, list[Array]] = {}  # blocks for the next request, by their number of items
         self.spare_bytes = 0
         self._states = signature.state
         self._kept: Arrays = {state.spec.name: state.spec.zeros(0) for state in self._states}
+        self._extend_defaults(rows)
+        self._initial: Arrays = {state.spec.name: state.initial_value(1)[0] for state in self._states}
         self._slots: list[int] = []  # free ones
 
     @staticmethod
     def suits(signature: Signature) -> bool:
-        """Whether a request can consist of one observation alone: no noise is drawn for it by default."""
-        draws = signature.draws(signature.exploration[0])
-        resets = not signature.state or signature.is_init  # otherwise an episode's beginning could not be expressed
-        return len(signature.observations) == 1 and resets and not draws
+        """Whether a request can consist of observations and state alone: no noise is drawn for it by default."""
+        return not signature.draws(signature.exploration[0])
 
     # rows
 
@@ -106,10 +109,19 @@ class Arena:
     def _unseat(self) -> int | None:
         if self.coming:
             sender, since_ns = next(iter(self.coming.items()))
-            if len(self.coming) == len(self.memory) or perf_counter_ns() - since_ns > SLOW_NS:
+            if len(self.coming) == self._rows or perf_counter_ns() - since_ns > SLOW_NS:
                 del self.coming[sender]
                 return sender.unseat()
         return None
+
+    def place(self, tensors: Arrays) -> int | None:
+        """Copy the observations of one item, each (1, *shape), into a free row; None if there is none."""
+        if not self._free:
+            return None
+        row = heappop(self._free)
+        for spec in self._specs:
+            self._items[spec.name][row] = spec.to_wire(tensors[spec.name])[0]
+        return row
 
     # memory for batches of one request
 
@@ -148,8 +160,8 @@ class Arena:
                 more = state.spec.zeros(size + 9)
                 self._kept[state.spec.name] = np.concatenate([self._kept[state.spec.name], more])
         slot = self._slots.pop()
-        for state in self._states:
-            self._kept[state.spec.name][slot] = state.initial_value(1)[0]
+        for name, array in self._kept.items():
+            array[slot] = self._initial[name]
         return slot
 
     def forget(self, slot: int | None) -> None:
@@ -171,29 +183,36 @@ class Arena:
         rows = [item.row for item in batch if item.row is not None]
         first, size = rows[0], len(rows)
         neighbours = rows[-1] == first + size - 1 and rows == list(range(first, first + size))
-        return self._complete(self._items[first : first + size] if neighbours else self._items[rows], batch)
+        which: Any = slice(first, first + size) if neighbours else rows
+        return self._complete({spec.name: spec.from_wire(self._items[spec.name][which]) for spec in self._specs}, batch)
 
-    def inputs_of(self, item: Seated, observations: Array) -> Arrays:
-        """The inputs of one request with memory of its own. `observations` are its bytes, (n,) uint8."""
-        return self._complete(observations.view(self._items.dtype).reshape(-1, *self._items.shape[1:]), [item])
+    def inputs_of(self, item: Seated, observations: Array | Arrays) -> Arrays:
+        """The inputs of one request with memory of its own: the bytes of its only observation, (n,) uint8, or its
+        observations by name, each (n, *shape)."""
+        if not isinstance(observations, dict):
+            (spec,) = self._specs
+            items = observations.view(spec.wire_dtype).reshape(-1, *spec.shape)
+            observations = {spec.name: spec.from_wire(items)}
+        return self._complete(observations, [item])
 
-    def _complete(self, observations: Array, batch: Sequence[Seated]) -> Arrays:
-        size = len(observations)
+    def _complete(self, observations: Arrays, batch: Sequence[Seated]) -> Arrays:
+        size = len(next(iter(observations.values())))
         self._extend_defaults(size)
         inputs = {name: array[:size] for name, array in self._defaults.items()}
-        inputs[self._name] = self._spec.from_wire(observations)
+        inputs |= observations
         if self._states:
             slots = [item.slot for item in batch if item.slot is not None]
             inputs |= {name: array[slots] for name, array in self._kept.items()}
-            inputs[IS_INIT.name] = np.array([item.begins for item in batch])
+        if self._signature.is_init:
+            inputs[IS_INIT.name] = np.array([item.begins for item in batch for _ in range(item.size)])
         return inputs
 
     def _extend_defaults(self, size: int) -> None:
         """Have the other inputs' defaults for `size` items: a request can have more items than there are rows."""
         if size > self._defaults_size:
             self._defaults_size = size
-            filled = complete(self._signature, {self._name: self._spec.zeros(1)}, size).inputs
-            self._defaults = {name: array for name, array in filled.items() if name != self._name}
+            filled = complete(self._signature, {}, size).inputs
+            self._defaults = {name: array for name, array in filled.items() if name not in self._kept}
 
     def scatter(self, batch: Sequence[Seated], results: Arrays) -> None:
         """Store the new state of each request that has a slot. `results`: each (B, *shape)."""

@@ -22,7 +22,8 @@ from actserve.server.access.tokens import Access, read_tokens
 from actserve.server.admission import Admission
 from actserve.server.arcade import game_routes, page
 from actserve.server.arcade.game import GameSlots
-from actserve.server.fastpath.endpoints import FastPath
+from actserve.server.fastpath.act_codec import act_resources
+from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.fastpath.request_heads import Observed
 from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions, stream
 from actserve.server.http.bounded_turns import BoundedTurnsMiddleware
@@ -36,6 +37,7 @@ from actserve.store.remote import open_store
 from actserve.store.trust import Trust
 from actserve.telemetry.traces import Traces
 
+FAST_PROTOCOLS = (act_resources, oip.infer_resources)
 LOAD_WAIT_S = 2.0  # while other workers serve, a worker loads for this long before it accepts connections
 
 
@@ -91,7 +93,9 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
                     async with (
                         grpc.serving(registry, app.state.sessions, settings, admission),
                         admin.serving(registry, store, settings),
-                        FastPath(registry, admission, settings, observed) as fast_path,
+                        FastPath(
+                            registry, admission, app.state.sessions, settings, observed, FAST_PROTOCOLS
+                        ) as fast_path,
                     ):
                         yield {"fast_path": fast_path}
                 finally:

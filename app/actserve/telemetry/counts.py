@@ -15,6 +15,7 @@ from actserve.telemetry.meters import Meters
 
 Transport = Literal["fastpath", "http", "websocket", "grpc"]
 ACT = "/policies/{name}/act"
+ACT_ON_VERSION = "/policies/{name}/versions/{version}/act"
 STREAM = "/policies/{name}/stream"
 DEFAULT = {"/act": ACT, "/stream": STREAM}  # routes of the default policy count as these
 OK = "200"

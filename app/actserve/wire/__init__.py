@@ -40,6 +40,7 @@ __all__ = [
     "encode",
     "encode_request",
     "expand",
+    "is_raw",
     "negotiate",
     "raw_type",
     "read_randomness",
@@ -73,6 +74,14 @@ def decode(content_type: str, body: Body, signature: Signature) -> Payload:
     payload = reader(body, signature.observations if media_type in _SINGLE_TENSOR else signature.request_inputs)
     signature.validate_request(payload.tensors)
     return payload
+
+
+def is_raw(content_type: str, signature: Signature) -> bool:
+    """Whether a body of this type is the bytes of the only observation. Raises `InvalidTensor` for another dtype."""
+    if _media_type(content_type) != RAW or len(signature.observations) != 1:
+        return False
+    as_raw.check_dtype(_dtype(content_type), signature.observations[0])
+    return True
 
 
 def takes_long(content_type: str, body: Body) -> bool:

@@ -1,8 +1,8 @@
 """One HTTP connection: an `asyncio.BufferedProtocol` in front of uvicorn's own protocol.
 
 Between two requests it looks at the head of the next one. If the request takes the fast path, its body is received
-into a row of the arena, and the answer is one write. If not, every byte goes to uvicorn's protocol until that has
-answered.
+into a row of the arena, or into other memory and decoded from there, and the answer is one write. If not, every byte
+goes to uvicorn's protocol until that has answered.
 
 `get_buffer` decides where the next bytes go:
 
@@ -17,29 +17,37 @@ answered.
 from __future__ import annotations
 
 import asyncio
+import logging
 from enum import Enum, auto
 from time import perf_counter_ns
 from typing import Any
 
-import numpy as np
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from actserve import wire
-from actserve.core.errors import ActserveError, MemoryFull, TooManyConnections, Unavailable
+from actserve.core.errors import ActserveError, MemoryFull, SessionsLocked, TooManyConnections, Unavailable
+from actserve.core.signature import Arrays
+from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchResult
 from actserve.server.admission import Ticket
+from actserve.server.fastpath.act_codec import UNAVAILABLE
+from actserve.server.fastpath.codec import Codec, DecodedRequest, serialised
 from actserve.server.fastpath.discard import discard
-from actserve.server.fastpath.endpoints import UNAVAILABLE, Endpoint, FastPath, serialised
-from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
+from actserve.server.fastpath.fast_path import FastPath
+from actserve.server.fastpath.receiver import Receiver
 from actserve.server.fastpath.request_heads import MAX_BYTES, RequestHead, may_become_a_head
+from actserve.server.fastpath.session_step import SessionStep
 from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
 from actserve.server.http import error_responses as errors
 from actserve.server.memory import CONNECTION_BYTES, Memory
 from actserve.wire import as_raw
 from actserve.wire.as_npy import MAGIC
+from actserve.wire.payload import Body
+
+log = logging.getLogger("actserve")
 
 MAGIC_BYTES = len(MAGIC)
+SMALL_BYTES = 4096  # a body that is received with its head; a larger one is received where it is read
 FIRST_HEAD_BYTES = 512  # assumed length of a connection's first head
 LINGER_S = 0.25  # at shutdown, for a request that is on its way
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -69,7 +77,11 @@ class FastPathProtocol(Receiver):
         self._state = server_state
         self._connections: set[Any] = server_state.connections
         self._fast_path: FastPath | None = app_state.get("fast_path")
-        self._endpoint: Endpoint | None = None  # of the request that is being received or answered
+        self._codec: Codec | None = None  # of the request that is being received or answered
+        self._head: RequestHead | None = None  # of a body that the codec reads
+        self._head_data = b""
+        self._decoded: DecodedRequest | None = None  # by the codec; None: received in place
+        self._step: SessionStep | None = None
         self._request_id: bytes | None = None  # returned in the answer
         self._to_discard = 0  # remaining bytes of a refused body
         self._head_bytes = FIRST_HEAD_BYTES  # expected length of the next head
@@ -110,7 +122,7 @@ class FastPathProtocol(Receiver):
             self._to_discard -= discard(self.transport, self._to_discard)
         if self._to_discard:
             return self._buffer[: self._to_discard]
-        if self._passing or self._endpoint is not None:
+        if self._passing or self._codec is not None:
             return self._buffer
         return self._buffer[: self._head_bytes]
 
@@ -120,16 +132,15 @@ class FastPathProtocol(Receiver):
                 self._received(count)
             elif self._to_discard:
                 self._to_discard -= count
-            elif self._endpoint is not None:
+            elif self._codec is not None:
                 self._keep(count)
             elif self._passing and not self._inner.is_idle:
                 self._inner.data_received(bytes(self._buffer[:count]))
             else:
                 self._begin(self._data + self._buffer[:count])
         except MemoryFull as error:
-            assert self._endpoint is not None
-            self._closing = True  # the rest of the body is not read
-            self._answer(self._endpoint.refusal(error, self._state.default_headers))
+            assert self._codec is not None
+            self._refuse_memory(self._codec, error)
         except Exception:  # the request is not queued: the last thing that it does is to enter the queue
             self.abandon()
             raise  # for the log of the event loop
@@ -146,7 +157,7 @@ class FastPathProtocol(Receiver):
         if self.transport.get_extra_info("ssl_object") is not None:
             return None  # with TLS this closes both sides
         self._input_ended = True
-        if self._endpoint is None and self._data:
+        if self._codec is None and self._data:
             self._go_on_soon()
             return True
         return self._stays_open()
@@ -155,7 +166,7 @@ class FastPathProtocol(Receiver):
         """Whether the connection of a client that sends no more stays open, for an answer. Then it is closed."""
         if self._missing is not None or self._to_discard:
             return False
-        if self._endpoint is not None:
+        if self._codec is not None:
             self._closing = not self._data  # otherwise a request that was sent ahead is answered first
             return True
         return self._passing and self._inner.end_input()
@@ -184,11 +195,11 @@ class FastPathProtocol(Receiver):
     def shutdown(self) -> None:
         """Answer the request in progress, or one that the client has just sent, then close."""
         self._closing = self._inner.closing = True
-        if self._endpoint is None:
+        if self._codec is None:
             self._inner.loop.call_later(LINGER_S, self._end)
 
     def _end(self) -> None:
-        if self.transport is not None and self._endpoint is None:
+        if self.transport is not None and self._codec is None:
             self._inner.shutdown()
 
     # called by uvicorn's protocol
@@ -217,49 +228,86 @@ class FastPathProtocol(Receiver):
         if head is None:
             self._pass(data)
             return
-        expanded = None
-        if not head.items:
-            if len(data) < end + head.body_bytes:  # a compressed body is expanded once all of it has come
-                self._data, self._head_bytes = data, BUFFER_BYTES
-                return
-            expanded = _expand(data[end : end + head.body_bytes], head.endpoint.item_bytes)
-            if expanded is None:
+        step = None
+        if head.session is not None:
+            step = SessionStep.begin(self._fast_path.sessions, head)
+            if step is None:
                 self._pass(data)
                 return
-        self._take(head, data, end, expanded)
+        self._take(head, data, end, step)
 
-    def _take(self, head: RequestHead[Endpoint], data: bytes, end: int, expanded: bytearray | None) -> None:
-        """Admit the request at the start of `data`. Its head ends at `end`. A compressed body is in `expanded`."""
-        assert self._fast_path is not None
-        endpoint, admission = head.endpoint, self._fast_path.admission
-        self._endpoint, self._request_id, self.patience_ns = endpoint, head.request_id, head.patience_ns
+    def _take(self, head: RequestHead, data: bytes, end: int, step: SessionStep | None) -> None:
+        """Take the request at the start of `data`. Its head ends at `end`."""
+        self._codec, self._request_id, self.patience_ns = head.codec, head.request_id, head.patience_ns
+        self._step = step
         self.since_ns = perf_counter_ns()
         self._requests += 1
         if self._inner.timeout_keep_alive_task is not None:
             self._inner._unset_keepalive_if_required()
         self._passing = False
-        self.size = max(1, head.items)
-        body_bytes = head.body_bytes
-        if expanded is None:
-            self._head_bytes, self._data = end, data[end:]
-        else:
-            self._head_bytes, self._data, body_bytes = BUFFER_BYTES, data[end + body_bytes :], 0
+        self._data = data[end:]
+        try:
+            if head.items:
+                self._head_bytes = end
+                self._receive_in_place(head)
+            else:
+                self._head_bytes = end + (head.body_bytes if head.body_bytes <= SMALL_BYTES else 0)
+                self._head, self._head_data = head, data[:end]
+                self._receive_body(head.body_bytes, head.codec.endpoint.arena)
+        except MemoryFull as error:
+            self._refuse_memory(head.codec, error)
+
+    def _receive_in_place(self, head: RequestHead) -> None:
+        assert self._fast_path is not None
+        endpoint, admission = head.codec.endpoint, self._fast_path.admission
+        self.size = head.items
         try:
             admission.admit(endpoint.batcher, self.size, Ticket(head.token), self.patience_ns)
         except ActserveError as error:
-            self._refuse(endpoint, error, body_bytes)
+            self._refuse(head.codec, error, head.body_bytes)
             return
-        if expanded is not None:
-            self._arena, self.row = endpoint.arena, endpoint.arena.acquire()
-            if self.row is None:
-                self._block = np.frombuffer(expanded, np.uint8)
-            else:
-                endpoint.arena.memory[self.row][:] = expanded
-            self._complete()
-        elif head.items == 1:
+        self._set_state(None, None)
+        if head.items == 1:
             self._seek(endpoint.arena)
         else:
             self._receive_batch(endpoint.arena, admission)
+
+    def _read(self, body: Body) -> None:
+        """Handle a complete body that the codec reads. If it declines, the routes get the whole request."""
+        head, fast_path = self._head, self._fast_path
+        assert head is not None
+        assert fast_path is not None
+        decoded = head.codec.read(body)
+        if decoded is None:
+            request = b"".join([self._head_data, bytes(body), self._data])
+            self._leave()
+            self._pass(request)
+            return
+        endpoint = head.codec.endpoint
+        self.size, self._decoded = decoded.size, decoded
+        try:
+            fast_path.admission.admit(endpoint.batcher, self.size, Ticket(head.token), self.patience_ns)
+            self._place(decoded, endpoint.arena)
+            fast_path.admission.enter(endpoint.batcher, self)
+        except ActserveError as error:
+            self._answer(head.codec.refusal(error, self._state.default_headers, decoded))
+
+    def _place(self, decoded: DecodedRequest, arena: Arena) -> None:
+        """Copy one item into a row, if one is free: a batch of rows is not concatenated."""
+        self._arena = arena
+        self.row = arena.place(decoded.tensors) if decoded.size == 1 else None
+        self._set_state(decoded.state, decoded.is_init)
+
+    def _set_state(self, state: Arrays | None, is_init: bool | None) -> None:
+        """Put the state of the episode into a slot: what the client carries, the session's, or the initial state."""
+        assert self._codec is not None
+        arena = self._codec.endpoint.arena
+        self.slot = arena.keep()
+        if self._step is not None:
+            state, self._step.is_init = self._step.state, is_init
+        if state and self.slot is not None:
+            arena.set_state(self.slot, state)
+        self.begins = not state if is_init is None else is_init
 
     def _pass(self, data: bytes) -> None:
         self._data, self._head_bytes = b"", FIRST_HEAD_BYTES
@@ -267,34 +315,89 @@ class FastPathProtocol(Receiver):
         self._requests += 1
         self._inner.data_received(data)
 
-    def _refuse(self, endpoint: Endpoint, error: ActserveError, body_bytes: int) -> None:
+    def _refuse(self, codec: Codec, error: ActserveError, body_bytes: int) -> None:
         """Answer before the body has come, and discard the body."""
         data = self._data
         self._to_discard, self._data = max(0, body_bytes - len(data)), data[body_bytes:]
-        self._answer(endpoint.refusal(error, self._state.default_headers))
+        self._answer(codec.refusal(error, self._state.default_headers))
+
+    def _refuse_memory(self, codec: Codec, error: MemoryFull) -> None:
+        self._closing = True  # the rest of the body is not read
+        self._answer(codec.refusal(error, self._state.default_headers))
 
     def _complete(self) -> None:
-        assert self._endpoint is not None
+        assert self._codec is not None
         assert self._fast_path is not None
+        if self._head is not None:
+            assert self._block is not None
+            self._read(self._block.data)
+            return
+        endpoint = self._codec.endpoint
         try:
             if self.size > 1:
-                as_raw.refuse_npy(self.observations[:MAGIC_BYTES].tobytes(), self._endpoint.observation)
-            self._fast_path.admission.enter(self._endpoint.batcher, self)
+                (observation,) = endpoint.policy.signature.observations
+                as_raw.refuse_npy(self.observations[:MAGIC_BYTES].tobytes(), observation)
+            self._fast_path.admission.enter(endpoint.batcher, self)
         except ActserveError as error:
-            self._answer(self._endpoint.refusal(error, self._state.default_headers))
+            self._answer(self._codec.refusal(error, self._state.default_headers))
 
     # called by the batcher
 
+    def inputs(self) -> Arrays:
+        if self._decoded is None or self.row is not None:
+            return super().inputs()
+        assert self._arena is not None
+        return self._arena.inputs_of(self, self._decoded.tensors)
+
     def settle(self, outcome: BatchResult, start: int) -> None:
-        assert self._endpoint is not None
-        if self.transport is None:
-            self._leave()
-        elif outcome.error is not None:
-            self._answer(self._endpoint.refusal(outcome.error, self._state.default_headers))
+        assert self._codec is not None
+        if outcome.error is not None:
+            self._answer(self._codec.refusal(outcome.error, self._state.default_headers, self._decoded))
+        elif self._step is None:
+            self._answer_with_outputs(outcome, start)
         else:
-            self._answer(self._endpoint.answer(outcome, start, self.size, self._state.default_headers))
+            self._store(self._step, outcome, start)
+
+    def _store(self, step: SessionStep, outcome: BatchResult, start: int) -> None:
+        """Store the step of a session, then answer."""
+        assert self._codec is not None
+        try:
+            if step.store(outcome, start):
+                self._answer_with_outputs(outcome, start, b"x-step: %d\r\n" % step.number)
+                return
+        except SessionsLocked:
+            pass
+        except ActserveError as error:
+            self._answer(self._codec.refusal(error, self._state.default_headers))
+            return
+        finishing = self._inner.loop.create_task(self._finish(step, self._codec))
+        self._state.tasks.add(finishing)
+        finishing.add_done_callback(self._state.tasks.discard)
+
+    async def _finish(self, step: SessionStep, codec: Codec) -> None:
+        """Answer a step of a session that could not be stored at once."""
+        assert self._fast_path is not None
+        names = {spec.name for spec in codec.endpoint.policy.signature.observations}
+        observations = {name: array.copy() for name, array in self.inputs().items() if name in names}
+        try:
+            result = await step.finish(self._fast_path.registry, observations)
+            fields = b"x-step: %d\r\n%s" % (result.step, b"x-replayed: 1\r\n" if result.replayed else b"")
+            self._answer_with_outputs(BatchResult(result.acted.outputs, None, 0, 0), 0, fields)
+        except ActserveError as error:
+            self._answer(codec.refusal(error, self._state.default_headers))
+        except Exception:
+            log.exception("the step of a session could not be stored; its connection is closed")
+            self.abandon()
+
+    def _answer_with_outputs(self, outcome: BatchResult, start: int, fields: bytes = b"") -> None:
+        assert self._codec is not None
+        headers = self._state.default_headers
+        self._answer(self._codec.answer(outcome, start, self.size, self._decoded, headers, fields))
 
     def _answer(self, answer: bytes) -> None:
+        if self.transport is None:
+            self._leave()
+            return
         if self._request_id is not None:
             answer = _with_header(answer, b"x-request-id: " + self._request_id)
         self._leave()
@@ -306,7 +409,12 @@ class FastPathProtocol(Receiver):
         self._answer_with(answer)
 
     def _leave(self) -> None:
-        self._endpoint = self._request_id = None
+        if self.slot is not None:
+            assert self._codec is not None
+            self._codec.endpoint.arena.forget(self.slot)
+            self.slot = None
+        self._codec = self._request_id = self._head = self._decoded = self._step = None
+        self._head_data = b""
         super()._leave()
 
     # called by the fast path once a second
@@ -343,22 +451,13 @@ class FastPathProtocol(Receiver):
             return Phase.SENDING
         if self._missing is not None or self._to_discard:
             return Phase.RECEIVING
-        if self._endpoint is not None:
+        if self._codec is not None:
             return Phase.ANSWERING
         if self._data or (self._passing and not self._inner.between_messages):
             return Phase.RECEIVING
         if self._passing and not self._inner.is_idle:
             return Phase.ANSWERING
         return Phase.IDLE
-
-
-def _expand(body: bytes, item_bytes: int) -> bytearray | None:
-    """The one observation in a body compressed with zstd; None for a body that the route must refuse."""
-    try:
-        expanded = bytearray(wire.expand(body, "zstd", item_bytes))
-    except ActserveError:
-        return None
-    return expanded if len(expanded) == item_bytes else None
 
 
 def _with_header(answer: bytes, field: bytes) -> bytes:

@@ -120,6 +120,13 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self._block = allocate(size_bytes)
         self._fill(self._block.data)
 
+    def _receive_body(self, body_bytes: int, arena: Arena) -> None:
+        """Receive a body of any form. Its memory is counted as it arrives."""
+        self._arena = arena
+        self._take_memory(min(body_bytes, len(self._data)))
+        self._block = allocate(body_bytes)
+        self._fill(self._block.data)
+
     def _fill(self, place: memoryview) -> None:
         """Move the received bytes to `place`, and receive the rest there."""
         if self._data:
@@ -206,13 +213,17 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         data, self._data = self._data, b""
         if len(data) >= BUFFER_BYTES:
             self.transport.resume_reading()
-        self._begin(data)
+        try:
+            self._begin(data)
+        except Exception:  # as in `buffer_updated`
+            self.abandon()
+            raise
         if len(self._data) >= BUFFER_BYTES and self.transport is not None:  # still too much
             self.transport.pause_reading()
 
     @property
     def observations(self) -> Array:
-        """The bytes of all observations, (n,) uint8."""
+        """The bytes of a body that was received in place, (n,) uint8."""
         assert self._arena is not None
         if self.row is not None:
             row: Array = self._arena.bytes[self.row]
@@ -238,7 +249,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
 
     def inputs(self) -> Arrays:
         assert self._arena is not None
-        return self._arena.inputs_of(self, self.observations)
+        return self._arena.inputs([self]) if self.row is not None else self._arena.inputs_of(self, self.observations)
 
     def abandon(self) -> None:
         try:

@@ -18,7 +18,7 @@ from actserve.core.signature import Exploration
 from actserve.engine.policy import Policy
 from actserve.server.admission import current_token
 from actserve.server.http.requests import read_patience_ns, read_raw_body, registry_of, sessions_of
-from actserve.server.sessions import Session, StepResult, policy_of
+from actserve.server.sessions import Session, StepResult, policy_of, replayed
 
 router = APIRouter(tags=["sessions"])
 
@@ -104,23 +104,23 @@ class StepRequest:
 
 async def read_step_request(request: Request, policy: Policy, version: int | None, id_: str) -> StepRequest:
     """The step that a request wants of session `id_` of `policy`. `version` is the one in the URL, if any."""
-    session = sessions_of(request).get(policy.name, id_, current_token())
+    session = sessions_of(request).resume(policy.name, id_, current_token())
     if version is not None and session.version != version:
         raise InvalidRequest(
             f"a session stays on its version: expected {session.version}; got {version}",
             expected=session.version,
             got=version,
         )
-    return StepRequest(session, await policy_of(registry_of(request), session), _read_step(request))
+    if session.version != policy.version:
+        policy = await policy_of(registry_of(request), session)
+    return StepRequest(session, policy, _read_step(request))
 
 
 async def take_step(request: Request, step: StepRequest, decode: Callable[[], Awaitable[wire.Payload]]) -> StepResult:
     """Take the step, or return the stored answer if it was taken before: then the body is not decoded."""
-    sessions = sessions_of(request)
-    if step.step == step.session.step:
-        stored = sessions.stored(step.policy, step.session, step.session.step)
-        if stored is not None:
-            return stored
+    last = step.session.last
+    if last is not None and 0 < last.step == step.step:
+        return replayed(step.policy, step.session, last)
     items = await decode()
     if items.session not in (None, step.session.id):
         raise InvalidRequest(f"{SESSION_HEADER} and the body name different sessions; expected one")
@@ -130,7 +130,7 @@ async def take_step(request: Request, step: StepRequest, decode: Callable[[], Aw
     if items.seed is not None or items.exploration is not None or "seed" in query or "exploration" in query:
         raise InvalidRequest("a session's seed and exploration are set when it begins; got another with a step")
     registry, patience_ns = registry_of(request), read_patience_ns(request)
-    return await sessions.step(registry, step.session, items.tensors, step.step, patience_ns)
+    return await sessions_of(request).step(registry, step.session, items.tensors, step.step, patience_ns)
 
 
 def step_headers(result: StepResult) -> dict[str, str]:

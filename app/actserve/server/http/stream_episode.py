@@ -64,9 +64,10 @@ class StreamEpisode:
             idle_s=settings.session_idle_s,
         )
         self.batcher = policy.batcher
-        default_actions = seed is None and exploration == signature.exploration[0]
+        by_default = seed is None and exploration == signature.exploration[0] and self._encoding == wire.RAW
+        arena = policy.batcher.arena
         # The fast path steps the episode with the arena; None: it cannot.
-        self.arena = policy.batcher.arena if default_actions and self._encoding == wire.RAW else None
+        self.arena = arena if arena is not None and arena.is_received_into and by_default else None
         self.slot = self.arena.keep() if self.arena is not None else None
 
     def new_ticket(self) -> Ticket:

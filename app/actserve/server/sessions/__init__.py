@@ -15,7 +15,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ log = logging.getLogger("actserve")
 SWEEP_EVERY_S = 1.0
 LOCK_TIMEOUT_S = 5.0
 MAX_PAUSE_S = 0.05  # between two attempts
+_RECORD = "checksum, step, seeded, answer, state"  # the columns of a `StepRecord`
 MAX_SWEPT = 100  # sessions in one sweep, which takes about a millisecond of the event loop
 
 
@@ -71,11 +72,12 @@ class Session:
     policy: str
     version: int
     step: int
-    seed: int | None  # the noise of each step comes from (seed, step)
+    seed: int  # the noise of each step comes from (seed, step)
     exploration: Exploration | None
     idle_s: float  # since the last step
     number: int  # the primary key in the file
     holder: Token | None  # only this token may use the session; None: anyone who knows the id
+    last: StepRecord | None = None  # of the last step; None: it was not read
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,21 @@ class Sessions:
             raise SessionExpired
         return found[0]
 
+    def resume(self, policy: str, id_: str, holder: Token | None = None) -> Session:
+        """As `get`, with the record of the last step: for a session that is about to take the next one."""
+        self._sweep()
+        number, now_ms = self._ids.number(policy, id_, holder), self._now_ms()
+        found = self._file.rows(
+            f"SELECT version, seed, exploration, used_ms, {_RECORD} FROM session WHERE number = ? AND used_ms > ?",
+            *(number, self._idle_since_ms()),
+        )
+        if not found:
+            raise SessionExpired
+        version, seed, exploration, used_ms, *fields = found[0]
+        last = self._checked(policy, number, fields)
+        idle_s = max(0, now_ms - used_ms) / 1000
+        return Session(id_, policy, version, last.step, seed, exploration, idle_s, number, holder, last)
+
     def sequence(
         self, policy: str, sequence: int | str, owner: str | None = None, holder: Token | None = None
     ) -> Session:
@@ -212,7 +229,7 @@ class Sessions:
         return {(policy, version) for policy, version in found}
 
     def end(self, session: Session) -> None:
-        self._file.change("DELETE FROM session WHERE number = ?", session.number)
+        self._delete(session.number)
 
     def statistics(self) -> SessionStatistics:
         self._sweep()
@@ -229,21 +246,22 @@ class Sessions:
         policy. If it raises, the state of the session has not changed.
         """
         policy = await policy_of(registry, session)
+        last = session.last or self._read(session)
         while True:
-            last, seed = self._read(session)
             number = last.step + 1
             if 0 < last.step == step:
-                return StepResult(last.acted(policy.signature, seed), step, replayed=True)
+                return replayed(policy, session, last)
             if step is not None and step != number:
                 raise StepConflict(number, step)
             _check(policy.signature, tensors)
             inputs = tensors | last.carried(policy.signature)
-            noise_seed = step_seed(seed, number)
+            noise_seed = step_seed(session.seed, number)
             acted = await self._admission.act(policy, inputs, 1, session.exploration, noise_seed, patience_ns)
             record = StepRecord.of(number, acted, policy.signature)
-            if await self.when_unlocked(partial(self._write, session, last, record)):
+            if await self.when_unlocked(partial(self.write, session, last, record)):
                 outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
                 return StepResult(replace(acted, outputs=outputs), number, replayed=False)
+            last = self._read(session)
 
     async def when_unlocked(self, change: Callable[[], Result]) -> Result:
         """The result of `change`, which is called again while another process holds the file, for `LOCK_TIMEOUT_S`.
@@ -260,30 +278,35 @@ class Sessions:
             await asyncio.sleep(0 if attempt < 2 else min(0.001 * 2 ** (attempt - 2), MAX_PAUSE_S))
         raise AssertionError("the attempts have no end")
 
-    def stored(self, policy: Policy, session: Session, step: int) -> StepResult | None:
-        """The stored answer if `step` is the last step: the answer to a retry, whatever its body."""
-        last, seed = self._read(session)
-        return StepResult(last.acted(policy.signature, seed), step, replayed=True) if 0 < last.step == step else None
-
-    def _read(self, session: Session) -> tuple[StepRecord, int]:
-        """The session's record and seed. Raises `SessionExpired`."""
+    def _read(self, session: Session) -> StepRecord:
+        """The record of the session's last step. Raises `SessionExpired`."""
         self._sweep()
         found = self._file.rows(
-            "SELECT seed, checksum, step, seeded, answer, state FROM session WHERE number = ? AND used_ms > ?",
+            f"SELECT {_RECORD} FROM session WHERE number = ? AND used_ms > ?",
             *(session.number, self._idle_since_ms()),
         )
         if not found:
             raise SessionExpired
-        seed, checksum, *fields = found[0]
-        record = StepRecord(*fields)
-        if record.step and checksum != record.checksum(session.number):
-            log.error("the record of a session of %s is damaged: the session is deleted", session.policy)
-            self.end(session)
-            raise SessionExpired
-        return record, seed
+        return self._checked(session.policy, session.number, found[0])
 
-    def _write(self, session: Session, last: StepRecord, new: StepRecord) -> bool:
-        """Replace `last` by `new`. False if another request has taken the step. Raises `SessionTooLarge`."""
+    def _checked(self, policy: str, number: int, fields: Sequence[Any]) -> StepRecord:
+        """The record in the columns `_RECORD`. Raises `SessionExpired` if it is damaged."""
+        checksum, *values = fields
+        record = StepRecord(*values)
+        if record.step and checksum != record.checksum(number):
+            log.error("the record of a session of %s is damaged: the session is deleted", policy)
+            self._delete(number)
+            raise SessionExpired
+        return record
+
+    def _delete(self, number: int) -> None:
+        self._file.change("DELETE FROM session WHERE number = ?", number)
+
+    def write(self, session: Session, last: StepRecord, new: StepRecord) -> bool:
+        """Replace the record `last` by `new`. False if another request has taken the step, or the session has ended.
+
+        Raises `SessionTooLarge` or `SessionsLocked`.
+        """
         number = session.number
         values = (self._now_ms(), new.step, new.seeded, new.checksum(number), new.answer, new.state)
         columns = "used_ms = ?, step = ?, seeded = ?, checksum = ?, answer = ?, state = ?"
@@ -354,6 +377,11 @@ class Sessions:
 
     def _idle_since_ms(self) -> int:
         return self._now_ms() - int(self.limits.idle_s * 1000)
+
+
+def replayed(policy: Policy, session: Session, last: StepRecord) -> StepResult:
+    """The stored answer to the last step."""
+    return StepResult(last.acted(policy.signature, session.seed), last.step, replayed=True)
 
 
 def _same(session: Session, seed: int | None, exploration: Exploration | None) -> Session:

@@ -4,6 +4,7 @@ https://github.com/kserve/open-inference-protocol and Triton's "protocol extensi
 model repository (its index), model configuration, parameters, statistics. A model is a policy.
 """
 
+from actserve.server.protocols.oip.fast_infer import infer_resources
 from actserve.server.protocols.oip.routes import router
 
-__all__ = ["router"]
+__all__ = ["infer_resources", "router"]

@@ -47,8 +47,8 @@ async def infer(request: Request, policy: Policy, pinned: bool) -> Response:
         registry_of(request),
         policy,
         pinned,
-        lambda: split(content, request.headers.get(HEADER)),
-        lambda response: _respond(request, *encode(response)),
+        lambda: read(content, request.headers.get(HEADER)),
+        lambda response: respond(*encode(response), request.headers.get("accept-encoding", "")),
         takes_long=takes_long(wire.JSON, content),
     )
 
@@ -81,15 +81,21 @@ class HttpInferRequest:
         return found
 
 
-def split(content: Body, json_bytes: str | None) -> HttpInferRequest:
+def read(body: Body, json_bytes: str | None) -> HttpInferRequest:
     """`json_bytes` is the value of the header `HEADER`, if any. Raises `MalformedBody`."""
-    body = memoryview(content)
+    content, binary = split(body, json_bytes)
+    return HttpInferRequest(parse_json(content), binary)
+
+
+def split(body: Body, json_bytes: str | None) -> tuple[bytes, memoryview]:
+    """The JSON, and the bytes that follow it. Raises `MalformedBody`."""
+    view = memoryview(body)
     if json_bytes is None:
-        return HttpInferRequest(parse_json(bytes(body)), body[:0])
-    if not (json_bytes.isascii() and json_bytes.isdecimal() and len(json_bytes) < 19 and int(json_bytes) <= len(body)):
-        raise MalformedBody(f"expected {HEADER} of 0 to {len(body)}, the body's length; got {json_bytes[:80]!r}")
+        return bytes(view), view[:0]
+    if not (json_bytes.isascii() and json_bytes.isdecimal() and len(json_bytes) < 19 and int(json_bytes) <= len(view)):
+        raise MalformedBody(f"expected {HEADER} of 0 to {len(view)}, the body's length; got {json_bytes[:80]!r}")
     end = int(json_bytes)
-    return HttpInferRequest(parse_json(bytes(body[:end])), body[end:])
+    return bytes(view[:end]), view[end:]
 
 
 def encode(response: InferResponse) -> tuple[bytes, int | None]:
@@ -114,9 +120,9 @@ def encode(response: InferResponse) -> tuple[bytes, int | None]:
     return (b"".join([json, *parts]), len(json)) if parts else (json, None)
 
 
-def _respond(request: Request, content: bytes, json_bytes: int | None) -> Response:
+def respond(content: bytes, json_bytes: int | None, accepted: str) -> Response:
+    """The response with a body from `encode`, compressed if that is `accepted` and worthwhile."""
     headers = {} if json_bytes is None else {HEADER: str(json_bytes)}
-    accepted = request.headers.get("accept-encoding", "")
     if accepted and len(content) >= MIN_COMPRESSED_BYTES:
         weight, coding = max((quality(accepted, known), known) for known in _COMPRESSORS)
         if weight > 0:

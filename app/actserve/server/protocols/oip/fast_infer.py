@@ -1,0 +1,171 @@
+"""Infer requests over HTTP on the fast path: those that name no sequence, deadline, seed or exploration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from actserve.core.errors import ActserveError
+from actserve.core.settings import Settings
+from actserve.engine.batch import BatchResult
+from actserve.engine.policy import Acted
+from actserve.engine.registry import Registry
+from actserve.server.fastpath.codec import (
+    DecodedRequest,
+    Headers,
+    Resource,
+    Resources,
+    response_prefix,
+    serialised,
+    split_state,
+)
+from actserve.server.fastpath.endpoint import Endpoint
+from actserve.server.protocols.oip import codec, error_responses, http_infer, statistics
+from actserve.server.protocols.oip.infer import InferResponse
+from actserve.server.protocols.oip.infer_request import InferRequest, Parameters, parse_json
+from actserve.telemetry.counts import Tally
+from actserve.wire import JSON
+from actserve.wire.oip import HEADER
+from actserve.wire.payload import MANY_BYTES, MANY_VALUES, Body, takes_long
+
+INFER = "/v2/models/{name}/infer"
+INFER_ON_VERSION = "/v2/models/{name}/versions/{version}/infer"
+MAX_DOCUMENTS = 256  # cached
+MAX_DOCUMENT_BYTES = 4096  # of a cached one
+_DEFAULT = Parameters()
+
+
+def infer_resources(endpoint: Endpoint, registry: Registry, settings: Settings) -> Resources:
+    """The resources of infer requests for the policy of `endpoint`."""
+    policy = endpoint.policy
+    found: dict[bytes, Resource] = {}
+    for route in (INFER, INFER_ON_VERSION):
+        tally = registry.counts.tally(policy.name, "fastpath", route)
+        found[route.format(name=policy.name, version=policy.version).encode()] = InferResource(endpoint, tally)
+    return found
+
+
+class InferResource:
+    """The infer requests to one policy."""
+
+    def __init__(self, endpoint: Endpoint, tally: Tally) -> None:
+        self._endpoint, self._tally = endpoint, tally
+        self._codecs: dict[tuple[str | None, str], InferCodec] = {}
+
+    def codec(self, fields: dict[bytes, bytes], query: bytes) -> InferCodec | None:
+        """The headers `Content-Type` and `Accept` have no meaning here."""
+        if query or b"content-encoding" in fields or b"x-session" in fields:
+            return None
+        for name in (b"content-type", b"accept"):
+            fields.pop(name, None)
+        json_bytes = fields.pop(HEADER.lower().encode(), None)
+        accepted = fields.pop(b"accept-encoding", b"").decode("ascii")
+        key = (None if json_bytes is None else json_bytes.decode("ascii"), accepted)
+        if key not in self._codecs:
+            if len(self._codecs) >= MAX_DOCUMENTS:
+                self._codecs.clear()
+            self._codecs[key] = InferCodec(self._endpoint, self._tally, *key)
+        codec = self._codecs[key]
+        return codec if codec.max_items else None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The JSON of a request."""
+
+    request: InferRequest
+    selected: Mapping[str, bool]  # the outputs to return, and whether each is sent as binary
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedInferRequest(DecodedRequest):
+    document: Document | None = None
+    begun_ns: int = 0
+
+
+class InferCodec:
+    """See `Codec`. `json_bytes` and `accepted` are values of headers."""
+
+    in_place = False
+
+    def __init__(self, endpoint: Endpoint, tally: Tally, json_bytes: str | None, accepted: str) -> None:
+        self.endpoint = endpoint
+        self._tally, self._json_bytes, self._accepted = tally, json_bytes, accepted
+        self._policy = endpoint.policy
+        self._signature = signature = endpoint.policy.signature
+        self._specs = {spec.name: spec for spec in signature.answers}
+        self._results = {name: name for name in self._specs}
+        self._results |= {state.spec.name: state.output for state in signature.state}
+        elements = sum(spec.elements for spec in signature.answers)
+        self.max_items = min(endpoint.max_items, MANY_VALUES // max(1, elements), 1 if signature.state else 1 << 30)
+        self._documents: dict[bytes, Document | None] = {}
+        self._headers: Headers = []
+        self._prefix = b""
+
+    def read(self, body: Body) -> DecodedInferRequest | None:
+        begun_ns = time.perf_counter_ns()
+        try:
+            content, binary = http_infer.split(body, self._json_bytes)
+            if len(body) > MANY_BYTES or takes_long(JSON, content):
+                return None
+            document = self._document(content)
+            if document is None:
+                return None
+            tensors = http_infer.HttpInferRequest(document.request, binary).tensors(self._signature)
+        except ActserveError:
+            return None
+        size = len(next(iter(tensors.values())))
+        if size > self.max_items or any(parameter.name in tensors for parameter in self._signature.parameters):
+            return None
+        state, is_init = split_state(tensors, self._signature)
+        return DecodedInferRequest(tensors, size, True, state, is_init, document, begun_ns)
+
+    def answer(
+        self,
+        outcome: BatchResult,
+        start: int,
+        size: int,
+        decoded: DecodedRequest | None,
+        headers: Headers,
+        fields: bytes = b"",
+    ) -> bytes:
+        assert isinstance(decoded, DecodedInferRequest)
+        assert decoded.document is not None
+        acted_ns = time.perf_counter_ns()
+        request, selected = decoded.document.request, decoded.document.selected
+        outputs = {name: outcome.outputs[self._results[name]][start : start + size] for name in selected}
+        name, version = self._policy.name, str(self._policy.version)
+        content, json_bytes = http_infer.encode(
+            InferResponse(name, version, request.id, None, outputs, self._specs, selected)
+        )
+        response = http_infer.respond(content, json_bytes, self._accepted)
+        if headers is not self._headers:
+            self._headers, self._prefix = headers, response_prefix(200, headers)
+        self._tally.answered += 1
+        ended_ns = time.perf_counter_ns()
+        acted = Acted({}, None, outcome.begun_ns - decoded.begun_ns, outcome.run_ns)
+        statistics.counters_of(self._policy).succeeded(ended_ns - decoded.begun_ns, acted, ended_ns - acted_ns)
+        lines = b"".join(b"%s: %s\r\n" % field for field in response.raw_headers)
+        return b"".join([self._prefix, fields, lines, b"\r\n", response.body])
+
+    def refusal(self, error: ActserveError, headers: Headers, decoded: DecodedRequest | None = None) -> bytes:
+        begun_ns = decoded.begun_ns if isinstance(decoded, DecodedInferRequest) else time.perf_counter_ns()
+        statistics.counters_of(self._policy).fail.add(time.perf_counter_ns() - begun_ns)
+        response = error_responses.response(error)
+        self._tally.add(str(response.status_code), error.code)
+        return serialised(response, headers)
+
+    def _document(self, content: bytes) -> Document | None:
+        """The parsed JSON; None for requests of the routes. Clients send the same document with each request."""
+        if content in self._documents:
+            return self._documents[content]
+        request = parse_json(content)
+        document = None
+        if request.parameters.model_copy(update={"binary_data_output": False, "priority": 0}) == _DEFAULT:
+            document = Document(request, codec.select_outputs(request, self._signature.answers))
+        if len(content) <= MAX_DOCUMENT_BYTES:
+            if len(self._documents) >= MAX_DOCUMENTS:
+                self._documents.clear()
+            self._documents[content] = document
+        return document
