@@ -41,6 +41,7 @@ LEFT_OUT = {
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
         *("test_bounds.py", "test_refusals.py", "test_captured_transforms.py", "test_effort.py", "test_exploration.py"),
         *("test_kinds_of_torchrl.py", "test_sequences.py", "test_widen.py", "test_no_pickle.py"),
+        *("test_decompositions.py", "test_robot.py"),
         *("test_robots.py", "test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",
     },
@@ -69,7 +70,10 @@ CASES = {
     "test_random_actions_behind_transforms_are_compared_with_the_policys_own": 3,
 }
 
-LONGEST = ("test_first_steps.py", "test_kinds.py", "test_docs.py")
+LONGEST = (
+    *("test_first_steps.py", "test_kinds.py", "test_docs.py"),
+    *("test_doors.py", "test_fastpath.py", "test_supervisor.py", "test_http_clients.py"),
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -222,7 +222,7 @@ def exchange(service: Service, pieces: list[bytes], pause_s: float = 0.0) -> byt
                 time.sleep(pause_s)
         except OSError:  # it has closed
             pass
-        connection.settimeout(0.15)
+        connection.settimeout(0.05)
         while True:
             try:
                 data = connection.recv(1 << 16)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from actserve.core.completion import MAX_SEED, complete, draw_noise, step_seed
 from actserve.core.errors import InvalidRequest, InvalidTensor
@@ -75,13 +74,15 @@ def test_a_fresh_seed_is_told_and_repeats() -> None:
 @pytest.mark.parametrize(
     ("distribution", "cdf"),
     [
-        ("uniform", stats.uniform.cdf),
-        ("normal", stats.norm.cdf),
-        ("gumbel", stats.gumbel_r.cdf),
-        ("exponential", stats.expon.cdf),
+        ("uniform", "uniform"),
+        ("normal", "norm"),
+        ("gumbel", "gumbel_r"),
+        ("exponential", "expon"),
     ],
 )
-def test_noise_has_its_distribution(distribution: Distribution, cdf: object) -> None:
+def test_noise_has_its_distribution(distribution: Distribution, cdf: str) -> None:
+    from scipy import stats  # a second: only where this test runs
+
     values = draw_noise((Noise(TensorSpec("n", "float32", (4,)), distribution),), 1, 4096)["n"]
     assert np.isfinite(values).all()
     assert stats.kstest(values.ravel(), cdf).pvalue > 1e-4
