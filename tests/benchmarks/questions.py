@@ -124,7 +124,7 @@ def several(frames: int) -> Way:
     return ask
 
 
-def stream(screens: Screens) -> Questions:
+def stream(screens: Screens, path: str = "/stream") -> Questions:
     """Messages of a WebSocket, a screen each."""
     handshake = {
         "Connection": "Upgrade",
@@ -132,18 +132,27 @@ def stream(screens: Screens) -> Questions:
         "Sec-WebSocket-Version": "13",
         "Sec-WebSocket-Key": "YWN0c2VydmUgYmVuY2htYQ==",
     }
-    mask = np.frombuffer(MASK, np.uint8)
-    messages = []
-    for screen in screens.pixels:
-        payload = (screen.reshape(-1, 4) ^ mask).tobytes()
-        messages.append(b"\x82\xff" + struct.pack("!Q", len(payload)) + MASK + payload)
+    messages = [message(screen.tobytes()) for screen in screens.pixels]
     return Questions(
         messages,
         [[action] for action in screens.actions],
-        greeting=request("/stream", b"", handshake, "GET"),
+        greeting=request(path, b"", handshake, "GET"),
         split=stream_answer,
         read=lambda body: np.frombuffer(body, "<i8").tolist(),
     )
+
+
+def message(payload: bytes) -> bytes:
+    """A binary message of a WebSocket client; the payload's length is a multiple of 4."""
+    size = len(payload)
+    if size < 126:
+        head = struct.pack("!BB", 0x82, 0x80 | size)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", 0x82, 0xFE, size)
+    else:
+        head = struct.pack("!BBQ", 0x82, 0xFF, size)
+    masked = np.frombuffer(payload, np.uint8).reshape(-1, 4) ^ np.frombuffer(MASK, np.uint8)
+    return head + MASK + masked.tobytes()
 
 
 def greeted(data: bytes) -> bool:

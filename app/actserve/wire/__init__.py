@@ -37,10 +37,12 @@ __all__ = [
     "Payload",
     "decode",
     "decode_answer",
+    "decoder",
     "encode",
     "encode_request",
     "expand",
     "is_raw",
+    "media_type_of",
     "negotiate",
     "raw_type",
     "read_randomness",
@@ -65,20 +67,32 @@ _SINGLE_TENSOR = (RAW, PNG, NPY)  # one tensor without metadata
 
 def decode(content_type: str, body: Body, signature: Signature) -> Payload:
     """A request body -> its payload, validated against `signature`. Raises an `InvalidRequest`."""
-    media_type = _media_type(content_type)
+    return decoder(content_type, signature)(body)
+
+
+def decoder(content_type: str, signature: Signature, values: bool = True) -> Callable[[Body], Payload]:
+    """A function that does what `decode` does. Without `values`, the program must validate the values of the tensors.
+
+    Raises `UnsupportedContentType`, or `InvalidTensor` for another dtype than that of raw bytes.
+    """
+    media_type = media_type_of(content_type)
     reader = _READERS.get(media_type)
     if reader is None:
         raise UnsupportedContentType(content_type, list(_READERS))
-    if media_type == RAW and len(signature.observations) == 1:
-        as_raw.check_dtype(_dtype(content_type), signature.observations[0])
-    payload = reader(body, signature.observations if media_type in _SINGLE_TENSOR else signature.request_inputs)
-    signature.validate_request(payload.tensors)
-    return payload
+    is_raw(content_type, signature)
+    specs = signature.observations if media_type in _SINGLE_TENSOR else signature.request_inputs
+
+    def read(body: Body) -> Payload:
+        payload = reader(body, specs)
+        signature.validate_request(payload.tensors, values)
+        return payload
+
+    return read
 
 
 def is_raw(content_type: str, signature: Signature) -> bool:
     """Whether a body of this type is the bytes of the only observation. Raises `InvalidTensor` for another dtype."""
-    if _media_type(content_type) != RAW or len(signature.observations) != 1:
+    if media_type_of(content_type) != RAW or len(signature.observations) != 1:
         return False
     as_raw.check_dtype(_dtype(content_type), signature.observations[0])
     return True
@@ -86,7 +100,7 @@ def is_raw(content_type: str, signature: Signature) -> bool:
 
 def takes_long(content_type: str, body: Body) -> bool:
     """Whether `decode` takes so long that the event loop must not wait for it."""
-    return payloads.takes_long(_media_type(content_type), body)
+    return payloads.takes_long(media_type_of(content_type), body)
 
 
 def writing_takes_long(outputs: Mapping[str, Array]) -> bool:
@@ -120,7 +134,7 @@ def decode_answer(content_type: str, body: Body, specs: Sequence[TensorSpec]) ->
 
     Raises an `InvalidRequest` for any other answer.
     """
-    media_type = _media_type(content_type)
+    media_type = media_type_of(content_type)
     if media_type not in _WRITERS:
         raise UnsupportedContentType(content_type, list(_WRITERS))
     payload = _READERS[media_type](body, specs)
@@ -156,5 +170,6 @@ def _dtype(content_type: str) -> str | None:
     return None
 
 
-def _media_type(content_type: str) -> str:
+def media_type_of(content_type: str) -> str:
+    """A content type without its parameters."""
     return content_type.split(";", 1)[0].strip().lower()

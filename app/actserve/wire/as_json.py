@@ -65,6 +65,9 @@ def array_from_lists(value: Any, spec: TensorSpec) -> Array:
 
     `np.array(value)` would be unsafe: it gives every element as much memory as the longest string needs.
     """
+    short = _from_short_list(value, spec)
+    if short is not None:
+        return short
     shape, flat, types = _flatten(value, spec)
     kind = spec.numpy_dtype.kind
     infinities = 0  # that are spelled out, as "Infinity"
@@ -89,6 +92,21 @@ def array_from_lists(value: Any, spec: TensorSpec) -> Array:
         if finite.size and (finite.min() < low or finite.max() > high):
             raise InvalidTensor(spec.name, f"{low} to {high}", f"{finite.min()} to {finite.max()}")
     return np.asarray(array, spec.numpy_dtype).reshape(shape)
+
+
+def _from_short_list(value: Any, spec: TensorSpec) -> Array | None:
+    """A short flat list -> (n,); None for everything else, and for whatever is wrong. Most observations are such a
+    list, and each call of numpy takes as long as all of this."""
+    if type(value) is not list or not 0 < len(value) <= SHORT:
+        return None
+    kind = spec.numpy_dtype.kind
+    if not _ACCEPTED[kind].issuperset(map(type, value)):
+        return None
+    if kind != "b":
+        low, high = map(float if kind == "f" else int, spec.limits)
+        if not low <= min(value) <= max(value) <= high:
+            return None
+    return np.array(value, spec.numpy_dtype)
 
 
 def _flatten(value: Any, spec: TensorSpec) -> tuple[list[int], list[Any], set[type]]:
@@ -131,6 +149,7 @@ def _from_flat(values: list[Any], dtype: Any) -> Array:
     return np.concatenate(arrays) if arrays else np.array([], dtype)
 
 
+SHORT = 64
 _MAX_DEPTH = 32
 _NON_FINITE = {"Infinity": np.inf, "-Infinity": -np.inf, "NaN": np.nan}
 _WIDEST = {"b": np.bool_, "u": np.int64, "i": np.int64, "f": np.float64}

@@ -25,7 +25,7 @@ MANY_VALUES = 1 << 12  # more of them take so long that they must not be read in
 MANY_BYTES = 1 << 20  # in any other encoding
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Payload:
     """Named arrays, each (k, *shape). `batched` is false if the body holds one item without a batch axis (k = 1)."""
 
@@ -162,6 +162,10 @@ def check_shape(shape: Sequence[int], spec: TensorSpec) -> None:
 
 def build_payload(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], metadata: Mapping[str, Any]) -> Payload:
     """`arrays` are all one item (*shape), or all a batch (k, *shape). Raises `MalformedBody` for a mixture."""
+    if len(arrays) == 1:
+        ((name, array),) = arrays.items()
+        is_batch = array.ndim > len(find_spec(name, specs).shape)
+        return Payload({name: array if is_batch else array[None]}, is_batch, **metadata)
     tensors: Arrays = {}
     batched: dict[str, bool] = {}
     for name, array in arrays.items():

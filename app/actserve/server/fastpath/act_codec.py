@@ -21,7 +21,7 @@ from actserve.server.fastpath.codec import (
 from actserve.server.fastpath.endpoint import Endpoint
 from actserve.server.http import error_responses as errors
 from actserve.telemetry.counts import ACT, ACT_ON_VERSION, Tally
-from actserve.wire.payload import MANY_BYTES, MANY_VALUES, Body
+from actserve.wire.payload import MANY_BYTES, MANY_VALUES, Body, takes_long
 
 UNAVAILABLE = str(errors.STATUS[Unavailable])
 MAX_REFUSALS = 64  # cached
@@ -92,10 +92,12 @@ class ActCodec:
     ) -> None:
         self.endpoint = endpoint
         self._tally = tally
-        self._content_type, self._coding, self._accept = content_type, coding, accept
+        self._coding, self._accept = coding, accept
         self._limit_bytes = min(MANY_BYTES, max_body_bytes)
         self._for_session = bool(session)
         self._signature = signature = endpoint.policy.signature
+        self._media_type = wire.media_type_of(content_type)
+        self._decode = wire.decoder(content_type, signature, values=False)
         selected = signature.select([name for name in outputs.split(",") if name])
         # The names in the answer, and their names among the results of the program.
         self._names = {name: name for name in selected}
@@ -117,25 +119,30 @@ class ActCodec:
         self._refusals: dict[str, bytes] = {}  # by the error's message
 
     def read(self, body: Body) -> DecodedRequest | None:
-        if wire.takes_long(self._content_type, body):
+        if takes_long(self._media_type, body):
             return None
         try:
             if self._coding:
                 body = wire.expand(body, self._coding, self._limit_bytes)
-                if wire.takes_long(self._content_type, body):
+                if takes_long(self._media_type, body):
                     return None
-            payload = wire.decode(self._content_type, body, self._signature)
+            payload = self._decode(body)
         except ActserveError:
             return None
         tensors, batched = payload.tensors, payload.batched
-        if payload.metadata or any(parameter.name in tensors for parameter in self._signature.parameters):
+        if payload.seed is not None or payload.exploration or payload.session:
             return None
-        if payload.size > self.max_items or (batched and self.max_items == 1):
+        if any(parameter.name in tensors for parameter in self._signature.parameters):
             return None
+        size = payload.size
+        if size > self.max_items or (batched and self.max_items == 1):
+            return None
+        if not self._signature.state:
+            return DecodedRequest(tensors, size, batched)
         state, is_init = split_state(tensors, self._signature)
         if state is not None and self._for_session:
             return None
-        return DecodedRequest(tensors, payload.size, batched, state, is_init)
+        return DecodedRequest(tensors, size, batched, state, is_init)
 
     def answer(
         self,

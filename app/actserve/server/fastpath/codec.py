@@ -21,7 +21,7 @@ from actserve.wire.payload import Body
 Headers = list[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodedRequest:
     """The content of a body. `tensors` are the observations, each (size, *shape)."""
 

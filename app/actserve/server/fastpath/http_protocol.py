@@ -34,7 +34,7 @@ from actserve.server.fastpath.act_codec import UNAVAILABLE
 from actserve.server.fastpath.codec import Codec, DecodedRequest, serialised
 from actserve.server.fastpath.discard import discard
 from actserve.server.fastpath.fast_path import FastPath
-from actserve.server.fastpath.receiver import Receiver
+from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
 from actserve.server.fastpath.request_heads import MAX_BYTES, RequestHead, may_become_a_head
 from actserve.server.fastpath.session_step import SessionStep
 from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
@@ -251,9 +251,13 @@ class FastPathProtocol(Receiver):
                 self._head_bytes = end
                 self._receive_in_place(head)
             else:
-                self._head_bytes = end + (head.body_bytes if head.body_bytes <= SMALL_BYTES else 0)
+                self._head_bytes = BUFFER_BYTES if head.body_bytes <= SMALL_BYTES else end
                 self._head, self._head_data = head, data[:end]
-                self._receive_body(head.body_bytes, head.codec.endpoint.arena)
+                if len(self._data) >= head.body_bytes:
+                    body, self._data = self._data[: head.body_bytes], self._data[head.body_bytes :]
+                    self._read(body)
+                else:
+                    self._receive_body(head.body_bytes, head.codec.endpoint.arena)
         except MemoryFull as error:
             self._refuse_memory(head.codec, error)
 

@@ -32,7 +32,9 @@ class SessionStep:
         assert head.session is not None
         policy = head.codec.endpoint.policy
         try:
-            session = sessions.resume(policy.name, head.session, head.token)
+            session = sessions.recent(policy.name, head.session, head.token) or sessions.resume(
+                policy.name, head.session, head.token
+            )
         except ActserveError:
             return None
         assert session.last is not None

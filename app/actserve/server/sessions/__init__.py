@@ -39,8 +39,20 @@ from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.admission import Admission
 from actserve.server.sessions.ids import SessionIds, first_number
+from actserve.server.sessions.recent_sessions import RecentSessions
+from actserve.server.sessions.session import Session
 from actserve.server.sessions.session_file import SessionFile
 from actserve.server.sessions.step_record import StepRecord
+
+__all__ = [
+    "Session",
+    "SessionLimits",
+    "SessionStatistics",
+    "Sessions",
+    "StepResult",
+    "policy_of",
+    "replayed",
+]
 
 log = logging.getLogger("actserve")
 
@@ -62,22 +74,6 @@ class SessionLimits:
     bytes: int = 256 << 20  # of states and last answers
     idle_s: float = 600.0  # a session expires after so long without a step
     sessions_each: int = 1000  # sessions of one token, unless the token has its own limit
-
-
-@dataclass(frozen=True)
-class Session:
-    """A snapshot of a session. `step` is the number of the last step; 0 before the first one."""
-
-    id: str
-    policy: str
-    version: int
-    step: int
-    seed: int  # the noise of each step comes from (seed, step)
-    exploration: Exploration | None
-    idle_s: float  # since the last step
-    number: int  # the primary key in the file
-    holder: Token | None  # only this token may use the session; None: anyone who knows the id
-    last: StepRecord | None = None  # of the last step; None: it was not read
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,7 @@ class Sessions:
         self._file = SessionFile(path, first_number(home or 0))
         self._home = home
         self._clock = clock  # monotonic: the same in all processes of a host, and never set back
+        self._recent = RecentSessions(int(limits.idle_s * 1000))
         self._swept_s = 0.0
         self._ids = SessionIds(b"")
 
@@ -209,6 +206,13 @@ class Sessions:
         idle_s = max(0, now_ms - used_ms) / 1000
         return Session(id_, policy, version, last.step, seed, exploration, idle_s, number, holder, last)
 
+    def recent(self, policy: str, id_: str, holder: Token | None = None) -> Session | None:
+        """The session after the last step that this process took, without reading the file; None: it took none lately.
+
+        Another process may have stepped or ended it since: then `write` returns False.
+        """
+        return self._recent.get(policy, id_, holder, self._now_ms())
+
     def sequence(
         self, policy: str, sequence: int | str, owner: str | None = None, holder: Token | None = None
     ) -> Session:
@@ -229,6 +233,7 @@ class Sessions:
         return {(policy, version) for policy, version in found}
 
     def end(self, session: Session) -> None:
+        self._recent.forget(session)
         self._delete(session.number)
 
     def statistics(self) -> SessionStatistics:
@@ -307,16 +312,21 @@ class Sessions:
 
         Raises `SessionTooLarge` or `SessionsLocked`.
         """
-        number = session.number
-        values = (self._now_ms(), new.step, new.seeded, new.checksum(number), new.answer, new.state)
+        number, now_ms = session.number, self._now_ms()
+        values = (now_ms, new.step, new.seeded, new.checksum(number), new.answer, new.state)
         columns = "used_ms = ?, step = ?, seeded = ?, checksum = ?, answer = ?, state = ?"
         where = "WHERE number = ? AND step = ?"
         if new.size_bytes == last.size_bytes:  # the total size does not change
-            return self._file.change(f"UPDATE session SET {columns} {where}", *values, number, last.step) > 0
-        with self._file.transaction():
-            update = f"UPDATE session SET {columns}, bytes = ? {where}"
-            written = self._file.change(update, *values, new.size_bytes, number, last.step) > 0
-            self._make_room(number, session.holder)
+            written = self._file.change(f"UPDATE session SET {columns} {where}", *values, number, last.step) > 0
+        else:
+            with self._file.transaction():
+                update = f"UPDATE session SET {columns}, bytes = ? {where}"
+                written = self._file.change(update, *values, new.size_bytes, number, last.step) > 0
+                self._make_room(number, session.holder)
+        if written:
+            self._recent.add(replace(session, step=new.step, idle_s=0.0, last=new), now_ms)
+        else:
+            self._recent.forget(session)
         return written
 
     def _enforce_token_limit(self, holder: Token, keep: int) -> None:

@@ -78,12 +78,16 @@ class SessionFile:
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> None:
-        with _translated():
+        try:
             if not self.path.exists():
                 _create(self.path, self._after)
             self._connection = sqlite3.connect(
                 self.path, timeout=OPEN_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
+        except sqlite3.Error as error:
+            raise _translated(error) from error
+        except OSError as error:
+            raise SessionsUnavailable(f"the sessions file cannot be created: {error.strerror}") from error
         try:
             self.rows("PRAGMA synchronous = OFF")
             self._check()
@@ -102,13 +106,17 @@ class SessionFile:
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
         """The rows of a query."""
-        with _translated():
+        try:
             return self._open_connection().execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise _translated(error) from error
 
     def change(self, statement: str, *values: Any) -> int:
         """The number of rows that an INSERT, UPDATE or DELETE changed."""
-        with _translated():
+        try:
             return self._open_connection().execute(statement, values).rowcount
+        except sqlite3.Error as error:
+            raise _translated(error) from error
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -157,15 +165,9 @@ def _create(path: Path, after: int) -> None:
         os.unlink(temporary)
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        # Errors of Python's own module have no code.
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-            raise SessionsLocked("another process holds the sessions file; try again shortly") from error
-        log.error("sessions: %s", error)
-        raise SessionsUnavailable(f"the sessions file cannot be used: {error}") from error
-    except OSError as error:
-        raise SessionsUnavailable(f"the sessions file cannot be created: {error.strerror}") from error
+def _translated(error: sqlite3.Error) -> SessionsUnavailable:
+    # Errors of Python's own module have no code.
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+        return SessionsLocked("another process holds the sessions file; try again shortly")
+    log.error("sessions: %s", error)
+    return SessionsUnavailable(f"the sessions file cannot be used: {error}")

@@ -78,7 +78,7 @@ class Document:
     selected: Mapping[str, bool]  # the outputs to return, and whether each is sent as binary
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodedInferRequest(DecodedRequest):
     document: Document | None = None
     begun_ns: int = 0

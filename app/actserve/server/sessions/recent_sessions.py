@@ -1,0 +1,50 @@
+"""RecentSessions: the sessions that this process stepped last, so that their next step needs no reading.
+
+An entry can be out of date: another process may have stepped or ended the session. Whoever uses an entry writes with a
+comparison, which then fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from actserve.server.access.tokens import Token
+from actserve.server.sessions.session import Session
+
+MAX_SESSIONS = 4096
+MAX_BYTES = 16 << 20  # of records
+
+_Key = tuple[str, str, str | None]  # policy, id, name of the token
+
+
+class RecentSessions:
+    """Entries are used for `idle_ms` after their step. The oldest ones make room."""
+
+    def __init__(self, idle_ms: int) -> None:
+        self._idle_ms = idle_ms
+        self._found: dict[_Key, tuple[Session, int]] = {}  # the session, and the time of its step; the oldest first
+        self._bytes = 0
+
+    def get(self, policy: str, id_: str, holder: Token | None, now_ms: int) -> Session | None:
+        """The session after its last step here, which is `last`; None if it is not known."""
+        session, stepped_ms = self._found.get(_key(policy, id_, holder), (None, 0))
+        if session is None or now_ms - stepped_ms >= self._idle_ms:
+            return None
+        return session if session.holder is holder else replace(session, holder=holder)
+
+    def add(self, session: Session, now_ms: int) -> None:
+        assert session.last is not None
+        self.forget(session)
+        self._found[_key(session.policy, session.id, session.holder)] = session, now_ms
+        self._bytes += session.last.size_bytes
+        while len(self._found) > MAX_SESSIONS or self._bytes > MAX_BYTES:
+            self.forget(next(iter(self._found.values()))[0])
+
+    def forget(self, session: Session) -> None:
+        known, _ = self._found.pop(_key(session.policy, session.id, session.holder), (None, 0))
+        if known is not None and known.last is not None:
+            self._bytes -= known.last.size_bytes
+
+
+def _key(policy: str, id_: str, holder: Token | None) -> _Key:
+    return policy, id_, None if holder is None else holder.name

@@ -1,0 +1,25 @@
+"""Session: a snapshot of one session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actserve.core.signature import Exploration
+from actserve.server.access.tokens import Token
+from actserve.server.sessions.step_record import StepRecord
+
+
+@dataclass(frozen=True)
+class Session:
+    """A snapshot of a session. `step` is the number of the last step; 0 before the first one."""
+
+    id: str
+    policy: str
+    version: int
+    step: int
+    seed: int  # the noise of each step comes from (seed, step)
+    exploration: Exploration | None
+    idle_s: float  # since the last step
+    number: int  # the primary key in the file
+    holder: Token | None  # only this token may use the session; None: anyone who knows the id
+    last: StepRecord | None = None  # of the last step; None: it was not read
