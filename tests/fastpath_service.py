@@ -29,7 +29,6 @@ from actserve.engine.runtimes.preflight import Choice
 from actserve.server.access.tokens import Access
 from actserve.server.admission import Admission
 from actserve.server.fastpath.fast_path import FastPath
-from actserve.server.fastpath.request_heads import NOTHING_OBSERVED, Observed
 from actserve.server.http import act, health, policies, security
 from actserve.server.http import error_responses as errors
 from actserve.server.sessions import SessionLimits, Sessions
@@ -133,7 +132,7 @@ def running(
     http: str,
     settings: Settings | None = None,
     slow: bool = False,
-    observed: Observed = NOTHING_OBSERVED,
+    traced: bool = False,
     signature: Signature = SIGNATURE,
     **options: Any,
 ) -> Iterator[Service]:
@@ -149,7 +148,7 @@ def running(
             Sessions(Path(folder) / "sessions.sqlite", SessionLimits(), admission=admission) as held,
         ):
             app.state.sessions = held
-            async with FastPath(registry, admission, held, registry.settings, observed) as fast_path:
+            async with FastPath(registry, admission, held, registry.settings, traced) as fast_path:
                 yield {"fast_path": fast_path}
             await registry.close()
 

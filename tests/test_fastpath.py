@@ -467,6 +467,12 @@ def test_the_lane_counts_what_it_answers_and_what_it_refuses() -> None:
         assert sum(meters.run_ns.counts) == sum(meters.sizes.counts) <= 5
 
 
+def test_while_requests_are_logged_the_routes_answer_all() -> None:
+    with running(FAST, Settings(access_log=True)) as service:
+        assert exchange(service, [request(BODY)]).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert service.requests == ["POST /act"]
+
+
 def test_a_slow_upload_is_no_time_in_the_queue() -> None:
     with running(FAST) as service:
         sent = request(BODY)

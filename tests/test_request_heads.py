@@ -14,7 +14,6 @@ from actserve.server.fastpath.request_heads import (
     CACHED,
     MAX_BYTES,
     HeadParser,
-    Observed,
     RequestHead,
     may_become_a_head,
 )
@@ -177,21 +176,29 @@ def test_all_of_them_together_do_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("observed", "header", "fast"),
+    ("traced", "header", "fast"),
     [
-        (Observed(requests=True), "X-Request-Id: a", False),
-        (Observed(traces=True), "X-Request-Id: a", False),
-        (Observed(traces=True), "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", False),
-        (Observed(requests=True), "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", True),
-        (Observed(), "X-Request-Id: not an id", False),
+        (True, "X-Request-Id: a", False),
+        (True, "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", False),
+        (True, "tracestate: a=1", False),
+        (True, "User-Agent: x", True),
+        (False, "X-Request-Id: not an id", False),
     ],
 )
-def test_what_is_recorded_goes_to_the_routes(observed: Observed, header: str, fast: bool) -> None:
-    parser = HeadParser(RESOURCES, observed=observed)
+def test_what_is_traced_goes_to_the_routes(traced: bool, header: str, fast: bool) -> None:
+    parser = HeadParser(RESOURCES, traced=traced)
     head = request(b"", length=str(ITEM_BYTES), headers=[header])
     assert (parser.find(head) is not None) is fast
-    parser.find(head.replace(header.encode(), header.encode()[:-1] + b"2"))
-    assert len(parser._cache) <= 1, "each request has another id"
+
+
+def test_requests_with_ids_have_one_entry_in_the_cache() -> None:
+    parser = HeadParser(RESOURCES)
+    for number in range(1, 100):
+        headers = [f"X-Request-Id: r{number}", f"traceparent: 00-{number:032x}-00f067aa0ba902b7-01"]
+        found = parser.find(request(b"", length="12", headers=headers))
+        assert found is not None
+        assert found.request_id == b"r%d" % number
+    assert len(parser._cache) == 1
 
 
 def test_the_steps_of_a_session_have_one_entry_in_the_cache() -> None:

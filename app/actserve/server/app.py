@@ -24,7 +24,6 @@ from actserve.server.arcade import game_routes, page
 from actserve.server.arcade.game import GameSlots
 from actserve.server.fastpath.act_codec import act_resources
 from actserve.server.fastpath.fast_path import FastPath
-from actserve.server.fastpath.request_heads import Observed
 from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions, stream
 from actserve.server.http.bounded_turns import BoundedTurnsMiddleware
 from actserve.server.http.observability import ObservabilityMiddleware
@@ -69,7 +68,6 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
     store = open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     registry = Registry(store, settings)
     traces = Traces(os.environ)
-    observed = Observed(settings.access_log, traces.enabled)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -94,7 +92,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
                         grpc.serving(registry, app.state.sessions, settings, admission),
                         admin.serving(registry, store, settings),
                         FastPath(
-                            registry, admission, app.state.sessions, settings, observed, FAST_PROTOCOLS
+                            registry, admission, app.state.sessions, settings, traces.enabled, FAST_PROTOCOLS
                         ) as fast_path,
                     ):
                         yield {"fast_path": fast_path}

@@ -18,7 +18,7 @@ from actserve.server.admission import Admission
 from actserve.server.fastpath.act_codec import UNAVAILABLE, act_resources
 from actserve.server.fastpath.codec import Resource, Resources
 from actserve.server.fastpath.endpoint import Endpoint
-from actserve.server.fastpath.request_heads import NOTHING_OBSERVED, HeadParser, Observed, RequestHead
+from actserve.server.fastpath.request_heads import HeadParser, RequestHead
 from actserve.server.sessions import Sessions
 
 log = logging.getLogger("actserve")
@@ -44,9 +44,9 @@ class TimedConnection(Protocol):
 
 
 class FastPath:
-    """The endpoints of all live policies of a registry, and the open connections. Enter it to serve.
+    """The resources of all live policies of a registry, and the open connections. Enter it to serve.
 
-    `patience_s` is how long a client may take to send a request or to take an answer.
+    `patience_s` is how long a client may take to send a request or to take an answer. `traced` is as in `HeadParser`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FastPath:
         admission: Admission,
         sessions: Sessions,
         settings: Settings,
-        observed: Observed = NOTHING_OBSERVED,
+        traced: bool = False,
         protocols: Sequence[ResourcesOf] = (act_resources,),
     ) -> None:
         self.admission, self.sessions, self.registry = admission, sessions, registry
@@ -63,8 +63,8 @@ class FastPath:
         self.max_connections = settings.max_connections
         self.connections: set[TimedConnection] = set()
         self._settings, self._protocols = settings, protocols
-        self._observed = observed
-        self._generation = -1  # of the registry and of the tokens, when the endpoints were built
+        self._traced = traced
+        self._generation = -1  # of the registry and of the tokens, when the resources were built
         self._tokens_generation = 0
         self._heads: HeadParser = HeadParser({})
         self._watches = itertools.count()
@@ -136,7 +136,7 @@ class FastPath:
         return self._heads.find(head)
 
     def _refresh(self) -> None:
-        """Build the endpoints anew if the live policies have changed: an endpoint keeps its policy in memory."""
+        """Build the resources anew if the live policies have changed: they keep a policy in memory."""
         if self._generation != self.registry.generation:
             self._generation = self.registry.generation
             self._build()
@@ -146,7 +146,7 @@ class FastPath:
         for policy in self.registry.live:
             if self.registry.has_candidate(policy.name):
                 continue  # with a canary or a shadow, the route chooses the version
-            if policy.batcher.arena is not None:
+            if policy.batcher.arena is not None and not self._settings.access_log:  # the routes log
                 endpoint = Endpoint(policy, policy.batcher.arena)
                 for resources_of in self._protocols:
                     found = resources_of(endpoint, self.registry, self._settings)
@@ -157,4 +157,4 @@ class FastPath:
         if access is not None:
             self._tokens_generation = access.generation
             find_token = access.find
-        self._heads = HeadParser(resources, self.admission.fits, find_token, self._observed)
+        self._heads = HeadParser(resources, self.admission.fits, find_token, self._traced)

@@ -47,17 +47,6 @@ FindToken = Callable[[bytes | None], Token | None]  # the token in an Authorizat
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """Whether the service logs or traces requests. The routes handle such requests, because they record them."""
-
-    requests: bool = False  # in the access log
-    traces: bool = False
-
-
-NOTHING_OBSERVED = Observed()
-
-
-@dataclass(frozen=True, slots=True)
 class RequestHead:
     """The parsed head of a request that takes the fast path."""
 
@@ -80,7 +69,7 @@ class HeadParser:
     """Parses heads of POST requests to `resources`, by path.
 
     `fits(body_bytes, items)` says whether a body is within the service's limits. With `find_token`, a request needs a
-    valid token.
+    valid token. `traced`: the service traces requests, and those with an id or a trace context go to the routes.
     """
 
     def __init__(
@@ -88,9 +77,9 @@ class HeadParser:
         resources: Resources,
         fits: Callable[[int, int], bool] = lambda _body_bytes, _items: True,
         find_token: FindToken | None = None,
-        observed: Observed = NOTHING_OBSERVED,
+        traced: bool = False,
     ) -> None:
-        self._resources, self._fits, self._find_token, self._observed = resources, fits, find_token, observed
+        self._resources, self._fits, self._find_token, self._traced = resources, fits, find_token, traced
         self._cache: dict[bytes | tuple[bytes, ...], RequestHead | None] = {}
 
     def find(self, head: bytes) -> RequestHead | None:
@@ -120,14 +109,12 @@ class HeadParser:
         """`head` with the headers that have another value in each request."""
         if any(_VALUE.fullmatch(value) is None for value in values):
             return None
-        if self._observed.traces and any(name in _TRACE for name in names):
+        if self._traced and any(name in _TRACE or name == _REQUEST_ID for name in names):
             return None
         varying = dict(zip(names, values, strict=True))
         request_id, session, step = varying.get(_REQUEST_ID), varying.get(_SESSION), varying.get(_STEP)
-        if request_id is not None:
-            observed = self._observed.requests or self._observed.traces
-            if observed or not is_request_id(request_id.decode("ascii")):
-                return None
+        if request_id is not None and not is_request_id(request_id.decode("ascii")):
+            return None
         if step is not None and _NUMBER.fullmatch(step) is None:
             return None
         return RequestHead(
@@ -152,7 +139,7 @@ class HeadParser:
             if not (colon and _TOKEN.fullmatch(name) and _VALUE.fullmatch(value)):
                 return None
             if name in _TRACE:
-                if self._observed.traces:
+                if self._traced:
                     return None
             elif name not in _IGNORED:
                 if name in fields and name != _ACCEPT_ENCODING:
