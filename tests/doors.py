@@ -30,11 +30,12 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server.access.tokens import Access, add_token
 from actserve.server.admission import Admission
-from actserve.server.app import FAST_PROTOCOLS
+from actserve.server.app import fast_protocols
 from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.http import act, error_responses, policies, security, sessions, stream
 from actserve.server.protocols import grpc as grpc_door
 from actserve.server.protocols import oip
+from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from tests.clock import Clock
 from tests.fastpath_service import NAME, SCREENS, OnePolicy
@@ -112,10 +113,13 @@ def running(
         registry.go_live()
         with ExitStack() as stack:
             file = folder / "sessions.sqlite"
+            regions = app.state.regions = Regions(folder / "regions")
             app.state.sessions = stack.enter_context(Sessions(file, SessionLimits(), admission=admission))
             async with (
                 grpc_door.serving(registry, app.state.sessions, settings, admission),
-                FastPath(registry, admission, app.state.sessions, settings, protocols=FAST_PROTOCOLS) as fast_path,
+                FastPath(
+                    registry, admission, app.state.sessions, settings, protocols=fast_protocols(regions)
+                ) as fast_path,
             ):
                 yield {"fast_path": fast_path}
             await registry.close()

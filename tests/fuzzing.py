@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from actserve.server.fastpath.codec import Resources
 from actserve.server.fastpath.request_heads import HeadParser, may_become_a_head
 from actserve.server.protocols.oip import http_infer
 from actserve.server.protocols.oip.fast_infer import InferCodec
+from actserve.server.regions import Regions
 from actserve.telemetry.counts import Tally
 from actserve.wire.accept_header import quality
 from actserve.wire.stream_messages import Hello, ReplyCodec
@@ -111,6 +113,8 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
     (folder / "tokens").write_text("")
     access = Access(folder / "tokens")
     endpoint, digest = _endpoint(TINY), _endpoint(SIGNATURE)
+    regions = Regions(folder / "regions")
+    find_region = partial(regions.find, None)
     resources: Resources = {b"/act": ActResource(endpoint, Tally(), LIMIT_BYTES)}
     heads, guarded = HeadParser(resources), HeadParser(resources, find_token=access.find)
     replies = ReplyCodec(MIXED.outputs)
@@ -129,8 +133,8 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
     def oip(data: bytes) -> None:
         size, _, content = data.partition(b"|")
         json_bytes = size.decode("latin-1") or None
-        InferCodec(digest, Tally(), json_bytes, "").read(content)
-        http_infer.read(content, json_bytes).tensors(SIGNATURE)
+        InferCodec(digest, Tally(), regions, json_bytes, "").read(content, None)
+        http_infer.read(content, json_bytes, find_region).tensors(SIGNATURE)
 
     tensors: Arrays = {"pixels": PIXELS, "speed": np.array([[0.5, 1]], np.float32)}
     document = {"pixels": PIXELS.tolist(), "speed": [[0.5, 1]], "is_init": [True], "seed": 3}

@@ -15,6 +15,7 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array, Arrays
 from actserve.server.admission import Admission
 from actserve.server.protocols import oip
+from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from actserve.wire.oip import DATATYPES, HEADER
 from tests.asgi import Answer, Caller
@@ -35,6 +36,7 @@ def serving(registry: Versions, folder: Path) -> Caller:
     app = FastAPI(lifespan=lifespan)
     app.state.settings = Settings(max_body_bytes=MAX_BODY_BYTES)
     app.state.registry, app.state.admission = registry, Admission(app.state.settings)
+    app.state.regions = Regions(folder / "regions")
     app.include_router(oip.router)
     return Caller(app)
 

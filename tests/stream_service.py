@@ -18,11 +18,12 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server.access.tokens import Access
 from actserve.server.admission import Admission
-from actserve.server.app import FAST_PROTOCOLS
+from actserve.server.app import fast_protocols
 from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.http import act, policies, security, sessions, stream
 from actserve.server.http import error_responses as errors
 from actserve.server.protocols import oip
+from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from tests.fake_policy import QUICK, SLOW, Versions
 from tests.serving import port_of, serving
@@ -39,7 +40,8 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
             Sessions(Path(folder) / "sessions.sqlite", SessionLimits(), admission=admission) as held,
         ):
             _app.state.sessions = held
-            async with FastPath(registry, admission, held, settings, protocols=FAST_PROTOCOLS) as fast_path:
+            regions = _app.state.regions = Regions(Path(folder) / "regions")
+            async with FastPath(registry, admission, held, settings, protocols=fast_protocols(regions)) as fast_path:
                 yield {"fast_path": fast_path}
             await registry.close()
 

@@ -61,10 +61,8 @@ def test_calls_need_a_token(tmp_path: Path) -> None:
                     with pytest.raises(grpc.aio.AioRpcError) as refused:
                         await method(asked, metadata=wrong)
                     assert refused.value.code() is StatusCode.UNAUTHENTICATED
-                with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    async for _ in stub.ModelStreamInfer(iter([infer(X)]), metadata=wrong):
-                        pass
-                assert refused.value.code() is StatusCode.UNAUTHENTICATED
+                # Without a message: gRPC's client fails if the server ends the call while it sends one.
+                assert await stub.ModelStreamInfer(metadata=wrong).code() is StatusCode.UNAUTHENTICATED
             begin = with_parameters(infer(X), sequence_id=5, sequence_start=True)
             go_on = with_parameters(infer(X), sequence_id=5)
             await stub.ModelInfer(begin, metadata=bearer(mine))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,9 +129,17 @@ def serving(kind: str, **options: Any) -> Iterator[tuple[Service, type[Chain]]]:
 
 
 def break_connections(service: Service) -> None:
-    """All of them, without a word."""
+    """All of them, without a word. In the event loop, where a quick program runs, at once: its answers come next."""
+
+    def abort() -> None:
+        for protocol in list(service.connections):
+            protocol.transport.abort()
+
     loop = service.server.servers[0].get_loop()
-    loop.call_soon_threadsafe(lambda: [protocol.transport.abort() for protocol in list(service.connections)])
+    if asyncio._get_running_loop() is loop:
+        abort()
+    else:
+        loop.call_soon_threadsafe(abort)
 
 
 def run(service: Service, via: str, how: dict[str, Any] = HOW[0], **options: Any) -> Any:

@@ -92,9 +92,16 @@ BAD_REQUESTS: dict[str, tuple[Any, str]] = {
     ),
     "shared memory out": (
         {**wrong(), "outputs": [{"name": "value", "parameters": {"shared_memory_region": "r"}}]},
-        "value: shared memory is not offered",
+        "value: expected at least 8 bytes of shared memory; got a shared_memory_byte_size of None",
     ),
-    "shared memory in": (wrong(data=None, parameters={"shared_memory_region": "r"}), "x: shared memory is not offered"),
+    "shared memory in": (
+        wrong(data=None, parameters={"shared_memory_region": "r", "shared_memory_byte_size": 8}),
+        "no shared memory region 'r' is registered",
+    ),
+    "shared memory in, of no size": (
+        wrong(data=None, parameters={"shared_memory_region": "r"}),
+        "x: expected 8 bytes for shape [1]; got a shared_memory_byte_size of None",
+    ),
     "a sequence_id of another kind": ({**wrong(), "parameters": {"sequence_id": True}}, "parameters.sequence_id"),
     "too large a sequence_id": ({**wrong(), "parameters": {"sequence_id": 2**64}}, "less than 18446744073709551616"),
     "a timeout of another kind": ({**wrong(), "parameters": {"timeout": "1 s"}}, "parameters.timeout"),

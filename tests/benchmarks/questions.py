@@ -124,7 +124,7 @@ def several(frames: int) -> Way:
     return ask
 
 
-def stream(screens: Screens, path: str = "/stream") -> Questions:
+def stream(screens: Screens, path: str = "/stream", headers: Mapping[str, str] | None = None) -> Questions:
     """Messages of a WebSocket, a screen each."""
     handshake = {
         "Connection": "Upgrade",
@@ -136,7 +136,7 @@ def stream(screens: Screens, path: str = "/stream") -> Questions:
     return Questions(
         messages,
         [[action] for action in screens.actions],
-        greeting=request(path, b"", handshake, "GET"),
+        greeting=request(path, b"", {**handshake, **(headers or {})}, "GET"),
         split=stream_answer,
         read=lambda body: np.frombuffer(body, "<i8").tolist(),
     )

@@ -9,6 +9,7 @@ is another server: a FastAPI service of ten lines.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import statistics
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from actserve import wire
 from actserve.cli.tools.local_service import free_port
 from actserve.core.signature import Array, Signature
 from actserve.engine.tuning.tuned import tune_briefly
+from actserve.server.access.tokens import add_token
 from actserve.server.arcade.game import encode_png
 from actserve.store.local import ModelStore
 from actserve.wire.oip import DATATYPES
@@ -44,6 +47,7 @@ CACHE = Path(".cache/benchmarks/ways")
 POLICIES = ("pong", "pong-lstm", "cart")
 SESSIONS = 256
 REQUESTS = 32
+FRAMES = 8
 JSON_TYPE, SAFETENSORS_TYPE = {"Content-Type": wire.JSON}, {"Content-Type": wire.SAFETENSORS}
 RAW_TYPE = {"Content-Type": wire.RAW}
 ZSTD_TYPE = RAW_TYPE | {"Content-Encoding": "zstd"}
@@ -60,6 +64,19 @@ class Subject:
     signature: Signature
     items: Array
     port: int
+    token: str
+
+    def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        """A request with the token."""
+        return request(path, body, {**headers, "Authorization": f"Bearer {self.token}"})
+
+    def send(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
+        """The answer to a request that is sent now."""
+        named = {**(headers or {}), "Authorization": f"Bearer {self.token}"}
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, named, method="POST")
+        with urllib.request.urlopen(asked) as answer:
+            content: bytes = answer.read()
+        return content
 
     @property
     def path(self) -> str:
@@ -77,7 +94,7 @@ def any_answer(requests: list[bytes], **how: Any) -> Questions:
 
 def posting(encode: Callable[[Subject, Array], bytes], headers: Mapping[str, str], query: str = "") -> Asking:
     return lambda subject: any_answer(
-        [request(subject.path + query, encode(subject, item), headers) for item in subject.items]
+        [subject.post(subject.path + query, encode(subject, item), headers) for item in subject.items]
     )
 
 
@@ -101,17 +118,16 @@ def carried(subject: Subject, item: Array) -> bytes:
 def in_sessions(subject: Subject) -> Questions:
     requests = []
     for number in range(SESSIONS):
-        url = f"http://127.0.0.1:{subject.port}/policies/{subject.name}/sessions"
-        with urllib.request.urlopen(urllib.request.Request(url, b"{}", method="POST")) as answer:
-            session = json.load(answer)["session"]
+        session = json.loads(subject.send(f"/policies/{subject.name}/sessions", b"{}"))["session"]
         item = subject.items[number % len(subject.items)]
-        requests.append(request(subject.path, item.tobytes(), RAW_TYPE | {"X-Session": session}))
+        requests.append(subject.post(subject.path, item.tobytes(), RAW_TYPE | {"X-Session": session}))
     return any_answer(requests)
 
 
 def streaming(subject: Subject) -> Questions:
     """Messages of a WebSocket, an observation each."""
-    asked = stream(Screens(subject.items, [0] * len(subject.items)), f"/policies/{subject.name}/stream")
+    screens = Screens(subject.items, [0] * len(subject.items))
+    asked = stream(screens, f"/policies/{subject.name}/stream", {"Authorization": f"Bearer {subject.token}"})
     return replace(asked, read=lambda _: [0])
 
 
@@ -138,8 +154,33 @@ def _infer(subject: Subject, given: Mapping[str, Any], number: int, parameters: 
     body = head + subject.items[number % len(subject.items)].tobytes()
     path = f"/v2/models/{subject.name}/infer"
     if send:
-        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{subject.port}{path}", body, headers)).close()
-    return request(path, body, headers)
+        subject.send(path, body, headers)
+    return subject.post(path, body, headers)
+
+
+def several(subject: Subject) -> Questions:
+    """`FRAMES` observations a request, one behind the other."""
+    bodies = [subject.items[first : first + FRAMES].tobytes() for first in range(0, REQUESTS, FRAMES)]
+    return any_answer([subject.post(subject.path, body, RAW_TYPE) for body in bodies], frames=FRAMES)
+
+
+def in_shared_memory(subject: Subject) -> Questions:
+    """The same in shared memory."""
+    spec = subject.signature.observations[0]
+    memory = SharedMemory(create=True, size=subject.items.nbytes)
+    atexit.register(memory.unlink)
+    np.frombuffer(memory.buf or b"", np.uint8)[: subject.items.nbytes] = np.frombuffer(subject.items.tobytes(), np.uint8)
+    region = {"key": memory.name, "offset": 0, "byte_size": subject.items.nbytes}
+    subject.send("/v2/systemsharedmemory/region/frames/register", json.dumps(region).encode())
+    given: dict[str, Any] = {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": [FRAMES, *spec.shape]}
+    requests = []
+    for first in range(0, REQUESTS, FRAMES):
+        place: dict[str, Any] = {"shared_memory_region": "frames"}
+        place |= {"shared_memory_byte_size": FRAMES * spec.item_bytes, "shared_memory_offset": first * spec.item_bytes}
+        outputs = [{"name": subject.signature.action.name}]
+        document = json.dumps({"inputs": [given | {"parameters": place}], "outputs": outputs}).encode()
+        requests.append(subject.post(f"/v2/models/{subject.name}/infer", document, JSON_TYPE))
+    return any_answer(requests, frames=FRAMES)
 
 
 def rows() -> Iterator[tuple[str, str, Asking]]:
@@ -157,6 +198,9 @@ def rows() -> Iterator[tuple[str, str, Asking]]:
         else:
             yield policy, "zstd", posting(lambda _, item: zstd.compress(item.tobytes()), ZSTD_TYPE)
             yield policy, "PNG", posting(lambda _, item: encode_png(item), {"Content-Type": wire.PNG})
+        if policy == "pong":
+            yield policy, "8 frames, raw", several
+            yield policy, "8 frames, shared memory", in_shared_memory
         if policy == "pong-lstm":
             yield policy, "carried state", posting(carried, SAFETENSORS_TYPE | {"Accept": wire.SAFETENSORS})
 
@@ -199,11 +243,16 @@ class Run:
         for number in range(self._wanted.rounds):
             self._console.print(f"round {number + 1}/{self._wanted.rounds}")
             port = free_port()
+            tokens = store.with_name(f"tokens-{port}")
+            token = add_token(tokens, "benchmark")
             command = [sys.executable, "-m", "actserve", "serve", "--runtime", "onnx", "--store", store, "--port", port]
-            with running(list(map(str, command)), ("127.0.0.1", port), self._on[:1], {}) as server:
-                _wait(server, items)
+            # 64 requests of 8 frames are 60 ms of work.
+            environment = {"ACTSERVE_TOKENS": str(tokens), "ACTSERVE_MAX_WAIT_MS": "250"}
+            with running(list(map(str, command)), ("127.0.0.1", port), self._on[:1], environment) as server:
+                subjects = {name: Subject(name, signatures[name], items[name], port, token) for name in POLICIES}
+                _wait(server, subjects.values())
                 asked = [
-                    (policy, way, ask(Subject(policy, signatures[policy], items[policy], port)))
+                    (policy, way, ask(subjects[policy]))
                     for policy, way, ask in rows()
                     if fnmatch(f"{policy} {way}", self._wanted.only)
                 ]
@@ -237,10 +286,10 @@ class Run:
         self._console.print(f"  {policy}, {way}: {' / '.join(costs)} µs", highlight=False)
 
 
-def _wait(server: Server, items: Mapping[str, Array]) -> None:
+def _wait(server: Server, subjects: Iterable[Subject]) -> None:
     """Until all policies are served."""
-    for name in POLICIES:
-        server.first_answer_s(any_answer([request(f"/policies/{name}/act", items[name][0].tobytes(), RAW_TYPE)]))
+    for subject in subjects:
+        server.first_answer_s(any_answer([subject.post(subject.path, subject.items[0].tobytes(), RAW_TYPE)]))
 
 
 def table(found: Mapping[tuple[str, str, int], list[float]], connections: list[int]) -> Table:

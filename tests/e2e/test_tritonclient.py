@@ -202,10 +202,12 @@ def test_errors_say_what_was_expected(client: triton.InferenceServerClient) -> N
         assert caught.value.status() == status
     shared = triton.InferInput("observation", [1, 4], "FP32")
     shared.set_shared_memory("region", 16)
-    with pytest.raises(InferenceServerException, match="shared memory is not offered"):
+    with pytest.raises(InferenceServerException, match="no shared memory region 'region' is registered"):
         client.infer("gru", [shared])
-    with pytest.raises(InferenceServerException, match="no such route; the extensions offered are"):
+    with pytest.raises(InferenceServerException, match="expected a client on the Unix socket, or one with a token"):
         client.register_system_shared_memory("region", "/key", 16)
+    with pytest.raises(InferenceServerException, match="no such route; the extensions offered are"):
+        client.register_cuda_shared_memory("region", b"handle", 0, 16)
     with pytest.raises(InferenceServerException, match="no such route"):
         client.load_model("gru")
     assert client.infer("gru", good, priority=1, timeout=60_000_000).as_numpy("action").shape == (1,)

@@ -15,6 +15,7 @@ ActserveError
 ├── Unauthorized                 the token is missing or invalid
 ├── RateLimited                  the token has exceeded its rate limit
 ├── ForbiddenOrigin              a page of another origin tried to open a WebSocket
+├── ForbiddenPeer                only a process of this host and of the service's own user may do this
 ├── NotFound                     the request names something that does not exist
 │   ├── UnknownPolicy            the store has no policy of this name
 │   ├── UnknownVersion           the policy has no such version or alias
@@ -189,6 +190,10 @@ class RateLimited(ActserveError):
 
 class ForbiddenOrigin(ActserveError):
     code = "forbidden_origin"
+
+
+class ForbiddenPeer(ActserveError):
+    code = "forbidden_peer"
 
 
 class NotFound(ActserveError):

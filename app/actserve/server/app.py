@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from actserve.server.admission import Admission
 from actserve.server.arcade import game_routes, page
 from actserve.server.arcade.game import GameSlots
 from actserve.server.fastpath.act_codec import act_resources
-from actserve.server.fastpath.fast_path import FastPath
+from actserve.server.fastpath.fast_path import FastPath, ResourcesOf
 from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions, stream
 from actserve.server.http.bounded_turns import BoundedTurnsMiddleware
 from actserve.server.http.observability import ObservabilityMiddleware
@@ -31,12 +32,12 @@ from actserve.server.http.root_path import RootPathMiddleware
 from actserve.server.metrics.publisher import Publisher
 from actserve.server.processes.supervisor import Start
 from actserve.server.protocols import grpc, oip
+from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from actserve.store.remote import open_store
 from actserve.store.trust import Trust
 from actserve.telemetry.traces import Traces
 
-FAST_PROTOCOLS = (act_resources, oip.infer_resources)
 LOAD_WAIT_S = 2.0  # while other workers serve, a worker loads for this long before it accepts connections
 
 
@@ -50,6 +51,11 @@ def check(settings: Settings) -> None:
     grpc.check(settings)
     admin.check(settings)
     tls.check(settings)
+
+
+def fast_protocols(regions: Regions) -> Sequence[ResourcesOf]:
+    """What the fast path serves."""
+    return act_resources, partial(oip.infer_resources, regions=regions)
 
 
 class _Application(FastAPI):
@@ -81,6 +87,8 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
             app.state.sessions = stack.enter_context(
                 Sessions(path, limits, home=settings.session_home, admission=admission)
             )
+            regions = app.state.regions = Regions(path.with_name(f"{path.name}.regions"))
+            stack.callback(regions.close)
             registry.session_versions = app.state.sessions.versions
             stack.callback(traces.close)
             async with Publisher(registry, app.state.sessions, admission.memory, settings.counts) as app.state.metrics:
@@ -92,7 +100,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
                         grpc.serving(registry, app.state.sessions, settings, admission),
                         admin.serving(registry, store, settings),
                         FastPath(
-                            registry, admission, app.state.sessions, settings, traces.enabled, FAST_PROTOCOLS
+                            registry, admission, app.state.sessions, settings, traces.enabled, fast_protocols(regions)
                         ) as fast_path,
                     ):
                         yield {"fast_path": fast_path}

@@ -9,6 +9,7 @@ from actserve.core.errors import ActserveError, Unavailable
 from actserve.core.settings import Settings
 from actserve.engine.batch import BatchResult
 from actserve.engine.registry import Registry
+from actserve.server.access.tokens import Token
 from actserve.server.fastpath.codec import (
     DecodedRequest,
     Headers,
@@ -118,7 +119,7 @@ class ActCodec:
         self._answers: dict[int, bytes] = {}  # by action, without the prefix
         self._refusals: dict[str, bytes] = {}  # by the error's message
 
-    def read(self, body: Body) -> DecodedRequest | None:
+    def read(self, body: Body, token: Token | None) -> DecodedRequest | None:
         if takes_long(self._media_type, body):
             return None
         try:

@@ -5,7 +5,7 @@ A kind is a URL and the headers that say how requests and answers are encoded: c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +13,9 @@ from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from actserve.core.errors import ActserveError
-from actserve.core.signature import IS_INIT, Arrays, Signature
+from actserve.core.signature import IS_INIT, Array, Arrays, Signature
 from actserve.engine.batch import BatchResult
+from actserve.server.access.tokens import Token
 from actserve.server.fastpath.endpoint import Endpoint
 from actserve.wire.payload import Body
 
@@ -30,6 +31,7 @@ class DecodedRequest:
     batched: bool  # the answer has a batch axis
     state: Arrays | None = None  # each (1, *shape), if the client carries it
     is_init: bool | None = None  # the reset flag, if the request has it
+    lent: Sequence[Array] = ()  # memory of the arena, to be taken back
 
 
 class Codec(Protocol):
@@ -45,8 +47,8 @@ class Codec(Protocol):
     def max_items(self) -> int:
         """The largest batch; the routes take larger ones."""
 
-    def read(self, body: Body) -> DecodedRequest | None:
-        """None: the route handles the request, and raises its errors."""
+    def read(self, body: Body, token: Token | None) -> DecodedRequest | None:
+        """None: the route handles the request, and raises its errors. `token` is the client's, if any."""
 
     def answer(
         self,

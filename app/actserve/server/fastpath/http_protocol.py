@@ -281,7 +281,7 @@ class FastPathProtocol(Receiver):
         head, fast_path = self._head, self._fast_path
         assert head is not None
         assert fast_path is not None
-        decoded = head.codec.read(body)
+        decoded = head.codec.read(body, head.token)
         if decoded is None:
             request = b"".join([self._head_data, bytes(body), self._data])
             self._leave()
@@ -417,6 +417,10 @@ class FastPathProtocol(Receiver):
             assert self._codec is not None
             self._codec.endpoint.arena.forget(self.slot)
             self.slot = None
+        if self._decoded is not None:
+            for block in self._decoded.lent:
+                assert self._arena is not None
+                self._arena.take_back(block)
         self._codec = self._request_id = self._head = self._decoded = self._step = None
         self._head_data = b""
         super()._leave()

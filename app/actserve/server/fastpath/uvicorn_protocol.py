@@ -8,6 +8,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from actserve.server.fastpath.websocket_protocol import FastPathStream
+from actserve.server.http.local_peer import CONNECTION
 from actserve.server.http.stream import FAST_PATH
 from actserve.server.http.websocket import WebSocketProtocol
 
@@ -19,10 +20,10 @@ TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\
 
 
 class UvicornProtocol(HttpToolsProtocol):
-    """Adds six things: whether the parser is between two messages, a bound on bytes that belong to no body, a bound on
-    requests that were sent ahead, silence towards clients that have disconnected (uvicorn would log a traceback for
-    each), answers to clients that have closed their side, and answers to requests that ask for an upgrade which is not
-    made.
+    """Adds seven things: the socket in the scope, whether the parser is between two messages, a bound on bytes that
+    belong to no body, a bound on requests that were sent ahead, silence towards clients that have disconnected (uvicorn
+    would log a traceback for each), answers to clients that have closed their side, and answers to requests that ask
+    for an upgrade which is not made.
 
     A server may ignore such an `Upgrade` (RFC 9110, 7.8). Java's client and `curl --http2` send one to HTTP/2 with the
     first request. The parser would skip the body, and read it as the next request. So the request is parsed again,
@@ -106,6 +107,7 @@ class UvicornProtocol(HttpToolsProtocol):
             self._ignores_upgrade = True
             return
         super().on_headers_complete()
+        self.scope.setdefault("extensions", {})[CONNECTION] = self.transport.get_extra_info("socket")
         if self.closing and self.cycle is not None:
             self.cycle.keep_alive = False
 

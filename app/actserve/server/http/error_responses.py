@@ -30,6 +30,7 @@ STATUS: dict[type[errors.ActserveError], int] = {
     errors.NotFound: 404,
     errors.Unauthorized: 401,
     errors.ForbiddenOrigin: 403,
+    errors.ForbiddenPeer: 403,
     errors.RateLimited: 429,
     errors.SessionTooLarge: 507,
     errors.Unavailable: 503,

@@ -13,6 +13,7 @@ from actserve.engine.malloc import allocate
 from actserve.engine.registry import Registry
 from actserve.server import off_loop
 from actserve.server.admission import Admission, current_ticket
+from actserve.server.regions import Regions
 from actserve.server.sessions import Sessions
 from actserve.wire.payload import Body
 
@@ -33,6 +34,11 @@ def registry_of(request: HTTPConnection) -> Registry:
 def sessions_of(request: HTTPConnection) -> Sessions:
     sessions: Sessions = request.app.state.sessions
     return sessions
+
+
+def regions_of(request: HTTPConnection) -> Regions:
+    regions: Regions = request.app.state.regions
+    return regions
 
 
 def selected_outputs(query: QueryParams, signature: Signature) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ CONTENTS = {  # float16 and bfloat16 have none
 class GrpcInferRequest:
     """A ModelInferRequest. Its tensors are all in `raw_input_contents`, or each in its own `contents`.
 
-    Raises `MalformedBody` for a field or parameter of the wrong type.
+    Raises `MalformedBody` for a field or parameter of the wrong type, and `InvalidRequest` for shared memory.
     """
 
     def __init__(self, message: pb.ModelInferRequest) -> None:
@@ -52,6 +52,7 @@ class GrpcInferRequest:
                 or None,
             }
         )
+        codec.refuse_shared_memory(self.request)
         self._message = message
 
     def tensors(self, signature: Signature) -> Arrays:

@@ -25,7 +25,6 @@ def match_inputs(inputs: Iterable[Input], signature: Signature) -> Iterator[tupl
         if given.datatype != DATATYPES[spec.dtype] or given.shape[1:] != list(spec.shape) or not given.shape:
             expected = f"{DATATYPES[spec.dtype]}{[-1, *spec.shape]}"
             raise InvalidTensor(spec.name, expected, f"{given.datatype[:20]}{given.shape}")
-        _refuse_shared_memory(spec.name, given.parameters and given.parameters.shared_memory_region)
         yield given, spec
 
 
@@ -58,13 +57,20 @@ def select_outputs(request: InferRequest, specs: Iterable[TensorSpec]) -> dict[s
         if output.name not in names:
             raise UnknownOutput(output.name[:80], names)
         parameters = output.parameters or OutputParameters()
-        _refuse_shared_memory(output.name, parameters.shared_memory_region)
         if parameters.classification:
             raise InvalidRequest(f"{output.name}: classification is not offered; ask for the tensor itself")
         selected[output.name] = default if parameters.binary_data is None else parameters.binary_data
     return selected
 
 
-def _refuse_shared_memory(name: str, region: Any) -> None:
-    if region is not None:
-        raise InvalidRequest(f"{name}: shared memory is not offered; send and take tensors in the body")
+def placed_outputs(request: InferRequest) -> dict[str, OutputParameters]:
+    """The outputs that the client wants in a region of shared memory."""
+    outputs = request.outputs or ()
+    return {each.name: each.parameters for each in outputs if each.parameters and each.parameters.shared_memory_region}
+
+
+def refuse_shared_memory(request: InferRequest) -> None:
+    """Raises `InvalidRequest` if a tensor is in shared memory."""
+    for tensor in (*request.inputs, *(request.outputs or ())):
+        if tensor.parameters and tensor.parameters.shared_memory_region is not None:
+            raise InvalidRequest(f"{tensor.name}: shared memory is offered over HTTP only; send tensors in the message")

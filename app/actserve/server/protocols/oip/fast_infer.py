@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from actserve.core.errors import ActserveError
 from actserve.core.settings import Settings
+from actserve.core.signature import Array
 from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Acted
 from actserve.engine.registry import Registry
+from actserve.server.access.tokens import Token
 from actserve.server.fastpath.codec import (
     DecodedRequest,
     Headers,
@@ -23,7 +28,8 @@ from actserve.server.fastpath.codec import (
 from actserve.server.fastpath.endpoint import Endpoint
 from actserve.server.protocols.oip import codec, error_responses, http_infer, statistics
 from actserve.server.protocols.oip.infer import InferResponse
-from actserve.server.protocols.oip.infer_request import InferRequest, Parameters, parse_json
+from actserve.server.protocols.oip.infer_request import InferRequest, OutputParameters, Parameters, parse_json
+from actserve.server.regions import Regions, owner_of
 from actserve.telemetry.counts import Tally
 from actserve.wire import JSON
 from actserve.wire.oip import HEADER
@@ -36,21 +42,21 @@ MAX_DOCUMENT_BYTES = 4096  # of a cached one
 _DEFAULT = Parameters()
 
 
-def infer_resources(endpoint: Endpoint, registry: Registry, settings: Settings) -> Resources:
-    """The resources of infer requests for the policy of `endpoint`."""
+def infer_resources(endpoint: Endpoint, registry: Registry, settings: Settings, regions: Regions) -> Resources:
+    """The resources of infer requests for the policy of `endpoint`. They may name `regions`."""
     policy = endpoint.policy
     found: dict[bytes, Resource] = {}
     for route in (INFER, INFER_ON_VERSION):
         tally = registry.counts.tally(policy.name, "fastpath", route)
-        found[route.format(name=policy.name, version=policy.version).encode()] = InferResource(endpoint, tally)
+        found[route.format(name=policy.name, version=policy.version).encode()] = InferResource(endpoint, tally, regions)
     return found
 
 
 class InferResource:
     """The infer requests to one policy."""
 
-    def __init__(self, endpoint: Endpoint, tally: Tally) -> None:
-        self._endpoint, self._tally = endpoint, tally
+    def __init__(self, endpoint: Endpoint, tally: Tally, regions: Regions) -> None:
+        self._endpoint, self._tally, self._regions = endpoint, tally, regions
         self._codecs: dict[tuple[str | None, str], InferCodec] = {}
 
     def codec(self, fields: dict[bytes, bytes], query: bytes) -> InferCodec | None:
@@ -65,7 +71,7 @@ class InferResource:
         if key not in self._codecs:
             if len(self._codecs) >= MAX_DOCUMENTS:
                 self._codecs.clear()
-            self._codecs[key] = InferCodec(self._endpoint, self._tally, *key)
+            self._codecs[key] = InferCodec(self._endpoint, self._tally, self._regions, *key)
         codec = self._codecs[key]
         return codec if codec.max_items else None
 
@@ -76,12 +82,14 @@ class Document:
 
     request: InferRequest
     selected: Mapping[str, bool]  # the outputs to return, and whether each is sent as binary
+    placed: Mapping[str, OutputParameters]  # those that go to shared memory
 
 
 @dataclass(slots=True)
 class DecodedInferRequest(DecodedRequest):
     document: Document | None = None
     begun_ns: int = 0
+    find_region: http_infer.FindRegion | None = None
 
 
 class InferCodec:
@@ -89,8 +97,11 @@ class InferCodec:
 
     in_place = False
 
-    def __init__(self, endpoint: Endpoint, tally: Tally, json_bytes: str | None, accepted: str) -> None:
+    def __init__(
+        self, endpoint: Endpoint, tally: Tally, regions: Regions, json_bytes: str | None, accepted: str
+    ) -> None:
         self.endpoint = endpoint
+        self._regions = regions
         self._tally, self._json_bytes, self._accepted = tally, json_bytes, accepted
         self._policy = endpoint.policy
         self._signature = signature = endpoint.policy.signature
@@ -103,7 +114,7 @@ class InferCodec:
         self._headers: Headers = []
         self._prefix = b""
 
-    def read(self, body: Body) -> DecodedInferRequest | None:
+    def read(self, body: Body, token: Token | None) -> DecodedInferRequest | None:
         begun_ns = time.perf_counter_ns()
         try:
             content, binary = http_infer.split(body, self._json_bytes)
@@ -112,14 +123,25 @@ class InferCodec:
             document = self._document(content)
             if document is None:
                 return None
-            tensors = http_infer.HttpInferRequest(document.request, binary).tensors(self._signature)
+            find_region = partial(self._regions.find, owner_of(token))
+            lent: list[Array] = []
+            request = http_infer.HttpInferRequest(document.request, binary, find_region, partial(self._lend, lent))
+            tensors = request.tensors(self._signature)
         except ActserveError:
             return None
         size = len(next(iter(tensors.values())))
         if size > self.max_items or any(parameter.name in tensors for parameter in self._signature.parameters):
             return None
         state, is_init = split_state(tensors, self._signature)
-        return DecodedInferRequest(tensors, size, True, state, is_init, document, begun_ns)
+        return DecodedInferRequest(tensors, size, True, state, is_init, lent, document, begun_ns, find_region)
+
+    def _lend(self, lent: list[Array], size_bytes: int) -> Array:
+        """Memory for the bytes of a region; spare memory for observations, which is taken back later."""
+        arena, (items, rest) = self.endpoint.arena, divmod(size_bytes, self.endpoint.item_bytes)
+        if not arena.is_received_into or rest or not items:
+            return np.empty(size_bytes, np.uint8)
+        lent.append(arena.lend(items))
+        return lent[-1]
 
     def answer(
         self,
@@ -132,13 +154,17 @@ class InferCodec:
     ) -> bytes:
         assert isinstance(decoded, DecodedInferRequest)
         assert decoded.document is not None
+        assert decoded.find_region is not None
         acted_ns = time.perf_counter_ns()
         request, selected = decoded.document.request, decoded.document.selected
         outputs = {name: outcome.outputs[self._results[name]][start : start + size] for name in selected}
         name, version = self._policy.name, str(self._policy.version)
-        content, json_bytes = http_infer.encode(
-            InferResponse(name, version, request.id, None, outputs, self._specs, selected)
-        )
+        placed = decoded.document.placed
+        described = InferResponse(name, version, request.id, None, outputs, self._specs, selected, placed)
+        try:
+            content, json_bytes = http_infer.encode(described, decoded.find_region)
+        except ActserveError as error:  # of a region
+            return self.refusal(error, headers, decoded)
         response = http_infer.respond(content, json_bytes, self._accepted)
         if headers is not self._headers:
             self._headers, self._prefix = headers, response_prefix(200, headers)
@@ -163,7 +189,8 @@ class InferCodec:
         request = parse_json(content)
         document = None
         if request.parameters.model_copy(update={"binary_data_output": False, "priority": 0}) == _DEFAULT:
-            document = Document(request, codec.select_outputs(request, self._signature.answers))
+            selected = codec.select_outputs(request, self._signature.answers)
+            document = Document(request, selected, codec.placed_outputs(request))
         if len(content) <= MAX_DOCUMENT_BYTES:
             if len(self._documents) >= MAX_DOCUMENTS:
                 self._documents.clear()

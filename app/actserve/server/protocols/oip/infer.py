@@ -14,7 +14,7 @@ from actserve.engine.registry import Registry
 from actserve.server import off_loop
 from actserve.server.admission import Admission
 from actserve.server.protocols.oip import codec, sequences, statistics
-from actserve.server.protocols.oip.infer_request import ReceivedRequest
+from actserve.server.protocols.oip.infer_request import OutputParameters, ReceivedRequest
 from actserve.server.sessions import Sessions
 
 _Written = TypeVar("_Written")
@@ -31,6 +31,7 @@ class InferResponse:
     outputs: Arrays  # the requested ones in the requested order, each (B, *shape)
     specs: Mapping[str, TensorSpec]  # of each
     binary: Mapping[str, bool]  # HTTP only: whether an output follows the JSON as bytes
+    placed: Mapping[str, OutputParameters]  # HTTP only: the outputs that go to shared memory
 
 
 async def handle_infer(
@@ -94,4 +95,6 @@ async def _act(
 def _response(received: ReceivedRequest, policy: Policy, acted: Acted, selected: dict[str, bool]) -> InferResponse:
     outputs = {name: acted.outputs[name] for name in selected}
     specs = {spec.name: spec for spec in policy.signature.answers}
-    return InferResponse(policy.name, str(policy.version), received.request.id, acted.seed, outputs, specs, selected)
+    placed = codec.placed_outputs(received.request)
+    name, version, id_ = policy.name, str(policy.version), received.request.id
+    return InferResponse(name, version, id_, acted.seed, outputs, specs, selected, placed)

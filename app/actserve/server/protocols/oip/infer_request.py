@@ -27,7 +27,9 @@ class _Part(BaseModel):
 
 
 class _TensorParameters(_Part):
-    shared_memory_region: Any = None
+    shared_memory_region: str | None = None
+    shared_memory_offset: Count = 0
+    shared_memory_byte_size: Count | None = None
 
 
 class InputParameters(_TensorParameters):

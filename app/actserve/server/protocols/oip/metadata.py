@@ -19,6 +19,7 @@ EXTENSIONS = [
     "sequence",
     "sequence(string_id)",
     "statistics",
+    "system_shared_memory",
 ]
 PLATFORMS = {"onnx": "onnxruntime_onnx", "pt2": "pytorch_aotinductor"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -12,9 +13,12 @@ from starlette.routing import Match
 
 from actserve.core.errors import MalformedBody, NotServing
 from actserve.engine.policy import Policy
-from actserve.server.http.requests import read_raw_body, registry_of
+from actserve.server.admission import current_token
+from actserve.server.http.local_peer import require_local_peer
+from actserve.server.http.requests import read_raw_body, regions_of, registry_of
 from actserve.server.protocols.oip import http_infer, metadata, statistics
 from actserve.server.protocols.oip.error_responses import OipRoute, message_response
+from actserve.server.regions import Region, owner_of
 from actserve.telemetry import call
 
 router = APIRouter(tags=["Open Inference Protocol v2"], route_class=OipRoute)
@@ -117,6 +121,34 @@ async def infer_model(request: Request) -> Response:
     return await http_infer.infer(request, await _policy(request), "version" in request.path_params)
 
 
+@router.get("/v2/systemsharedmemory/status")
+@router.get("/v2/systemsharedmemory/region/{region}/status")
+async def list_regions(request: Request, region: str | None = None) -> list[dict[str, Any]]:
+    """The regions of shared memory that are registered, or one of them."""
+    return [asdict(found) for found in regions_of(request).registered(owner_of(current_token()), region)]
+
+
+@router.post("/v2/systemsharedmemory/region/{region}/register")
+async def register_region(request: Request, region: str) -> Response:
+    """Register part of a shared memory object: `{"key": "/name", "offset": 0, "byte_size": 100800}`.
+
+    Only clients of this host and of the service's own user may, over the Unix socket or with a token.
+    """
+    require_local_peer(request)
+    body = bytes(await read_raw_body(request, INDEX_LIMIT_BYTES))
+    regions_of(request).register(owner_of(current_token()), _read_region(region, body))
+    return Response()
+
+
+@router.post("/v2/systemsharedmemory/unregister")
+@router.post("/v2/systemsharedmemory/region/{region}/unregister")
+async def unregister_region(request: Request, region: str | None = None) -> Response:
+    """Forget one region, or all."""
+    require_local_peer(request)
+    regions_of(request).unregister(owner_of(current_token()), region)
+    return Response()
+
+
 @router.api_route("/v2/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
 async def unknown_route(request: Request) -> Response:
     """All other paths, for example of extensions that are not supported."""
@@ -128,6 +160,18 @@ async def unknown_route(request: Request) -> Response:
         return message_response(405, f"{got}: expected {allowed}", {"Allow": allowed})
     call.record_refusal("no_such_route")
     return message_response(404, f"{got}: no such route; the extensions offered are {', '.join(metadata.EXTENSIONS)}")
+
+
+def _read_region(name: str, body: bytes) -> Region:
+    try:
+        fields = pydantic_core.from_json(body)
+    except ValueError as error:
+        raise MalformedBody(f"expected JSON; got something else: {error}") from None
+    key = fields.get("key") if isinstance(fields, dict) else None
+    numbers = [fields.get("offset", 0), fields.get("byte_size")] if isinstance(key, str) else []
+    if not isinstance(key, str) or not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise MalformedBody(f'expected {{"key": text, "offset": number, "byte_size": number}}; got {fields}'[:300])
+    return Region(name, key, *numbers)
 
 
 async def _policy(request: Request) -> Policy:
