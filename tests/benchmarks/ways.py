@@ -169,7 +169,8 @@ def in_shared_memory(subject: Subject) -> Questions:
     spec = subject.signature.observations[0]
     memory = SharedMemory(create=True, size=subject.items.nbytes)
     atexit.register(memory.unlink)
-    np.frombuffer(memory.buf or b"", np.uint8)[: subject.items.nbytes] = np.frombuffer(subject.items.tobytes(), np.uint8)
+    assert memory.buf is not None
+    memory.buf[: subject.items.nbytes] = subject.items.tobytes()
     region = {"key": memory.name, "offset": 0, "byte_size": subject.items.nbytes}
     subject.send("/v2/systemsharedmemory/region/frames/register", json.dumps(region).encode())
     given: dict[str, Any] = {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": [FRAMES, *spec.shape]}
