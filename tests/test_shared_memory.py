@@ -24,6 +24,7 @@ from actserve.server.protocols.oip.fast_infer import INFER
 from actserve.server.regions import FOLDER
 from tests import stream_service
 from tests.fake_policy import NAME, Alone, seen
+from tests.serving import port_of
 from tests.stream_service import Service
 
 REGISTER = "/v2/systemsharedmemory/region/r/register"
@@ -146,6 +147,22 @@ def test_only_a_client_of_this_host_and_user_registers(guarded: Guarded) -> None
             assert (
                 answer.json()["error"] == "expected a client on the Unix socket, or one with a token; got one without"
             )
+
+
+def test_a_refused_request_costs_no_connection(tmp_path: Path) -> None:
+    token = add_token(tmp_path / "tokens", "hasty", rate=4)
+    headers = {"Authorization": f"Bearer {token}"}
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": 8}
+    given = {"name": "x", "datatype": "INT64", "shape": [1], "parameters": place}
+    with stream_service.running(Settings(tokens=tmp_path / "tokens")) as service, shared(64) as (_, key):
+        pool = urllib3.HTTPConnectionPool("127.0.0.1", port_of(service.server), maxsize=1, retries=False)
+        document = {"key": key, "offset": 0, "byte_size": 64}
+        assert pool.request("POST", REGISTER, json=document, headers=headers).status == 200
+        path = f"/v2/models/{NAME}/infer"
+        found = [pool.request("POST", path, json={"inputs": [given]}, headers=headers).status for _ in range(8)]
+        assert (found[0], found[-1], set(found)) == (200, 429, {200, 429})
+        assert pool.num_connections == 1
+        pool.close()
 
 
 def test_names_belong_to_a_token(guarded: Guarded) -> None:

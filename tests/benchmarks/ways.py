@@ -249,6 +249,7 @@ class Run:
             command = [sys.executable, "-m", "actserve", "serve", "--runtime", "onnx", "--store", store, "--port", port]
             # 64 requests of 8 frames are 60 ms of work.
             environment = {"ACTSERVE_TOKENS": str(tokens), "ACTSERVE_MAX_WAIT_MS": "250"}
+            environment["ACTSERVE_MAX_SESSIONS_PER_TOKEN"] = str(len(POLICIES) * 2 * SESSIONS)
             with running(list(map(str, command)), ("127.0.0.1", port), self._on[:1], environment) as server:
                 subjects = {name: Subject(name, signatures[name], items[name], port, token) for name in POLICIES}
                 _wait(server, subjects.values())

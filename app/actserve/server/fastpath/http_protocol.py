@@ -413,14 +413,12 @@ class FastPathProtocol(Receiver):
         self._answer_with(answer)
 
     def _leave(self) -> None:
-        if self.slot is not None:
-            assert self._codec is not None
-            self._codec.endpoint.arena.forget(self.slot)
-            self.slot = None
-        if self._decoded is not None:
-            for block in self._decoded.lent:
-                assert self._arena is not None
-                self._arena.take_back(block)
+        if self._codec is not None:
+            arena = self._codec.endpoint.arena
+            arena.forget(self.slot)
+            for block in () if self._decoded is None else self._decoded.lent:
+                arena.take_back(block)
+        self.slot = None
         self._codec = self._request_id = self._head = self._decoded = self._step = None
         self._head_data = b""
         super()._leave()
