@@ -25,7 +25,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class FakeCodec:
+class _FakeCodec:
     """Raw bodies, or such in zstd, without a query."""
 
     resource: FakeResource
@@ -43,12 +43,13 @@ class FakeCodec:
 class FakeResource:
     name: str
 
-    def codec(self, fields: dict[bytes, bytes], query: bytes) -> FakeCodec | None:
+    def codec(self, fields: dict[bytes, bytes], query: bytes) -> Any:
         content_type, coding = fields.pop(b"content-type", None), fields.pop(b"content-encoding", None)
         understood = content_type == b"application/octet-stream" and coding in (None, b"zstd") and not query
         return FakeCodec(self, coding is None) if understood and fields.pop(b"accept", b"*/*") == b"*/*" else None
 
 
+FakeCodec: Any = _FakeCodec
 RESOURCES: dict[bytes, Any] = {b"/act": FakeResource("default"), b"/policies/tiny/act": FakeResource("tiny")}
 HEAD = request(b"", length=str(ITEM_BYTES))
 TOKENS = (

@@ -54,7 +54,7 @@ def check(settings: Settings) -> None:
 
 
 def fast_protocols(regions: Regions) -> Sequence[ResourcesOf]:
-    """What the fast path serves."""
+    """The protocols of the fast path."""
     return act_resources, partial(oip.infer_resources, regions=regions)
 
 

@@ -11,18 +11,18 @@ from actserve.engine.batch import BatchResult
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.fastpath.codec import (
+    Codec,
     DecodedRequest,
     Headers,
     Resource,
     Resources,
-    response_prefix,
     serialised,
     split_state,
 )
 from actserve.server.fastpath.endpoint import Endpoint
 from actserve.server.http import error_responses as errors
 from actserve.telemetry.counts import ACT, ACT_ON_VERSION, Tally
-from actserve.wire.payload import MANY_BYTES, MANY_VALUES, Body, takes_long
+from actserve.wire.payload import MANY_BYTES, Body, takes_long
 
 UNAVAILABLE = str(errors.STATUS[Unavailable])
 MAX_REFUSALS = 64  # cached
@@ -77,8 +77,8 @@ class ActResource:
         return codec if codec is not None and codec.max_items else None
 
 
-class ActCodec:
-    """See `Codec`. Raises an `InvalidRequest` that the route answers with."""
+class ActCodec(Codec):
+    """Requests for actions. Raises an `InvalidRequest` that the route answers with."""
 
     def __init__(
         self,
@@ -91,33 +91,23 @@ class ActCodec:
         outputs: str,
         session: str,
     ) -> None:
-        self.endpoint = endpoint
-        self._tally = tally
-        self._coding, self._accept = coding, accept
+        signature = endpoint.policy.signature
+        names = list(signature.select([name for name in outputs.split(",") if name]))
+        if not session:
+            names += [state.spec.name for state in signature.state]
+        super().__init__(endpoint, tally, names, single=bool(session))
+        self._coding, self._accept, self._for_session = coding, accept, bool(session)
         self._limit_bytes = min(MANY_BYTES, max_body_bytes)
-        self._for_session = bool(session)
-        self._signature = signature = endpoint.policy.signature
         self._media_type = wire.media_type_of(content_type)
         self._decode = wire.decoder(content_type, signature, values=False)
-        selected = signature.select([name for name in outputs.split(",") if name])
-        # The names in the answer, and their names among the results of the program.
-        self._names = {name: name for name in selected}
-        if not session:
-            self._names |= {state.spec.name: state.output for state in signature.state}
-        answered = wire.negotiate(accept, len(self._names))
         self.in_place = not coding and endpoint.arena.is_received_into and wire.is_raw(content_type, signature)
-        elements = sum(spec.elements for spec in signature.answers if spec.name in self._names)
-        self.max_items = min(endpoint.max_items, MANY_VALUES // max(1, elements))
-        if signature.state or session:
-            self.max_items = min(1, self.max_items)  # the arena has one state for each request
+        self._content_type = wire.negotiate(accept, len(names))
         action = signature.action
         discrete = action.shape == () and action.numpy_dtype.kind in "iu"
-        self._action = action.name if discrete and list(self._names) == [action.name] else None
-        self._answered_with = f"content-type: {answered}\r\n\r\n".encode()
-        self._headers: Headers = []
-        self._prefix = b""
-        self._answers: dict[int, bytes] = {}  # by action, without the prefix
+        self._action = action.name if discrete and names == [action.name] else None
+        self._answers: dict[int, bytes] = {}  # by action
         self._refusals: dict[str, bytes] = {}  # by the error's message
+        self._refusal_headers: Headers = []
 
     def read(self, body: Body, token: Token | None) -> DecodedRequest | None:
         if takes_long(self._media_type, body):
@@ -130,13 +120,10 @@ class ActCodec:
             payload = self._decode(body)
         except ActserveError:
             return None
-        tensors, batched = payload.tensors, payload.batched
-        if payload.seed is not None or payload.exploration or payload.session:
+        tensors, batched, size = payload.tensors, payload.batched, payload.size
+        if payload.seed is not None or payload.exploration or payload.session or not self._takes(tensors, size):
             return None
-        if any(parameter.name in tensors for parameter in self._signature.parameters):
-            return None
-        size = payload.size
-        if size > self.max_items or (batched and self.max_items == 1):
+        if batched and self.max_items == 1:
             return None
         if not self._signature.state:
             return DecodedRequest(tensors, size, batched)
@@ -145,25 +132,22 @@ class ActCodec:
             return None
         return DecodedRequest(tensors, size, batched, state, is_init)
 
-    def answer(
-        self,
-        outcome: BatchResult,
-        start: int,
-        size: int,
-        decoded: DecodedRequest | None,
-        headers: Headers,
-        fields: bytes = b"",
-    ) -> bytes:
+    def _write(self, outcome: BatchResult, start: int, size: int, decoded: DecodedRequest | None) -> bytes:
         batched = size > 1 if decoded is None else decoded.batched
-        self._tally.answered += 1
-        self._renew(headers)
         if self._action is None or batched:
-            end = self._build(outcome, start, size, batched)
-        else:
-            action = int(outcome.outputs[self._action][start])
-            found = self._answers.get(action)
-            end = found or self._answers.setdefault(action, self._build(outcome, start, size, batched))
-        return b"%s%s%s" % (self._prefix, fields, end)
+            return self._build(outcome, start, size, batched)
+        action = int(outcome.outputs[self._action][start])
+        answer = self._answers.get(action)
+        if answer is None:
+            if len(self._answers) >= MAX_ANSWERS:
+                self._answers.clear()
+            answer = self._answers[action] = self._build(outcome, start, size, batched)
+        return answer
+
+    def _build(self, outcome: BatchResult, start: int, size: int, batched: bool) -> bytes:
+        _, content = wire.encode(self._accept, self._outputs(outcome, start, size), self._signature.answers, batched)
+        head = f"content-length: {len(content)}\r\ncontent-type: {self._content_type}\r\n\r\n"
+        return head.encode() + content
 
     def refusal(self, error: ActserveError, headers: Headers, decoded: DecodedRequest | None = None) -> bytes:
         if not isinstance(error, Unavailable):  # rare, and logged
@@ -171,22 +155,9 @@ class ActCodec:
             self._tally.add(str(response.status_code), error.code)
             return serialised(response, headers)
         self._tally.add(UNAVAILABLE, error.code)
-        self._renew(headers)
+        if headers is not self._refusal_headers or len(self._refusals) > MAX_REFUSALS:
+            self._refusal_headers, self._refusals = headers, {}
         refusal = self._refusals.get(error.message)
         if refusal is None:
             refusal = self._refusals[error.message] = serialised(errors.response(error), headers)
         return refusal
-
-    def _renew(self, headers: Headers) -> None:
-        """Note the server's headers, if they have changed; empty caches that are full."""
-        if headers is not self._headers or len(self._refusals) > MAX_REFUSALS:
-            self._headers, self._refusals = headers, {}
-            self._prefix = response_prefix(200, headers)
-        if len(self._answers) > MAX_ANSWERS:
-            self._answers = {}
-
-    def _build(self, outcome: BatchResult, start: int, size: int, batched: bool) -> bytes:
-        """The response without its prefix."""
-        outputs = {name: outcome.outputs[result][start : start + size] for name, result in self._names.items()}
-        _, content = wire.encode(self._accept, outputs, self._signature.answers, batched)
-        return b"content-length: %d\r\n%s%s" % (len(content), self._answered_with, content)

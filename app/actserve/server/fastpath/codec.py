@@ -5,6 +5,7 @@ A kind is a URL and the headers that say how requests and answers are encoded: c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +18,8 @@ from actserve.core.signature import IS_INIT, Array, Arrays, Signature
 from actserve.engine.batch import BatchResult
 from actserve.server.access.tokens import Token
 from actserve.server.fastpath.endpoint import Endpoint
-from actserve.wire.payload import Body
+from actserve.telemetry.counts import Tally
+from actserve.wire.payload import MANY_VALUES, Body
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -34,19 +36,27 @@ class DecodedRequest:
     lent: Sequence[Array] = ()  # memory of the arena, to be taken back
 
 
-class Codec(Protocol):
-    """`in_place`: a body is the bytes of observations, and is received into the memory of the next batch."""
+class Codec(ABC):
+    """`names` are those of the outputs and states in an answer. The routes take batches of more than `max_items`.
 
-    @property
-    def endpoint(self) -> Endpoint: ...
+    `in_place`: a body is the bytes of observations, and is received into the memory of the next batch.
+    """
 
-    @property
-    def in_place(self) -> bool: ...
+    in_place = False
 
-    @property
-    def max_items(self) -> int:
-        """The largest batch; the routes take larger ones."""
+    def __init__(self, endpoint: Endpoint, tally: Tally, names: Sequence[str], single: bool) -> None:
+        self.endpoint, self._tally = endpoint, tally
+        self._signature = signature = endpoint.policy.signature
+        states = {state.spec.name: state.output for state in signature.state}
+        self._results = {name: states.get(name, name) for name in names}  # their names among those of the program
+        elements = sum(spec.elements for spec in signature.answers if spec.name in self._results)
+        self.max_items = min(endpoint.max_items, MANY_VALUES // max(1, elements))
+        if signature.state or single:
+            self.max_items = min(1, self.max_items)  # the arena has one state for each request
+        self._headers: Headers = []
+        self._prefix = b""
 
+    @abstractmethod
     def read(self, body: Body, token: Token | None) -> DecodedRequest | None:
         """None: the route handles the request, and raises its errors. `token` is the client's, if any."""
 
@@ -64,9 +74,31 @@ class Codec(Protocol):
         `decoded` is the request; None: it was received in place. `headers` are the server's own: a new list every
         second, with the date.
         """
+        try:
+            rest = self._write(outcome, start, size, decoded)
+        except ActserveError as error:
+            return self.refusal(error, headers, decoded)
+        self._tally.answered += 1
+        if headers is not self._headers:
+            self._headers, self._prefix = headers, response_prefix(200, headers)
+        return b"%s%s%s" % (self._prefix, fields, rest)
 
+    @abstractmethod
     def refusal(self, error: ActserveError, headers: Headers, decoded: DecodedRequest | None = None) -> bytes:
         """The response to a request that raised `error`, which it counts."""
+
+    @abstractmethod
+    def _write(self, outcome: BatchResult, start: int, size: int, decoded: DecodedRequest | None) -> bytes:
+        """The response without the status line and the server's headers. Raises an `ActserveError`."""
+
+    def _outputs(self, outcome: BatchResult, start: int, size: int) -> Arrays:
+        """What the answer has, each (size, *shape)."""
+        return {name: outcome.outputs[result][start : start + size] for name, result in self._results.items()}
+
+    def _takes(self, tensors: Arrays, size: int) -> bool:
+        """Whether the fast path takes a request of this size with these inputs."""
+        parameters = self._signature.parameters
+        return size <= self.max_items and not any(parameter.name in tensors for parameter in parameters)
 
 
 class Resource(Protocol):

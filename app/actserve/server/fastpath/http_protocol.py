@@ -355,7 +355,9 @@ class FastPathProtocol(Receiver):
 
     def settle(self, outcome: BatchResult, start: int) -> None:
         assert self._codec is not None
-        if outcome.error is not None:
+        if self.transport is None:  # a step of a session is not stored: the client can take it again
+            self._leave()
+        elif outcome.error is not None:
             self._answer(self._codec.refusal(outcome.error, self._state.default_headers, self._decoded))
         elif self._step is None:
             self._answer_with_outputs(outcome, start)

@@ -1,7 +1,7 @@
 """RecentSessions: the sessions that this process stepped last, so that their next step needs no reading.
 
-An entry can be out of date: another process may have stepped or ended the session. Whoever uses an entry writes with a
-comparison, which then fails.
+An entry can be out of date: another process may have stepped or ended the session. Then the next `Sessions.write` of
+this process returns False.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Infer requests over HTTP on the fast path: those that name no sequence, deadline, seed or exploration."""
+"""Infer requests over HTTP on the fast path. Those with a sequence, timeout, seed or exploration go to the routes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from actserve.engine.policy import Acted
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.fastpath.codec import (
+    Codec,
     DecodedRequest,
     Headers,
     Resource,
     Resources,
-    response_prefix,
     serialised,
     split_state,
 )
@@ -33,7 +33,7 @@ from actserve.server.regions import Regions, owner_of
 from actserve.telemetry.counts import Tally
 from actserve.wire import JSON
 from actserve.wire.oip import HEADER
-from actserve.wire.payload import MANY_BYTES, MANY_VALUES, Body, takes_long
+from actserve.wire.payload import MANY_BYTES, Body, takes_long
 
 INFER = "/v2/models/{name}/infer"
 INFER_ON_VERSION = "/v2/models/{name}/versions/{version}/infer"
@@ -82,7 +82,7 @@ class Document:
 
     request: InferRequest
     selected: Mapping[str, bool]  # the outputs to return, and whether each is sent as binary
-    placed: Mapping[str, OutputParameters]  # those that go to shared memory
+    placed: Mapping[str, OutputParameters]  # outputs in shared memory
 
 
 @dataclass(slots=True)
@@ -92,27 +92,16 @@ class DecodedInferRequest(DecodedRequest):
     find_region: http_infer.FindRegion | None = None
 
 
-class InferCodec:
-    """See `Codec`. `json_bytes` and `accepted` are values of headers."""
-
-    in_place = False
+class InferCodec(Codec):
+    """Infer requests. `json_bytes` and `accepted` are values of headers."""
 
     def __init__(
         self, endpoint: Endpoint, tally: Tally, regions: Regions, json_bytes: str | None, accepted: str
     ) -> None:
-        self.endpoint = endpoint
-        self._regions = regions
-        self._tally, self._json_bytes, self._accepted = tally, json_bytes, accepted
-        self._policy = endpoint.policy
-        self._signature = signature = endpoint.policy.signature
-        self._specs = {spec.name: spec for spec in signature.answers}
-        self._results = {name: name for name in self._specs}
-        self._results |= {state.spec.name: state.output for state in signature.state}
-        elements = sum(spec.elements for spec in signature.answers)
-        self.max_items = min(endpoint.max_items, MANY_VALUES // max(1, elements), 1 if signature.state else 1 << 30)
+        self._specs = {spec.name: spec for spec in endpoint.policy.signature.answers}
+        super().__init__(endpoint, tally, list(self._specs), single=False)
+        self._regions, self._json_bytes, self._accepted = regions, json_bytes, accepted
         self._documents: dict[bytes, Document | None] = {}
-        self._headers: Headers = []
-        self._prefix = b""
 
     def read(self, body: Body, token: Token | None) -> DecodedInferRequest | None:
         begun_ns = time.perf_counter_ns()
@@ -130,7 +119,7 @@ class InferCodec:
         except ActserveError:
             return None
         size = len(next(iter(tensors.values())))
-        if size > self.max_items or any(parameter.name in tensors for parameter in self._signature.parameters):
+        if not self._takes(tensors, size):
             return None
         state, is_init = split_state(tensors, self._signature)
         return DecodedInferRequest(tensors, size, True, state, is_init, lent, document, begun_ns, find_region)
@@ -143,41 +132,28 @@ class InferCodec:
         lent.append(arena.lend(items))
         return lent[-1]
 
-    def answer(
-        self,
-        outcome: BatchResult,
-        start: int,
-        size: int,
-        decoded: DecodedRequest | None,
-        headers: Headers,
-        fields: bytes = b"",
-    ) -> bytes:
+    def _write(self, outcome: BatchResult, start: int, size: int, decoded: DecodedRequest | None) -> bytes:
         assert isinstance(decoded, DecodedInferRequest)
         assert decoded.document is not None
         assert decoded.find_region is not None
         acted_ns = time.perf_counter_ns()
-        request, selected = decoded.document.request, decoded.document.selected
-        outputs = {name: outcome.outputs[self._results[name]][start : start + size] for name in selected}
-        name, version = self._policy.name, str(self._policy.version)
-        placed = decoded.document.placed
-        described = InferResponse(name, version, request.id, None, outputs, self._specs, selected, placed)
-        try:
-            content, json_bytes = http_infer.encode(described, decoded.find_region)
-        except ActserveError as error:  # of a region
-            return self.refusal(error, headers, decoded)
-        response = http_infer.respond(content, json_bytes, self._accepted)
-        if headers is not self._headers:
-            self._headers, self._prefix = headers, response_prefix(200, headers)
-        self._tally.answered += 1
+        policy, document = self.endpoint.policy, decoded.document
+        found = self._outputs(outcome, start, size)
+        outputs = {name: found[name] for name in document.selected}
+        described = InferResponse(
+            policy.name, str(policy.version), document.request.id, None, outputs, self._specs,
+            document.selected, document.placed,
+        )  # fmt: skip
+        response = http_infer.respond(*http_infer.encode(described, decoded.find_region), self._accepted)
         ended_ns = time.perf_counter_ns()
         acted = Acted({}, None, outcome.begun_ns - decoded.begun_ns, outcome.run_ns)
-        statistics.counters_of(self._policy).succeeded(ended_ns - decoded.begun_ns, acted, ended_ns - acted_ns)
-        lines = b"".join(b"%s: %s\r\n" % field for field in response.raw_headers)
-        return b"".join([self._prefix, fields, lines, b"\r\n", response.body])
+        statistics.counters_of(policy).succeeded(ended_ns - decoded.begun_ns, acted, ended_ns - acted_ns)
+        fields = b"".join(b"%s: %s\r\n" % field for field in response.raw_headers)
+        return b"".join([fields, b"\r\n", response.body])
 
     def refusal(self, error: ActserveError, headers: Headers, decoded: DecodedRequest | None = None) -> bytes:
         begun_ns = decoded.begun_ns if isinstance(decoded, DecodedInferRequest) else time.perf_counter_ns()
-        statistics.counters_of(self._policy).fail.add(time.perf_counter_ns() - begun_ns)
+        statistics.counters_of(self.endpoint.policy).fail.add(time.perf_counter_ns() - begun_ns)
         response = error_responses.response(error)
         self._tally.add(str(response.status_code), error.code)
         return serialised(response, headers)

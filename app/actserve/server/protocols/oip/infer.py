@@ -31,7 +31,7 @@ class InferResponse:
     outputs: Arrays  # the requested ones in the requested order, each (B, *shape)
     specs: Mapping[str, TensorSpec]  # of each
     binary: Mapping[str, bool]  # HTTP only: whether an output follows the JSON as bytes
-    placed: Mapping[str, OutputParameters]  # HTTP only: the outputs that go to shared memory
+    placed: Mapping[str, OutputParameters]  # HTTP only: outputs in shared memory
 
 
 async def handle_infer(
