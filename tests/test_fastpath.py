@@ -383,16 +383,18 @@ def test_a_deadline_is_kept_before_anything_runs(http: str) -> None:
         assert b"422 " in exchange(service, [request(BODY, headers=["X-Deadline-Ms: soon"])])
 
 
-def test_a_refused_body_is_forgotten_and_the_connection_goes_on() -> None:
+@pytest.mark.parametrize("kind", ["raw", "JSON"])
+def test_a_refused_body_is_forgotten_and_the_connection_goes_on(kind: str) -> None:
+    asked = request(BODY) if kind == "raw" else typed(b'{"pixels":%s}' % LISTS, JSON)
     with running(FAST, Settings(max_waiting=1)) as service, service.connect() as refused:
         with overloaded(service):
-            refused.sendall(request(BODY)[:-3])
+            refused.sendall(asked[:-3])
             assert refused.recv(1000).startswith(b"HTTP/1.1 503 ")
-            refused.sendall(BODY[-3:] + request(BODY) * 300)  # all of them refused
+            refused.sendall(asked[-3:] + asked * 300)  # all of them refused
             answer = b""
             while answer.count(b'"limit":1}}}') < 300:
                 answer += refused.recv(1 << 16)
-        refused.sendall(request(BODY))
+        refused.sendall(asked)
         assert b"200 OK" in refused.recv(1000)
 
 

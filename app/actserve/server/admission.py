@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from actserve.core.errors import TooLate, TooManyItems
+from actserve.core.errors import ActserveError, TooLate, TooManyItems
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine.batch import BatchRequest
@@ -112,6 +112,18 @@ class Admission:
         return body_bytes <= self.max_body_bytes and items <= self.max_items
 
     # items, deadline, queue
+
+    def check(self, batcher: Batcher, ticket: Ticket, patience_ns: int = 0) -> None:
+        """Refuse a request before its body is received, if there is no room for one item. Otherwise it is admitted, and
+        charged, once the body is read.
+
+        Raises `RateLimited`, `Unauthorized`, or as `Batcher.admit`.
+        """
+        try:
+            batcher.admit(1, patience_ns)
+        except ActserveError:
+            ticket.charge(1)
+            raise
 
     def admit(self, batcher: Batcher, items: int, ticket: Ticket, patience_ns: int = 0) -> None:
         """Admit a request of the fast path before its body is received; `enter` queues it once the body is there.

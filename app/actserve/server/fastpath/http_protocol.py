@@ -252,12 +252,7 @@ class FastPathProtocol(Receiver):
                 self._receive_in_place(head)
             else:
                 self._head_bytes = BUFFER_BYTES if head.body_bytes <= SMALL_BYTES else end
-                self._head, self._head_data = head, data[:end]
-                if len(self._data) >= head.body_bytes:
-                    body, self._data = self._data[: head.body_bytes], self._data[head.body_bytes :]
-                    self._read(body)
-                else:
-                    self._receive_body(head.body_bytes, head.codec.endpoint.arena)
+                self._receive_and_read(head, data[:end])
         except MemoryFull as error:
             self._refuse_memory(head.codec, error)
 
@@ -275,6 +270,21 @@ class FastPathProtocol(Receiver):
             self._seek(endpoint.arena)
         else:
             self._receive_batch(endpoint.arena, admission)
+
+    def _receive_and_read(self, head: RequestHead, head_data: bytes) -> None:
+        assert self._fast_path is not None
+        endpoint = head.codec.endpoint
+        try:
+            self._fast_path.admission.check(endpoint.batcher, Ticket(head.token), self.patience_ns)
+        except ActserveError as error:
+            self._refuse(head.codec, error, head.body_bytes)
+            return
+        self._head, self._head_data = head, head_data
+        if len(self._data) >= head.body_bytes:
+            body, self._data = self._data[: head.body_bytes], self._data[head.body_bytes :]
+            self._read(body)
+        else:
+            self._receive_body(head.body_bytes, endpoint.arena)
 
     def _read(self, body: Body) -> None:
         """Handle a complete body that the codec reads. If it declines, the routes get the whole request."""
