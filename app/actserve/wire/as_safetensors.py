@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import pydantic_core
@@ -24,7 +25,9 @@ from actserve.wire.payload import (
     read_metadata,
 )
 
+_Entry = tuple[int, int, str, str, list[int]]  # begin, end, name, dtype, shape
 MAX_HEADER_BYTES = 64 << 10
+CACHED_HEADER_BYTES = 2048
 _DTYPES = {
     "uint8": "U8",
     "int8": "I8",
@@ -46,19 +49,17 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
     The library's reader copies them twice, which takes milliseconds per batch, and its numpy form has no bfloat16.
     """
     header, data = _split(memoryview(body))
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise MalformedBody("expected safetensors metadata of text; got something else")
+    entries, metadata = _read_header(header)
     arrays: dict[str, Array] = {}
     at = 0
-    for begin, end, name, dtype, shape in sorted(_read_entry(name, entry) for name, entry in header.items()):
+    for begin, end, name, dtype, shape in entries:
         if begin != at:
             raise MalformedBody(f"expected {name[:80]!r} to begin at byte {at} of the tensors; got {begin}"[:200])
         at = end
         arrays[name] = _array(data[begin:end], dtype, shape, find_spec(name, specs))
     if at != len(data):
         raise MalformedBody(f"expected {at:,} bytes of tensors; got {len(data):,}")
-    return build_payload(arrays, specs, read_metadata(metadata))
+    return build_payload(arrays, specs, read_metadata(metadata) if metadata else {})
 
 
 def write(payload: Payload, specs: Sequence[TensorSpec]) -> bytes:
@@ -76,7 +77,7 @@ def write(payload: Payload, specs: Sequence[TensorSpec]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
+def _split(body: memoryview) -> tuple[bytes, memoryview]:
     """-> (header, the tensors' bytes)."""
     if len(body) < 8:
         raise MalformedBody(f"expected safetensors, which begin with 8 bytes; got {len(body)}")
@@ -84,16 +85,31 @@ def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
     limit_bytes = min(MAX_HEADER_BYTES, len(body) - 8)
     if header_bytes > limit_bytes:
         raise MalformedBody(f"expected a safetensors header of at most {limit_bytes:,} bytes; got {header_bytes:,}")
+    return bytes(body[8 : 8 + header_bytes]), body[8 + header_bytes :]
+
+
+def _read_header(header: bytes) -> tuple[list[_Entry], dict[str, str]]:
+    """The tensors in the order of their bytes, and the metadata."""
+    return _read_again(header) if len(header) <= CACHED_HEADER_BYTES else _parse_header(header)
+
+
+def _parse_header(header: bytes) -> tuple[list[_Entry], dict[str, str]]:
     try:
-        header = pydantic_core.from_json(bytes(body[8 : 8 + header_bytes]), allow_inf_nan=False)
+        document = pydantic_core.from_json(header, allow_inf_nan=False)
     except ValueError as error:
         raise MalformedBody(f"expected a safetensors header in JSON; got something else: {error}") from None
-    if not isinstance(header, dict):
+    if not isinstance(document, dict):
         raise MalformedBody("expected a safetensors header that is a JSON object; got something else")
-    return header, body[8 + header_bytes :]
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise MalformedBody("expected safetensors metadata of text; got something else")
+    return sorted(_read_entry(name, entry) for name, entry in document.items()), metadata
 
 
-def _read_entry(name: str, entry: Any) -> tuple[int, int, str, str, list[int]]:
+_read_again = lru_cache(256)(_parse_header)  # a client sends the same header with each request
+
+
+def _read_entry(name: str, entry: Any) -> _Entry:
     """One tensor's entry in the header -> (begin, end, name, dtype, shape)."""
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end], **others} if not others:
