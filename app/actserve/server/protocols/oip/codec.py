@@ -73,4 +73,4 @@ def refuse_shared_memory(request: InferRequest) -> None:
     """Raises `InvalidRequest` if a tensor is in shared memory."""
     for tensor in (*request.inputs, *(request.outputs or ())):
         if tensor.parameters and tensor.parameters.shared_memory_region is not None:
-            raise InvalidRequest(f"{tensor.name}: shared memory is offered over HTTP only; send tensors in the message")
+            raise InvalidRequest(f"{tensor.name}: shared memory is not offered over gRPC; send tensors in the message")
