@@ -394,8 +394,8 @@ class FastPathProtocol(Receiver):
         """Answer a step of a session that could not be stored at once."""
         assert self._fast_path is not None
         names = {spec.name for spec in codec.endpoint.policy.signature.observations}
-        observations = {name: array.copy() for name, array in self.inputs().items() if name in names}
         try:
+            observations = {name: array.copy() for name, array in self.inputs().items() if name in names}
             result = await step.finish(self._fast_path.registry, observations)
             fields = b"x-step: %d\r\n%s" % (result.step, b"x-replayed: 1\r\n" if result.replayed else b"")
             self._answer_with_outputs(BatchResult(result.acted.outputs, None, 0, 0), 0, fields)
