@@ -71,6 +71,7 @@ class Fake(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(answer)))
         if refused:
             self.send_header("Connection", "close")
+            self.send_header("Retry-After", "1")
         self.end_headers()
         self.wfile.write(answer)
 
@@ -112,8 +113,17 @@ def test_an_overload_is_told_in_a_line() -> None:
     assert 0 < found["refused_a_second"] < found["sent_a_second"]
     assert found["goodput"] + found["refused_a_second"] <= found["sent_a_second"] * 1.001
     assert 0 < found["p50_ms"] <= found["p99_ms"]
-    assert len(overload.line(found, 50)) == len(overload.HEADER)
-    assert overload.line(found, 50)[:2] == ["2.0", "100"]
+    assert len(overload.line([found], 50)) == len(overload.HEADER)
+    assert overload.line([found], 50)[:3] == ["do not", "2.0", "100"]
+
+
+def test_a_client_that_obeys_asks_nothing_until_its_time_is_over() -> None:
+    with fake(refuses=True) as address, Load(address, posts()(SCREENS), 2) as load:
+        tally = load.obeying(rate=300, seconds=0.5)
+        # A third of the requests is refused for a second, so both clients soon rest until the end.
+        assert len(tally.refused) == tally.sent // 3 == 2
+        assert tally.held_back > 0
+        assert load.closed(0.1).sent > 0
 
 
 def test_answers_are_read_when_they_are_complete() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import select
 import socket
 import time
@@ -28,6 +29,7 @@ LATE_S = 0.005  # an open loop drops a request that it cannot send within this t
 IDLE_S = 2.0  # as a connection pool does: servers close idle connections, some after 5 s
 SEND_BUFFER_BYTES = 1 << 20  # a screen leaves in one call
 REFUSED = (429, 503)
+RETRY_AFTER = re.compile(rb"\r\nretry-after: *(\d+)", re.IGNORECASE)
 
 
 @dataclass
@@ -40,12 +42,13 @@ class Tally:
     in_time: int = 0  # right answers before the end
     sent: int = 0
     late: int = 0  # open loop: left out, as this process was behind
-    crowded: int = 0  # open loop: left out, as no connection was free
+    crowded: int = 0  # open loop: left out, as no connection was free, or the client still waited for an answer
+    held_back: int = 0  # left out by clients that obey Retry-After
     busy: float = 0.0  # this process's share of its core; an open loop never sleeps, so its waiting is not counted
 
 
 class Connection:
-    __slots__ = ("blocked", "busy", "data", "question", "rest", "since", "sock")
+    __slots__ = ("blocked", "busy", "data", "question", "rest", "rests_until", "since", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -53,6 +56,7 @@ class Connection:
         self.blocked = False  # the socket takes no more of it for now
         self.question = 0
         self.since = 0.0
+        self.rests_until = 0.0  # the time that a refusal's Retry-After gives
         self.data = b""  # of an answer that is not complete
         self.rest: memoryview | None = None  # of a request that is not sent completely
 
@@ -118,6 +122,39 @@ class Load:
                 self._turn(TIMEOUT_S)
         return tally
 
+    def obeying(self, rate: float, seconds: float, seed: int = 0) -> Tally:
+        """As `open`, but every connection is one client, and all are equally likely to have the next request.
+
+        A client asks nothing while it waits for an answer, nor, after a refusal, until its Retry-After is over.
+        """
+        with self._running(seconds) as tally:
+            waited_s, chance = 0.0, random.Random(seed)
+            clients = [*self._connections.values()]
+            clients += [self._open() for _ in range(self._most - len(clients))]
+            for due in arrivals(perf_counter(), rate, seconds, chance):
+                while (now := perf_counter()) < due:
+                    if not self._turn(0):
+                        waited_s += perf_counter() - now
+                number = chance.randrange(self._most)
+                client = clients[number]
+                if client.sock.fileno() < 0:
+                    clients[number] = self._open()
+                    clients[number].rests_until = client.rests_until
+                    client = clients[number]
+                if now > due + LATE_S:
+                    tally.late += 1
+                elif client.busy:
+                    tally.crowded += 1
+                elif now < client.rests_until:
+                    tally.held_back += 1
+                else:
+                    self._ask(client, due)
+            tally.busy = 1 - waited_s / seconds
+            while self._busy:
+                self._turn(TIMEOUT_S)
+            self._idle = [*self._connections.values()]
+        return tally
+
     @contextmanager
     def _running(self, seconds: float) -> Iterator[Tally]:
         self._tally = Tally()
@@ -180,7 +217,10 @@ class Load:
         if answer is None:
             connection.data = data
             return
-        self._answered(connection, *answer, perf_counter())
+        now = perf_counter()
+        self._answered(connection, *answer, now)
+        if answer[0] in REFUSED and (found := RETRY_AFTER.search(data)):
+            connection.rests_until = now + int(found[1])
         if connection.rest or (answer[0] != 200 and b"connection: close" in data.lower()):
             self._lose(connection)
         else:

@@ -3,6 +3,9 @@
 The service has one core, the load generator another. First its peak is found: the most right answers a second that any
 rate of requests gets out of it. Then 0.8, 1, 2 and 5 times as many requests fall due a second, at random moments and
 whatever becomes of those before, on as many connections as it takes. Latencies count from when a request was due.
+
+The same rates are offered twice: by clients that take no notice of a refusal, and by clients that wait for their answer
+and then for the time that `Retry-After` gives.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,9 @@ from tests.benchmarks.load import LATE_S, Load
 
 CONNECTIONS = 64  # of the closed loop that says where to look for the peak
 SEARCHED = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # times what that found
-HEADER = ("× peak", "due/s", "sent/s", "goodput/s", "p50 ms", "p99 ms", "refused/s", "refused in p99 ms", "generator")
+FIGURES = ("goodput", "p50_ms", "p99_ms", "refused_a_second", "refused_p99_ms")
+HEADER = ("clients", "× peak", "due/s", "goodput/s", "p50 ms", "p99 ms", "refused/s", "refused in p99 ms", "of peak")
+WARM_S = 1.0  # in which the connections of the obeying clients are accepted
 
 
 def arguments() -> argparse.Namespace:
@@ -34,15 +40,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--times", default="0.8,1,2,5", help="the peak")
     parser.add_argument("--connections", type=int, default=2048, help="at most")
     parser.add_argument("--seconds", type=float, default=3.0, help="at each rate")
+    parser.add_argument("--rounds", type=int, default=3, help="the table has their medians")
     parser.add_argument("--store", type=Path, default=Path("models_store"), help="with pong")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 
 
-def step(load: Load, rate: float, seconds: float) -> dict[str, Any]:
+def step(load: Load, rate: float, seconds: float, obeys: bool = False) -> dict[str, Any]:
     """The results of so many requests a second; JSON-able."""
-    tally = load.open(rate, seconds)
+    tally = load.obeying(rate, seconds) if obeys else load.open(rate, seconds)
     return {
+        "obeys": obeys,
         "due_a_second": rate,
         "sent_a_second": tally.sent / seconds,
         "goodput": tally.in_time / seconds,
@@ -52,6 +60,7 @@ def step(load: Load, rate: float, seconds: float) -> dict[str, Any]:
         "refused_p99_ms": _percentile_ms(tally.refused, 99),
         "late": tally.late,
         "crowded": tally.crowded,
+        "held_back": tally.held_back,
         "generator": tally.busy,
         "errors": dict(tally.errors),
     }
@@ -61,13 +70,22 @@ def _percentile_ms(seconds: Sequence[float], percentile: float) -> float | None:
     return float(np.percentile(seconds, percentile)) * 1e3 if seconds else None
 
 
-def line(found: dict[str, Any], peak: float) -> list[str]:
-    figures = ("due_a_second", "sent_a_second", "goodput", "p50_ms", "p99_ms", "refused_a_second", "refused_p99_ms")
+def line(tried: Sequence[dict[str, Any]], peak: float) -> list[str]:
+    """A row of the table: the medians of the rounds at one rate."""
+    first = tried[0]
+    shares = sorted(found["goodput"] / peak for found in tried)
     return [
-        f"{found['due_a_second'] / peak:.1f}",
-        *("–" if found[name] is None else f"{found[name]:,.{1 if name.endswith('ms') else 0}f}" for name in figures),
-        f"{found['generator']:.0%}",
+        "obey" if first["obeys"] else "do not",
+        f"{first['due_a_second'] / peak:.1f}",
+        f"{first['due_a_second']:,.0f}",
+        *(_median([found[name] for found in tried], 1 if name.endswith("ms") else 0) for name in FIGURES),
+        f"{median(shares):.0%} ({shares[0]:.0%} to {shares[-1]:.0%})",
     ]
+
+
+def _median(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{median(known):,.{digits}f}" if known else "–"
 
 
 def main() -> int:
@@ -83,7 +101,11 @@ def main() -> int:
                 search.append(step(load, times * near, wanted.seconds))
                 progress.print(f"due {times * near:,.0f}/s: goodput {search[-1]['goodput']:,.0f}/s", highlight=False)
             peak = max(tried["goodput"] for tried in search)
-            steps = [step(load, float(times) * peak, wanted.seconds) for times in wanted.times.split(",")]
+            rates = [float(times) * peak for times in wanted.times.split(",")]
+            steps = [step(load, rate, wanted.seconds) for _ in range(wanted.rounds) for rate in rates]
+        with Load(server.address, questions, wanted.connections) as load:
+            load.obeying(peak / 2, WARM_S)
+            steps += [step(load, rate, wanted.seconds, obeys=True) for _ in range(wanted.rounds) for rate in rates]
     found = {"contender": wanted.only, "machine": machine, "peak": peak, "search": search, "steps": steps}
     if wanted.json:
         wanted.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -94,17 +116,26 @@ def main() -> int:
 def show(found: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(*HEADER, title=f"{found['contender']}: peak {found['peak']:,.0f} right answers a second")
+    rows: dict[tuple[bool, float], list[dict[str, Any]]] = {}
     for tried in found["steps"]:
-        table.add_row(*line(tried, found["peak"]))
+        rows.setdefault((tried["obeys"], tried["due_a_second"]), []).append(tried)
+    for row in rows.values():
+        table.add_row(*line(row, found["peak"]))
     console.print(table)
-    for tried in found["steps"]:
-        times = f"At {tried['due_a_second'] / found['peak']:.1f} × the peak"
-        if tried["late"]:
-            console.print(f"{times} the generator was the limit: {tried['late']:,} requests were never sent.")
-        if tried["crowded"]:
-            console.print(f"{times} no connection was free for {tried['crowded']:,} requests: they were never sent.")
-        if tried["errors"]:
-            console.print(f"{times} errors: {tried['errors']}", markup=False)
+    for (obeys, rate), row in rows.items():
+        late, crowded, held_back = (sum(tried[name] for tried in row) for name in ("late", "crowded", "held_back"))
+        errors = [tried["errors"] for tried in row if tried["errors"]]
+        reasons = {
+            "the generator was behind": late,
+            "the client still waited for an answer" if obeys else "no connection was free": crowded,
+            "Retry-After was not over": held_back,
+        }
+        unsent = ", ".join(f"{count:,} ({reason})" for reason, count in reasons.items() if count)
+        clients = "clients that obey" if obeys else "clients that do not"
+        if unsent:
+            console.print(f"{clients}, {rate / found['peak']:.1f} × the peak: never sent: {unsent}", highlight=False)
+        if errors:
+            console.print(f"{clients}, {rate / found['peak']:.1f} × the peak: errors: {errors}", markup=False)
     console.print(f"Latencies are of right answers, and count up to {LATE_S * 1e3:.0f} ms for a late generator.")
 
 

@@ -83,6 +83,7 @@ class Batcher:
         self._running = False
         self._turn_ns = 0  # when the turn's first request came; 0: none has
         self._worked_ns = 0  # of the loop's thread until then
+        self._turn_is_full = False  # its later requests would wait for too long
         self._context = Context()  # what is run is nobody's alone
         self._drained = asyncio.Event()
         self._waiting = 0
@@ -153,13 +154,16 @@ class Batcher:
             self._worked_ns = thread_time_ns()
             self._loop.call_soon(self._end_turn)
         waited_ns = now_ns - self._turn_ns
-        if self._quick and waited_ns > self._max_wait_ns and thread_time_ns() - self._worked_ns > self._max_wait_ns:
+        if self._quick and waited_ns > self._max_wait_ns and not self._turn_is_full:
+            self._turn_is_full = thread_time_ns() - self._worked_ns > self._max_wait_ns
+        if self._turn_is_full:
             raise WaitTooLong(self._max_wait_ns / 1e6)
         if patience_ns and waited_ns + self._waiting * self._run_ns // max(1, self._items) > patience_ns:
             raise TooLate(patience_ns // 1000)
 
     def _end_turn(self) -> None:
         self._turn_ns = 0
+        self._turn_is_full = False
 
     def statistics(self) -> BatcherStatistics:
         return BatcherStatistics(self._waiting, self._batches, self._items, self._run_ns)

@@ -1,29 +1,30 @@
 """Discard: drops the body of a refused request in the kernel.
 
 Copying 100 KB out of the kernel is a third of the cost of a refusal. Linux drops received TCP data without a copy if
-asked to with MSG_TRUNC (tcp(7)).
+asked to with MSG_TRUNC (tcp(7)). `socket.recv` cannot do that without memory, so libc's is called.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
+import ctypes
 import socket
+import sys
 
-MAX_BYTES = 1 << 20  # in one call
-_NOWHERE = memoryview(mmap.mmap(-1, MAX_BYTES))  # never written, so it takes no memory
+FLAGS = socket.MSG_TRUNC | socket.MSG_DONTWAIT
+_recv = ctypes.CDLL(None).recv
+_recv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_recv.restype = ctypes.c_ssize_t
 
 
-def discard(transport: asyncio.BaseTransport, count: int) -> int:
-    """Drop up to `count` received bytes; returns how many. With TLS or over a Unix socket it drops none."""
+def descriptor(transport: asyncio.BaseTransport) -> int | None:
+    """The file descriptor to discard from; None with TLS, over a Unix socket and on other systems than Linux."""
     connection = transport.get_extra_info("socket")
-    if connection.family == socket.AF_UNIX or transport.get_extra_info("ssl_object") is not None:
-        return 0
-    # asyncio hands out sockets without recv.
-    borrowed = socket.socket(connection.family, socket.SOCK_STREAM, 0, connection.fileno())
-    try:
-        return borrowed.recv_into(_NOWHERE, min(count, MAX_BYTES), socket.MSG_TRUNC | socket.MSG_DONTWAIT)
-    except OSError:  # no bytes have come, or the connection broke, which the next read reports
-        return 0
-    finally:
-        borrowed.detach()
+    plain = connection.family != socket.AF_UNIX and transport.get_extra_info("ssl_object") is None
+    return connection.fileno() if plain and sys.platform == "linux" else None
+
+
+def discard(fd: int, count: int) -> int:
+    """Drop up to `count` received bytes; returns how many. 0 if none has come, or the connection broke."""
+    dropped: int = _recv(fd, None, count, FLAGS)
+    return max(0, dropped)

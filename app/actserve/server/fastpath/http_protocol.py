@@ -32,7 +32,7 @@ from actserve.engine.batch import BatchResult
 from actserve.server.admission import Ticket
 from actserve.server.fastpath.act_codec import UNAVAILABLE
 from actserve.server.fastpath.codec import Codec, DecodedRequest, serialised
-from actserve.server.fastpath.discard import discard
+from actserve.server.fastpath.discard import descriptor, discard
 from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.fastpath.receiver import BUFFER_BYTES, Receiver
 from actserve.server.fastpath.request_heads import MAX_BYTES, RequestHead, may_become_a_head
@@ -84,6 +84,7 @@ class FastPathProtocol(Receiver):
         self._step: SessionStep | None = None
         self._request_id: bytes | None = None  # returned in the answer
         self._to_discard = 0  # remaining bytes of a refused body
+        self._fd: int | None = None  # to discard from
         self._head_bytes = FIRST_HEAD_BYTES  # expected length of the next head
         self._passing = False  # bytes go to uvicorn's protocol
         self._closing = False  # after the next answer
@@ -103,6 +104,7 @@ class FastPathProtocol(Receiver):
         self._passing = self._fast_path is None
         if self._fast_path is None:
             return
+        self._fd = descriptor(transport)
         self._fast_path.connections.add(self)
         try:
             limit = self._fast_path.max_connections
@@ -119,9 +121,10 @@ class FastPathProtocol(Receiver):
         if self._missing is not None:
             return self._missing
         if self._to_discard:
-            self._to_discard -= discard(self.transport, self._to_discard)
-        if self._to_discard:
-            return self._buffer[: self._to_discard]
+            if self._fd is not None:
+                self._to_discard -= discard(self._fd, self._to_discard)
+            if self._to_discard:
+                return self._buffer[: self._to_discard]
         if self._passing or self._codec is not None:
             return self._buffer
         return self._buffer[: self._head_bytes]
