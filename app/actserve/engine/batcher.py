@@ -244,19 +244,20 @@ class Batcher:
             else:
                 result = self._stored(batch, outcome)
                 self._batch = []
-                self._settle(batch, result)
+                self._settle(batch, result)  # the clients do not wait for what follows
+                if result.error is None:
+                    self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
             self._go_on()
         except Exception as error:
             self._fail(error)
 
     def _stored(self, batch: list[BatchRequest], outcome: BatchResult) -> BatchResult:
-        """Count a successful batch, and store the state of its episodes; the error if that fails."""
+        """Store the state of the episodes of a successful batch; the error if that fails."""
         if outcome.error is not None:
             return outcome
         try:
             if self.arena is not None:
                 self.arena.scatter(batch, outcome.outputs)
-            self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
         except Exception as error:
             return BatchResult({}, _failure("the results of a batch could not be stored", error), outcome.begun_ns, 0)
         return outcome
