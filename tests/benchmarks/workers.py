@@ -1,14 +1,17 @@
 """The gain of a second worker. Run: python -m tests.benchmarks.workers
 
-One worker has a core to itself, and the load generator another. Two workers have both cores, on which the generator
-runs as well. So throughput alone would say how much the generator takes; what counts is what comes out of a second of
-CPU time that the service was given, of all its processes, and two workers can be given twice as much:
+Two workers have both cores, and the load generator runs on the same two cores. So throughput alone would say how much
+the generator takes. What counts is what comes out of a second of CPU time that the service gets, of all its processes,
+and two workers can get twice as much:
 
     scaling = 2 × (actions per CPU second with two workers) / (actions per CPU second with one)
 
+One worker is measured twice: with a core to itself, and with the generator on its core. The generator copies 100 KB for
+each request and so empties the caches of its core. With two workers each core has a worker and half of the generator,
+so the second measurement is the one to compare with.
+
 Two cores of a virtual machine can be one, to the host, that does two things at a time: then a second of CPU time is
-worth less once both are busy. How much less, bare programs say, one alone and then one on each core: their scaling is
-the most that workers can have here.
+worth less once both are busy. Bare programs show how much less: one alone, then one on each core.
 """
 
 from __future__ import annotations
@@ -35,15 +38,21 @@ from tests.benchmarks.server import cores, cpu_s
 
 WARM_S = 0.5
 BATCH = "8"  # of the bare programs
+CASES = ((1, False), (1, True), (2, True))  # workers, and whether the generator runs on their cores
 
 
-def measure(workers: int, wanted: argparse.Namespace, ground: Any) -> dict[str, Any]:
-    """One measurement, JSON-able. Raises `DoesNotServe`."""
-    server_core, own_core = cores()
+def measure(
+    workers: int, shares_core: bool, both: tuple[int, int], wanted: argparse.Namespace, ground: Any
+) -> dict[str, Any]:
+    """One measurement on `both` cores, JSON-able. `shares_core`: the generator runs on the cores of the workers.
+
+    Raises `DoesNotServe`.
+    """
+    server_core, own_core = both
     (contender,) = (c for c in CONTENDERS if c.name == "actserve")
     contender = replace(contender, command=f"{contender.command} --workers {workers}")
     on = (server_core,) if workers == 1 else (server_core, own_core)
-    os.sched_setaffinity(0, {own_core} if workers == 1 else {*on})
+    os.sched_setaffinity(0, {*on} if shares_core else {own_core})
     questions = contender.way(ground.screens[contender.policy])
     with contender.start(ground.stores[contender.policy], ground.programs[contender.policy], *on) as server:
         server.first_answer_s(questions)
@@ -56,6 +65,7 @@ def measure(workers: int, wanted: argparse.Namespace, ground: Any) -> dict[str, 
             spent_s = [cpu_s({pid}) - before for pid, before in zip(each, before_s, strict=True)]
     return {
         "workers": workers,
+        "shares_core": shares_core,
         "actions_a_second": len(tally.good) / took_s,
         "cpu_us": sum(spent_s) / len(tally.good) * 1e6,
         "given": sum(spent_s) / took_s,
@@ -64,17 +74,17 @@ def measure(workers: int, wanted: argparse.Namespace, ground: Any) -> dict[str, 
     }
 
 
-def most(ground: Any, seconds: float) -> float:
+def most(both: tuple[int, int], ground: Any, seconds: float) -> float:
     """The scaling of bare programs."""
     program = {"pong": ground.programs["pong"]}
 
     def cost(core: int) -> float:
         return bare.measure(program, ground.pixels, core, seconds)["pong"][BATCH]["cpu_us"]
 
-    first, second = cores()
-    alone = cost(first)
-    with ThreadPoolExecutor(2) as both:
-        return 2 * alone / mean(both.map(cost, (first, second)))
+    os.sched_setaffinity(0, both)
+    alone = cost(both[0])
+    with ThreadPoolExecutor(2) as pool:
+        return 2 * alone / mean(pool.map(cost, both))
 
 
 def main() -> int:
@@ -88,33 +98,41 @@ def main() -> int:
     progress = Console(stderr=True)
     progress.print("screens and programs")
     ground = prepare(wanted.store)
-    described = machine.describe(*cores())
+    both = cores()
+    described = machine.describe(*both)
     found, bounds = [], []
     for number in range(wanted.rounds):
-        bounds.append(most(ground, wanted.seconds / 3))
+        bounds.append(most(both, ground, wanted.seconds / 3))
         progress.print(f"round {number + 1}: bare programs: {bounds[-1]:.2f}", highlight=False)
-        for workers in (1, 2):
-            found.append(measure(workers, wanted, ground))
+        for workers, shares_core in CASES:
+            found.append(measure(workers, shares_core, both, wanted, ground))
             cost, given = found[-1]["cpu_us"], found[-1]["given"]
             progress.print(f"round {number + 1}: {workers}: {cost:.0f} µs an action, {given:.2f} CPUs", highlight=False)
-    scaling = [2 * one["cpu_us"] / two["cpu_us"] for one, two in zip(found[::2], found[1::2], strict=True)]
+    costs = {case: [row["cpu_us"] for row in found if (row["workers"], row["shares_core"]) == case] for case in CASES}
+    two = costs[2, True]
+    scaling = {
+        "of a worker with a core to itself": [2 * one / cost for one, cost in zip(costs[1, False], two, strict=True)],
+        "of a worker that shares its core": [2 * one / cost for one, cost in zip(costs[1, True], two, strict=True)],
+        "of bare programs": bounds,
+    }
     if wanted.json:
-        results = {"machine": described, "found": found, "scaling": scaling, "bare": bounds}
+        results = {"machine": described, "found": found, "scaling": scaling}
         wanted.json.write_text(json.dumps(results, indent=1) + "\n")
-    table = Table("workers", "actions/s", "CPUs given", "µs/action", "shares of the workers")
-    for workers in (1, 2):
-        rows = [row for row in found if row["workers"] == workers]
+    table = Table("workers", "generator", "actions/s", "CPUs given", "µs/action", "shares of the workers")
+    for workers, shares_core in CASES:
+        rows = [row for row in found if (row["workers"], row["shares_core"]) == (workers, shares_core)]
         shares = [median(row["shares"][rank] for row in rows) for rank in range(workers)]
         table.add_row(
             str(workers),
+            "on the same core" + "s" * (workers - 1) if shares_core else "on another core",
             *(f"{median(row[key] for row in rows):,.{digits}f}"
               for key, digits in (("actions_a_second", 0), ("given", 2), ("cpu_us", 0))),
             " ".join(f"{share:.0%}" for share in shares),
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    for what, ratios in (("scaling", scaling), ("of bare programs", bounds)):
-        console.print(f"{what}: {median(ratios):.2f}; by round {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    for what, ratios in scaling.items():
+        console.print(f"scaling {what}: {median(ratios):.2f}; by round {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     errors = [row["errors"] for row in found if row["errors"]]
     if errors:
         console.print(f"errors: {errors}", markup=False)

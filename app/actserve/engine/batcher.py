@@ -246,7 +246,7 @@ class Batcher:
                 self._batch = []
                 self._settle(batch, result)  # the clients do not wait for what follows
                 if result.error is None:
-                    self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
+                    self._count(batch, outcome)
             self._go_on()
         except Exception as error:
             self._fail(error)
@@ -261,6 +261,12 @@ class Batcher:
         except Exception as error:
             return BatchResult({}, _failure("the results of a batch could not be stored", error), outcome.begun_ns, 0)
         return outcome
+
+    def _count(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
+        try:
+            self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
+        except Exception:  # the batch is answered, and the next one runs
+            log.exception("a batch could not be counted")
 
     def _settle(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
         start = 0
