@@ -21,7 +21,7 @@ from actserve.engine.malloc import allocate
 
 BATCHES = 4  # there are rows for so many: one in the program, one queued, and two being received
 MAX_BYTES = 16 << 20  # of all rows
-SPARE_BLOCKS = 2  # kept for the next request of the same size
+SPARE_BLOCKS = 8  # kept for the next requests of the same size: a new one costs a page fault for each 4 KB
 SPARE_BYTES = 64 << 20  # of all spare blocks
 SLOW_NS = 100_000_000  # an observation that takes longer to come may lose its row
 
