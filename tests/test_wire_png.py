@@ -69,6 +69,19 @@ def test_a_screen_comes_as_it_was(
     np.testing.assert_array_equal(shown(png(image, compress_level=level, optimize=optimize), spec), screen)
 
 
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([(0, 1), (2, 3)]), st.sampled_from([1, 2, 4]), st.data())
+def test_filtered_rows_are_read_as_pillow_reads_them(
+    height: int, width: int, kind: tuple[int, int], filters: int, data: st.DataObject
+) -> None:
+    colour, channels = kind
+    row = st.binary(min_size=width * channels, max_size=width * channels)
+    rows = [bytes([data.draw(st.integers(0, filters))]) + data.draw(row) for _ in range(height)]
+    content = by_hand(width, height, 8, colour, b"".join(rows))
+    spec = TensorSpec("pixels", "uint8", (height, width, 3))
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(shown(content, spec), expected)
+
+
 def test_forms_of_the_same_pixels() -> None:
     few = RNG.integers(0, 3, (6, 5), np.uint8)
     palette = Image.fromarray(few, "P")
