@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actserve.core.completion import MAX_SEED
-from actserve.core.errors import InvalidRequest, SessionElsewhere, SessionExpired, UnknownSession
+from actserve.core.errors import InvalidRequest, SessionElsewhere, SessionExpired, SessionsUnavailable, UnknownSession
 from actserve.server.sessions import SessionLimits, Sessions
 from actserve.server.sessions.ids import home_of
 from tests.clock import Clock
@@ -43,6 +43,26 @@ def test_an_id_names_the_home_that_alone_has_the_session(tmp_path: Path) -> None
                 with pytest.raises(UnknownSession):
                     sessions.get(NAME, forged)
     assert home_of("nonsense!") is None
+
+
+def test_the_first_four_characters_of_an_id_are_its_home(tmp_path: Path) -> None:
+    """Proxies rely on it."""
+    homes = {0: "AAAA", 1: "AAAB", 2: "AAAC", 4096: "ABAA", (1 << 23) - 1: "f___"}
+    for home, prefix in homes.items():
+        with Sessions(tmp_path / f"{home}.sqlite", SessionLimits(), home=home) as sessions:
+            assert {sessions.begin(NAME, 1).id[:4] for _ in range(3)} == {prefix}
+
+
+def test_a_file_gets_the_home_of_its_host_once(sessions_file: Path) -> None:
+    with Sessions(sessions_file, SessionLimits()) as sessions:  # before the host has a number
+        sessions.begin(NAME, 1)
+    for _ in range(2):
+        with Sessions(sessions_file, SessionLimits(), home=5) as sessions:
+            id_ = sessions.begin(NAME, 1).id
+            assert home_of(id_) == 5
+            assert sessions.get(NAME, id_).id == id_
+    with pytest.raises(SessionsUnavailable, match="HOME=5, and this host has 4: give each host its own file"):
+        Sessions(sessions_file, SessionLimits(), home=4).__enter__()
 
 
 def test_an_owner_sees_its_own(sessions_file: Path) -> None:

@@ -139,7 +139,7 @@ def _shared_files(settings: Settings) -> Iterator[Settings]:
     from actserve.server.sessions import SessionLimits, Sessions
 
     if settings.sessions is not None:
-        with Sessions(settings.sessions, SessionLimits()):
+        with Sessions(settings.sessions, SessionLimits(), home=settings.session_home):
             pass
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
         temporary = {"sessions": Path(folder) / "sessions.sqlite", "counts": Path(folder) / "counts.sqlite"}

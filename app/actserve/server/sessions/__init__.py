@@ -29,6 +29,7 @@ from actserve.core.errors import (
     NotFound,
     SessionExpired,
     SessionsLocked,
+    SessionsUnavailable,
     SessionTooLarge,
     StepConflict,
     UnknownSession,
@@ -38,7 +39,7 @@ from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.admission import Admission
-from actserve.server.sessions.ids import SessionIds, first_number
+from actserve.server.sessions.ids import SessionIds, first_number, home_of_number
 from actserve.server.sessions.recent_sessions import RecentSessions
 from actserve.server.sessions.session import Session
 from actserve.server.sessions.session_file import SessionFile
@@ -127,11 +128,21 @@ class Sessions:
     def __enter__(self) -> Self:
         self._file.open()
         ((key,),) = self._file.rows("SELECT key FROM service")
+        self._refuse_file_of_another_home()
         self._ids = SessionIds(key, self._home)
         now_ms = self._now_ms()  # the clock restarts with the host, so older times can be in the future
         self._file.change("UPDATE session SET used_ms = ? WHERE used_ms > ?", now_ms, now_ms)
         self._file.never_wait()
         return self
+
+    def _refuse_file_of_another_home(self) -> None:
+        ((last,),) = self._file.rows("SELECT seq FROM sqlite_sequence WHERE name = 'session'")
+        if self._home is not None and (found := home_of_number(last)) != self._home:
+            self._file.close()
+            raise SessionsUnavailable(
+                f"the sessions file is of the host with ACTSERVE_SESSION_HOME={found}, and this host has {self._home}: "
+                "give each host its own file"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

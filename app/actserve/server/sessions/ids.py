@@ -4,7 +4,8 @@ An id is the number of the session and a keyed digest of the number, the policy 
 cannot be guessed, and is not valid with another token. After its session is gone, it can still be verified, without a
 record of old sessions.
 
-If several hosts hold sessions, each in its own file, a number begins with the host, the session's home.
+If several hosts hold sessions, each in its own file, a number begins with the host, the session's home. The first four
+characters of an id are the home, so that a proxy finds the host without decoding the id: docs/scale.md.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ def first_number(home: int) -> int:
 def home_of(id_: str) -> int | None:
     """The home in an id; None if it is not an id."""
     try:
-        return _number(id_) >> _HOME_SHIFT
+        return home_of_number(_number(id_))
     except ValueError:
         return None
+
+
+def home_of_number(number: int) -> int:
+    return number >> _HOME_SHIFT
 
 
 def _number(id_: str) -> int:

@@ -68,8 +68,8 @@ class SessionFile:
     """A connection to the file at `path`, which is created if missing.
 
     All methods raise `SessionsUnavailable` for errors of SQLite or the disk. None waits for a lock of another process,
-    once `never_wait` was called: they raise `SessionsLocked`, and have changed nothing. In a new file, the number of
-    the first session is `after` plus one.
+    once `never_wait` was called: they raise `SessionsLocked`, and have changed nothing. The numbers of new sessions are
+    greater than `after`.
     """
 
     def __init__(self, path: Path, after: int = 0) -> None:
@@ -91,6 +91,9 @@ class SessionFile:
         try:
             self.rows("PRAGMA synchronous = OFF")
             self._check()
+            self.change(
+                "UPDATE sqlite_sequence SET seq = ? WHERE name = 'session' AND seq < ?", self._after, self._after
+            )
         except BaseException:
             self.close()
             raise
