@@ -334,6 +334,8 @@ def test_compile_publishes_the_next_version_for_this_host(holding: Artifact, own
     # Again: there is one for this host now.
     assert compiling.compile(holding, own_store).manifest.version == manifest.version
     assert compiling.compile(artifact, own_store).manifest.version == manifest.version
+    with pytest.raises(CaptureFailed, match="could not compile"):  # this torch has no CUDA, and the .pt2 is for the CPU
+        compiling.compile(artifact, own_store, device="cuda")
     assert own_store.versions("cart")[-1] == manifest.version
 
 

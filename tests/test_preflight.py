@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import _ctypes
 import dataclasses
+import importlib.machinery
+import importlib.util
 import json
 import sys
 import tempfile
@@ -129,7 +132,26 @@ def test_this_host_knows_its_libstdcxx_and_libraries() -> None:
     assert host.cxxabi >= (1, 3)
     assert host.libraries is not None
     assert {"libc.so.6", "libstdc++.so.6", "libtorch_cpu.so"} <= host.libraries
+    assert Path(_ctypes.__file__).name in host.libraries, "this process has loaded it"
     assert json.loads(json.dumps(host.facts()))["glibcxx"].startswith("3.4.")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the dynamic loader of Linux")
+def test_the_libraries_of_nvidias_packages_are_found_beside_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("torch/__init__.py", "torch/lib/libtorch_cuda.so", "nvidia/cu13/lib/libcudart.so.13"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    this_host.cache_clear()
+    try:
+        libraries = this_host().libraries
+    finally:
+        this_host.cache_clear()
+    assert libraries is not None
+    assert {"libtorch_cuda.so", "libcudart.so.13"} <= libraries
 
 
 def test_without_torch_there_is_no_pt2(cart: Artifact) -> None:

@@ -159,6 +159,7 @@ def compile_(
     label: Label,
     store: Store = DEFAULT_STORE,
     native: Annotated[bool, flag("--native", says="For this CPU only.")] = False,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
     sign: SignOption = None,
     json: Json = False,
 ) -> None:
@@ -167,7 +168,8 @@ def compile_(
 
     own = open_for_publishing(store, sign)
     with steps("importing torch") as progress:
-        built = import_extra("export", "actserve_export.compile:compile")(find(own, label), own, progress, native)
+        compile_program = import_extra("export", "actserve_export.compile:compile")
+        built = compile_program(find(own, label), own, progress, native, device)
         tune_briefly(built, progress)
     manifest = built.manifest
     if json:

@@ -29,39 +29,43 @@ def compile(  # noqa: A001, the command's name
     store: ModelStore,
     progress: Callable[[str], None] = lambda step: None,
     native: bool = False,
+    device: str = "cpu",
 ) -> Artifact:
     """Publish `artifact` with a `.pt2` for this host as the next version, if it repeats the golden samples.
 
-    If a version of the same export already has such a `.pt2`, returns that version. `native` builds for this CPU only.
-    Raises `CaptureFailed`, `Disagreement` or `StoreError`.
+    If a version of the same export already has such a `.pt2`, returns that version. `native` builds for this CPU only,
+    and `device` for "cpu" or "cuda". Raises `CaptureFailed`, `Disagreement` or `StoreError`.
     """
     manifest = artifact.manifest
     if PROGRAM not in manifest.files:
         raise CaptureFailed(
             f"{artifact.label} holds no {PROGRAM}, the exported program to compile from; export the policy again"
         )
-    if (existing := _existing(artifact, store, native)) is not None:
+    if (existing := _existing(artifact, store, native, device)) is not None:
         return existing
     progress(f"reading {PROGRAM}")
     torch.set_num_threads(1)
     program = load_program(artifact.read(PROGRAM), artifact.read)
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
         files = _copies(artifact, Path(folder))
-        progress(f"building .pt2 for {aoti.march_for(native)}")
+        progress(f"building .pt2 for {aoti.march_for(native) if device == 'cpu' else device}")
         files[PT2] = Path(folder) / PT2
-        requires = aoti.compile_program(program, files[PT2], native)
+        requires = aoti.compile_program(program, files[PT2], native, device)
         draft = _publish(ModelStore(Path(folder) / "draft"), manifest, requires, files, {})
         progress("certifying .pt2 against the golden samples")
         evidence = _certify(draft)
         return _publish(store, manifest, requires, files, evidence)
 
 
-def _existing(artifact: Artifact, store: ModelStore, native: bool) -> Artifact | None:
-    """A version of the same export whose `.pt2` runs here and was built with the same `native`."""
+def _existing(artifact: Artifact, store: ModelStore, native: bool, device: str = "cpu") -> Artifact | None:
+    """A version of the same export whose `.pt2` runs here and was built for the same target."""
     fingerprint = artifact.manifest.provenance.get("fingerprint")
     for found in store.find(artifact.manifest.name, fingerprint) if fingerprint else []:
         program = found.manifest.programs.get("pt2")
-        if program is None or program.requires.get("march") != aoti.march_for(native) or not store.is_signed(found):
+        if program is None or not store.is_signed(found):
+            continue
+        built_for = program.requires.get("march"), program.requires.get("device") or "cpu"
+        if built_for != (aoti.march_for(native), device):
             continue
         if preflight.refusal("pt2", found.manifest, preflight.this_host()) is None:
             return found

@@ -43,6 +43,8 @@ def open_package(path: Path, device: str = "cpu") -> Any:
     On the CPU the folder of `path` can be deleted afterwards: the loader unpacks the program there, and its code is
     mapped. Programs for other devices read files later, so they are unpacked into the system's temporary directory.
     """
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False  # by default, convolutions would round float32 to 10 bits
     # What `torch._inductor.aoti_load_package` returns is a wrapper around this. Importing it takes as long as torch
     # itself, and it parses the names of inputs and outputs anew for each call; ours are flat lists.
     with _unpacking_into(path.parent) if device == "cpu" else nullcontext():

@@ -106,14 +106,24 @@ def _mapped_path(name: str) -> str | None:
 
 
 def _libraries() -> frozenset[str] | None:
-    """The libraries that the dynamic loader finds by name: its cache, the default folders, and torch's own folder."""
+    """The libraries that the dynamic loader finds by name: its cache, the default folders, torch's own folder and those
+    of NVIDIA's packages beside it, and what this process has loaded, such as the driver."""
     if sys.platform != "linux":
         return None
     try:
         cached = re.findall(rb"[\w.+-]+\.so[\w.+-]*", Path("/etc/ld.so.cache").read_bytes())
     except OSError:
         cached = []
-    return frozenset([*(name.decode() for name in cached), *_libraries_in_folders()])
+    return frozenset([*(name.decode() for name in cached), *_libraries_in_folders(), *_mapped_libraries()])
+
+
+def _mapped_libraries() -> Iterator[str]:
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    paths = {line.split(maxsplit=5)[5] for line in lines if ".so" in line}
+    yield from map(os.path.basename, paths)
 
 
 def _libraries_in_folders() -> Iterator[str]:
@@ -123,7 +133,8 @@ def _libraries_in_folders() -> Iterator[str]:
         folders += [root, f"{root}/{multiarch}"]
     torch = importlib.util.find_spec("torch")  # without importing it
     if torch is not None and torch.origin:
-        folders.append(str(Path(torch.origin).parent / "lib"))
+        package = Path(torch.origin).parent
+        folders += map(str, [package / "lib", *package.parent.glob("nvidia/*/lib")])
     for folder in folders:
         try:
             yield from (name for name in os.listdir(folder) if ".so" in name)
