@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.benchmarks import overload, plot, report, soak
+from tests.benchmarks import hosts, overload, plot, report, soak
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.cost import measure
 from tests.benchmarks.load import Load
@@ -239,3 +239,8 @@ def test_a_trend_is_what_changed_once_it_had_settled() -> None:
     assert found["rss_mb"] == pytest.approx(2 * 17)
     assert found["files"] == pytest.approx(0, abs=1e-9)
     assert found["p99_ms"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_poll_of_a_remote_store_is_one_request_and_one_for_each_policy() -> None:
+    """docs/scale.md calculates with it."""
+    assert [hosts.requests_of_a_poll(policies) for policies in (1, 5)] == [2, 6]

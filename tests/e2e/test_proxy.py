@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -12,8 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,61 +17,27 @@ import urllib3
 from actserve.cli.tools import local_service as local
 from actserve.client.remote_policy import RemotePolicy
 from actserve.client.stream import Stream
+from tests.proxy import needs_nginx, nginx
 from tests.shipped import SHIPPED
-from tests.waiting import until
 
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-GUIDE = Path(__file__).parent.parent.parent / "docs" / "operations.md"
 REQUESTS = 1000
 CLIENTS = 8
 RAW = {"Content-Type": "application/octet-stream"}
 SCREEN = np.zeros((210, 160, 3), np.uint8)
 
-# In CI a missing nginx is a failure.
-pytestmark = pytest.mark.skipif(
-    NGINX is None and not os.environ.get("CI"), reason="the tests behind a proxy need nginx: apt-get install nginx"
-)
-
-
-@contextmanager
-def nginx(folder: Path, upstream_port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """nginx with the documented configuration -> its address with the prefix, and its process."""
-    (documented,) = re.findall(r"```nginx\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    port = local.free_port()
-    http = documented.replace("127.0.0.1:8000", f"127.0.0.1:{upstream_port}").replace("listen 80", f"listen {port}")
-    assert http != documented
-    temporary = "\n".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    configuration = folder / "nginx.conf"
-    configuration.write_text(
-        f"{'user root;' if os.getuid() == 0 else ''}"  # its workers write to the folder of this user
-        f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;\n"
-        f"events {{}}\nhttp {{\naccess_log off;\n{temporary}\n{http}}}\n"
-    )
-    assert NGINX is not None, "apt-get install nginx"
-    with subprocess.Popen([NGINX, "-p", str(folder), "-c", str(configuration)], stderr=subprocess.DEVNULL) as process:
-        url = f"http://127.0.0.1:{port}/robots"
-        try:
-            until(lambda: answers(url) or process.poll() is not None)
-            assert process.poll() is None, (folder / "error.log").read_text()
-            yield url, process
-        finally:
-            process.terminate()
-
-
-def answers(url: str) -> bool:
-    try:
-        return urllib3.request("GET", url + "/readyz", timeout=5, retries=False).status == 200
-    except urllib3.exceptions.HTTPError:
-        return False
+pytestmark = needs_nginx
 
 
 @pytest.fixture(scope="module")
 def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with (
         local.serve(SHIPPED, "--runtime", "onnx", "--root-path", "/robots", "--workers", "2") as service,
-        nginx(tmp_path_factory.mktemp("nginx"), int(service.url.rpartition(":")[2])) as proxy,
+        nginx(
+            tmp_path_factory.mktemp("nginx"),
+            "operations.md",
+            {"127.0.0.1:8000": service.url.removeprefix("http://")},
+            prefix="/robots",
+        ) as proxy,
     ):
         yield proxy
 

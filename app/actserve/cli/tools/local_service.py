@@ -31,14 +31,18 @@ class LocalService:
 
 @contextmanager
 def serve(
-    store: Path | str, *options: str, environment: Mapping[str, str] | None = None, ready_within_s: float = 300.0
+    store: Path | str,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    ready_within_s: float = 300.0,
+    port: int | None = None,
 ) -> Iterator[LocalService]:
-    """Run `actserve serve` on a free port of 127.0.0.1 until the block ends. Enters the block once it is ready.
+    """Run `actserve serve` on 127.0.0.1 until the block ends. Enters the block once it is ready.
 
-    `options` are further command-line arguments; `environment` replaces the inherited one. Raises
-    `ServiceUnreachable` with the end of the log if the service does not become ready.
+    `options` are further command-line arguments; `environment` replaces the inherited one; `port` None takes a free
+    port. Raises `ServiceUnreachable` with the end of the log if the service does not become ready.
     """
-    port = free_port()
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "actserve", "serve", "--store", str(store), "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
