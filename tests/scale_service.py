@@ -48,8 +48,11 @@ class Scaled:
         return [Replica(**replica) for replica in json.loads(self.process.stdout.readline())]
 
 
-def environment(folder: str) -> dict[str, str]:
-    """Ray's own files are in `folder`; it sends no statistics, and only clients with the token can join."""
+def environment(folder: str, haproxy: bool = False) -> dict[str, str]:
+    """Ray's own files are in `folder`; it sends no statistics, and only clients with the token can join.
+
+    `haproxy`: requests enter through HAProxy instead of Ray's own proxy.
+    """
     settings = {
         "HOME": folder,
         "OMP_NUM_THREADS": "1",
@@ -63,15 +66,20 @@ def environment(folder: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "TMPDIR": folder,
     }
+    if haproxy:
+        places = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "SERVER_STATE_FILE": "state"}
+        settings |= {f"RAY_SERVE_HAPROXY_{what}": f"{folder}/haproxy/{name}" for what, name in places.items()}
+        settings |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{folder}/haproxy"}
     # That this host is slow is no failure: Ray waits 5 s for a new proxy, and kills it.
     patient = {f"RAY_SERVE_PROXY_{what}_CHECK_TIMEOUT_S": "120" for what in ("READY", "HEALTH")}
     return {name: value for name, value in os.environ.items() if not name.startswith("ACTSERVE_")} | settings | patient
 
 
 @contextmanager
-def running(nodes: Sequence[int], **arguments: Any) -> Iterator[Scaled]:
-    """On as many nodes, each with so many CPUs. `arguments`: of `actserve.server.ray.build`. Entered once it is ready;
-    nothing is left of it in the end. Raises ValueError with the end of the log when it does not come up."""
+def running(nodes: Sequence[int], haproxy: bool = False, **arguments: Any) -> Iterator[Scaled]:
+    """On as many nodes, each with so many CPUs. `haproxy`: see `environment`. `arguments`: of
+    `actserve.server.ray.build`. Entered once it is ready; nothing is left of it in the end. Raises ValueError with the
+    end of the log when it does not come up."""
     port = free_port()
     command = [str(PYTHON), "-m", "tests.ray_cluster", str(port), ",".join(map(str, nodes)), json.dumps(arguments)]
     with (
@@ -84,7 +92,7 @@ def running(nodes: Sequence[int], **arguments: Any) -> Iterator[Scaled]:
             stderr=log,
             text=True,
             cwd=ROOT,
-            env=environment(folder),
+            env=environment(folder, haproxy),
         ) as process,
     ):
         scaled = Scaled(f"http://127.0.0.1:{port}", process)

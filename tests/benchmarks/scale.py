@@ -1,7 +1,8 @@
 """The cost of Ray Serve, and its gain. Run: python -m tests.benchmarks.scale
 
 Raw screens to `/act`: one connection that waits for each answer, then many at once. `actserve serve` with as many
-workers is asked in turns with Ray's replicas, round after round, so that whatever else the machine does falls on both.
+workers is asked in turns with Ray's replicas, behind Ray's proxy and behind HAProxy, round after round, so that
+whatever else the machine does falls on all.
 All of it shares this machine: Ray's proxy, the replicas and the load generator. What else the machine does shows in
 times and rates; the CPU time that an action costs, of all of a service's processes, depends on it least.
 """
@@ -130,12 +131,13 @@ def main() -> None:
             patient = {**os.environ, "ACTSERVE_MAX_WAIT_MS": str(PATIENCE_MS)}
             options = ("--runtime", "onnx", "--workers", str(size))
             plain = stack.enter_context(local.serve(store, *options, environment=patient))
-            scaled = stack.enter_context(
-                running((size,), store=store, runtime="onnx", replicas=size, max_wait_ms=PATIENCE_MS)
-            )
+            replicas: dict[str, Any] = {"store": store, "runtime": "onnx", "replicas": size, "max_wait_ms": PATIENCE_MS}
+            proxied = stack.enter_context(running((size,), **replicas))
+            direct = stack.enter_context(running((size,), haproxy=True, **replicas))
             services = {
                 f"serve, {size}": Service(plain.url, plain.pid),
-                f"Ray Serve, {size}": Service(scaled.url, scaled.process.pid),
+                f"Ray Serve, {size}": Service(proxied.url, proxied.process.pid),
+                f"Ray Serve behind HAProxy, {size}": Service(direct.url, direct.process.pid),
             }
             rows += measure(services, arguments)
     if arguments.json:

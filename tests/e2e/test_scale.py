@@ -40,6 +40,7 @@ STREAMS = 6
 RESTARTED_WITHIN_S = 240.0
 until = partial(waiting.until, within_s=RESTARTED_WITHIN_S)
 SCREEN = np.zeros((210, 160, 3), np.uint8)
+RAW = "application/octet-stream"
 
 pytestmark = [
     pytest.mark.wide,
@@ -119,7 +120,7 @@ def test_the_contracts_are_those_of_the_service(scaled: Scaled) -> None:
             response = http.request(method, scaled.url + path, body=body, headers=headers)
             return response.status, json.loads(response.data)
 
-        raw = {"Content-Type": "application/octet-stream"}
+        raw = {"Content-Type": RAW}
         status, answer = ask("POST", "/act?outputs=action,action_value", SCREEN.tobytes(), **raw)
         assert (status, answer["action"]) == (200, alone()(SCREEN))
         status, answer = ask("POST", "/act", b"short", **raw)
@@ -171,6 +172,22 @@ def is_over(stream: Stream) -> bool:
     except ServiceUnreachable:
         return True
     return False
+
+
+def test_haproxy_passes_requests_sessions_and_streams_to_the_replicas_of_a_node() -> None:
+    act = alone()
+    expected = [act(SCREEN) for _ in range(6)]
+    with ExitStack() as stack:
+        arguments = {"store": str(SHIPPED), "replicas": 2, "runtime": "onnx", "policy": NAME}
+        url = stack.enter_context(running((2,), haproxy=True, **arguments)).url
+        until(lambda: urllib3.request("GET", f"{url}/readyz").status == 200)
+        policies = [stack.enter_context(RemotePolicy(url, NAME)) for _ in range(4)]
+        episodes: list[Any] = [policies[0].episode(), *(policy.session() for policy in policies[1:])]
+        episodes += [stack.enter_context(Stream(url, NAME)) for _ in range(2)]
+        for episode in episodes:
+            assert [int(episode.act(SCREEN)) for _ in expected] == expected
+        refused = urllib3.request("POST", f"{url}/act", body=b"short", headers={"Content-Type": RAW}, retries=False)
+        assert (refused.status, refused.json()["error"]["code"]) == (422, "invalid_tensor")
 
 
 def test_wrong_arguments_are_refused_before_anything_starts(tmp_path: Path) -> None:

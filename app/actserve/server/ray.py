@@ -1,10 +1,11 @@
 """The service as a Ray Serve application: `serve run actserve.server.ray:app`, or `…:build` with arguments.
 
-Each replica is one process with the whole service of `actserve.server.app`. Ray's proxy reads the request before a
-replica gets it, so the routes answer all requests and the fast path, which is below ASGI, none.
+Each replica is one process with the whole service of `actserve.server.app`. Ray reads the request before the service
+gets it, so the routes answer all requests and the fast path, which is below ASGI, none.
 
 Requests with client-carried state can go to any replica. Sessions are in a file that the replicas of one Ray node
-share, and that outlives them. A session's id names its node, and the router sends the session's steps there.
+share, and that outlives them. A session's id names its node, and the router sends the session's steps there. HAProxy,
+which Ray can use instead of its proxy, knows nothing of nodes: with several, sessions need the proxy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import logging.config
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -83,10 +85,20 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": scale.cpus},
         graceful_shutdown_timeout_s=DRAIN_S,
         logging_config=LoggingConfig(enable_access_log=settings.access_log),
-        request_router_config=RequestRouterConfig(request_router_class=SessionRouter),
+        **routing(os.environ),
         **replicas,
     )
     return deployment.bind()
+
+
+def routing(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The options of the deployment that choose a replica for a request.
+
+    Behind HAProxy, Ray takes no router: HAProxy sends each request straight to a replica, without Python between.
+    """
+    if environment.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        return {}
+    return {"request_router_config": RequestRouterConfig(request_router_class=SessionRouter)}
 
 
 app = build  # the usual name in Ray's documentation
