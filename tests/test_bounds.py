@@ -43,7 +43,7 @@ from actserve.engine.runtimes.load import load
 from actserve.server.app import create_app
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
-from actserve_export import PolicySource, cli, from_module, from_sb3, int8
+from actserve_export import PolicySource, cli, from_module, from_sb3, narrow
 from actserve_export.capture import capture
 from actserve_export.programs.quantize import quantize as quantization
 from actserve_export.publish import export
@@ -343,7 +343,7 @@ def three_layers() -> PolicySource:
 
 def test_an_int8_export_publishes_and_measures_both_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "AGREEMENT", 0.9)  # a network that was not trained is often undecided
-    monkeypatch.setattr(int8, "SAMPLES", 1024)
+    monkeypatch.setattr(narrow, "SAMPLES", 1024)
     wanted = ["tests.test_bounds:three_layers", "--name", "x", "--runtime", "onnx", "--int8", "--store", str(tmp_path)]
     answer = CliRunner().invoke(cli.commands, ["export", *wanted])
     assert answer.exit_code == 0, answer.output

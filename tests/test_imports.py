@@ -37,7 +37,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"certify"},
         {"training"},
         {"targets", "publish", "compile"},
-        {"int8", "bench", "demo"},
+        {"narrow", "bench", "demo"},
         {"cli"},
     ],
 }

@@ -11,10 +11,11 @@ import pytest
 from actserve.core.errors import CaptureFailed, Disagreement
 from actserve.core.signature import Array, Arrays
 from actserve_export.capture import TracedPolicy, capture
+from actserve_export.certify.narrow import certify_narrow
 from actserve_export.programs.onnx import convert_program
 from actserve_export.programs.quantize import compensate
 from actserve_export.programs.quantize import quantize as quantization
-from actserve_export.programs.quantize.quantize import Run, certify_int8, quantize
+from actserve_export.programs.quantize.quantize import AGREEMENT, Run, quantize
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.training.pong import pong
 from tests.policies import cart
@@ -66,11 +67,13 @@ def test_int8_does_what_the_policy_does(
     assert done["calibration_agreement"] >= FEW
     assert target.stat().st_size < 0.5 * (folder / "policy.onnx").stat().st_size
     assert onnx.load(str(target)).graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    certificate = certify_int8(
+    certificate = certify_narrow(
+        "int8",
         captured.signature,
         runner(target),
         runner(folder / "policy.onnx"),
         {"pixels": screens[1::2]},
+        FEW,
         lambda run: [float(run({"pixels": screens[:1]})["action"][0])],
     )
     assert certificate["samples"] == SCREENS // 2
@@ -86,7 +89,7 @@ def test_a_program_that_disagrees_gets_no_certificate(captured: TracedPolicy, fo
         return outputs | {"action": (outputs["action"] + 1) % 6}
 
     with pytest.raises(Disagreement, match=r"0\.00% of the actions"):
-        certify_int8(captured.signature, wrong, original, {"pixels": screens[:16]})
+        certify_narrow("int8", captured.signature, wrong, original, {"pixels": screens[:16]}, AGREEMENT)
 
 
 def test_the_next_one_has_more_in_floats(folder: Path, screens: Array, monkeypatch: pytest.MonkeyPatch) -> None:

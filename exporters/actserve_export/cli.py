@@ -24,6 +24,7 @@ PROGRAMS = ("onnx", "pt2")
 
 commands = typer.Typer(help="Train, export and compile policies, and compare programs.")
 Action = Literal["argmax", "identity"]
+Precision = Literal["fp32", "int8", "bf16"]
 
 
 @commands.command(rich_help_panel="Make")
@@ -85,7 +86,10 @@ def export(
     ] = None,
     native: Annotated[bool, flag("--native", says="Build the .pt2 for this CPU only.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
-    int8: Annotated[bool, flag("--int8", says="Also publish NAME-int8, with its own certificate.")] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="int8 or bf16: also publish NAME-int8 or NAME-bf16, with its own certificate.")
+    ] = "fp32",
+    int8: Annotated[bool, flag("--int8", says="Short for --precision int8.")] = False,
     evaluate: Annotated[int, typer.Option(min=0, help="Games to play with each program, for the certificate.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first of these games.")] = 0,
     portable: Annotated[
@@ -99,8 +103,11 @@ def export(
 ) -> None:
     """Export a policy to .onnx and .pt2, prove that they act the same, and publish them into the store."""
     runtimes = None if runtime is None else [part for part in runtime.split(",") if part]
-    if int8 and runtimes is not None and "onnx" not in runtimes:
-        raise UsageError("--int8 is made from the .onnx program: add onnx to --runtime")
+    if int8 and precision == "bf16":
+        raise UsageError("expected one of --int8 and --precision bf16; export twice for both")
+    narrow = "int8" if int8 else precision
+    if narrow == "int8" and runtimes is not None and "onnx" not in runtimes:
+        raise UsageError("int8 is made from the .onnx program: add onnx to --runtime")
     if runtimes is not None and (not runtimes or set(runtimes) - set(PROGRAMS)):
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
     of_file = {
@@ -134,9 +141,9 @@ def export(
             progress=progress,
         )
         tune_briefly(done.artifact, progress)
-        if int8:
-            quantise = import_extra("export", "actserve_export.int8:export_int8")
-            done = quantise(done.artifact, source, own, _play_in_process, progress)
+        if narrow != "fp32":
+            export_narrow = import_extra("export", "actserve_export.narrow:export_narrow")
+            done = export_narrow(narrow, done.artifact, source, own, _play_in_process, progress)
             tune_briefly(done.artifact, progress)
     manifest = done.artifact.manifest
     if json:

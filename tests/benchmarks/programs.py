@@ -1,8 +1,8 @@
-"""How much faster are the rewritten and the int8 program of `pong`? Run: python -m tests.benchmarks.programs
+"""How much faster are the rewritten, int8 and bf16 programs of `pong`? Run: python -m tests.benchmarks.programs
 
-ONNX Runtime with one thread, preprocessing counted, raw screens in. The three programs take turns within one process;
-the times are medians. Then the actions of all three on real screens. With --checkpoint for other weights than the ones
-that ship, --pt2 for the compiled programs as well, --play to let each play a game.
+One thread, preprocessing counted, raw screens in. The programs take turns within one process; the times are medians.
+Then the actions of all on real screens. bf16 is left out on processors without it. With --checkpoint for other weights
+than the ones that ship, --pt2 for the compiled programs in float32 as well, --play to let each play a game.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,18 @@ from actserve.atari.play import play
 from actserve.core.environment import Environment, game_of
 from actserve.core.signature import Array, Arrays
 from actserve.engine import golden
+from actserve.engine.runtimes import preflight
 from actserve_export.capture import TracedPolicy, capture
+from actserve_export.certify.narrow import certify_narrow
 from actserve_export.programs import aoti, onnx
-from actserve_export.programs.quantize.quantize import certify_int8, quantize
+from actserve_export.programs.quantize.quantize import AGREEMENT, quantize
+from actserve_export.programs.rewrites.narrow import layers_in_bfloat16
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.training.pong import pong
 
-BATCHES = (1, 8, 32)
+BATCHES = (1, 4, 8, 16, 32)
 ROUNDS = 30
+WIDE_LAYERS = 1  # of the bf16 program, as `actserve export pong --precision bf16` finds
 Run = Callable[[Arrays], Arrays]
 
 
@@ -90,6 +95,10 @@ def build(captured: TracedPolicy, calibration: Array, folder: Path, pt2: bool) -
         for name, graph in (("tutorial", captured.program), ("rewritten", optimize(captured.program, "pt2")[0])):
             aoti.compile_program(graph, folder / f"{name}.pt2")
             programs[f".pt2, {name}"] = open_pt2(folder / f"{name}.pt2")
+    if set(aoti.BF16_FLAGS) & preflight.this_host().cpu_flags:
+        narrow = partial(layers_in_bfloat16, wide=WIDE_LAYERS)
+        aoti.compile_program(optimize(captured.program, "pt2", narrow)[0], folder / "bf16.pt2", bf16=True)
+        programs[".pt2, bf16"] = open_pt2(folder / "bf16.pt2")
     return programs, applied, int8
 
 
@@ -112,7 +121,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="weights of actserve_export.training.pong.value_network()")
     parser.add_argument("--screens", type=int, default=10_000, help="to compare actions on; int8 is calibrated on half")
     parser.add_argument("--recorded", type=Path, help="screens from an .npy file, rather than from games played now")
-    parser.add_argument("--play", type=int, default=0, metavar="GAMES", help="let original and int8 play")
+    parser.add_argument("--play", type=int, default=0, metavar="GAMES", help="let the programs play")
     parser.add_argument("--pt2", action="store_true", help="compile and time the .pt2 programs too")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -134,25 +143,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, console.status("building"):
         programs, applied, int8 = build(captured, screens[::2], Path(folder), arguments.pt2)
     medians = race(programs, screens)
-    original, rewritten, quantized = list(programs.values())[:3]
-    certificate = certify_int8(
-        captured.signature,
-        quantized,
-        original,
-        {"pixels": screens[1::2]},
-        (lambda run: scores(run, environment, arguments.play)) if arguments.play else None,
-    )
+    original, rewritten = programs[".onnx, tutorial"], programs[".onnx, rewritten"]
+    held_out = np.ascontiguousarray(screens[1::2])  # compiled programs do not check strides
+    games = (lambda run: scores(run, environment, arguments.play)) if arguments.play else None
+    certificates = {
+        precision: certify_narrow(
+            precision, captured.signature, programs[name], original, {"pixels": held_out}, AGREEMENT, games
+        )
+        for precision, name in (("int8", ".onnx, int8"), ("bf16", ".pt2, bf16"))
+        if name in programs
+    }
+    certificates["int8"] |= int8
     actions = [golden.in_batches(run, {"pixels": screens}, 8)["action"] for run in (original, rewritten)]
     identical = int((actions[0] == actions[1]).sum())
     if arguments.json:
-        results = {"us": medians, "identical": identical, "screens": len(screens), "int8": int8 | certificate}
+        results = {"us": medians, "identical": identical, "screens": len(screens), **certificates}
         print(json.dumps(results | {"rewrites": applied}))
         return
     for rewrite in applied:
         console.print(f"  {rewrite}", highlight=False)
     show(medians, console)
     console.print(f"rewritten: the same action on {identical:,} of {len(screens):,} screens", highlight=False)
-    console.print(f"int8: {int8 | certificate}", highlight=False)
+    for precision, certificate in certificates.items():
+        console.print(f"{precision}: {certificate}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,9 @@ def print_certificate(certificate: dict[str, Any]) -> None:
             f".{runtime}: {found['games']} games through HTTP, mean score {found['mean']:+.2f} ({low:+.2f} to "
             f"{high:+.2f}), {found['lowest']:+.0f} to {found['highest']:+.0f}, {found['lost']} lost"
         )
-    if "int8" in certificate:
-        print(
-            f"int8: {certificate['int8']['agreement']:.2%} of the actions equal the original's; "
-            f"scores {certificate['int8'].get('scores')}"
-        )
+    for precision in ("int8", "bf16"):
+        if precision in certificate:
+            _print_narrow(precision, certificate[precision])
     if counts := certificate.get("actions"):
         shares = ", ".join(f"{action} in {count / samples:.0%}" for action, count in counts.items())
         print(f"chosen actions: {shares}" + ("; always the same action, which proves little" * (len(counts) == 1)))
@@ -50,3 +48,15 @@ def print_certificate(certificate: dict[str, Any]) -> None:
         print(f"not shown: {gap}")
     if certificate["smallest_margin"] is not None:
         print(f"smallest margin of a chosen action: {certificate['smallest_margin']:.3g}")
+
+
+def _print_narrow(precision: str, found: dict[str, Any]) -> None:
+    """A program in `precision`, compared with the one in float32."""
+    print(f"{precision}: {found['agreement']:.2%} of the actions equal the original's; scores {found.get('scores')}")
+    if lead := found.get("largest_lead_of_a_changed_action"):
+        print(
+            f"where they differ, the original's action led by at most {lead:.2g}; its median lead is "
+            f"{found['median_lead']:.2g}"
+        )
+    if changing := found.get("actions_that_depend_on_the_batch"):
+        print(f"{changing} of {found['samples']:,} actions depend on the size of the batch")

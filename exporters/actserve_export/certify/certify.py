@@ -280,8 +280,16 @@ def count_actions(signature: Signature, outputs: Mapping[str, Array]) -> dict[st
 
 def smallest_score_margin(signature: Signature, outputs: Mapping[str, Array]) -> float | None:
     """The smallest lead of a chosen action over the next best. A smaller error changes no action. None: no scores."""
+    margins = score_margins(signature, outputs)
+    return None if margins is None else float(np.min(margins))
+
+
+def score_margins(signature: Signature, outputs: Mapping[str, Array]) -> Array | None:
+    """The lead of the best action over the next best, (N,), of several choices the smallest lead. None: no scores."""
     for name in _SCORES:
         if name in signature.output_names:
             ordered: Array = np.sort(outputs[name], axis=-1)
-            return float(np.min(ordered[..., -1] - ordered[..., -2]))
+            leads: Array = ordered[..., -1] - ordered[..., -2]
+            smallest: Array = leads.reshape(len(leads), -1).min(axis=1)
+            return smallest
     return None

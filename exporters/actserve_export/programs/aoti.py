@@ -26,6 +26,9 @@ _PORTABLE = {  # hosts of the last decade: (march, vector width in bits)
     "x86_64": ("x86-64-v3", 256),
     "aarch64": ("armv8-a", 128),
 }
+_WIDE = ("x86-64-v4", 512)  # of bf16 programs: every x86 processor with AVX512_BF16 has it
+BF16_FLAGS = ("avx512_bf16", "bf16")  # x86, Arm
+_BF16_UNITS = (*BF16_FLAGS, "amx_bf16", "amx_tile")  # what the layout of the weights depends on
 _FAITHFUL = {"emulate_precision_casts": True}  # float16 and bfloat16 are rounded where the policy rounds them
 # CPU features whose name in the compiler differs from the kernel's.
 _ALIASES = {"lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "bmi": "bmi1", "sha": "sha_ni", "rdrnd": "rdrand",
@@ -33,14 +36,19 @@ _ALIASES = {"lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "bmi": "bmi1",
 
 
 def compile_program(
-    program: torch.export.ExportedProgram, target: Path, native: bool = False, device: str = "cpu"
+    program: torch.export.ExportedProgram, target: Path, native: bool = False, device: str = "cpu", bf16: bool = False
 ) -> dict[str, Any]:
     """Compile `program` into `target`; returns its requirements on the host. Raises `CaptureFailed`.
 
     `native` builds for this host's CPU instead of any CPU of the last decade. `device` is "cpu" or "cuda"; for "cuda"
-    the program moves to the GPU first, which needs a CUDA build of torch. Takes 4 to 20 seconds and a C++ compiler.
+    the program moves to the GPU first, which needs a CUDA build of torch. `bf16`: the program computes in bfloat16; its
+    weights are laid out for this host's units for that. Takes 4 to 20 seconds and a C++ compiler.
     """
-    march, options = _options(native)
+    if bf16 and not set(BF16_FLAGS) & _host_flags():
+        raise CaptureFailed(
+            f"bf16: expected a processor with {' or '.join(BF16_FLAGS)}; this one would be slower than in float32"
+        )
+    march, options = _options(native, bf16)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Inductor itself imports deprecated parts of torch
@@ -52,6 +60,8 @@ def compile_program(
             flags = cpu_flags(march, options)
     except Exception as error:
         raise CaptureFailed(f"AOTInductor could not compile the program: {one_line(error)}") from error
+    if bf16:
+        flags = sorted({*flags, *set(_BF16_UNITS) & _host_flags()})
     needs = _needs(target)
     return {
         "platform": f"{platform.system()}-{platform.machine()}",
@@ -72,9 +82,12 @@ def march_for(native: bool) -> str:
     return NATIVE if native or platform.machine() not in _PORTABLE else _PORTABLE[platform.machine()][0]
 
 
-def _options(native: bool) -> tuple[str, dict[str, Any]]:
+def _options(native: bool, bf16: bool = False) -> tuple[str, dict[str, Any]]:
     """(march, Inductor's options for it)."""
     march = march_for(native)
+    if bf16:  # `freezing` lays the weights out beforehand
+        wide = {"cpp.march": _WIDE[0], "cpp.simdlen": _WIDE[1]} if platform.machine() == "x86_64" and not native else {}
+        return _WIDE[0] if wide else march, _FAITHFUL | {"freezing": True} | wide
     if march == NATIVE:
         return march, dict(_FAITHFUL)
     return march, _FAITHFUL | {"cpp.march": march, "cpp.simdlen": _PORTABLE[platform.machine()][1]}

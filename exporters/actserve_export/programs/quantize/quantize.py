@@ -1,7 +1,7 @@
 """int8 programs: an `.onnx` whose middle layers compute with bytes. It is smaller, faster and slightly different.
 
 ONNX Runtime quantises statically: activations as uint8, with the ranges measured on real inputs, and weights as int8,
-with a scale per channel. `certify_int8` then compares the result with the original on held-out inputs.
+with a scale per channel. `certify_narrow` then compares the result with the original on held-out inputs.
 
 Layers that stay in floats, for `pong` (agreement on 2,048 held-out screens; speed against the tutorial's graph at
 batch 8):
@@ -31,13 +31,11 @@ from onnx import helper, numpy_helper
 from onnxruntime import quantization as ortq
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from actserve.core.errors import CaptureFailed, Disagreement
-from actserve.core.signature import Array, Arrays, Signature
-from actserve.engine import golden
-from actserve.engine.golden import Tolerance
+from actserve.core.errors import CaptureFailed
+from actserve.core.signature import Array, Arrays
+from actserve.engine.golden import Tolerance, agreeing
 from actserve_export.programs.onnx_session import open_session
 from actserve_export.programs.quantize.compensate import (
-    CALIBRATION_BATCH,
     batches,
     correct_biases,
     equalize_channels,
@@ -45,6 +43,7 @@ from actserve_export.programs.quantize.compensate import (
 )
 
 AGREEMENT = 0.995  # the required share of actions that equal the original's
+NEAR = Tolerance(0.01, 0.01)  # float actions within this count as equal
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _DEQUANTIZE = "DequantizeLinear"
 _BETWEEN = ("Relu", "Reshape", "Flatten", "Unsqueeze", "MaxPool")  # quantised if they are between two layers
@@ -85,7 +84,7 @@ def quantize(
             _quantize(prepared, draft, layers[first:-1], ranges, full_range)
             correct_biases(prepared, draft, layers[first:-1], ranges)
             refit_last_layer(prepared, draft, layers[-1], ranges)
-            agreement = float(np.mean(_same(_actions(draft, others), wanted)))
+            agreement = float(np.mean(agreeing(_actions(draft, others), wanted, NEAR)))
             best = max(best, agreement)
             if agreement >= AGREEMENT:
                 made = {
@@ -99,43 +98,6 @@ def quantize(
                 yield draft.read_bytes(), made
     if best < AGREEMENT:
         raise CaptureFailed(f"int8: at best {best:.2%} of the actions agree; {AGREEMENT:.1%} are needed")
-
-
-def certify_int8(
-    signature: Signature,
-    run: Run,
-    original: Run,
-    held_out: Mapping[str, Array],
-    play: Callable[[Run], Sequence[float]] | None = None,
-) -> dict[str, Any]:
-    """The certificate of an int8 program, JSON-able: how often its actions equal the original program's.
-
-    `held_out` holds every input by name, each (N, *shape), without items that `quantize` saw. `play` plays the same
-    games with each program and returns their scores; without it, the certificate has no scores.
-    Raises `Disagreement` if fewer than `AGREEMENT` of the actions are equal.
-    """
-    size = min(CALIBRATION_BATCH, signature.max_batch)
-    ours, theirs = golden.in_batches(run, held_out, size), golden.in_batches(original, held_out, size)
-    action = signature.action.name
-    share = float(np.mean(_same(ours[action], theirs[action])))
-    compared = golden.compare(signature, ours, theirs, Tolerance())
-    certificate: dict[str, Any] = {
-        "samples": compared.compared,
-        "batch_sizes": [size],
-        "reference": "the float32 .onnx program",
-        "agreement": share,
-        "required": AGREEMENT,
-        "largest_difference": compared.largest_difference,
-    }
-    if share < AGREEMENT:
-        raise Disagreement(
-            f"int8: {share:.2%} of the actions on {compared.compared} held-out samples are the original's; "
-            f"{AGREEMENT:.1%} are needed",
-            **certificate,
-        )
-    if play is not None:
-        certificate["scores"] = {"int8": list(play(run)), "original": list(play(original))}
-    return certificate
 
 
 def _quantize(
@@ -253,12 +215,6 @@ def _actions(path: Path, inputs: Mapping[str, Array]) -> Array:
     session = open_session(path.read_bytes())
     action = session.get_outputs()[0].name
     return np.concatenate([session.run([action], batch)[0] for batch in batches(inputs)])
-
-
-def _same(ours: Array, theirs: Array) -> Array:
-    """(N,) bool: whether each item's action is equal, or for float actions within 1 %."""
-    same = np.isclose(ours, theirs, rtol=0.01, atol=0.01) if ours.dtype.kind == "f" else ours == theirs
-    return np.asarray(same.reshape(len(same), -1).all(axis=1))
 
 
 @contextmanager

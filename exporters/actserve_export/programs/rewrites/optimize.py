@@ -32,13 +32,13 @@ _FOR_RUNTIME: dict[str, tuple[Rewrite, ...]] = {
 
 
 def optimize(
-    program: torch.export.ExportedProgram, runtime: str = "onnx"
+    program: torch.export.ExportedProgram, runtime: str = "onnx", *more: Rewrite
 ) -> tuple[torch.export.ExportedProgram, list[str]]:
     """A program that gives the same answers faster in `runtime`, and the names of the rewrites, for the manifest.
 
-    Values may change by float rounding (about 1e-7); the certificate decides whether that is acceptable. The symbolic
-    batch axis, the inputs and the outputs do not change. If no rewrite applies, or the result cannot be exported again,
-    returns the program itself and an empty list.
+    `more` rewrites come last. Values may change by float rounding (about 1e-7); the certificate decides whether that is
+    acceptable. The symbolic batch axis, the inputs and the outputs do not change. If no rewrite applies, or the result
+    cannot be exported again, returns the program itself and an empty list.
     """
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -49,7 +49,7 @@ def optimize(
             program = program.run_decompositions({})
     module = program.module(check_guards=False)
     applied: list[str] = []
-    for rewrite in (*_FOR_ALL, *_FOR_RUNTIME[runtime]):
+    for rewrite in (*_FOR_ALL, *_FOR_RUNTIME[runtime], *more):
         applied += rewrite(module)
     if not applied:
         return program, []
