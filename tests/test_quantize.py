@@ -11,11 +11,11 @@ import pytest
 from actserve.core.errors import CaptureFailed, Disagreement
 from actserve.core.signature import Array, Arrays
 from actserve_export.capture import TracedPolicy, capture
-from actserve_export.certify.narrow import certify_narrow
+from actserve_export.certify.narrow import Run, certify_narrow
 from actserve_export.programs.onnx import convert_program
 from actserve_export.programs.quantize import compensate
 from actserve_export.programs.quantize import quantize as quantization
-from actserve_export.programs.quantize.quantize import AGREEMENT, Run, quantize
+from actserve_export.programs.quantize.quantize import AGREEMENT, quantize
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.training.pong import pong
 from tests.policies import cart
@@ -67,7 +67,7 @@ def test_int8_does_what_the_policy_does(
     assert done["calibration_agreement"] >= FEW
     assert target.stat().st_size < 0.5 * (folder / "policy.onnx").stat().st_size
     assert onnx.load(str(target)).graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    certificate = certify_narrow(
+    certificate, results = certify_narrow(
         "int8",
         captured.signature,
         runner(target),
@@ -77,6 +77,7 @@ def test_int8_does_what_the_policy_does(
         lambda run: [float(run({"pixels": screens[:1]})["action"][0])],
     )
     assert certificate["samples"] == SCREENS // 2
+    assert list(results) == certificate["batch_sizes"] == [1, 8, 32]
     assert certificate["agreement"] >= FEW
     assert certificate["scores"]["int8"] == certificate["scores"]["original"]
 

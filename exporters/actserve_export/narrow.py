@@ -29,9 +29,9 @@ from actserve.engine.runtimes.load import load
 from actserve.store.artifact import GOLDEN, Artifact, Manifest, Program
 from actserve.store.local import ModelStore
 from actserve_export.certify import certify
-from actserve_export.certify.narrow import certify_narrow, steady_samples
+from actserve_export.certify.narrow import Run, certify_narrow, golden_items
 from actserve_export.programs.quantize import quantize as quantization
-from actserve_export.programs.quantize.quantize import Run, is_x86, quantize
+from actserve_export.programs.quantize.quantize import is_x86, quantize
 from actserve_export.programs.rewrites.narrow import layers_in_bfloat16
 from actserve_export.programs.rewrites.optimize import optimize
 from actserve_export.publish import Export
@@ -124,12 +124,13 @@ def _first_certified(
         ours = load(runtime, ModelStore(folder / "drafts").publish(draft, files))
         progress(f"certifying {precision} on {SAMPLES // 2} held-out samples, and playing a game with each")
         try:
-            evidence = certify_narrow(
+            evidence, results = certify_narrow(
                 precision, draft.signature, ours.run, theirs.run, held_out, quantization.AGREEMENT, games
             )
-            picked, tolerance = steady_samples(draft.signature, ours.run, held_out, certify.GOLDEN_SAMPLES)
+            items, tolerance = golden_items(draft.signature, results, certify.GOLDEN_SAMPLES)
+            picked, outputs = ({k: v[items] for k, v in arrays.items()} for arrays in (held_out, results[1]))
             files[GOLDEN] = folder / GOLDEN
-            files[GOLDEN].write_bytes(golden.save(picked, golden.in_batches(ours.run, picked, 1)))
+            files[GOLDEN].write_bytes(golden.save(picked, outputs))
         except Disagreement as error:
             refused = error  # the next program has more layers in floats
         else:

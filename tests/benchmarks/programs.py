@@ -149,7 +149,7 @@ def main() -> None:
     certificates = {
         precision: certify_narrow(
             precision, captured.signature, programs[name], original, {"pixels": held_out}, AGREEMENT, games
-        )
+        )[0]
         for precision, name in (("int8", ".onnx, int8"), ("bf16", ".pt2, bf16"))
         if name in programs
     }

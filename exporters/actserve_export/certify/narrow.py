@@ -27,20 +27,21 @@ def certify_narrow(
     held_out: Mapping[str, Array],
     required: float,
     play: Callable[[Run], Sequence[float]] | None = None,
-) -> dict[str, Any]:
-    """How often the actions of a narrower program equal the original program's, JSON-able.
+) -> tuple[dict[str, Any], dict[int, Arrays]]:
+    """How often the actions of a narrower program equal the original program's, JSON-able; and the narrower program's
+    results by batch size, each (N, *shape).
 
     `held_out` holds every input by name, each (N, *shape), without items that the program was calibrated on. `play`
     plays the same games with each program and returns their scores; without it, there are no scores.
     Raises `Disagreement` if less than the share `required` of the actions is equal, at any batch size.
     """
     action, theirs = signature.action.name, golden.in_batches(original, held_out, min(SIZES[-1], signature.max_batch))
-    results = _in_each_size(signature, run, held_out)
+    sizes = sorted({min(size, signature.max_batch) for size in SIZES})
+    results = {size: golden.in_batches(run, held_out, size) for size in sizes}
     same = {size: agreeing(ours[action], theirs[action], NEAR) for size, ours in results.items()}
     size = min(same, key=lambda each: float(np.mean(same[each])))
     share = float(np.mean(same[size]))
     compared = golden.compare(signature, results[size], theirs, Tolerance())
-    first = next(iter(results.values()))[action]
     evidence: dict[str, Any] = {
         "samples": compared.compared,
         "batch_sizes": list(results),
@@ -48,9 +49,7 @@ def certify_narrow(
         "required": required,
         "largest_difference": compared.largest_difference,
         # Other batch sizes sum in another order, and the sums are rounded.
-        "actions_that_depend_on_the_batch": int(
-            np.sum(np.logical_or.reduce([~agreeing(ours[action], first, NEAR) for ours in results.values()]))
-        ),
+        "actions_that_depend_on_the_batch": int(np.sum(~_steady(signature, results))),
     }
     margins = score_margins(signature, theirs)
     if margins is not None and not same[size].all():
@@ -64,36 +63,30 @@ def certify_narrow(
         )
     if play is not None:
         evidence["scores"] = {precision: list(play(run)), "original": list(play(original))}
-    return evidence
+    return evidence, results
 
 
-def steady_samples(
-    signature: Signature, run: Run, held_out: Mapping[str, Array], count: int
-) -> tuple[Arrays, Tolerance]:
-    """Up to `count` items whose discrete actions are the same at every batch size, and a tolerance for their outputs.
+def golden_items(signature: Signature, results: Mapping[int, Arrays], count: int) -> tuple[Array, Tolerance]:
+    """Up to `count` items, (n,), whose actions are the same at every batch size, and a tolerance for their outputs.
 
-    A host repeats them when it loads the program, alone and in batches. Raises `Disagreement` if there are none.
+    A host repeats them when it loads the program, alone and in batches. `results` are those of `certify_narrow`. Raises
+    `Disagreement` if there are none.
     """
-    action = signature.action.name
-    results = list(_in_each_size(signature, run, held_out).values())
-    steady = np.ones(len(results[0][action]), bool)
-    if signature.action.numpy_dtype.kind != "f":
-        steady &= np.logical_and.reduce([agreeing(ours[action], results[0][action], NEAR) for ours in results])
-    items = np.flatnonzero(steady)
+    items = np.flatnonzero(_steady(signature, results))
     if not len(items):
         raise Disagreement("every action of the narrower program depends on the size of its batch")
     chosen = items[np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
     spread = 0.0
     for spec in signature.results:
         if spec.numpy_dtype.kind == "f":
-            each = np.stack([ours[spec.name].astype(np.float64) for ours in results])
+            each = np.stack([ours[spec.name].astype(np.float64) for ours in results.values()])
             spread = max(spread, float(np.max(each.max(0) - each.min(0), initial=0.0)))
     default = Tolerance()
-    return {name: array[chosen] for name, array in held_out.items()}, Tolerance(
-        max(default.absolute, 2 * spread), default.relative
-    )
+    return chosen, Tolerance(max(default.absolute, 2 * spread), default.relative)
 
 
-def _in_each_size(signature: Signature, run: Run, inputs: Mapping[str, Array]) -> dict[int, Arrays]:
-    sizes = sorted({min(size, signature.max_batch) for size in SIZES})
-    return {size: golden.in_batches(run, inputs, size) for size in sizes}
+def _steady(signature: Signature, results: Mapping[int, Arrays]) -> Array:
+    """(N,) bool: whether each item's action is the same at every batch size."""
+    actions = [ours[signature.action.name] for ours in results.values()]
+    steady: Array = np.logical_and.reduce([agreeing(each, actions[0], NEAR) for each in actions])
+    return steady

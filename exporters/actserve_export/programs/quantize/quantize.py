@@ -20,7 +20,7 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,6 @@ NEAR = Tolerance(0.01, 0.01)  # float actions within this count as equal
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _DEQUANTIZE = "DequantizeLinear"
 _BETWEEN = ("Relu", "Reshape", "Flatten", "Unsqueeze", "MaxPool")  # quantised if they are between two layers
-
-Run = Callable[[Arrays], Arrays]
 
 
 def quantize(
