@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,18 @@ def test_a_processor_without_it_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(captured, TracedPolicy)
     with pytest.raises(CaptureFailed, match="expected a processor with avx512_bf16 or bf16"):
         aoti.compile_program(captured.program, tmp_path / "policy.pt2", bf16=True)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_architecture_on_record_is_the_one_that_is_compiled_for(
+    machine: str, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    march, options = aoti._options(native=False, bf16=bf16)
+    assert march == options["cpp.march"]
+    assert options.get("freezing", False) == bf16
+    assert "cpp.march" not in aoti._options(native=True, bf16=bf16)[1]
 
 
 def test_both_precisions_at_once_are_refused() -> None:

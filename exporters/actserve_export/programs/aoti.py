@@ -26,7 +26,7 @@ _PORTABLE = {  # hosts of the last decade: (march, vector width in bits)
     "x86_64": ("x86-64-v3", 256),
     "aarch64": ("armv8-a", 128),
 }
-_WIDE = ("x86-64-v4", 512)  # of bf16 programs: every x86 processor with AVX512_BF16 has it
+_PORTABLE_BF16 = _PORTABLE | {"x86_64": ("x86-64-v4", 512)}  # every x86 processor with AVX512_BF16 has it
 BF16_FLAGS = ("avx512_bf16", "bf16")  # x86, Arm
 _BF16_UNITS = (*BF16_FLAGS, "amx_bf16", "amx_tile")  # what the layout of the weights depends on
 _FAITHFUL = {"emulate_precision_casts": True}  # float16 and bfloat16 are rounded where the policy rounds them
@@ -84,13 +84,13 @@ def march_for(native: bool) -> str:
 
 def _options(native: bool, bf16: bool = False) -> tuple[str, dict[str, Any]]:
     """(march, Inductor's options for it)."""
-    march = march_for(native)
-    if bf16:  # `freezing` lays the weights out beforehand
-        wide = {"cpp.march": _WIDE[0], "cpp.simdlen": _WIDE[1]} if platform.machine() == "x86_64" and not native else {}
-        return _WIDE[0] if wide else march, _FAITHFUL | {"freezing": True} | wide
-    if march == NATIVE:
-        return march, dict(_FAITHFUL)
-    return march, _FAITHFUL | {"cpp.march": march, "cpp.simdlen": _PORTABLE[platform.machine()][1]}
+    options: dict[str, Any] = dict(_FAITHFUL)
+    if bf16:
+        options["freezing"] = True  # lays the weights out beforehand
+    if march_for(native) == NATIVE:
+        return NATIVE, options
+    march, width = (_PORTABLE_BF16 if bf16 else _PORTABLE)[platform.machine()]
+    return march, options | {"cpp.march": march, "cpp.simdlen": width}
 
 
 def cpu_flags(march: str, options: dict[str, Any]) -> list[str]:
