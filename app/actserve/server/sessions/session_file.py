@@ -80,7 +80,7 @@ class SessionFile:
     def open(self) -> None:
         try:
             if not self.path.exists():
-                _create(self.path, self._after)
+                _create(self.path)
             self._connection = sqlite3.connect(
                 self.path, timeout=OPEN_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
@@ -148,7 +148,7 @@ class SessionFile:
             raise SessionsUnavailable(f"{self.path.name} is damaged: move it away to start a new file")
 
 
-def _create(path: Path, after: int) -> None:
+def _create(path: Path) -> None:
     """Create the file in full, then link it to `path`: if several workers try, one succeeds."""
     descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # readable only by its owner
     os.close(descriptor)
@@ -157,7 +157,7 @@ def _create(path: Path, after: int) -> None:
         try:
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO service VALUES (?, 0, 0)", (secrets.token_bytes(KEY_BYTES),))
-            connection.execute("INSERT INTO sqlite_sequence VALUES ('session', ?)", (after,))
+            connection.execute("INSERT INTO sqlite_sequence VALUES ('session', 0)")
         finally:
             connection.close()
         try:
