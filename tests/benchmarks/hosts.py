@@ -1,4 +1,4 @@
-"""What limits a service on many hosts. Run: python -m tests.benchmarks.hosts
+"""The limits of a service on many hosts. Run: python -m tests.benchmarks.hosts
 
 * **balancer**: CPU time of an action in nginx, configured as in docs/scale.md, and in the service behind it.
 * **sessions**: steps a second that one session file takes from one process and from several, without a program; and

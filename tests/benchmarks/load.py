@@ -1,7 +1,7 @@
 """The load generator: one thread, non-blocking sockets, requests made ready before, every answer checked.
 
-A question costs it some 30 µs, most of it the kernel's copy of 100 KB, so that one core can load any server here. When
-it cannot, its own share of the core (`Tally.busy`) and what it left out (`Tally.late`) tell.
+A question costs it some 30 µs, most of it the kernel's copy of 100 KB, so that one core can load any server here. If
+it cannot, its own share of the core (`Tally.busy`) and the requests that it left out (`Tally.late`) show it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Raw screens to `/act`: one connection that waits for each answer, then many at once. `actserve serve` with as many
 workers is asked in turns with Ray's replicas, behind Ray's proxy and behind HAProxy, round after round, so that
 whatever else the machine does falls on all.
-All of it shares this machine: Ray's proxy, the replicas and the load generator. What else the machine does shows in
-times and rates; the CPU time that an action costs, of all of a service's processes, depends on it least.
+All of it shares this machine: Ray's proxy, the replicas and the load generator. Other work on
+the machine changes times and rates. It changes the CPU time per action of all of a service's processes the least.
 """
 
 from __future__ import annotations

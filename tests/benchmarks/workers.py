@@ -1,14 +1,13 @@
 """The gain of a second worker. Run: python -m tests.benchmarks.workers
 
 Two workers have both cores, and the load generator runs on the same two cores. So throughput alone would say how much
-the generator takes. What counts is what comes out of a second of CPU time that the service gets, of all its processes,
-and two workers can get twice as much:
+the generator takes. The benchmark counts actions per second of CPU time of all the service's processes; two workers can
+get twice as much of it:
 
     scaling = 2 × (actions per CPU second with two workers) / (actions per CPU second with one)
 
 One worker is measured twice: with a core to itself, and with the generator on its core. The generator copies 100 KB for
-each request and so empties the caches of its core. With two workers each core has a worker and half of the generator,
-so the second measurement is the one to compare with.
+each request. With two workers each core has a worker and half of the generator, so compare with the second measurement.
 
 Two cores of a virtual machine can be one, to the host, that does two things at a time: then a second of CPU time is
 worth less once both are busy. Bare programs show how much less: one alone, then one on each core.

@@ -58,7 +58,7 @@ class Failed(Exception):
 
 @dataclass
 class Check:
-    """The parts, and what they found. They run in the order of `PARTS`; later ones use what earlier ones made."""
+    """Runs the parts in the order of `PARTS`. Later parts use the results of earlier ones."""
 
     device: str
     sizes: tuple[int, ...]

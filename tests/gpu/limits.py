@@ -1,4 +1,4 @@
-"""What bounds the frames a second: bytes over PCIe, and arithmetic."""
+"""The most frames a second that PCIe and arithmetic allow."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def _wider_tolerances(signature: Signature) -> dict[str, Any]:
 
 
 def _not_shown(captured: CapturedPolicy, source: ExportSource) -> list[str]:
-    """What the certificate does not show, as sentences."""
+    """The gaps of the certificate, as sentences."""
     gaps = []
     if source.samples_from == "random and boundary values":
         gaps.append("real observations: the samples are random, because the source gives none")
