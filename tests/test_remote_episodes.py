@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import urllib3
 from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from actserve.client import remote_policy as remotes
 from actserve.client.async_remote_policy import AsyncRemotePolicy
@@ -159,7 +161,7 @@ def test_a_batch_of_episodes_steps_together(policy: RemotePolicy) -> None:
         policy.step(tensors, ["valu"])
 
 
-@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
 def test_a_tensordict_goes_in_and_comes_out(policy: RemotePolicy, batch: tuple[int, ...]) -> None:
     """As through a TorchRL module: outputs beside the observation, the new state under "next"."""
     step = TensorDict({"x": torch.full(batch, 7)}, batch_size=batch)
@@ -170,13 +172,32 @@ def test_a_tensordict_goes_in_and_comes_out(policy: RemotePolicy, batch: tuple[i
         assert step["action"].reshape(-1).tolist() == [int(o["action"][0]) for o in outputs]
         assert step["value"].shape == (*batch, 2)
         assert step["next", "digest"].dtype == torch.int64
+        assert step["policy_version"].shape == batch
+        assert set(step["policy_version"].reshape(-1).tolist()) == {policy.version}
         step = step["next"].set("x", torch.full(batch, 7))
     with pytest.raises(UsageError, match="expected x in the TensorDict; got y"):
         policy(TensorDict({"y": torch.zeros(())}))
-    with pytest.raises(UsageError, match=r"batch size \[\] or \[k\]; got \[2, 2\]"):
-        policy(TensorDict({"x": torch.zeros(2, 2)}, batch_size=(2, 2)))
     with pytest.raises(UsageError, match=r"x: expected int64\[\] for batch size \[2\]; got \(2, 5\)"):
         policy(TensorDict({"x": torch.zeros(2, 5)}, batch_size=(2,)))
+
+
+def test_a_tensordict_is_explored_as_torchrl_says(policy: RemotePolicy) -> None:
+    def drawn(kind: ExplorationType) -> set[int]:
+        with set_exploration_type(kind):
+            return {int(policy(TensorDict({"x": torch.tensor(7)}))["action"]) for _ in range(8)}
+
+    once = {int(policy(TensorDict({"x": torch.tensor(7)}))["action"])}
+    assert drawn(ExplorationType.DETERMINISTIC) == drawn(ExplorationType.MODE) == once
+    assert len(drawn(ExplorationType.RANDOM)) > 1
+
+
+def test_a_pickled_copy_has_a_connection_of_its_own(service: Service) -> None:
+    with RemotePolicy(service.url) as policy:
+        copy = pickle.loads(pickle.dumps(policy))
+        assert copy.act(np.array(7)) == policy.act(np.array(7))
+        assert copy.act(np.array(8)) == policy.act(np.array(8))
+    with copy:
+        assert copy.version == 1
 
 
 def test_the_asynchronous_client_does_the_same(service: Service) -> None:

@@ -1,7 +1,8 @@
 """actserve, offline: turns a policy into a verified artifact in a model store.
 
 A factory returns a `PolicySource` or an `OnnxSource`. `from_module` makes a `PolicySource` of any module, `from_sb3`,
-`from_rsl_rl`, `from_skrl`, `from_rl_games` and `from_lerobot` of what these libraries train.
+`from_rsl_rl`, `from_skrl`, `from_rl_games` and `from_lerobot` of what these libraries train. `export` publishes one, as
+`actserve export` does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actserve_export.publish import export
     from actserve_export.sources.lerobot import from_lerobot
     from actserve_export.sources.modules import from_module
     from actserve_export.sources.onnx_source import OnnxSource
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OnnxSource",
     "PolicySource",
+    "export",
     "from_lerobot",
     "from_module",
     "from_rl_games",
@@ -32,6 +35,7 @@ __all__ = [
     "read_robot",
 ]
 _HOMES = {
+    "export": "actserve_export.publish",
     "PolicySource": "actserve_export.sources.policy_source",
     "OnnxSource": "actserve_export.sources.onnx_source",
     "from_module": "actserve_export.sources.modules",

@@ -47,9 +47,9 @@ class Export:
 def export(
     source: ExportSource,
     name: str,
-    store: ModelStore,
+    store: ModelStore | Path | str,
     *,
-    origin: str,
+    origin: str = "a Python program",
     runtimes: Sequence[str] | None = None,
     native: bool = False,
     device: str = "cpu",
@@ -57,7 +57,7 @@ def export(
     evaluate: Evaluate | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Export:
-    """Publish `source` as the next version of `name`, if its programs agree with it.
+    """Publish `source` as the next version of `name` in a store or its folder, if its programs agree with it.
 
     `runtimes` are the programs that must be built; by default those that can be, and the certificate says why another
     is missing. `origin` says where the source came from, for the manifest. `native` builds the `.pt2` for this CPU
@@ -66,6 +66,7 @@ def export(
     provides it.
     Raises `CaptureFailed`, `Disagreement`, `StoreError`, and the errors of `evaluate`.
     """
+    store = store if isinstance(store, ModelStore) else ModelStore(Path(store))
     progress("capturing the policy")
     torch.set_num_threads(1)  # small batches gain nothing from more, and lose much on a busy machine
     captured = capture(source)

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
-from torchrl.envs import Compose, InitTracker, Transform, TransformedEnv
+from torchrl.envs import Compose, InitTracker, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import GRUModule, LSTMModule
+from torchrl.modules.utils import get_primers_from_module
 
 from actserve.core.completion import complete
 from actserve.core.signature import Arrays, Signature
@@ -54,9 +56,9 @@ def compare(source: PolicySource, artifact: Artifact) -> str:
 
 
 def _transforms(source: PolicySource) -> Any:
-    """The transforms in front of the policy, or None."""
+    """The transforms of an environment in front of the policy, or None."""
     first = next(iter(getattr(source.policy, "module", ())), None)
-    return first if isinstance(first, Transform) else None
+    return first if isinstance(first, Compose) or getattr(first, "parent", None) is not None else None
 
 
 def _original(source: PolicySource, signature: Signature, seed: int) -> Steps:
@@ -113,9 +115,14 @@ def _played(source: PolicySource, signature: Signature) -> Steps:
     """One environment behind the policy's transforms."""
     transform, actor = source.policy[0], source.policy[1:]
     base = _base(transform.parent)
-    if base is None:
-        base = ReplayEnv({str(key): _spec(value) for key, value in source.example.items()}, Bounded(-1, 1, (2,)))
-    environment = TransformedEnv(base, Compose(transform.clone(), InitTracker()))
+    if not isinstance(base, ReplayEnv):
+        names = {spec.name for spec in signature.observations} - {"reward"}
+        specs = {name: _spec(source.example[name]) for name in names}
+        base = ReplayEnv(specs, Bounded(-1, 1, (2,)))
+    parts = transform if isinstance(transform, Compose) else [transform]
+    environment = TransformedEnv(base, Compose(*(part.clone() for part in parts), InitTracker()))
+    if any(isinstance(module, (GRUModule, LSTMModule)) for module in actor.modules()):
+        environment.append_transform(get_primers_from_module(actor))
     base.ends, base.recording.steps[:] = ENDS, []
     base.generator.manual_seed(0)
     steps: Steps = []

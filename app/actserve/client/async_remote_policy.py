@@ -7,10 +7,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from actserve import wire
 from actserve.client import operations
 from actserve.client.operations import HttpRequest, HttpResponse, Operation, PolicyDescription, Result
 from actserve.client.remote_policy import MAX_ATTEMPTS, RETRIED_ERRORS, CarriedState
-from actserve.client.tensordicts import read_tensordict, write_tensordict
 from actserve.client.transport import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, authorization_header, parse_service_url
 from actserve.core.errors import ServiceUnreachable
 from actserve.core.imports import import_extra
@@ -84,9 +84,7 @@ class AsyncRemotePolicy:
 
     async def __call__(self, tensordict: Any) -> Any:
         """See `RemotePolicy.__call__`."""
-        signature = self.description.signature
-        tensors = read_tensordict(tensordict, signature)
-        return write_tensordict(tensordict, await self.step(tensors, [s.name for s in signature.outputs]), signature)
+        return await self.run(operations.act_on_tensordict(self.description, tensordict))
 
     def episode(
         self, outputs: Sequence[str] = (), *, exploration: Exploration | None = None, seed: int | None = None
@@ -129,7 +127,10 @@ class AsyncRemotePolicy:
         async with self._http.request(
             request.method, url, data=request.body, headers=request.headers, allow_redirects=False
         ) as response:
-            return HttpResponse(response.status, response.headers.get("Content-Type", ""), await response.read())
+            headers, body = response.headers, await response.read()
+            return HttpResponse(
+                response.status, headers.get("Content-Type", ""), body, headers.get(wire.VERSION_HEADER, "")
+            )
 
 
 class AsyncEpisode:

@@ -16,6 +16,7 @@ import pydantic
 import pydantic_core
 
 from actserve import wire
+from actserve.client.tensordicts import read_tensordict, wanted_exploration, write_tensordict
 from actserve.core.environment import Contract
 from actserve.core.errors import EnvironmentMismatch, InvalidRequest, ProxyFailed, ServiceError, UsageError
 from actserve.core.robot import Robot
@@ -36,6 +37,7 @@ class HttpResponse:
     status: int
     content_type: str
     body: bytes
+    version: str = ""  # of the policy that acted, if the answer says it
 
 
 Result = TypeVar("Result")
@@ -139,6 +141,28 @@ def step(
     In a session (`session_step`) the service keeps the state and does not return it. Every input is one item (*shape),
     or every input is a batch (k, *shape); the outputs have the same form.
     """
+    results, _ = yield from _step(description, tensors, outputs, exploration, seed, session_step)
+    return results
+
+
+def act_on_tensordict(description: PolicyDescription, tensordict: Any) -> Operation[Any]:
+    """`tensordict` with the outputs, the new state, and the version that acted. See `RemotePolicy.__call__`."""
+    signature = description.signature
+    tensors = read_tensordict(tensordict, signature)
+    outputs = [spec.name for spec in signature.outputs]
+    results, version = yield from _step(description, tensors, outputs, wanted_exploration(signature))
+    return write_tensordict(tensordict, results, signature, version)
+
+
+def _step(
+    description: PolicyDescription,
+    tensors: Mapping[str, Array],
+    outputs: Sequence[str],
+    exploration: Exploration | None = None,
+    seed: int | None = None,
+    session_step: SessionStep | None = None,
+) -> Operation[tuple[Arrays, int]]:
+    """The results of a step, and the version that acted."""
     signature = description.signature
     items, batched = _items(tensors, signature.request_inputs)
     signature.validate_request(items)
@@ -163,7 +187,8 @@ def step(
         answer = wire.decode_answer(response.content_type, response.body, answered)
     except InvalidRequest as error:
         raise unexpected_answer(", ".join(spec.name for spec in answered), error.message) from error
-    return {name: array if batched else array[0] for name, array in answer.tensors.items()}
+    version = int(response.version) if response.version.isdecimal() else description.version
+    return {name: array if batched else array[0] for name, array in answer.tensors.items()}, version
 
 
 def begin_session(

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from actserve.client import operations
 from actserve.client.operations import Operation, PolicyDescription, Result, unwrap_action
-from actserve.client.tensordicts import read_tensordict, write_tensordict
 from actserve.client.transport import HttpConnection
 from actserve.core.completion import step_seed
 from actserve.core.environment import Environment, game_of
@@ -29,9 +28,10 @@ class RemotePolicy:
     Every request carries `token`. The client checks an https certificate against the host's trusted certificates, or
     against the file in SSL_CERT_FILE.
     `robot` is the client's. If it names other joints, observation terms, units, scales or another order than the policy
-    was trained with, `__enter__` raises `EnvironmentMismatch`.
-    A context manager that keeps one connection open. Do not share it between threads. Every method raises
-    `ServiceUnreachable` if there is no answer and `ServiceError` if the answer is an error.
+    was trained with, the first request raises `EnvironmentMismatch`.
+    It keeps one connection open, from the first request to the end of a `with` block. Do not share it between threads;
+    a pickled copy opens its own. Every method raises `ServiceUnreachable` if there is no answer and `ServiceError` if
+    the answer is an error.
     """
 
     def __init__(
@@ -51,13 +51,7 @@ class RemotePolicy:
         self._description: PolicyDescription | None = None
 
     def __enter__(self) -> Self:
-        self._connection = HttpConnection(self.url, self.uds, self.token)
-        try:
-            self._description = self.run(operations.describe(self._policy_name))
-            self._description.check_robot(self._robot)
-        except BaseException:
-            self._connection.close()
-            raise
+        self._open()
         return self
 
     def __exit__(
@@ -65,6 +59,22 @@ class RemotePolicy:
     ) -> None:
         if self._connection is not None:
             self._connection.close()
+            self._connection = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process, such as a worker of TorchRL's collectors, opens a connection of its own."""
+        return self.__dict__ | {"_connection": None, "_description": None}
+
+    def _open(self) -> HttpConnection:
+        self._connection = HttpConnection(self.url, self.uds, self.token)
+        try:
+            self._description = self.run(operations.describe(self._policy_name))
+            self._description.check_robot(self._robot)
+        except BaseException:
+            self._connection.close()
+            self._connection = None
+            raise
+        return self._connection
 
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """The policy's action for one observation (*shape), or the k actions for a batch (k, *shape).
@@ -90,13 +100,12 @@ class RemotePolicy:
         return self.run(operations.step(self.description, tensors, outputs, exploration, seed))
 
     def __call__(self, tensordict: Any) -> Any:
-        """Act on a TensorDict as a TorchRL module does: write the outputs, and new state under ``("next", key)``.
+        """Act on a TensorDict of any batch size as a TorchRL module does. Returns `tensordict`.
 
-        Batch size [] or [k]. Returns `tensordict`.
+        Writes the outputs, new state under ``("next", key)``, and the version that acted as "policy_version". The
+        policy explores as TorchRL's `set_exploration_type` says, if it can; by default it acts as it was exported.
         """
-        tensors = read_tensordict(tensordict, self.signature)
-        results = self.step(tensors, [spec.name for spec in self.signature.outputs])
-        return write_tensordict(tensordict, results, self.signature)
+        return self.run(operations.act_on_tensordict(self.description, tensordict))
 
     def episode(
         self, outputs: Sequence[str] = (), *, exploration: Exploration | None = None, seed: int | None = None
@@ -119,11 +128,11 @@ class RemotePolicy:
 
     def run(self, operation: Operation[Result]) -> Result:
         """Run one operation over this policy's connection and return its result."""
-        assert self._connection is not None, "use RemotePolicy in a with block"
+        connection = self._connection or self._open()
         try:
             request = next(operation)
             while True:
-                request = operation.send(self._connection.exchange(request))
+                request = operation.send(connection.exchange(request))
         except StopIteration as done:
             result: Result = done.value
             return result
@@ -137,8 +146,10 @@ class RemotePolicy:
 
     @property
     def description(self) -> PolicyDescription:
-        """The service's description of the policy, fetched by `__enter__`."""
-        assert self._description is not None, "use RemotePolicy in a with block"
+        """The service's description of the policy, fetched once."""
+        if self._description is None:
+            self._open()
+        assert self._description is not None
         return self._description
 
     @property

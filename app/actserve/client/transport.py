@@ -11,6 +11,7 @@ import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.util import Url
 
+from actserve import wire
 from actserve.client.operations import HttpRequest, HttpResponse, policy_path
 from actserve.core.errors import ServiceUnreachable, UsageError
 
@@ -44,7 +45,9 @@ class HttpConnection:
         except urllib3.exceptions.HTTPError as error:
             raise ServiceUnreachable(f"no answer from {self._address}: {error}", url=self._address) from error
         self._used = True
-        return HttpResponse(response.status, response.headers.get("Content-Type", ""), response.data)
+        headers = response.headers
+        version = headers.get(wire.VERSION_HEADER, "")
+        return HttpResponse(response.status, headers.get("Content-Type", ""), response.data, version)
 
     def close(self) -> None:
         self._pool.close()

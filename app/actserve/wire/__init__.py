@@ -34,6 +34,7 @@ __all__ = [
     "PNG",
     "RAW",
     "SAFETENSORS",
+    "VERSION_HEADER",
     "Payload",
     "decode",
     "decode_answer",
@@ -49,6 +50,8 @@ __all__ = [
     "takes_long",
     "writing_takes_long",
 ]
+
+VERSION_HEADER = "x-policy-version"  # of the answer: the version that acted
 
 _READERS: dict[str, Callable[[Body, Sequence[TensorSpec]], Payload]] = {
     RAW: as_raw.read,

@@ -146,7 +146,11 @@ class ActCodec(Codec):
 
     def _build(self, outcome: BatchResult, start: int, size: int, batched: bool) -> bytes:
         _, content = wire.encode(self._accept, self._outputs(outcome, start, size), self._signature.answers, batched)
-        head = f"content-length: {len(content)}\r\ncontent-type: {self._content_type}\r\n\r\n"
+        version = self.endpoint.policy.version
+        head = (
+            f"{wire.VERSION_HEADER}: {version}\r\n"
+            f"content-length: {len(content)}\r\ncontent-type: {self._content_type}\r\n\r\n"
+        )
         return head.encode() + content
 
     def refusal(self, error: ActserveError, headers: Headers, decoded: DecodedRequest | None = None) -> bytes:

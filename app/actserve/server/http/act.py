@@ -126,7 +126,8 @@ _EXTRA: dict[str, Any] = {
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The action for each observation, in the encoding that `Accept` asks for; JSON by default.",
+        "description": "The action for each observation, in the encoding that `Accept` asks for; JSON by default. "
+        f"`{wire.VERSION_HEADER}` is the version that acted.",
         "content": {
             wire.JSON: {"example": {"action": 3}},
             wire.RAW: {"schema": _BINARY},
@@ -228,7 +229,8 @@ async def _respond(
     content_type, content = await off_loop.call(
         wire.encode, accept, outputs, policy.signature.answers, batched, acted.seed, takes_long=takes_long
     )
-    return Response(content, media_type=content_type, headers=headers)
+    version = {wire.VERSION_HEADER: str(policy.version)}
+    return Response(content, media_type=content_type, headers=(headers or {}) | version)
 
 
 def _randomness(request: Request, items: wire.Payload) -> tuple[Exploration | None, int | None]:
