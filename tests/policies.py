@@ -48,6 +48,7 @@ from torchrl.modules import (
 )
 from torchrl.modules.models import ACTModel
 
+from actserve.core.signature import Chunk
 from actserve_export.sources.policy_source import PolicySource
 
 Pair = tuple[TensorDictSequential, TensorDict]
@@ -315,6 +316,21 @@ def diffusion() -> Pair:
     torch.manual_seed(0)
     network = mlp(4 + 2 + 1, 2)
     return TensorDictSequential(DiffusionActor(2, score_network=network, num_steps=10)), TensorDict(OBSERVATION)
+
+
+class Ahead(nn.Module):
+    """Plans to follow a clock: the observation is the time, and the actions are the times from then on."""
+
+    HORIZON = 20
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        return time.unsqueeze(-2) + torch.arange(float(self.HORIZON)).unsqueeze(-1)
+
+
+def planner() -> PolicySource:
+    module = TensorDictModule(Ahead(), in_keys=["time"], out_keys=["actions"])
+    chunk = Chunk("actions", 10, period_s=0.01)
+    return PolicySource(module, TensorDict({"time": torch.zeros(1)}), outputs=("actions",), chunk=chunk)
 
 
 class Carry(nn.Module):

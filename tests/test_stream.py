@@ -48,6 +48,7 @@ def test_the_hello_says_what_a_client_needs(service: Service) -> None:
             "exploration": ["deterministic", "random"],
             "parameters": [],
             "noise": [],
+            "chunk": None,
         },
         "offsets": {"action": 16, "value": 24},
         "environment": None,

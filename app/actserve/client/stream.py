@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic_core
@@ -34,7 +34,9 @@ class Stream:
     """One episode of `policy`. Defaults: the service's default policy, and its live version.
 
     A context manager over one connection. Do not share it between threads. The replies have `outputs` beside the
-    action. `seed` makes all the episode's randomness reproducible.
+    action. `seed` makes all the episode's randomness reproducible. If the policy plans chunks of actions,
+    `chunk="step"` gets one action for each observation: the policy runs once a chunk, `ahead` steps before its actions
+    are needed.
 
     Every method raises `ServiceError` if the service answers with an error: the episode does not advance, and the
     stream stays open. It raises `ServiceUnreachable` if there is no answer: the episode is over. If the service closed
@@ -52,11 +54,14 @@ class Stream:
         outputs: Sequence[str] = (),
         exploration: Exploration | None = None,
         seed: int | None = None,
+        chunk: Literal["whole", "step"] | None = None,
+        ahead: int | None = None,
     ) -> None:
         self.unanswered = 0  # messages sent whose replies are still to be received
         self.steps = 0  # the step number in the last reply
         self.outputs: Arrays = {}  # of the last reply, each (*shape)
         query = {"outputs": ",".join(outputs) or None, "exploration": exploration, "seed": seed}
+        query |= {"chunk": chunk, "ahead": ahead}
         self._url, self._uds = stream_url(parse_service_url(url), policy, version, query), uds
         self._headers = authorization_header(token)
         self._stack = ExitStack()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from actserve.core.bfloat16 import LARGEST, narrow, widen
-from actserve.core.errors import InvalidTensor, UnknownOutput
+from actserve.core.errors import InvalidRequest, InvalidTensor, UnknownOutput
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]  # by tensor name; the first axis is the batch
@@ -224,6 +224,26 @@ class Parameter:
         return TensorSpec(self.name, "float32", (), self.low, self.high)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """An output that plans several actions ahead: its first axis is time, one control period a row.
+
+    `execute` of them are taken before the next chunk replaces the rest. With `ensemble`, an action is the weighted mean
+    of what all chunks plan for its time, with weights exp(-ensemble * i) for the i-th oldest chunk (Zhao et al. 2023,
+    "Temporal Ensembling").
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    output: str
+    execute: int
+    period_s: float | None = None  # between two actions; None: not known
+    ensemble: float | None = None
+
+
+PREV_CHUNK = "prev_chunk_left_over"  # an observation of real-time chunking: what is left of the last chunk, then zeros
+INFERENCE_DELAY = "inference_delay"  # another one: the periods that pass before the new chunk can be used
+
 IS_INIT = TensorSpec("is_init", "bool", ())  # true on the first step of an episode: resets the state
 EXPLORE = TensorSpec("explore", "bool", ())  # true: act randomly, as in training; false: deterministically
 
@@ -246,6 +266,7 @@ class Signature:
     exploration: tuple[Exploration, ...] = ("deterministic",)  # two modes: the program takes the flag `explore`
     parameters: tuple[Parameter, ...] = ()
     noise: tuple[Noise, ...] = ()
+    chunk: Chunk | None = None
 
     @cached_property
     def request_inputs(self) -> tuple[TensorSpec, ...]:
@@ -279,6 +300,13 @@ class Signature:
     @property
     def action(self) -> TensorSpec:
         return self.outputs[0]
+
+    @cached_property
+    def planned(self) -> TensorSpec:
+        """The output that is a chunk, (horizon, *shape of an action). Raises `InvalidRequest` if there is none."""
+        if self.chunk is None:
+            raise InvalidRequest("expected a policy that plans chunks of actions; this one gives one action at a time")
+        return next(spec for spec in self.outputs if spec.name == self.chunk.output)
 
     def draws(self, exploration: Exploration) -> bool:
         """Whether a request in this mode needs noise, and so a seed."""

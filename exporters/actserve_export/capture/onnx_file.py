@@ -20,6 +20,7 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Array, Arrays, Signature, State, TensorSpec
 from actserve.engine import golden
 from actserve.store.artifact import Program
+from actserve_export.capture.chunks import with_chunk
 from actserve_export.capture.company import ITEMS, dependence
 from actserve_export.capture.trace import MAX_BATCH
 from actserve_export.programs.onnx_graph import (
@@ -145,6 +146,7 @@ def capture_onnx_file(source: OnnxSource) -> OnnxPolicy:
         max_batch=1 if single else MAX_BATCH,
         state=tuple(State(spec, source.state[spec.name]) for spec in inputs if spec.name in source.state),
     )
+    signature = with_chunk(signature, source.chunk)
     items = samples.collect(source, signature, ITEMS)
     _refuse_draws(session, names, items)
     refusal = "the file takes a batch of 1 only" if single else _batch_refusal(session, names, items, signature, scores)

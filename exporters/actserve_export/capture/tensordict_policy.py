@@ -21,6 +21,7 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Exploration, Signature, State, TensorSpec
 from actserve.store.artifact import Program
 from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
+from actserve_export.capture.chunks import with_chunk
 from actserve_export.capture.company import FEWEST_ITEMS, ITEMS, affordable, dependence, refuse_hidden_draws
 from actserve_export.capture.cost import first
 from actserve_export.capture.hidden_state import refuse_hidden_state
@@ -141,7 +142,7 @@ def capture_policy(source: PolicySource) -> TracedPolicy:
         bounds = IndexBounds()
         results = _record(program, items, bounds)
         signature = _signature(program, items, results)
-        signature = _bounded(signature, bounds, source, layout)
+        signature = _bounded(with_chunk(signature, source.chunk), bounds, source, layout)
         program.halves = {name for name, item in items.items() if item.dtype == torch.bfloat16}
         program.bind(tuple(spec.name for spec in signature.inputs))
         traced = TracedPolicy(None, program, signature, layout)

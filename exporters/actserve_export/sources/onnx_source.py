@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import onnxruntime as ort
 
 from actserve.core.environment import Contract
-from actserve.core.signature import Arrays
+from actserve.core.signature import Arrays, Chunk
 from actserve_export.sources.robot_files import robot_in
 
 
@@ -26,6 +26,7 @@ class OnnxSource:
     `action` "argmax": the first output has one value per action, (B, n); the program returns the best action before it,
     as `action`. "identity": the first output is the action.
     `state` maps inputs to the outputs that replace them in the next step. State starts at zero.
+    `chunk` says which output plans several actions ahead, (horizon, *shape of an action).
     `observe(n)` returns n real observations by name, each (n, *shape). A client must reproduce `environment`; by
     default it is the robot that the file's metadata describes, if any.
     """
@@ -38,6 +39,7 @@ class OnnxSource:
     batch_axes: Mapping[str, int] = field(default_factory=dict)
     observe: Callable[[int], Arrays] | None = None
     environment: Contract | None = None
+    chunk: Chunk | None = None
 
     def __post_init__(self) -> None:
         if self.environment is None:

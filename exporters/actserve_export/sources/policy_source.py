@@ -15,7 +15,7 @@ from torchrl.data import TensorSpec
 
 from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed
-from actserve.core.signature import Arrays, Exploration
+from actserve.core.signature import Arrays, Chunk, Exploration
 from actserve_export.sources.interfaces import OriginalPolicy
 from actserve_export.sources.keys import key_name
 from actserve_export.sources.tensors import to_array
@@ -49,6 +49,7 @@ class PolicySource:
     says where they come from. Without `observe`, the certificate uses random inputs within each dtype's range.
     `spec` states the bounds of integer observations: TorchRL's observation spec, such as `env.observation_spec`. Bounds
     that the policy's own embeddings and one-hot encodings state are found without it.
+    `chunk` says which output plans several actions ahead, (horizon, *shape of an action).
     `environment` is the contract that a client must reproduce to play; None if the policy plays no game.
     `weights` is the part of `policy` that a checkpoint fills; by default all of it.
     `library` is the library that trained the policy. If that is not TorchRL, `original` runs the policy there.
@@ -65,6 +66,7 @@ class PolicySource:
     original: OriginalPolicy | None = None
     observed_in: str = "environment"
     spec: TensorSpec | None = None
+    chunk: Chunk | None = None
     left_out: str = ""  # set by the capture: outputs that are left out, and why
 
     def __post_init__(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.datastructures import QueryParams
@@ -11,11 +13,12 @@ from actserve import wire
 from actserve.core.completion import choose_exploration, step_seed
 from actserve.core.errors import ActserveError, InvalidRequest, UnsupportedContentType
 from actserve.core.settings import Settings
-from actserve.core.signature import Arrays
+from actserve.core.signature import IS_INIT, Arrays
 from actserve.engine.batch import BatchResult
-from actserve.engine.policy import Policy
+from actserve.engine.policy import Acted, Policy
 from actserve.server import off_loop
 from actserve.server.admission import Admission, Ticket, current_token
+from actserve.server.chunk_steps import ChunkSteps
 from actserve.server.http.error_responses import error_json, log_if_internal, status_of
 from actserve.server.http.requests import selected_outputs
 from actserve.telemetry.counts import Tally
@@ -38,11 +41,15 @@ class StreamEpisode:
         selected = selected_outputs(query, signature)
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in selected)
         exploration, seed = choose_exploration(signature, *wire.read_randomness(query))
+        self._chunks = _chunk_steps(policy, query, selected)
+        if self._chunks is not None:
+            outputs = (self._chunks.action,)
         self._encoding = query.get("binary", ENCODINGS[0])
         if self._encoding not in ENCODINGS:
             raise UnsupportedContentType(self._encoding[:80], ENCODINGS)
         # The signature of one message and its reply: the episode keeps state and noise.
-        self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=())
+        chunk = signature.chunk if self._chunks is None else None
+        self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=(), chunk=chunk)
         self._replies = ReplyCodec(outputs)
         self._policy = policy
         self._state: Arrays = {}  # each (1, *shape); empty before the first step, and if the arena has the state
@@ -65,6 +72,7 @@ class StreamEpisode:
         )
         self.batcher = policy.batcher
         by_default = seed is None and exploration == signature.exploration[0] and self._encoding == wire.RAW
+        by_default = by_default and self._chunks is None
         arena = policy.batcher.arena
         # The fast path steps the episode with the arena; None: it cannot.
         self.arena = arena if arena is not None and arena.is_received_into and by_default else None
@@ -76,6 +84,8 @@ class StreamEpisode:
 
     def close(self) -> None:
         """Free the state."""
+        if self._chunks is not None:
+            self._chunks.close()
         if self.arena is not None:
             self.arena.forget(self.slot)
 
@@ -95,22 +105,33 @@ class StreamEpisode:
         if items.metadata:
             raise InvalidRequest(f"expected {', '.join(items.metadata)} in the stream's query; got it with a message")
         seed = None if self.hello.seed is None else step_seed(self.hello.seed, self.steps + 1)
-        state = self._state
-        if self.arena is not None and self.slot is not None and self.steps:
-            state = self.arena.state(self.slot)
-        acted = await self.admission.act(self._policy, items.tensors | state, 1, self.hello.exploration, seed)
-        # `state_after` copies: a view would keep the array of the whole batch in memory.
-        state = self._policy.state_after(acted)
-        if self.arena is not None and self.slot is not None:
-            self.arena.set_state(self.slot, state)
+        act = partial(self._act, items.tensors, seed)
+        if self._chunks is None:
+            acted = await act()
+            self._keep_state(acted)
         else:
-            self._state = state
+            is_init = bool(items.tensors.get(IS_INIT.name, IS_INIT.zeros(1))[0])
+            acted = await self._chunks.step(act, self._keep_state, is_init)
         self.steps += 1
         self.tally.answered += 1
         reply = self._reply(acted.outputs, 0, acted.queue_ns, acted.run_ns)
         if text is None:
             return {"type": "websocket.send", "bytes": self._replies.pack(reply)}
         return {"type": "websocket.send", "text": self._replies.to_json(reply)}
+
+    async def _act(self, tensors: Arrays, seed: int | None) -> Acted:
+        state = self._state
+        if self.arena is not None and self.slot is not None and self.steps:
+            state = self.arena.state(self.slot)
+        return await self.admission.act(self._policy, tensors | state, 1, self.hello.exploration, seed)
+
+    def _keep_state(self, acted: Acted) -> None:
+        # `state_after` copies: a view would keep the array of the whole batch in memory.
+        state = self._policy.state_after(acted)
+        if self.arena is not None and self.slot is not None:
+            self.arena.set_state(self.slot, state)
+        else:
+            self._state = state
 
     def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
         """The reply to a binary message that the fast path has stepped; the arena has the state."""
@@ -137,3 +158,17 @@ class StreamEpisode:
         """The size of one item in the largest encoding."""
         elements = sum(spec.elements for spec in self._signature.request_inputs)
         return _OVERHEAD_BYTES + _BYTES_PER_ELEMENT * elements
+
+
+def _chunk_steps(policy: Policy, query: QueryParams, selected: Sequence[str]) -> ChunkSteps | None:
+    """The steps that `?chunk=step&ahead=2` asks for; None: messages are answered with whole chunks."""
+    wanted, ahead = query.get("chunk", "whole"), query.get("ahead", "0")
+    if wanted not in ("whole", "step") or not (ahead.isascii() and ahead.isdecimal() and len(ahead) < 5):
+        got = f"chunk={wanted}, ahead={ahead}"[:80]
+        raise InvalidRequest(f"expected chunk=whole, or chunk=step and the steps in ahead; got {got}")
+    if wanted == "whole":
+        return None
+    planned = policy.signature.planned.name
+    if "outputs" in query and set(selected) - {planned}:
+        raise InvalidRequest(f"chunk=step answers {planned} alone; got outputs={query['outputs']}"[:200])
+    return ChunkSteps(policy.signature, int(ahead))
