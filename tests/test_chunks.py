@@ -14,10 +14,13 @@ from tensordict.nn import TensorDictModule
 
 from actserve import RemotePolicy, Stream
 from actserve.cli.tools import local_service as local
+from actserve.client import operations
+from actserve.client.operations import SessionStep
 from actserve.core.errors import CaptureFailed, InvalidRequest, ServiceError
-from actserve.core.signature import Chunk, Signature, TensorSpec
+from actserve.core.signature import Arrays, Chunk, Signature, State, TensorSpec
 from actserve.engine.policy import Acted
 from actserve.server.chunk_steps import ChunkSteps
+from actserve.server.sessions.chunk_state import by_action, take_action
 from actserve_export import PolicySource
 from actserve_export.capture import capture
 from tests.exported import exported
@@ -152,3 +155,58 @@ def test_a_chunk_that_no_output_is_is_refused() -> None:
         source = PolicySource(module, TensorDict({"observation": torch.zeros(2)}), chunk=chunk)
         with pytest.raises(CaptureFailed, match=r"as the chunk says; got action float32\[3\]"):
             capture(source)
+
+
+def test_a_session_hands_out_one_action_with_each_step(url: str) -> None:
+    times = [np.array([float(tick)], np.float32) for tick in range(25)]
+    with RemotePolicy(url, "planner") as remote:
+        with remote.session(chunk="step") as session:
+            assert [session.act(time).tolist() for time in times] == [[tick] for tick in range(25)]
+            again = remote.run(
+                operations.step(
+                    remote.description, {"time": times[0]}, (), session_step=SessionStep(session.id, 25, by_action=True)
+                )
+            )
+            assert again["actions"].tolist() == [24], "the stored answer of the last step"
+        with remote.session() as session:
+            assert session.act(times[7]).tolist() == [[7.0 + i] for i in range(20)]
+
+
+def test_a_session_takes_what_was_planned_until_it_is_time(url: str) -> None:
+    """The observation of a step between two chunks has no effect: the policy does not run."""
+    with RemotePolicy(url, "planner") as remote, remote.session(chunk="step") as session:
+        far = np.array([1000.0], np.float32)
+        found = [float(session.act(far if 0 < tick < 10 else far * 0 + tick)[0]) for tick in range(12)]
+        assert found == list(range(12))
+
+
+def test_sessions_of_other_policies_hand_out_no_chunks() -> None:
+    with pytest.raises(InvalidRequest, match="expected a policy that plans chunks of actions"):
+        by_action(Signature(SIGNATURE.observations, (TensorSpec("action", "int64", ()),), 1))
+    ensemble = Signature(SIGNATURE.observations, SIGNATURE.outputs, 1, chunk=Chunk("actions", 1, ensemble=0.01))
+    with pytest.raises(InvalidRequest, match=r"the mean of all chunks, .*: use a stream"):
+        by_action(ensemble)
+
+
+def test_a_new_episode_in_a_session_plans_anew() -> None:
+    state = State(TensorSpec("hidden", "float32", (1,)), "next_hidden")
+    signature = Signature(SIGNATURE.observations, SIGNATURE.outputs, 1, (state,), is_init=True, chunk=SIGNATURE.chunk)
+    seen = []
+
+    async def run(inputs: Arrays) -> Acted:
+        seen.append({name: array.tolist() for name, array in inputs.items()})
+        now = inputs["time"][0]
+        plan = np.array([[[now + i, 0] for i in range(HORIZON)]], np.float32)
+        return Acted({"actions": plan, "hidden": inputs["time"][:, None]}, None, 1, 2)
+
+    async def scenario() -> None:
+        kept: Arrays = {}
+        for tick in range(8):
+            flags = {"is_init": np.array([tick == 3])}
+            inputs = {"time": np.array([tick], np.float32)} | flags | kept
+            acted = await take_action(signature, inputs, run)
+            assert acted.outputs["actions"].tolist() == [[tick, 0]]
+            kept = {part.spec.name: acted.outputs[part.spec.name] for part in by_action(signature).state}
+        assert [(call["time"], call.get("hidden")) for call in seen] == [([0.0], None), ([3.0], [[0.0]])]
+
+    asyncio.run(scenario())

@@ -51,12 +51,13 @@ class Clock:
         return self
 
     def act(self, observation: Any) -> None:
+        assert isinstance(observation, dict)
         self.seen.append(observation)
         time.sleep(self.after_s)
         self.may_answer.wait(10)
         if self.error is not None:
             raise self.error
-        now = observation["time"] if isinstance(observation, dict) else observation
+        now = np.max(observation["time"])
         self.outputs = {"actions": np.arange(HORIZON, dtype=np.float32) + now}
 
 
@@ -154,6 +155,19 @@ def test_real_time_chunking_gets_what_is_left_and_the_delay(clock: Clock) -> Non
     asked = int(second["time"])
     assert second[PREV_CHUNK].tolist() == [*range(asked, HORIZON), *[0] * asked]
     assert int(second[INFERENCE_DELAY]) >= 3
+
+
+def test_a_policy_that_reads_the_last_observations_gets_those_of_the_last_periods(clock: Clock) -> None:
+    last = TensorSpec("time", "float32", (3,))
+    clock.signature = Signature((last,), SIGNATURE.outputs, 1, chunk=SIGNATURE.chunk)
+    with Realtime("http://here") as loop:
+        for tick in loop:
+            assert float(loop.act(observed(tick))) == tick
+            if loop.report.answers == 2:
+                break
+    first, second = (seen["time"].tolist() for seen in clock.seen[:2])
+    assert first == [0, 0, 0]
+    assert second == [second[-1] - 2, second[-1] - 1, second[-1]]
 
 
 def test_what_is_no_loop_is_refused(clock: Clock) -> None:

@@ -99,10 +99,10 @@ def test_a_damaged_file_and_a_newer_one_are_refused(sessions_file: Path) -> None
     with Sessions(sessions_file, SessionLimits()):
         pass
     with sqlite3.connect(sessions_file) as file:
-        file.execute("PRAGMA user_version = 2")
+        file.execute("PRAGMA user_version = 3")
     file.close()
     with (
-        pytest.raises(SessionsUnavailable, match="format 2 and this actserve reads 1"),
+        pytest.raises(SessionsUnavailable, match="format 3 and this actserve reads 2"),
         Sessions(sessions_file, SessionLimits()),
     ):
         pass

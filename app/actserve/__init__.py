@@ -1,6 +1,7 @@
 """actserve: serves the policies of a model store, and is their client.
 
-From Python: `RemotePolicy`, `AsyncRemotePolicy` and `Stream` call a service; they need neither torch nor FastAPI.
+From Python: `RemotePolicy`, `AsyncRemotePolicy` and `Stream` call a service, and `Realtime` holds a rate with it; they
+need neither torch nor FastAPI.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actserve.client.async_remote_policy import AsyncRemotePolicy
+    from actserve.client.realtime import Realtime
     from actserve.client.remote_policy import RemotePolicy
     from actserve.client.stream import Stream
 
 __version__ = "0.1.0"
-__all__ = ["AsyncRemotePolicy", "RemotePolicy", "Stream"]
+__all__ = ["AsyncRemotePolicy", "Realtime", "RemotePolicy", "Stream"]
 _EXPORTS = {
     "AsyncRemotePolicy": "actserve.client.async_remote_policy",
+    "Realtime": "actserve.client.realtime",
     "RemotePolicy": "actserve.client.remote_policy",
     "Stream": "actserve.client.stream",
 }

@@ -13,6 +13,7 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from lerobot.policies.factory import make_pre_post_processors
 
 from actserve.core.errors import CaptureFailed, UsageError
+from actserve.core.signature import Chunk
 from actserve_export import from_lerobot
 from tests.robots.episodes import assert_same_episodes, published
 
@@ -66,6 +67,26 @@ def test_act_plays_its_chunks(ensemble: float | None, tmp_path: Path) -> None:
     assert_same_episodes(artifact, plays(*parts), rows=1)
 
 
+def test_act_plans_whole_chunks(tmp_path: Path) -> None:
+    """Each chunk is what `select_action` would take, one action after the other."""
+    configuration = ACTConfig(input_features=STATE | PLACES, chunk_size=8, n_action_steps=5, **SMALL)
+    policy, preprocess, postprocess = made(ACTPolicy, configuration)
+    source = from_lerobot(policy, preprocess, postprocess, whole_chunks=True)
+    artifact = published(source, tmp_path)
+    signature = artifact.manifest.signature
+    assert signature.chunk == Chunk("action", 5)
+    assert (signature.action.shape, signature.state) == ((8, 2), ())
+
+    def chunk(observed: Any, begins: Any) -> Any:
+        policy.reset()
+        first = [policy.select_action(preprocess(dict(observed))) for _ in range(5)]
+        whole = policy.predict_action_chunk(preprocess(dict(observed)))
+        assert torch.equal(torch.stack(first, 1), whole[:, :5])
+        return postprocess(whole)
+
+    assert_same_episodes(artifact, chunk, rows=1)
+
+
 @pytest.mark.wide
 def test_a_saved_policy_takes_what_cameras_give(tmp_path: Path) -> None:
     configuration = ACTConfig(input_features=STATE | CAMERA, chunk_size=8, n_action_steps=5, **SMALL)
@@ -82,6 +103,20 @@ def test_a_saved_policy_takes_what_cameras_give(tmp_path: Path) -> None:
         return act({**observed, name: observed[name].permute(0, 3, 1, 2).float() / 255}, begins)
 
     assert_same_episodes(artifact, seen, rows=1)
+
+
+@pytest.mark.wide
+def test_diffusion_plans_whole_chunks_from_the_last_observations(tmp_path: Path) -> None:
+    configuration = DiffusionConfig(
+        input_features=STATE | PLACES, output_features=ACTION, horizon=8, n_action_steps=4, down_dims=(16, 32),
+        diffusion_step_embed_dim=16, n_groups=4, num_train_timesteps=10, num_inference_steps=2, device="cpu",
+    )  # fmt: skip
+    artifact = published(from_lerobot(*made(DiffusionPolicy, configuration), whole_chunks=True), tmp_path)
+    signature = artifact.manifest.signature
+    assert signature.chunk == Chunk("action", 4)
+    assert (signature.action.shape, signature.state) == ((4, 2), ())
+    assert [str(spec) for spec in signature.observations] == ["float32[2, 5]", "float32[2, 3]"]
+    assert artifact.manifest.certificate["original"]["action_disagreements"] == 0
 
 
 @pytest.mark.wide

@@ -7,7 +7,7 @@ synchronous and the asynchronous client run the same operations.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -76,6 +76,7 @@ class SessionStep:
 
     session: str
     number: int
+    by_action: bool = False  # the answer is one action of a chunk
 
 
 def named_observations(
@@ -166,6 +167,8 @@ def _step(
     signature = description.signature
     items, batched = _items(tensors, signature.request_inputs)
     signature.validate_request(items)
+    if session_step is not None and session_step.by_action:
+        signature = replace(signature, outputs=(replace(signature.planned, shape=signature.planned.shape[1:]),))
     names = signature.select(list(dict.fromkeys((signature.action.name, *outputs))))
     given = {spec.name: spec for spec in signature.outputs}
     answered = [given[name] for name in names]
@@ -192,10 +195,15 @@ def _step(
 
 
 def begin_session(
-    description: PolicyDescription, exploration: Exploration | None, seed: int | None, owner: str | None, key: str
+    description: PolicyDescription,
+    exploration: Exploration | None,
+    seed: int | None,
+    owner: str | None,
+    key: str,
+    chunk: str | None = None,
 ) -> Operation[str]:
     """Begin a session and return its id. The same `key` again returns the same session."""
-    options = {"exploration": exploration, "seed": seed}
+    options = {"exploration": exploration, "seed": seed, "chunk": chunk}
     body = pydantic_core.to_json({name: value for name, value in options.items() if value is not None})
     headers = {"Content-Type": wire.JSON, "Idempotency-Key": key, **({"X-Owner": owner} if owner else {})}
     answer = read_json((yield HttpRequest("POST", sessions_path(description.name), body, headers)))

@@ -66,8 +66,9 @@ class Realtime:
                 robot.command(loop.act(robot.observe()))
 
     `period_s` is by default what the policy was exported with. While there is no planned action, `act` repeats the last
-    one, or gives `safe_action`, and counts the period as starved. Raises `UsageError` for a policy without chunks.
-    Further arguments are as for `RemotePolicy`.
+    one, or gives `safe_action`, and counts the period as starved. If the policy reads the last observations, (steps,
+    *shape), give `act` the newest one, (*shape). Raises `UsageError` for a policy without chunks. Further arguments are
+    as for `RemotePolicy`.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Realtime:
         self._error: ActserveError | None = None
         self._last: Array | None = None  # the action of the last period
         self._waited = False  # for the first chunk: the next period begins when it came
+        self._histories: dict[str, deque[Array]] = {}
         self._requests: queue.SimpleQueue[tuple[int, Observation] | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -143,6 +145,7 @@ class Realtime:
         """The action for this control period, (*shape). Waits for the first chunk only, and raises its error."""
         with self._lock:
             tick = max(self._tick, 0)
+            self._remember(observation)
             if self._asked is None and self._is_time(tick):
                 self._asked = tick
                 self._requests.put((tick, self._complete(observation, tick)))
@@ -160,14 +163,26 @@ class Realtime:
     def _delay_ticks(self) -> int:
         return math.ceil(max(self._recent_s, default=0.0) / self.period_s)
 
+    def _named(self, observation: Observation) -> dict[str, Array]:
+        if isinstance(observation, Mapping):
+            return dict(observation)
+        names = [name for name in self._inputs if name not in (PREV_CHUNK, INFERENCE_DELAY)]
+        if len(names) > 1:
+            raise UsageError(f"{self._remote.name} takes {', '.join(names)}: give them by name")
+        return {names[0]: observation}
+
+    def _remember(self, observation: Observation) -> None:
+        """Keep the last observations of those inputs that have some of them, (steps, *shape)."""
+        for name, value in self._named(observation).items():
+            spec = self._inputs.get(name)
+            if spec is None or len(spec.shape) != np.ndim(value) + 1:
+                continue
+            history = self._histories.setdefault(name, deque(maxlen=spec.shape[0]))
+            history.extend([np.array(value)] * max(1, spec.shape[0] - len(history)))
+
     def _complete(self, observation: Observation, tick: int) -> Observation:
-        """The observation with what real-time chunking reads, if the policy does."""
-        if PREV_CHUNK not in self._inputs and INFERENCE_DELAY not in self._inputs:
-            return observation
-        given = dict(observation) if isinstance(observation, Mapping) else {}
-        if not given:
-            (name,) = self._inputs.keys() - {PREV_CHUNK, INFERENCE_DELAY}
-            given = {name: np.asarray(observation)}
+        """The observation with those before it, and with what real-time chunking reads, if the policy does."""
+        given = self._named(observation) | {name: np.stack(history) for name, history in self._histories.items()}
         if PREV_CHUNK in self._inputs:
             given[PREV_CHUNK] = self._plan.left_over(tick, self._inputs[PREV_CHUNK].zeros(1)[0])
         if INFERENCE_DELAY in self._inputs:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from actserve.client import operations
 from actserve.client.operations import Operation, PolicyDescription, Result, unwrap_action
@@ -120,11 +120,17 @@ class RemotePolicy:
         exploration: Exploration | None = None,
         seed: int | None = None,
         owner: str | None = None,
+        chunk: Literal["step"] | None = None,
     ) -> RemoteSession:
-        """One episode whose state the service keeps. If an answer is lost, it asks again for the same session."""
+        """One episode whose state the service keeps. If an answer is lost, it asks again for the same session.
+
+        `chunk="step"` gets one action of the policy's chunk with each step.
+        """
         key = secrets.token_urlsafe(16)
-        id_ = self.run_with_retries(lambda: operations.begin_session(self.description, exploration, seed, owner, key))
-        return RemoteSession(self, id_, outputs)
+        id_ = self.run_with_retries(
+            lambda: operations.begin_session(self.description, exploration, seed, owner, key, chunk)
+        )
+        return RemoteSession(self, id_, outputs, by_action=chunk == "step")
 
     def run(self, operation: Operation[Result]) -> Result:
         """Run one operation over this policy's connection and return its result."""
@@ -254,8 +260,9 @@ class KeptEpisode(ABC):
 class RemoteSession(KeptEpisode):
     """One episode whose state the service keeps. A context manager that ends the session."""
 
-    def __init__(self, policy: RemotePolicy, id_: str, outputs: Sequence[str]) -> None:
+    def __init__(self, policy: RemotePolicy, id_: str, outputs: Sequence[str], by_action: bool = False) -> None:
         self.id = id_
+        self._by_action = by_action
         self.steps = 0
         self.outputs: Arrays = {}  # of the last step
         self._policy = policy
@@ -264,13 +271,14 @@ class RemoteSession(KeptEpisode):
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """See `Episode.act`. Retries a step whose answer was lost; the service takes it once."""
         description = self._policy.description
-        step = operations.SessionStep(self.id, self.steps + 1)
+        step = operations.SessionStep(self.id, self.steps + 1, self._by_action)
         tensors = description.named_observations(observation)
         self.outputs = self._policy.run_with_retries(
             lambda: operations.step(description, tensors, self._output_names, session_step=step)
         )
         self.steps += 1
-        return unwrap_action(self.outputs[description.signature.action.name])
+        action = description.signature.planned if self._by_action else description.signature.action
+        return unwrap_action(self.outputs[action.name])
 
     def end(self) -> None:
         """End the session at the service. Raises the same errors as `act`."""

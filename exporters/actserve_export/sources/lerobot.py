@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from actserve.core.environment import Contract
 from actserve.core.errors import CaptureFailed, UsageError
+from actserve.core.robot import Robot
+from actserve.core.signature import Chunk
 from actserve_export.sources.library_actor import LibraryActor, Tensors, fresh_copy, titled
 from actserve_export.sources.policy_source import PolicySource
 
@@ -34,6 +36,7 @@ def from_lerobot(
     postprocessor: Any = None,
     *,
     channels_last: bool = False,
+    whole_chunks: bool = False,
     environment: Contract | None = None,
 ) -> PolicySource:
     """A policy of LeRobot, acting as `postprocessor(policy.select_action(preprocessor(observation)))` does.
@@ -43,6 +46,9 @@ def from_lerobot(
     them the policy takes and returns normalised values.
     `channels_last`: the artifact takes images as cameras give them, uint8 (H, W, C), instead of float32 (C, H, W) in
     0..1.
+    `whole_chunks`: the action is the whole predicted chunk, (steps, action), as the signature then says. A client such
+    as `Realtime` takes its actions one by one, and the policy runs once a chunk instead of at each step. A policy that
+    reads the last observations then takes them all, (steps, *shape).
     Opening a saved policy reads safetensors and JSON only. Raises `CaptureFailed` for another policy, and `UsageError`
     for a folder that cannot be read.
     """
@@ -54,8 +60,11 @@ def from_lerobot(
             f"expected a policy of LeRobot of the types {', '.join(_KINDS)}; got a {kind or type(policy).__name__}: "
             "policies that read an instruction, plan, or predict no chunks cannot be exported"
         )
-    actor = _ChunkActor(policy, preprocessor, postprocessor, channels_last)
-    return actor.source(titled("LeRobot", "lerobot"), "select_action", environment)
+    actor = _ChunkActor(policy, preprocessor, postprocessor, channels_last, whole_chunks)
+    call = "predict_action_chunk" if whole_chunks else "select_action"
+    period_s = environment.control_period_s if isinstance(environment, Robot) else None
+    chunk = Chunk("action", actor.steps, period_s, actor.coefficient) if whole_chunks else None
+    return actor.source(titled("LeRobot", "lerobot"), call, environment, chunk=chunk)
 
 
 def _read(folder: Path) -> tuple[Any, Any, Any]:
@@ -74,13 +83,16 @@ def _read(folder: Path) -> tuple[Any, Any, Any]:
 
 
 class _ChunkActor(LibraryActor):
-    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any, channels_last: bool) -> None:
+    def __init__(
+        self, policy: Any, preprocessor: Any, postprocessor: Any, channels_last: bool, whole_chunks: bool
+    ) -> None:
         policy.reset()
         model = fresh_copy(policy)
         config = model.config
         self.cameras = list(config.image_features)
         shapes = {name: tuple(feature.shape) for name, feature in config.input_features.items()}
-        lasting = getattr(config, "temporal_ensemble_coeff", None) is not None
+        coefficient = getattr(config, "temporal_ensemble_coeff", None)
+        lasting = coefficient is not None
         queues = {} if hasattr(model, "_action_queue") or lasting else model._queues
         images = queues.get(_IMAGES)
         seen = {
@@ -95,22 +107,34 @@ class _ChunkActor(LibraryActor):
             for name, queue in queues.items()
             if name in shapes and queue.maxlen > 1
         }
-        if images is not None and images.maxlen > 1:
+        if whole_chunks:  # the client has the last observations, and this policy runs once a chunk
+            lengths = {name: (images if images and name in self.cameras else queues.get(name)) for name in seen}
+            seen = {
+                name: item.expand(queue.maxlen, *item.shape).clone() if (queue := lengths[name]) is not None else item
+                for name, item in seen.items()
+            }
+            histories = {}
+        elif images is not None and images.maxlen > 1:
             size = (len(self.cameras), *shapes[self.cameras[0]])
             histories[f"history_{_IMAGES}"] = torch.zeros(images.maxlen, *size)
-        if lasting:
+        steps = 1 if lasting else (queues[_ACTION] if queues else model._action_queue).maxlen
+        chunk: dict[str, Tensor] = {}
+        if whole_chunks:
+            pass
+        elif lasting:
             left = config.chunk_size - 1
             chunk = {"ensemble": torch.zeros(left, width), "ensemble_count": torch.ones(left, dtype=torch.int64)}
         else:
-            self.steps = (queues[_ACTION] if queues else model._action_queue).maxlen
-            chunk = {"actions": torch.zeros(self.steps, width), "actions_left": torch.zeros((), dtype=torch.int64)}
+            chunk = {"actions": torch.zeros(steps, width), "actions_left": torch.zeros((), dtype=torch.int64)}
         super().__init__(seen, {**histories, **chunk})
         self.model, self.queues, self.lasting, self.channels_last = model, list(queues), lasting, channels_last
+        self.steps, self.coefficient, self.whole_chunks = steps, coefficient, whole_chunks
         self.__dict__["preprocess"], self.__dict__["postprocess"] = preprocessor, postprocessor
 
     def step(self, seen: Tensors, state: Tensors, begins: Tensor | None, deterministic: bool) -> tuple[Any, ...]:
-        assert begins is not None
         batch = self._batch(seen)
+        if self.whole_chunks:
+            return self._processed(self._planned(batch)), {}
         after = {}
         if self.queues:
             after = {f"history_{name}": self._history(batch[name], name, state, begins) for name in self._observed()}
@@ -119,6 +143,7 @@ class _ChunkActor(LibraryActor):
             chunk = self.model.predict_action_chunk(batch)
         finally:
             self.model.reset()
+        assert begins is not None
         if self.lasting:
             action, left = self._ensembled(chunk, state, begins)
         else:
@@ -174,7 +199,7 @@ class _ChunkActor(LibraryActor):
 
     def _prepared(self, seen: Tensors) -> dict[str, Any]:
         if self.channels_last:
-            seen = {n: x.permute(0, 3, 1, 2).float() / 255 if n in self.cameras else x for n, x in seen.items()}
+            seen = {n: x.movedim(-1, -3).float() / 255 if n in self.cameras else x for n, x in seen.items()}
         if self.preprocess is None:
             return dict(seen)
         found = self.preprocess(dict(seen))
@@ -188,9 +213,12 @@ class _ChunkActor(LibraryActor):
 
     def act(self, seen: Tensors, state: Tensors, begins: Tensor | None, noise: list[Tensor]) -> tuple[Tensor, Tensors]:
         """One item, by `select_action`, with the queues as the state has them."""
-        assert begins is not None
         model = self.model
         model.reset()
+        if self.whole_chunks:
+            with _Drawn(noise):
+                return self._processed(self._planned(self._batch(seen))), {}
+        assert begins is not None
         if not bool(begins):
             left = min(int(state["actions_left"]), self.steps) if not self.lasting else 0
             ahead = [] if self.lasting else list(state["actions"][:, :left].unbind(1))
@@ -205,6 +233,16 @@ class _ChunkActor(LibraryActor):
             action = self._processed(model.select_action(self._prepared(seen)))
         model.reset()
         return action, {}
+
+    def _planned(self, batch: dict[str, Any]) -> Tensor:
+        """The chunk that the policy predicts from the last observations, (B, steps, *shape) each."""
+        if self.queues:
+            self.model._queues = {name: deque(batch[name].unbind(1)) for name in self._observed()}
+        try:
+            chunk: Tensor = self.model.predict_action_chunk(batch)
+        finally:
+            self.model.reset()
+        return chunk
 
 
 class _Drawn(TorchFunctionMode):

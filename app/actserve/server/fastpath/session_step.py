@@ -40,6 +40,7 @@ class SessionStep:
         assert session.last is not None
         on_version = session.version == policy.version
         by_default = session.exploration in (None, policy.signature.exploration[0])
+        by_default = by_default and not session.by_action
         is_next = head.step in (None, session.last.step + 1)
         return cls(sessions, session, session.last, head) if on_version and by_default and is_next else None
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from actserve import wire
 from actserve.core.errors import InvalidRequest
-from actserve.core.signature import Exploration, State
+from actserve.core.signature import Exploration, Signature, State
 from actserve.engine.policy import Acted, Policy
 from actserve.server import off_loop
 from actserve.server.http import sessions
@@ -23,6 +23,7 @@ from actserve.server.http.requests import (
     registry_of,
     selected_outputs,
 )
+from actserve.server.sessions import signature_of
 from actserve.wire.payload import Body
 
 
@@ -186,21 +187,23 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
         raise InvalidRequest(
             f"{sessions.STEP_HEADER} numbers the steps of a session: expected {sessions.SESSION_HEADER} too; got none"
         )
-    names = _output_names(request, policy, policy.signature.state)
+    names = _output_names(request, policy.signature, policy.signature.state)
     exploration, seed = _randomness(request, items)
     admission, patience_ns = admission_of(request), read_patience_ns(request)
     acted = await admission.act(policy, items.tensors, items.size, exploration, seed, patience_ns)
     if version is None:
         registry.mirror(policy, items.tensors, items.size, exploration, acted)
-    return await _respond(request, policy, acted, names, items.batched)
+    return await _respond(request, policy.signature, acted, names, items.batched, _version(policy))
 
 
 async def _step(request: Request, policy: Policy, version: int | None, id_: str, body: Body) -> Response:
     """A step of a session of `policy`. The session may have begun with another version."""
     step = await sessions.read_step_request(request, policy, version, id_)
-    names = _output_names(request, step.policy)
+    signature = signature_of(step.policy, step.session)
+    names = _output_names(request, signature)
     result = await sessions.take_step(request, step, lambda: _decode(request, body, step.policy))
-    return await _respond(request, step.policy, result.acted, names, False, sessions.step_headers(result))
+    headers = sessions.step_headers(result) | _version(step.policy)
+    return await _respond(request, signature, result.acted, names, False, headers)
 
 
 async def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
@@ -209,28 +212,31 @@ async def _decode(request: Request, body: Body, policy: Policy) -> wire.Payload:
     return await off_loop.call(wire.decode, content_type, body, policy.signature, takes_long=takes_long)
 
 
-def _output_names(request: Request, policy: Policy, state: Sequence[State] = ()) -> list[str]:
+def _output_names(request: Request, signature: Signature, state: Sequence[State] = ()) -> list[str]:
     """The names of the outputs to return, and of `state`. Raises `UnknownOutput` or `NotAcceptable`."""
-    names = [*selected_outputs(request.query_params, policy.signature), *(part.spec.name for part in state)]
+    names = [*selected_outputs(request.query_params, signature), *(part.spec.name for part in state)]
     wire.negotiate(request.headers.get("accept", ""), len(names))
     return names
 
 
 async def _respond(
     request: Request,
-    policy: Policy,
+    signature: Signature,
     acted: Acted,
     names: Sequence[str],
     batched: bool,
-    headers: dict[str, str] | None = None,
+    headers: dict[str, str],
 ) -> Response:
     outputs = {name: acted.outputs[name] for name in names}
     accept, takes_long = request.headers.get("accept", ""), wire.writing_takes_long(outputs)
     content_type, content = await off_loop.call(
-        wire.encode, accept, outputs, policy.signature.answers, batched, acted.seed, takes_long=takes_long
+        wire.encode, accept, outputs, signature.answers, batched, acted.seed, takes_long=takes_long
     )
-    version = {wire.VERSION_HEADER: str(policy.version)}
-    return Response(content, media_type=content_type, headers=(headers or {}) | version)
+    return Response(content, media_type=content_type, headers=headers)
+
+
+def _version(policy: Policy) -> dict[str, str]:
+    return {wire.VERSION_HEADER: str(policy.version)}
 
 
 def _randomness(request: Request, items: wire.Payload) -> tuple[Exploration | None, int | None]:

@@ -14,11 +14,10 @@ from starlette.responses import Response
 from actserve import wire
 from actserve.core.completion import choose_exploration
 from actserve.core.errors import InvalidRequest, MalformedBody
-from actserve.core.signature import Exploration
 from actserve.engine.policy import Policy
 from actserve.server.admission import current_token
 from actserve.server.http.requests import read_patience_ns, read_raw_body, registry_of, sessions_of
-from actserve.server.sessions import Session, StepResult, policy_of, replayed
+from actserve.server.sessions import Session, StepResult, chunk_state, policy_of, replayed
 
 router = APIRouter(tags=["sessions"])
 
@@ -57,7 +56,8 @@ async def begin(request: Request, name: str) -> dict[str, Any]:
 
     Send its id as `X-Session` with each observation to `/policies/{name}/act`, and the number of the step (1, 2, ...)
     as `X-Step`. A retried step returns the same answer and does not change the state. The session stays on the version
-    that it began with.
+    that it began with. If the policy plans chunks of actions, `{"chunk": "step"}` gets one action with each step: the
+    policy runs once a chunk.
     """
     return await _begin(request, await registry_of(request).begin(name))
 
@@ -139,8 +139,12 @@ def step_headers(result: StepResult) -> dict[str, str]:
 
 
 async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
-    exploration, seed = _read_beginning(bytes(await read_raw_body(request, _BEGIN_LIMIT_BYTES)))
+    options = _read_beginning(bytes(await read_raw_body(request, _BEGIN_LIMIT_BYTES)))
+    exploration, seed = wire.read_randomness(options)
     choose_exploration(policy.signature, exploration, seed)  # refuse it now, not at the first step
+    wants_actions = options.get("chunk") == "step"
+    if wants_actions:
+        chunk_state.by_action(policy.signature)
     sessions = sessions_of(request)
     begin = partial(
         sessions.begin,
@@ -151,19 +155,22 @@ async def _begin(request: Request, policy: Policy) -> dict[str, Any]:
         exploration=exploration,
         key=_read_key(request),
         holder=current_token(),
+        by_action=wants_actions,
     )
     session = await sessions.when_unlocked(begin)
     return _describe(request, session)
 
 
-def _read_beginning(body: bytes) -> tuple[Exploration | None, int | None]:
+def _read_beginning(body: bytes) -> dict[str, Any]:
     try:
         document = pydantic_core.from_json(body or b"{}")
     except ValueError as error:
         raise MalformedBody(f"expected JSON; got something else: {error}") from None
-    if not isinstance(document, dict) or document.keys() - {"seed", "exploration"}:
-        raise MalformedBody(f'expected a JSON object with "seed", "exploration", both or none; got {document}'[:200])
-    return wire.read_randomness(document)
+    known = {"seed", "exploration", "chunk"}
+    if not isinstance(document, dict) or document.keys() - known or document.get("chunk") not in (None, "step"):
+        expected = 'a JSON object with any of "seed", "exploration" and "chunk": "step"'
+        raise MalformedBody(f"expected {expected}; got {document}"[:250])
+    return document
 
 
 def _read_key(request: Request) -> str | None:

@@ -39,6 +39,7 @@ from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.admission import Admission
+from actserve.server.sessions.chunk_state import by_action, take_action
 from actserve.server.sessions.ids import SessionIds, first_number, home_of_number
 from actserve.server.sessions.recent_sessions import RecentSessions
 from actserve.server.sessions.session import Session
@@ -53,6 +54,7 @@ __all__ = [
     "StepResult",
     "policy_of",
     "replayed",
+    "signature_of",
 ]
 
 log = logging.getLogger("actserve")
@@ -98,6 +100,11 @@ async def policy_of(registry: Registry, session: Session) -> Policy:
         return await registry.resume(session.policy, session.version)
     except NotFound as error:
         raise SessionExpired(f"the version that it began with is gone: {error.message}") from error
+
+
+def signature_of(policy: Policy, session: Session) -> Signature:
+    """The signature of a step of `session`: its outputs, and the state that the session keeps."""
+    return by_action(policy.signature) if session.by_action else policy.signature
 
 
 class Sessions:
@@ -160,6 +167,7 @@ class Sessions:
         sequence: int | str | None = None,
         key: str | None = None,
         holder: Token | None = None,
+        by_action: bool = False,
     ) -> Session:
         """Start a session, or return the one that was started with this `key`, an idempotency key of the client.
 
@@ -176,19 +184,19 @@ class Sessions:
             sequence_digest = self._ids.key(policy, key, owner, holder)
         with self._file.transaction():
             if key is not None and (found := self._find(holder, "sequence = ?", sequence_digest)):
-                return _same(found[0], seed, exploration)
+                return _same(found[0], seed, exploration, by_action)
             seed = secrets.randbelow(MAX_SEED) if seed is None else seed
             self._file.change("DELETE FROM session WHERE sequence = ?", sequence_digest)
             ((number,),) = self._file.rows(
-                "INSERT INTO session (used_ms, policy, version, seed, exploration, owner, sequence)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING number",
-                *(self._now_ms(), policy, version, seed, exploration, owner_digest, sequence_digest),
+                "INSERT INTO session (used_ms, policy, version, seed, exploration, by_action, owner, sequence)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING number",
+                *(self._now_ms(), policy, version, seed, exploration, by_action, owner_digest, sequence_digest),
             )
             if holder is not None:
                 self._enforce_token_limit(holder, number)
             self._make_room(number, holder)
         id_ = self._ids.id(policy, number, holder)
-        return Session(id_, policy, version, 0, seed, exploration, 0.0, number, holder)
+        return Session(id_, policy, version, 0, seed, exploration, 0.0, number, holder, by_action)
 
     def get(self, policy: str, id_: str, holder: Token | None = None) -> Session:
         """The session with this id. Raises:
@@ -207,15 +215,18 @@ class Sessions:
         self._sweep()
         number, now_ms = self._ids.number(policy, id_, holder), self._now_ms()
         found = self._file.rows(
-            f"SELECT version, seed, exploration, used_ms, {_RECORD} FROM session WHERE number = ? AND used_ms > ?",
+            f"SELECT version, seed, exploration, by_action, used_ms, {_RECORD} FROM session"
+            " WHERE number = ? AND used_ms > ?",
             *(number, self._idle_since_ms()),
         )
         if not found:
             raise SessionExpired
-        version, seed, exploration, used_ms, *fields = found[0]
+        version, seed, exploration, by_action, used_ms, *fields = found[0]
         last = self._checked(policy, number, fields)
         idle_s = max(0, now_ms - used_ms) / 1000
-        return Session(id_, policy, version, last.step, seed, exploration, idle_s, number, holder, last)
+        return Session(
+            id_, policy, version, last.step, seed, exploration, idle_s, number, holder, bool(by_action), last
+        )
 
     def recent(self, policy: str, id_: str, holder: Token | None = None) -> Session | None:
         """The session after the last step that this process took, without reading the file; None: it took none lately.
@@ -262,6 +273,7 @@ class Sessions:
         policy. If it raises, the state of the session has not changed.
         """
         policy = await policy_of(registry, session)
+        signature = signature_of(policy, session)
         last = session.last or self._read(session)
         while True:
             number = last.step + 1
@@ -270,12 +282,19 @@ class Sessions:
             if step is not None and step != number:
                 raise StepConflict(number, step)
             _check(policy.signature, tensors)
-            inputs = tensors | last.carried(policy.signature)
-            noise_seed = step_seed(session.seed, number)
-            acted = await self._admission.act(policy, inputs, 1, session.exploration, noise_seed, patience_ns)
-            record = StepRecord.of(number, acted, policy.signature)
+            inputs = tensors | last.carried(signature)
+            options = (1, session.exploration, step_seed(session.seed, number), patience_ns)
+            if session.by_action:
+                acted = await take_action(
+                    policy.signature,
+                    inputs,
+                    lambda inputs: self._admission.act(policy, inputs, *options),  # noqa: B023
+                )
+            else:
+                acted = await self._admission.act(policy, inputs, *options)
+            record = StepRecord.of(number, acted, signature)
             if await self.when_unlocked(partial(self.write, session, last, record)):
-                outputs = {name: acted.outputs[name] for name in policy.signature.output_names}
+                outputs = {name: acted.outputs[name] for name in signature.output_names}
                 return StepResult(replace(acted, outputs=outputs), number, replayed=False)
             last = self._read(session)
 
@@ -380,7 +399,7 @@ class Sessions:
     def _find(self, holder: Token | None, condition: str, *values: Any) -> list[Session]:
         self._sweep()
         found = self._file.rows(
-            "SELECT number, policy, version, step, seed, exploration, used_ms FROM session"
+            "SELECT number, policy, version, step, seed, exploration, by_action, used_ms FROM session"
             f" WHERE {condition} AND used_ms > ?",
             *(*values, self._idle_since_ms()),
         )
@@ -388,9 +407,9 @@ class Sessions:
         return [
             Session(
                 self._ids.id(policy, number, holder), policy, version, step, seed, exploration,
-                max(0, now_ms - used_ms) / 1000, number, holder,
+                max(0, now_ms - used_ms) / 1000, number, holder, bool(by_action),
             )
-            for number, policy, version, step, seed, exploration, used_ms in found
+            for number, policy, version, step, seed, exploration, by_action, used_ms in found
         ]  # fmt: skip
 
     def _now_ms(self) -> int:
@@ -402,13 +421,14 @@ class Sessions:
 
 def replayed(policy: Policy, session: Session, last: StepRecord) -> StepResult:
     """The stored answer to the last step."""
-    return StepResult(last.acted(policy.signature, session.seed), last.step, replayed=True)
+    return StepResult(last.acted(signature_of(policy, session), session.seed), last.step, replayed=True)
 
 
-def _same(session: Session, seed: int | None, exploration: Exploration | None) -> Session:
+def _same(session: Session, seed: int | None, exploration: Exploration | None, by_action: bool) -> Session:
     """The session of an idempotency key. Raises `InvalidRequest` if it began otherwise than it is asked for."""
-    if seed not in (None, session.seed) or exploration not in (None, session.exploration):
-        raise InvalidRequest("this idempotency key began a session with another seed or exploration; expected the same")
+    options = (session.exploration, session.by_action)
+    if seed not in (None, session.seed) or (exploration or session.exploration, by_action) != options:
+        raise InvalidRequest("this idempotency key began a session with other options; expected the same")
     return session
 
 

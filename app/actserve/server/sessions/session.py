@@ -22,4 +22,5 @@ class Session:
     idle_s: float  # since the last step
     number: int  # the primary key in the file
     holder: Token | None  # only this token may use the session; None: anyone who knows the id
+    by_action: bool = False  # chunks of actions are handed out one by one
     last: StepRecord | None = None  # of the last step; None: it was not read

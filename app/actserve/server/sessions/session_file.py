@@ -24,7 +24,7 @@ from actserve.core.errors import SessionsLocked, SessionsUnavailable
 
 log = logging.getLogger("actserve")
 
-FORMAT = 1  # of the tables; files with another format are refused
+FORMAT = 2  # of the tables; files with another format are refused
 OPEN_TIMEOUT_S = 5.0  # for a lock, while the file is opened
 KEY_BYTES = 32
 _SCHEMA = f"""
@@ -42,6 +42,7 @@ CREATE TABLE session (
     version INTEGER NOT NULL,
     seed INTEGER NOT NULL,
     exploration TEXT,
+    by_action INTEGER NOT NULL DEFAULT 0, -- whether chunks are handed out action by action
     owner BLOB, -- a digest, as is sequence
     sequence BLOB,
     seeded INTEGER NOT NULL DEFAULT 0, -- whether the last step drew random numbers
