@@ -123,7 +123,7 @@ def test_the_names_that_factories_use() -> None:
     assert {name: getattr(actserve_export, name).__name__ for name in actserve_export.__all__} == {
         name: name
         for name in (
-            *("OnnxSource", "PolicySource", "export", "from_module", "from_sb3"),
+            *("Chunk", "OnnxSource", "PolicySource", "export", "from_module", "from_sb3"),
             *("from_lerobot", "from_rl_games", "from_rsl_rl", "from_skrl", "read_robot"),
         )
     }

@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actserve.core.signature import Chunk
     from actserve_export.publish import export
     from actserve_export.sources.lerobot import from_lerobot
     from actserve_export.sources.modules import from_module
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from actserve_export.sources.skrl import from_skrl
 
 __all__ = [
+    "Chunk",
     "OnnxSource",
     "PolicySource",
     "export",
@@ -35,6 +37,7 @@ __all__ = [
     "read_robot",
 ]
 _HOMES = {
+    "Chunk": "actserve.core.signature",
     "export": "actserve_export.publish",
     "PolicySource": "actserve_export.sources.policy_source",
     "OnnxSource": "actserve_export.sources.onnx_source",
