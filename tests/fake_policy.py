@@ -56,7 +56,7 @@ class DigestRuntime(Runtime):
         self.failing = False
 
     @classmethod
-    def load(cls, artifact: Artifact, threads: int) -> DigestRuntime:
+    def load(cls, artifact: Artifact, threads: int, shared: Path | None = None) -> DigestRuntime:
         return cls(artifact.manifest.version)
 
     def _run(self, arrays: list[Array]) -> list[Array]:

@@ -70,7 +70,7 @@ class SumRuntime(Runtime):
         self.gate.set()
 
     @classmethod
-    def load(cls, artifact: Artifact, threads: int) -> SumRuntime:
+    def load(cls, artifact: Artifact, threads: int, shared: Path | None = None) -> SumRuntime:
         return cls()
 
     def _run(self, arrays: list[Array]) -> list[Array]:

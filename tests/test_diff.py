@@ -89,5 +89,5 @@ def test_a_program_that_does_not_open_gives_way(cart_store: ModelStore, monkeypa
 
 class Broken:
     @staticmethod
-    def load(artifact: object, threads: int) -> Runtime:
+    def load(artifact: object, threads: int, shared: object) -> Runtime:
         raise RuntimeFailure("broken")

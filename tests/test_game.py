@@ -42,7 +42,7 @@ class Counting(Runtime):
     """The action counts up from 3 with every step, and by up to 5 more when it explores."""
 
     @classmethod
-    def load(cls, artifact: Artifact, threads: int) -> Counting:
+    def load(cls, artifact: Artifact, threads: int, shared: Path | None = None) -> Counting:
         return cls(SIGNATURE)
 
     def _run(self, arrays: list[Array]) -> list[Array]:

@@ -64,7 +64,7 @@ class Chain(Runtime):
         self.batches = 0
 
     @classmethod
-    def load(cls, artifact: Artifact, threads: int) -> Chain:
+    def load(cls, artifact: Artifact, threads: int, shared: Path | None = None) -> Chain:
         return cls()
 
     def _run(self, arrays: list[Array]) -> list[Array]:

@@ -31,7 +31,7 @@ class Unrounded(Runtime):
     """A compiled program that leaves out a rounding to bfloat16."""
 
     @classmethod
-    def load(cls, artifact: Artifact, threads: int) -> Unrounded:
+    def load(cls, artifact: Artifact, threads: int, shared: Path | None = None) -> Unrounded:
         raise NotImplementedError
 
     def _run(self, arrays: list[Array]) -> list[Array]:

@@ -38,7 +38,12 @@ class Settings(BaseModel):
         "host; else `.pt2` if this host can run it, else `.onnx`.",
     )
     policy: str | None = Field(None, description="The policy behind `/act`. Unset: the first by name.")
-    threads: int = Field(1, ge=1, description="Threads per inference call.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Threads per inference call. Unset: one; a program whose calls are slow takes all cores while no "
+        "other slow call of the service runs, if that is faster when it is measured.",
+    )
     max_body_bytes: int = Field(32 << 20, ge=1, description="The largest request body, in bytes.")
     max_items: int = Field(16_384, ge=1, description="The largest batch of one request.")
     max_waiting: int = Field(1024, ge=1, description="Length of a policy's queue, in items; more are refused with 503.")
@@ -82,6 +87,12 @@ class Settings(BaseModel):
         None,
         description="The file, on a local disk, in which worker processes sum their counters. Unset: a temporary file, "
         "which `actserve serve` creates for all its workers; a single worker needs none.",
+    )
+    shared: Path | None = Field(
+        None,
+        description="A folder, on a local disk, that only the workers of one service use: for the weights of large "
+        "`.onnx` programs, which all of them map, and to know whether another one is busy. Unset: a temporary folder, "
+        "which `actserve serve` creates; a service without it shares nothing.",
     )
     log_format: Literal["human", "json"] = Field("human", description="Log lines for people, or as JSON objects.")
     access_log: bool = Field(

@@ -17,7 +17,7 @@ import numpy as np
 
 from actserve.core.completion import complete
 from actserve.core.signature import IS_INIT, Array, Arrays, Signature
-from actserve.engine.malloc import allocate
+from actserve.engine.malloc import allocate, zeros
 
 BATCHES = 4  # there are rows for so many: one in the program, one queued, and two being received
 MAX_BYTES = 16 << 20  # of all rows
@@ -63,7 +63,7 @@ class Arena:
         self.coming: dict[Sender, int] = {}  # when each began, in nanoseconds; the oldest comes first
         rows = max(2, min(BATCHES * max(batch, 8), MAX_BYTES // max(1, self.item_bytes)))
         self._specs = specs
-        self._items: Arrays = {spec.name: np.zeros((rows, *spec.shape), spec.wire_dtype) for spec in specs}
+        self._items: Arrays = {spec.name: zeros((rows, *spec.shape), spec.wire_dtype) for spec in specs}
         self.is_received_into = len(specs) == 1 and self.item_bytes > 0  # whether a body can be received into a row
         self.bytes = np.empty((0, 0), np.uint8)  # (rows, item_bytes)
         if self.is_received_into:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,16 +129,24 @@ def check(artifact: Artifact, run: Callable[[Arrays], Arrays]) -> Agreement:
     return agreement
 
 
-def load(name: str, artifact: Artifact, threads: int) -> Runtime:
-    """Load a program and check it with the golden samples. Raises `StoreError` or `RuntimeFailure`."""
-    runtime = runtimes.load(name, artifact, threads)
+def load(name: str, artifact: Artifact, threads: int, shared: Path | None = None) -> Runtime:
+    """Load a program and check it with the golden samples. Arguments and errors as of `Runtime.load`."""
+    runtime = runtimes.load(name, artifact, threads, shared)
+    try:
+        prove(runtime, name, artifact)
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
+
+
+def prove(runtime: Runtime, name: str, artifact: Artifact) -> None:
+    """Check a loaded program with the golden samples. Raises `StoreError` or `RuntimeFailure`."""
     agreement = check(artifact, runtime.run)
     if not agreement.holds:
-        runtime.close()
         raise RuntimeFailure(
             f"{artifact.label}: the .{name} program does not repeat the golden samples on this host: "
             f"{len(agreement.differing)} of {agreement.compared} actions differ; "
             f"beyond tolerance: {', '.join(agreement.exceeding) or 'none'}"
         )
     runtime.prove(artifact.manifest.name, read(artifact)[0])
-    return runtime

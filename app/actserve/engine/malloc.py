@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,17 @@ def trim() -> None:
     """Takes a few milliseconds, without the GIL."""
     if _trim is not None:
         _trim(0)
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """As `np.zeros`. Pages of a large array are used once something is written, without NumPy's huge pages.
+
+    Raises `MemoryError`.
+    """
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if size_bytes < LARGE_BYTES:
+        return np.zeros(shape, dtype)
+    return allocate(size_bytes).view(dtype).reshape(shape)
 
 
 def allocate(size_bytes: int) -> Array:

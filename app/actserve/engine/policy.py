@@ -16,13 +16,15 @@ from actserve.core.completion import complete
 from actserve.core.errors import RuntimeFailure
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
-from actserve.engine import golden
+from actserve.engine import threads
 from actserve.engine.arena import BATCHES, Arena
 from actserve.engine.batch import Answer
 from actserve.engine.batcher import Batcher, BatcherStatistics
+from actserve.engine.malloc import trim
 from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.base import Runtime
-from actserve.engine.tuning import Tuning, measure
+from actserve.engine.threads import ElasticRuntime
+from actserve.engine.tuning import Tuning
 from actserve.engine.tuning.tuned import Tuned
 from actserve.store.artifact import Artifact
 from actserve.telemetry import call
@@ -49,7 +51,12 @@ class Policy:
     """A served policy. Made by `Policy.load`; `start` and `close` belong to the event loop."""
 
     def __init__(
-        self, artifact: Artifact, runtime: Runtime, choice: preflight.Choice, tuning: Tuning, settings: Settings
+        self,
+        artifact: Artifact,
+        runtime: Runtime | ElasticRuntime,
+        choice: preflight.Choice,
+        tuning: Tuning,
+        settings: Settings,
     ) -> None:
         self.artifact = artifact
         self.name, self.version = artifact.manifest.name, artifact.manifest.version
@@ -76,12 +83,13 @@ class Policy:
         """
         log.info("loading %s", artifact.label)
         failed: dict[str, str] = {}
-        tuned = Tuned.load(artifact) if settings.threads == 1 else None
+        tuned = Tuned.load(artifact) if settings.threads in (None, 1) else None
         while True:
             fastest = tuned.fastest if tuned else None
             choice = preflight.choose(settings.runtime, artifact.manifest, preflight.this_host(), failed, fastest)
+            measured = tuned.programs.get(choice.runtime) if tuned else None
             try:
-                runtime = golden.load(choice.runtime, artifact, settings.threads)
+                runtime, tuning = threads.load(choice.runtime, artifact, settings, measured)
             except RuntimeFailure as error:
                 if settings.runtime != "auto":
                     raise
@@ -89,8 +97,9 @@ class Policy:
                 failed[choice.runtime] = error.message
                 continue
             log.info("%s is served by .%s (%s)", artifact.label, choice.runtime, choice.reason)
-            tuning = tuned.programs.get(choice.runtime) if tuned else None
-            return cls(artifact, runtime, choice, tuning or measure(runtime.run, runtime.signature), settings)
+            if not tuning.quick:
+                trim()  # the golden samples of large policies take much memory
+            return cls(artifact, runtime, choice, tuning, settings)
 
     def start(self) -> None:
         self.batcher.start()
@@ -164,6 +173,6 @@ class Policy:
         }
 
 
-async def _close(batcher: Batcher, runtime: Runtime) -> None:
+async def _close(batcher: Batcher, runtime: Runtime | ElasticRuntime) -> None:
     await batcher.close()
     runtime.close()

@@ -77,6 +77,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         )
         replicas = {"autoscaling_config": autoscaling}
     settings = settings.model_copy(update={"workers": max_replicas})
+    if settings.threads is None:  # Ray has promised the other cores to others
+        settings = settings.model_copy(update={"threads": max(1, int(scale.cpus))})
     deployment = serve.deployment(
         serve.ingress(create)(Replica),
         name="actserve",
@@ -136,6 +138,9 @@ def with_node_files(settings: Settings) -> Settings:
         files |= {"sessions": folder / f"{name}.sessions", "session_home": home_of_node(node)}
     if settings.counts is None:
         files |= {"counts": folder / f"{name}.counts"}
+    if settings.shared is None:
+        files |= {"shared": folder / f"{name}.shared"}
+        files["shared"].mkdir(mode=0o700, exist_ok=True)
     return settings.model_copy(update=files)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging.config
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -40,6 +41,14 @@ def serve(
             envvar="ACTSERVE_RUNTIME",
         ),
     ] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Threads per inference call. Default: one, or all cores for a slow call while no other runs.",
+            envvar="ACTSERVE_THREADS",
+        ),
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="Policy that answers /act; default: the first by name.")] = None,
     uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead of a port.")] = None,
     grpc_port: Annotated[
@@ -100,6 +109,7 @@ def serve(
     given = {
         "store": store,
         "runtime": runtime,
+        "threads": threads,
         "policy": policy,
         "workers": workers,
         "grpc_host": host,
@@ -123,6 +133,9 @@ def serve(
         console().print("[yellow]no authentication is configured[/]: every client may send requests; see --tokens")
     logging.config.dictConfig(logs.configuration(settings.log_format))
     address = Address(host, port, uds)
+    if settings.runtime != "pt2":
+        with suppress(ImportError):  # imported before the fork: 8 MB that the workers share
+            importlib.import_module("actserve.engine.runtimes.onnx_runtime")
     with _shared_files(settings) as complete:
         supervisor = Supervisor(address, workers, partial(serve_worker, complete.absolute()))
         log.info("listening on %s", address)
@@ -142,5 +155,9 @@ def _shared_files(settings: Settings) -> Iterator[Settings]:
         with Sessions(settings.sessions, SessionLimits(), home=settings.session_home):
             pass
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
-        temporary = {"sessions": Path(folder) / "sessions.sqlite", "counts": Path(folder) / "counts.sqlite"}
+        temporary = {
+            "sessions": Path(folder) / "sessions.sqlite",
+            "counts": Path(folder) / "counts.sqlite",
+            "shared": Path(folder),
+        }
         yield settings.model_copy(update={name: getattr(settings, name) or path for name, path in temporary.items()})

@@ -15,8 +15,9 @@ from actserve.core.signature import Array
 
 
 def set_threads(count: int) -> None:
-    """Set the number of threads per inference call, for the whole process."""
-    torch.set_num_threads(count)
+    """Set the number of threads of the inference calls of this thread, and of threads that have made none."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
 
 
 _TMPDIR = threading.Lock()

@@ -6,6 +6,7 @@ checks names, dtypes, shapes and contiguity before it calls `_run`. The package 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from actserve.core.errors import RuntimeFailure
@@ -17,13 +18,14 @@ from actserve.store.artifact import Artifact
 
 
 class AotiRuntime(Runtime):
-    def __init__(self, signature: Signature, package: Any, device: str = "cpu") -> None:
+    def __init__(self, signature: Signature, package: Any, device: str = "cpu", threads: int = 1) -> None:
         super().__init__(signature)
         self._package = package
         self._device = device
+        self._threads = threads
 
     @classmethod
-    def load(cls, artifact: Artifact, threads: int) -> AotiRuntime:
+    def load(cls, artifact: Artifact, threads: int, shared: Path | None = None) -> AotiRuntime:
         set_threads(threads)
         device = artifact.manifest.programs["pt2"].requires.get("device") or "cpu"
         with probed_copy(artifact) as path:
@@ -33,9 +35,15 @@ class AotiRuntime(Runtime):
                 raise RuntimeFailure(
                     f"{artifact.label}: the AOTI loader refused the package: {brief(error)}"
                 ) from error
-        return cls(artifact.manifest.signature, package, device)
+        return cls(artifact.manifest.signature, package, device, threads)
+
+    def with_threads(self, threads: int) -> AotiRuntime:
+        if self._device != "cpu":
+            return self
+        return AotiRuntime(self.signature, self._package, self._device, threads)
 
     def _run(self, arrays: list[Array]) -> list[Array]:
+        set_threads(self._threads)
         try:
             return call(self._package, arrays, self._device)
         except Exception as error:

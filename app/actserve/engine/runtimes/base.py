@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 from actserve.core.errors import RefusedByProgram, RuntimeFailure
 from actserve.core.signature import Array, Arrays, Signature, describe
@@ -24,12 +25,22 @@ class Runtime(ABC):
     def prove(self, policy: str, inputs: Mapping[str, Array]) -> None:
         """Say that `policy`'s program runs on `inputs`, each (n, *shape): a later failure is due to other inputs."""
         self._policy = policy
-        self._proven = [inputs[spec.name][:1] for spec in self.signature.inputs]
+        self._proven = [inputs[spec.name][:1].copy() for spec in self.signature.inputs]
 
     @classmethod
     @abstractmethod
-    def load(cls, artifact: Artifact, threads: int) -> Runtime:
-        """Verify and open the artifact's program. Raises `StoreError` or `RuntimeFailure`."""
+    def load(cls, artifact: Artifact, threads: int, shared: Path | None = None) -> Runtime:
+        """Verify and open the artifact's program; a call takes so many `threads`.
+
+        `shared` is a folder of this service where its workers may share files. Raises `StoreError` or `RuntimeFailure`.
+        """
+
+    def with_threads(self, threads: int) -> Runtime:
+        """The same program for calls with another number of threads, sharing what it can; this one if that is all one.
+
+        Raises as `load`.
+        """
+        return self
 
     def run(self, batch: Mapping[str, Array]) -> Arrays:
         """One inference call. `batch`: every input of the signature, each (B, *shape), 1 <= B <= max_batch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from pkgutil import resolve_name
 
 from actserve.engine.runtimes.base import Runtime
@@ -13,8 +14,8 @@ RUNTIMES = {
 }
 
 
-def load(runtime: str, artifact: Artifact, threads: int = 1) -> Runtime:
-    """Load the artifact's program for the runtime of this name. Raises `StoreError` or `RuntimeFailure`."""
+def load(runtime: str, artifact: Artifact, threads: int = 1, shared: Path | None = None) -> Runtime:
+    """Load the artifact's program for the runtime of this name. Raises as `Runtime.load`, whose arguments it takes."""
     artifact.check_trust(runtime)  # before the slow import of the engine
     implementation: type[Runtime] = resolve_name(RUNTIMES[runtime])
-    return implementation.load(artifact, threads)
+    return implementation.load(artifact, threads, shared)

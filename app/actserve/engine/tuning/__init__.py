@@ -1,13 +1,14 @@
-"""Tuning: the best batch size on this host, from a short measurement.
+"""Tuning: the best batch size and number of threads on this host, from a short measurement.
 
 A larger batch costs less per item until it no longer fits into the CPU's caches; beyond that size it only adds latency.
-Measured in about 40 ms when a policy is loaded, unless `actserve tune` has measured it before.
+Measured in about 40 ms when a policy is loaded, unless `actserve tune` has measured it before. A program whose calls
+are slow is also measured with all cores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter_ns
 
@@ -23,13 +24,20 @@ SLOW_NS = 150_000_000  # after so long, two calls are enough
 BATCH_NS = 60_000
 MAX_COST_RATIO = 0.95  # a larger batch must reduce the cost per item at least to this ratio
 QUICK_NS = 3_000_000  # a call this short may block the event loop
+MAX_WIDE_RATIO = 0.9  # all threads must shorten a call at least to this ratio
+WIDE_ROUNDS, WIDE_NS = 5, 1_000_000_000  # for each size; after so long, two rounds are enough
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """`item_ns` are nanoseconds per item, by batch size."""
+    """`item_ns` are nanoseconds per item, by batch size, with one thread.
+
+    `wide_ns` are the same with `threads` threads, of a program that is slow; empty if they were not measured.
+    """
 
     item_ns: dict[int, int]
+    threads: int = 1
+    wide_ns: dict[int, int] = field(default_factory=dict)
 
     @cached_property
     def batch(self) -> int:
@@ -51,8 +59,18 @@ class Tuning:
         """Whether a call may run in the event loop's thread."""
         return self.batch * self.best_ns < QUICK_NS
 
+    @property
+    def wide_from(self) -> int | None:
+        """The smallest batch size whose call is so much shorter with all threads that it is worth them; None: none."""
+        return min(
+            (size for size, ns in self.wide_ns.items() if ns <= MAX_WIDE_RATIO * self.item_ns[size]), default=None
+        )
 
-def measure(run: Callable[[Mapping[str, Array]], Arrays], signature: Signature, min_ns: int = MIN_NS) -> Tuning:
+
+Run = Callable[[Mapping[str, Array]], Arrays]
+
+
+def measure(run: Run, signature: Signature, min_ns: int = MIN_NS) -> Tuning:
     """The fastest of several calls of each size. Stops at the first size whose call takes longer than `QUICK_NS`."""
     item_ns: dict[int, int] = {}
     for size in SIZES:
@@ -61,10 +79,32 @@ def measure(run: Callable[[Mapping[str, Array]], Arrays], signature: Signature, 
         inputs = blank_inputs(signature, size)
         calls_ns: list[int] = []
         while (total_ns := sum(calls_ns)) < min_ns or len(calls_ns) < (MIN_CALLS if total_ns < SLOW_NS else 2):
-            begun_ns = perf_counter_ns()
-            run(inputs)
-            calls_ns.append(perf_counter_ns() - begun_ns)
+            calls_ns.append(_call_ns(run, inputs))
         item_ns[size] = min(calls_ns) // size
         if min(calls_ns) > QUICK_NS:
             break
     return Tuning(item_ns)
+
+
+def measure_wide(tuning: Tuning, narrow: Run, wide: Run, threads: int, signature: Signature) -> Tuning:
+    """`tuning` with the times of `wide`, the same program with so many `threads`.
+
+    The calls of both take turns, so that other work on the host slows both down alike. The fastest ones count.
+    """
+    item_ns, wide_ns = dict(tuning.item_ns), dict[int, int]()
+    for size in tuning.item_ns:
+        inputs = blank_inputs(signature, size)
+        begun_ns = perf_counter_ns()
+        wide(inputs)  # starts the threads
+        pairs: list[tuple[int, int]] = []
+        while len(pairs) < WIDE_ROUNDS and (len(pairs) < 2 or perf_counter_ns() - begun_ns < WIDE_NS):
+            pairs.append((_call_ns(narrow, inputs), _call_ns(wide, inputs)))
+        item_ns[size] = min(item_ns[size], *(narrow_ns // size for narrow_ns, _ in pairs))
+        wide_ns[size] = min(ns // size for _, ns in pairs)
+    return Tuning(item_ns, threads, wide_ns)
+
+
+def _call_ns(run: Run, inputs: Arrays) -> int:
+    begun_ns = perf_counter_ns()
+    run(inputs)
+    return perf_counter_ns() - begun_ns

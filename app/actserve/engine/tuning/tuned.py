@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import from_json
 
 from actserve.core.errors import ActserveError, RuntimeRefused
 from actserve.engine import golden
+from actserve.engine.cores import usable_cores
 from actserve.engine.runtimes import preflight
+from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.host import cpu_model, this_host
-from actserve.engine.tuning import Tuning, measure
+from actserve.engine.tuning import Tuning, measure, measure_wide
 from actserve.store.artifact import Artifact
 
 LIMIT_BYTES = 1 << 16
@@ -29,7 +32,7 @@ BRIEFLY_NS = 50_000_000  # measuring time per batch size
 
 @dataclass(frozen=True)
 class Tuned:
-    """The measured times of all programs that this host can run, by runtime, with one thread."""
+    """The measured times of all programs that this host can run, by runtime."""
 
     programs: Mapping[str, Tuning]
 
@@ -49,7 +52,7 @@ class Tuned:
                 failed[name] = error.message
                 continue
             try:
-                programs[name] = measure(runtime.run, runtime.signature, min_ns)
+                programs[name] = _with_threads(runtime, measure(runtime.run, runtime.signature, min_ns))
             finally:
                 runtime.close()
         if not programs:
@@ -58,6 +61,7 @@ class Tuned:
 
     @property
     def fastest(self) -> str:
+        """With one thread each, which is the cost under load."""
         return min(self.programs, key=lambda runtime: self.programs[runtime].best_ns)
 
     def save(self, artifact: Artifact) -> Path:
@@ -67,6 +71,11 @@ class Tuned:
             "of": _programs(artifact),
             "host": _host(),
             "item_ns": {runtime: tuning.item_ns for runtime, tuning in self.programs.items()},
+            "wide": {
+                runtime: {"threads": tuning.threads, "item_ns": tuning.wide_ns}
+                for runtime, tuning in self.programs.items()
+                if tuning.wide_ns
+            },
         }
         staging = file.with_suffix(f".{os.getpid()}")
         staging.write_text(json.dumps(document, indent=1) + "\n")
@@ -81,15 +90,46 @@ class Tuned:
                 document = from_json(file.read(LIMIT_BYTES))
             if (document["of"], document["host"]) != (_programs(artifact), _host()):
                 return None
+            wide = document.get("wide", {})  # older files have none
             found = {
-                runtime: Tuning({int(size): int(ns) for size, ns in item_ns.items()})
+                runtime: Tuning(_times(item_ns), *_wide(wide.get(runtime)))
                 for runtime, item_ns in document["item_ns"].items()
                 if runtime in artifact.manifest.programs
             }
-            usable = found and all(1 in each.item_ns and min(each.item_ns.values()) > 0 for each in found.values())
+            usable = found and all(_is_complete(tuning) for tuning in found.values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return Tuned(found) if usable else None
+
+
+def _with_threads(runtime: Runtime, tuning: Tuning) -> Tuning:
+    """`tuning`, with the times of a slow program with all cores."""
+    cores = usable_cores()
+    if tuning.quick or cores == 1:
+        return tuning
+    wide = runtime.with_threads(cores)
+    if wide is runtime:
+        return tuning
+    try:
+        return measure_wide(tuning, runtime.run, wide.run, cores, runtime.signature)
+    finally:
+        wide.close()
+
+
+def _times(by_size: Mapping[str, int]) -> dict[int, int]:
+    return {int(size): int(ns) for size, ns in by_size.items()}
+
+
+def _wide(saved: Any) -> tuple[int, dict[int, int]]:
+    """(threads, times). Times with another number of threads than this process can use are left out."""
+    if saved is None or saved["threads"] != usable_cores():
+        return 1, {}
+    return int(saved["threads"]), _times(saved["item_ns"])
+
+
+def _is_complete(tuning: Tuning) -> bool:
+    times = [*tuning.item_ns.values(), *tuning.wide_ns.values()]
+    return 1 in tuning.item_ns and min(times) > 0 and tuning.wide_ns.keys() <= tuning.item_ns.keys()
 
 
 def tune_briefly(artifact: Artifact, progress: Callable[[str], None]) -> None:
