@@ -226,6 +226,28 @@ def test_compile_takes_the_weights_from_the_onnx(wide: Artifact, tmp_path: Path)
         load_program(artifact.read(PROGRAM), artifact.read)
 
 
+def test_weights_with_batch_norms_are_stored_once(tmp_path: Path) -> None:
+    """Both programs have them folded, and in the same bytes."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(32)
+    torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, bias=False), norm, torch.nn.Flatten(), torch.nn.Linear(512, 3)
+    )
+    store = ModelStore(tmp_path)
+    source = from_module(network, torch.zeros(3, 6, 6), "argmax")
+    artifact = export(source, "normed", store, origin="x", runtimes=["onnx"]).artifact
+    stored = artifact.read(PROGRAM)
+    references = json.loads(metadata_of(stored)["references"])
+    assert sorted(entry["shape"] for entry in references.values()) == [[3, 512], [32, 3, 3, 3]]
+    assert all(tensor.nbytes < SMALLEST_BYTES for tensor in load_tensors(stored).values())
+    assert artifact.manifest.programs["onnx"].rewrites[0].startswith("fold batch norms")
+    program = load_program(stored, artifact.read)
+    inputs, outputs = golden.read(artifact)
+    _, values = program.module()(torch.from_numpy(inputs["observation"]))
+    torch.testing.assert_close(values.detach(), torch.from_numpy(outputs["action_value"]), rtol=1e-4, atol=1e-4)
+
+
 def test_a_program_with_all_its_weights_is_stored_as_ever(
     captured: TracedPolicy, stored: bytes, tmp_path: Path
 ) -> None:

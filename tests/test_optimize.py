@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actserve_export.capture import TracedPolicy, capture
 from actserve_export.programs import onnx
 from actserve_export.programs.onnx_session import open_session
-from actserve_export.programs.rewrites.optimize import optimize
+from actserve_export.programs.rewrites.optimize import fold, optimize
 from actserve_export.training.pong import pong
 from tests.policies import cart
 
@@ -261,3 +261,51 @@ def test_the_program_agrees_with_the_policy(captured: TracedPolicy, optimized: T
         action, values = (np.concatenate(found) for found in zip(*parts, strict=True))
         np.testing.assert_array_equal(action, expected["action"])
         np.testing.assert_allclose(values, expected["action_value"], atol=1e-4, rtol=1e-4)
+
+
+# Batch norms.
+
+
+class Normalised(nn.Module):
+    """Batch norms behind a convolution, a linear layer, nothing that they can be folded into, and a shared weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, bias=False)
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False)
+        self.linear, self.last = nn.Linear(4, 5), nn.BatchNorm1d(5)
+        self.shared = nn.Conv2d(4, 4, 1)
+        for norm in (self.first, self.second, self.last):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            if norm.affine:
+                nn.init.uniform_(norm.weight, 0.5, 2)
+                nn.init.uniform_(norm.bias, -1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(self.convolution(x))))
+        x = self.second(self.shared(self.shared(x)))
+        return self.last(self.linear(x.mean((2, 3))))
+
+
+def test_batch_norms_are_folded_where_the_layer_is_their_own() -> None:
+    torch.manual_seed(0)
+    network = Normalised().eval()
+    program = exported_with_batch(network, torch.zeros(2, 3, 6, 6))
+    folded, names = fold(program)
+    assert names == ["fold batch norms into the layers before them: 2"]
+    x = torch.rand(7, 3, 6, 6)
+    torch.testing.assert_close(folded.module()(x), network(x), rtol=1e-5, atol=1e-5)
+    shapes = sorted(tuple(tensor.shape) for tensor in folded.state_dict.values() if tensor.dim() > 1)
+    assert shapes == [(4, 3, 3, 3), (4, 4, 1, 1), (5, 4)]
+    assert fold(folded) == (folded, [])
+
+
+@pytest.mark.parametrize("network", [nn.BatchNorm1d(4).train(), nn.Sequential(nn.Linear(4, 4), nn.Tanh()).eval()])
+def test_without_batch_norms_to_fold_the_program_stays(network: nn.Module) -> None:
+    program = exported_with_batch(network, torch.zeros(2, 4))
+    assert fold(program) == (program, [])
+
+
+def exported_with_batch(module: nn.Module, x: Tensor) -> Any:
+    return torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=256)},))

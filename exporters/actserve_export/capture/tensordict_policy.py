@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +37,7 @@ from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.capture.transforms import connect
 from actserve_export.programs.exported import PROGRAM, save_program
 from actserve_export.programs.reasons import explain, refuse_what_has_no_values_or_source
-from actserve_export.programs.rewrites.optimize import optimize
+from actserve_export.programs.rewrites.optimize import fold, optimize
 from actserve_export.sources import samples
 from actserve_export.sources.policy_source import PolicySource
 from actserve_export.sources.tensors import to_array
@@ -60,6 +60,11 @@ class TracedPolicy:
     left_out: str = ""  # the outputs that are left out, and why
     deterministic_only: str = ""  # why the random actions of the policy cannot be exported
     runtimes: ClassVar[tuple[str, ...]] = ("onnx", "pt2")
+
+    @cached_property
+    def folded(self) -> tuple[Any, list[str]]:
+        """(the program that is stored and built, the rewrites that led to it)."""
+        return fold(self.program)
 
     def run_reference(self, inputs: Mapping[str, Any]) -> Arrays:
         """The results of the policy, run eagerly. `inputs` by name, each (B, *shape)."""
@@ -91,12 +96,13 @@ class TracedPolicy:
         It refers to the weights that the `.onnx` holds.
         """
         portable = [programs["onnx"].file] if "onnx" in programs else []
-        save_program(self.program, folder / PROGRAM, {file: (folder / file).read_bytes() for file in portable})
+        save_program(self.folded[0], folder / PROGRAM, {file: (folder / file).read_bytes() for file in portable})
         return {PROGRAM: folder / PROGRAM}
 
     def build(self, runtime: str, folder: Path, target: Mapping[str, Any]) -> Program:
         """Rewrite the graph for one runtime and build its program file in `folder`."""
-        program, rewrites = optimize(self.program, runtime)
+        program, folded = self.folded
+        program, rewrites = optimize(program, runtime)
         file = f"policy.{runtime}"
         if runtime == "onnx":
             from actserve_export.programs.onnx import convert_program
@@ -106,7 +112,7 @@ class TracedPolicy:
             from actserve_export.programs.aoti import compile_program
 
             requires = compile_program(program, folder / file, **target)
-        return Program(file, requires, tuple(rewrites))
+        return Program(file, requires, (*folded, *rewrites))
 
 
 def capture_policy(source: PolicySource) -> TracedPolicy:

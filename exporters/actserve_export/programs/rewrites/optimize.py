@@ -9,12 +9,13 @@ after), and the matrix product doubles their time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from actserve_export.programs.rewrites.fold_batch_norms import BATCH_NORM, fold_batch_norms
 from actserve_export.programs.rewrites.pick_pixels import pick_pixels_first
 from actserve_export.programs.rewrites.simplify import (
     merge_common_subexpressions,
@@ -31,6 +32,13 @@ _FOR_RUNTIME: dict[str, tuple[Rewrite, ...]] = {
 }
 
 
+def fold(program: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """A program with fewer layers and the same answers, for every runtime and for the store. Returns as `optimize`."""
+    if not any(node.target is BATCH_NORM for node in program.graph.nodes):
+        return program, []
+    return _rewritten(program, (fold_batch_norms,))
+
+
 def optimize(
     program: torch.export.ExportedProgram, runtime: str = "onnx", *more: Rewrite
 ) -> tuple[torch.export.ExportedProgram, list[str]]:
@@ -40,16 +48,25 @@ def optimize(
     acceptable. The symbolic batch axis, the inputs and the outputs do not change. If no rewrite applies, or the result
     cannot be exported again, returns the program itself and an empty list.
     """
-    signature = program.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        return program, []  # a tensor that the graph writes to can be neither shared nor removed
-    if runtime == "onnx" and writes_in_place(program):
+    if runtime == "onnx" and writes_in_place(program) and not _mutates(program):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
             program = program.run_decompositions({})
+    return _rewritten(program, (*_FOR_ALL, *_FOR_RUNTIME[runtime], *more))
+
+
+def _mutates(program: torch.export.ExportedProgram) -> bool:
+    return bool(program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate)
+
+
+def _rewritten(
+    program: torch.export.ExportedProgram, rewrites: Sequence[Rewrite]
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    if _mutates(program):
+        return program, []  # a tensor that the graph writes to can be neither shared nor removed
     module = program.module(check_guards=False)
     applied: list[str] = []
-    for rewrite in (*_FOR_ALL, *_FOR_RUNTIME[runtime], *more):
+    for rewrite in rewrites:
         applied += rewrite(module)
     if not applied:
         return program, []
