@@ -25,7 +25,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 STAGES = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
 MAIN = "docker-compose.yml"
 OVERRIDES = ["docker-compose.pt2.yml", "docker-compose.gpu.yml"]
-BY_OPTION = {"runtime", "workers", "grpc_host"}  # `actserve serve` sets them, whatever a variable says
+BY_OPTION = {"runtime", "workers", "grpc_host", "shared"}  # `actserve serve` sets them, whatever a variable says
 COMMAND = typer.main.get_command(cli)
 
 

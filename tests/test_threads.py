@@ -127,6 +127,11 @@ def test_without_a_file_every_call_is_alone() -> None:
         assert too
 
 
+def test_without_locks_no_call_is_alone(tmp_path: Path) -> None:
+    with Calls(tmp_path / "missing" / "calls") as calls, calls.enter() as alone:
+        assert not alone
+
+
 def test_a_measurement_waits_for_the_calls_and_not_for_ever(tmp_path: Path) -> None:
     now_s = iter((0.0, 0.5, 2.0))
     with Calls(tmp_path / "calls") as one, Calls(tmp_path / "calls") as other:

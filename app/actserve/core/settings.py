@@ -90,9 +90,8 @@ class Settings(BaseModel):
     )
     shared: Path | None = Field(
         None,
-        description="A folder, on a local disk, that only the workers of one service use: for the weights of large "
-        "`.onnx` programs, which all of them map, and to know whether another one is busy. Unset: a temporary folder, "
-        "which `actserve serve` creates; a service without it shares nothing.",
+        description="A folder that the workers of one service share: the weights of large `.onnx` programs, which all "
+        "of them map, and a lock that shows whether another one is busy. `actserve serve` sets it to a temporary folder.",
     )
     log_format: Literal["human", "json"] = Field("human", description="Log lines for people, or as JSON objects.")
     access_log: bool = Field(

@@ -10,7 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 POLL_S = 0.01
@@ -19,13 +19,18 @@ POLL_S = 0.01
 class Calls:
     """The running calls of one policy among those of the service. Only one thread at a time may use it.
 
-    `file` is the file of the service, made if it is missing; None: no other policy or worker counts. Raises OSError.
+    `file` is the file of the service, made if it is missing; None: no other policy or worker counts. Without the locks,
+    because the file cannot be opened or its file system has none, no call is alone.
     """
 
     def __init__(self, file: Path | None) -> None:
-        # Opened anew for each policy: locks belong to the opened file, so that policies of one process exclude
-        # one another too.
-        self._file = None if file is None else os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._counts = file is not None
+        self._file: int | None = None
+        if file is not None:
+            with suppress(OSError):
+                # Opened anew for each policy: locks belong to the opened file, so that policies of one process
+                # exclude one another too.
+                self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @contextmanager
     def enter(self) -> Iterator[bool]:
@@ -65,10 +70,10 @@ class Calls:
 
     def _lock(self, kind: int) -> bool:
         if self._file is None:
-            return True
+            return not self._counts
         try:
             fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except OSError:  # another call has it, or the file system knows no locks
+        except OSError:  # another call has it, or the file system has no locks
             return False
         return True
 

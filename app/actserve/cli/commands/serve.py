@@ -134,7 +134,7 @@ def serve(
     logging.config.dictConfig(logs.configuration(settings.log_format))
     address = Address(host, port, uds)
     if settings.runtime != "pt2":
-        with suppress(ImportError):  # imported before the fork: 8 MB that the workers share
+        with suppress(ImportError):  # before the fork, so that the workers share 8 MB
             importlib.import_module("actserve.engine.runtimes.onnx_runtime")
     with _shared_files(settings) as complete:
         supervisor = Supervisor(address, workers, partial(serve_worker, complete.absolute()))
@@ -155,9 +155,6 @@ def _shared_files(settings: Settings) -> Iterator[Settings]:
         with Sessions(settings.sessions, SessionLimits(), home=settings.session_home):
             pass
     with tempfile.TemporaryDirectory(prefix="actserve-") as folder:
-        temporary = {
-            "sessions": Path(folder) / "sessions.sqlite",
-            "counts": Path(folder) / "counts.sqlite",
-            "shared": Path(folder),
-        }
-        yield settings.model_copy(update={name: getattr(settings, name) or path for name, path in temporary.items()})
+        temporary = {"sessions": Path(folder) / "sessions.sqlite", "counts": Path(folder) / "counts.sqlite"}
+        files = {name: getattr(settings, name) or path for name, path in temporary.items()}
+        yield settings.model_copy(update={**files, "shared": Path(folder)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def tune(
             }
         )
         return
-    out = Console()
+    out = Console(width=None if sys.stdout.isatty() else 120)
     out.print(curve(tuned))
     for runtime, tuning in tuned.programs.items():
         out.print(f".{runtime}: {threads_of(tuning)}", markup=False, highlight=False, soft_wrap=True)

@@ -26,7 +26,7 @@ from actserve.store.artifact import Artifact
 
 log = logging.getLogger("actserve")
 
-LARGE_BYTES = 4 << 20  # programs of this size are mapped
+LARGE_BYTES = 8 << 20  # smaller programs are loaded faster than files are written
 SMALLEST_MAPPED_BYTES = 1024  # smaller tensors stay in the model
 MODEL, WEIGHTS = "model.onnx", "weights.bin"
 
@@ -129,8 +129,8 @@ def _mapped_session(mapped: MadeOnce, threads: int) -> Any:
 def _write_optimized(artifact: Artifact, folder: Path) -> None:
     """Write the program into `folder` as ONNX Runtime optimises it for this host, with the weights beside it."""
     data = _read(artifact)
-    if shutil.disk_usage(folder).free < 3 * len(data):  # some weights are written in two layouts
-        raise OSError("expected room for three times the program in the temporary folder")
+    if shutil.disk_usage(folder).free < 2 * len(data):  # some weights are written in two layouts
+        raise OSError(f"expected {2 * len(data) / 1e6:,.0f} MB of free space in the temporary folder")
     options = _options(threads=1)
     options.optimized_model_filepath = str(folder / MODEL)
     for name, value in (
