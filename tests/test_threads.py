@@ -180,7 +180,7 @@ def test_the_size_from_which_on_all_cores_pay() -> None:
     assert Tuning(SLOW).wide_from is None
     assert Tuning(SLOW, 4, FASTER).wide_from == 1
     assert Tuning(SLOW, 4, SLOW).wide_from is None
-    assert Tuning({1: 100, 2: 100, 4: 100}, 4, {1: 95, 2: 90, 4: 50}).wide_from == 2
+    assert Tuning({1: 100, 2: 100, 4: 100}, 4, {1: 96, 2: 95, 4: 50}).wide_from == 2
 
 
 def test_both_are_measured_in_turns() -> None:

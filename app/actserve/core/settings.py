@@ -91,7 +91,7 @@ class Settings(BaseModel):
     shared: Path | None = Field(
         None,
         description="A folder that the workers of one service share: the weights of large `.onnx` programs, which all "
-        "of them map, and a lock that shows whether another one is busy. `actserve serve` sets it to a temporary folder.",
+        "of them map, and a lock that shows whether another one is busy. `actserve serve` makes a temporary folder.",
     )
     log_format: Literal["human", "json"] = Field("human", description="Log lines for people, or as JSON objects.")
     access_log: bool = Field(

@@ -24,7 +24,7 @@ SLOW_NS = 150_000_000  # after so long, two calls are enough
 BATCH_NS = 60_000
 MAX_COST_RATIO = 0.95  # a larger batch must reduce the cost per item at least to this ratio
 QUICK_NS = 3_000_000  # a call this short may block the event loop
-MAX_WIDE_RATIO = 0.9  # all threads must shorten a call at least to this ratio
+MAX_WIDE_RATIO = 0.95  # all threads must shorten a call at least to this ratio
 WIDE_ROUNDS, WIDE_NS = 5, 1_000_000_000  # for each size; after so long, two rounds are enough
 
 
