@@ -28,13 +28,13 @@ from actserve import wire
 from actserve.cli.tools.local_service import free_port
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
+from actserve.server import protocols
 from actserve.server.access.tokens import Access, add_token
 from actserve.server.admission import Admission
-from actserve.server.app import fast_protocols
+from actserve.server.app import fast_protocols, install
 from actserve.server.fastpath.fast_path import FastPath
-from actserve.server.http import act, error_responses, policies, security, sessions, stream
-from actserve.server.protocols import grpc as grpc_door
-from actserve.server.protocols import oip
+from actserve.server.http import act, error_responses, policies, security, sessions
+from actserve.server.protocols import Service as ProtocolService
 from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from tests.clock import Clock
@@ -105,6 +105,7 @@ def running(
         token = add_token(folder / "tokens", "robot", rate=RATE)
         access = Access(folder / "tokens", clock=Clock())
     registry, admission = OnePolicy(settings, slow, SCREENS), Admission(settings, access)
+    found = protocols.load()
     # Replaced on this one object, which mypy forbids for methods: the policy is there from the start.
     registry.not_ready = lambda: None  # type: ignore[method-assign]
 
@@ -115,11 +116,11 @@ def running(
             file = folder / "sessions.sqlite"
             regions = app.state.regions = Regions(folder / "regions")
             app.state.sessions = stack.enter_context(Sessions(file, SessionLimits(), admission=admission))
+            parts = ProtocolService(registry, admission, app.state.sessions, settings, regions)
+            resources = fast_protocols(found, parts)
             async with (
-                grpc_door.serving(registry, app.state.sessions, settings, admission),
-                FastPath(
-                    registry, admission, app.state.sessions, settings, protocols=fast_protocols(regions)
-                ) as fast_path,
+                protocols.serving(found, parts),
+                FastPath(registry, admission, app.state.sessions, settings, protocols=resources) as fast_path,
             ):
                 yield {"fast_path": fast_path}
             await registry.close()
@@ -134,8 +135,9 @@ def running(
 
     error_responses.install(app)
     security.install(app, admission, settings)
-    for routes in (act, sessions, stream, oip, policies):
+    for routes in (act, sessions, policies):
         app.include_router(routes.router)
+    install(app, found)
     with serving(app) as server:
         assert settings.grpc_port is not None
         service = Service(port_of(server), settings.grpc_port, registry, admission, token)

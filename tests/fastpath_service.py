@@ -154,6 +154,7 @@ def running(
 
     app = FastAPI(lifespan=lifespan)
     app.state.settings, app.state.registry, app.state.admission = registry.settings, registry, admission
+    app.state.act_bodies = []
 
     @app.middleware("http")
     async def remember(request: Any, call_next: Any) -> Any:

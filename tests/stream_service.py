@@ -18,11 +18,12 @@ from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server.access.tokens import Access
 from actserve.server.admission import Admission
-from actserve.server.app import fast_protocols
+from actserve.server.app import fast_protocols, install
 from actserve.server.fastpath.fast_path import FastPath
-from actserve.server.http import act, policies, security, sessions, stream
+from actserve.server.http import act, policies, security, sessions
 from actserve.server.http import error_responses as errors
-from actserve.server.protocols import oip
+from actserve.server.protocols import Service as ProtocolService
+from actserve.server.protocols import load
 from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from tests.fake_policy import QUICK, SLOW, Versions
@@ -31,6 +32,7 @@ from tests.serving import port_of, serving
 
 def application(settings: Settings, registry: Versions) -> FastAPI:
     admission = Admission(settings, None if settings.tokens is None else Access(settings.tokens))
+    found = load()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -41,7 +43,8 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
         ):
             _app.state.sessions = held
             regions = _app.state.regions = Regions(Path(folder) / "regions")
-            async with FastPath(registry, admission, held, settings, protocols=fast_protocols(regions)) as fast_path:
+            resources = fast_protocols(found, ProtocolService(registry, admission, held, settings, regions))
+            async with FastPath(registry, admission, held, settings, protocols=resources) as fast_path:
                 yield {"fast_path": fast_path}
             await registry.close()
 
@@ -51,8 +54,9 @@ def application(settings: Settings, registry: Versions) -> FastAPI:
     app.state.registry = registry
     errors.install(app)
     security.install(app, admission, settings)
-    for routes in (act, sessions, stream, oip, policies):
+    for routes in (act, sessions, policies):
         app.include_router(routes.router)
+    install(app, found)
     return app
 
 

@@ -18,7 +18,9 @@ from actserve.cli.tools.local_service import free_port
 from actserve.core.settings import Settings
 from actserve.server.access.tokens import Access, add_token
 from actserve.server.admission import Admission
+from actserve.server.protocols import Service
 from actserve.server.protocols.grpc.server import serving
+from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from tests import certificates
 from tests.fake_policy import NAME, Versions
@@ -34,7 +36,8 @@ async def served(folder: Path) -> AsyncIterator[GRPCInferenceServiceStub]:
     registry = Versions()
     registry.publish()
     with Sessions(folder / "sessions.sqlite", SessionLimits()) as sessions:
-        async with serving(registry, sessions, settings, Admission(settings, Access(folder / "tokens"))):
+        admission = Admission(settings, Access(folder / "tokens"))
+        async with serving(Service(registry, admission, sessions, settings, Regions(folder / "regions"))):
             credentials = grpc.ssl_channel_credentials(cert.read_bytes())
             async with grpc.aio.secure_channel(f"127.0.0.1:{settings.grpc_port}", credentials) as channel:
                 yield GRPCInferenceServiceStub(channel)

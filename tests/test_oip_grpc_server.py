@@ -21,9 +21,11 @@ from actserve.cli.tools.local_service import free_port
 from actserve.core.errors import UsageError
 from actserve.core.settings import Settings
 from actserve.server.admission import Admission
+from actserve.server.protocols import Service
 from actserve.server.protocols.grpc import check
 from actserve.server.protocols.grpc.server import serving
 from actserve.server.protocols.grpc.service import InferenceService
+from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from tests.fake_policy import SLOW, Alone, Versions, seen
 from tests.oip import BATCH, MAX_BODY_BYTES, same
@@ -40,8 +42,9 @@ async def served(
     admission = admission or Admission(chosen)
     with Sessions(folder / "sessions.sqlite", SessionLimits()) as sessions:
         registry.publish()
+        parts = Service(registry, admission, sessions, chosen, Regions(folder / "regions"))
         async with AsyncExitStack() as service:
-            await service.enter_async_context(serving(registry, sessions, chosen, admission))
+            await service.enter_async_context(serving(parts))
             async with grpc.aio.insecure_channel(f"127.0.0.1:{chosen.grpc_port}") as channel:
                 yield channel, service
         await registry.close()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,23 @@ from actserve import __version__
 from actserve.core.errors import UsageError
 from actserve.core.settings import Settings
 from actserve.engine.registry import Registry
-from actserve.server import admin
+from actserve.server import admin, protocols
 from actserve.server.access import tls
 from actserve.server.access.tokens import Access, read_tokens
 from actserve.server.admission import Admission
 from actserve.server.arcade import game_routes, page
 from actserve.server.arcade.game import GameSlots
 from actserve.server.fastpath.act_codec import act_resources
+from actserve.server.fastpath.codec import Resources
+from actserve.server.fastpath.endpoint import Endpoint
 from actserve.server.fastpath.fast_path import FastPath, ResourcesOf
-from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions, stream
+from actserve.server.http import act, error_responses, health, metrics, policies, security, sessions
 from actserve.server.http.bounded_turns import BoundedTurnsMiddleware
 from actserve.server.http.observability import ObservabilityMiddleware
 from actserve.server.http.root_path import RootPathMiddleware
 from actserve.server.metrics.publisher import Publisher
 from actserve.server.processes.supervisor import Start
-from actserve.server.protocols import grpc, oip
+from actserve.server.protocols import Protocol, Service
 from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from actserve.store.remote import open_store
@@ -48,14 +49,26 @@ def check(settings: Settings) -> None:
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     if settings.tokens is not None:
         read_tokens(settings.tokens)
-    grpc.check(settings)
+    protocols.check(protocols.load(), settings)
     admin.check(settings)
     tls.check(settings)
 
 
-def fast_protocols(regions: Regions) -> Sequence[ResourcesOf]:
-    """The protocols of the fast path."""
-    return act_resources, partial(oip.infer_resources, regions=regions)
+def fast_protocols(found: Iterable[Protocol], service: Service) -> Sequence[ResourcesOf]:
+    """The fast path of `/act`, and those of the protocols."""
+
+    def bound(resources: Callable[[Endpoint, Service], Resources]) -> ResourcesOf:
+        return lambda endpoint, _registry, _settings: resources(endpoint, service)
+
+    return act_resources, *(bound(protocol.resources) for protocol in found if protocol.resources is not None)
+
+
+def install(app: FastAPI, found: Iterable[Protocol]) -> None:
+    """Add the routes of the protocols, and the bodies that they recognise at `/act`."""
+    for protocol in found:
+        for router in protocol.routers:
+            app.include_router(router)
+    app.state.act_bodies = [protocol.act_bodies for protocol in found if protocol.act_bodies is not None]
 
 
 class _Application(FastAPI):
@@ -73,6 +86,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
     admission = Admission(settings, access)
     store = open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     registry = Registry(store, settings)
+    found = protocols.load()
     traces = Traces(os.environ)
 
     @asynccontextmanager
@@ -96,11 +110,13 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
                 if start and (start.replaces or settings.workers > 1):
                     await registry.wait_loaded(LOAD_WAIT_S)
                 try:
+                    service = Service(registry, admission, app.state.sessions, settings, regions)
+                    resources = fast_protocols(found, service)
                     async with (
-                        grpc.serving(registry, app.state.sessions, settings, admission),
+                        protocols.serving(found, service),
                         admin.serving(registry, store, settings),
                         FastPath(
-                            registry, admission, app.state.sessions, settings, traces.enabled, fast_protocols(regions)
+                            registry, admission, app.state.sessions, settings, traces.enabled, resources
                         ) as fast_path,
                     ):
                         yield {"fast_path": fast_path}
@@ -121,6 +137,7 @@ def create_app(settings: Settings | None = None, start: Start | None = None) -> 
     app.state.traces = traces
     error_responses.install(app)
     security.install(app, admission, settings)
-    for routes in (act, sessions, stream, oip, policies, metrics, health, game_routes, page):
+    for routes in (act, sessions, policies, metrics, health, game_routes, page):
         app.include_router(routes.router)
+    install(app, found)
     return app

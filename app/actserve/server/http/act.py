@@ -175,6 +175,11 @@ async def act_by_version(request: Request, name: str, version: str) -> Response:
 async def _act(request: Request, policy: Policy, version: int | None = None) -> Response:
     """Decode, act, encode. All checks come before the run. `version` is the one in the URL, if any."""
     body = await read_body(request)
+    content_type = request.headers.get("content-type", "")
+    for bodies in request.app.state.act_bodies:
+        if bodies.recognises(content_type, body):
+            response: Response = await bodies.answer(request, policy, version, body)
+            return response
     if sessions.SESSION_HEADER in request.headers:
         return await _step(request, policy, version, request.headers[sessions.SESSION_HEADER], body)
     registry = registry_of(request)

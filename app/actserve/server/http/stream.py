@@ -17,11 +17,13 @@ from actserve.server.http.requests import admission_of, registry_of
 from actserve.server.http.stream_episode import ENCODINGS, WINDOW, StreamEpisode
 from actserve.server.http.websocket import LIMIT, RESTART
 from actserve.server.memory import STREAM_BYTES
+from actserve.server.protocols import Protocol
 from actserve.telemetry.counts import STREAM
 
 log = logging.getLogger("actserve")
 
 router = APIRouter(tags=["stream"])
+protocol = Protocol("streams", routers=[router])
 
 FAST_PATH = "actserve.fast_path"  # ASGI extension: the `FastPathStream` that may step an episode
 _REASON_BYTES = 123  # the space of a close frame

@@ -13,22 +13,17 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from actserve.core.errors import UsageError
 from actserve.core.imports import import_extra
 from actserve.core.settings import Settings
-from actserve.engine.registry import Registry
-from actserve.server.admission import Admission
-from actserve.server.sessions import Sessions
+from actserve.server.protocols import Protocol, Service
 
 SERVING = "actserve.server.protocols.grpc.server:serving"
-Serving = Callable[[Registry, Sessions, Settings, Admission], AbstractAsyncContextManager[None]]
 
 
-def serving(
-    registry: Registry, sessions: Sessions, settings: Settings, admission: Admission
-) -> AbstractAsyncContextManager[None]:
+def serving(service: Service) -> AbstractAsyncContextManager[None]:
     """Serve gRPC while the app runs, if a port is set. Raises `UsageError`."""
-    if settings.grpc_port is None:
+    if service.settings.grpc_port is None:
         return nullcontext()
-    serve: Serving = import_extra("grpc", SERVING)
-    return serve(registry, sessions, settings, admission)
+    serve: Callable[[Service], AbstractAsyncContextManager[None]] = import_extra("grpc", SERVING)
+    return serve(service)
 
 
 def check(settings: Settings) -> None:
@@ -47,3 +42,6 @@ def check(settings: Settings) -> None:
     except OSError as error:
         where = f"{settings.grpc_host}, port {settings.grpc_port}"
         raise UsageError(f"cannot listen on {where} for gRPC: {error.strerror}") from error
+
+
+protocol = Protocol("Open Inference Protocol over gRPC", serving=serving, check=check)

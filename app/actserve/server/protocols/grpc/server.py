@@ -9,11 +9,8 @@ from contextlib import asynccontextmanager
 import grpc.aio
 
 from actserve.core.errors import UsageError
-from actserve.core.settings import Settings
-from actserve.engine.registry import Registry
-from actserve.server.admission import Admission
+from actserve.server.protocols import Service
 from actserve.server.protocols.grpc.service import InferenceService, handlers
-from actserve.server.sessions import Sessions
 
 log = logging.getLogger("actserve")
 
@@ -22,13 +19,12 @@ OVERHEAD_BYTES = 64 << 10  # for the fields of a message that are not tensors
 
 
 @asynccontextmanager
-async def serving(
-    registry: Registry, sessions: Sessions, settings: Settings, admission: Admission
-) -> AsyncIterator[None]:
+async def serving(service: Service) -> AsyncIterator[None]:
     """Serve on `grpc_host` and `grpc_port`; other workers may share the port. On exit, accepted calls are answered.
 
     Raises `UsageError` if it cannot listen.
     """
+    settings, admission = service.settings, service.admission
     limit_bytes = admission.max_body_bytes + OVERHEAD_BYTES
     server = grpc.aio.server(
         options=[
@@ -39,8 +35,8 @@ async def serving(
         ],
         maximum_concurrent_rpcs=settings.max_connections,
     )
-    service = InferenceService(registry, sessions, admission)
-    server.add_generic_rpc_handlers([handlers(service)])
+    inference = InferenceService(service.registry, service.sessions, admission)
+    server.add_generic_rpc_handlers([handlers(inference)])
     host = f"[{settings.grpc_host}]" if ":" in settings.grpc_host else settings.grpc_host
     address = f"{host}:{settings.grpc_port}"
     try:
@@ -56,5 +52,5 @@ async def serving(
     try:
         yield
     finally:
-        service.close()
+        inference.close()
         await server.stop(DRAIN_S)

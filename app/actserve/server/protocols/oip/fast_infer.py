@@ -10,11 +10,9 @@ from functools import partial
 import numpy as np
 
 from actserve.core.errors import ActserveError
-from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Acted
-from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.fastpath.codec import (
     Codec,
@@ -26,6 +24,7 @@ from actserve.server.fastpath.codec import (
     split_state,
 )
 from actserve.server.fastpath.endpoint import Endpoint
+from actserve.server.protocols import Service
 from actserve.server.protocols.oip import codec, error_responses, http_infer, statistics
 from actserve.server.protocols.oip.infer import InferResponse
 from actserve.server.protocols.oip.infer_request import InferRequest, OutputParameters, Parameters, parse_json
@@ -42,13 +41,14 @@ MAX_DOCUMENT_BYTES = 4096  # of a cached one
 _DEFAULT = Parameters()
 
 
-def infer_resources(endpoint: Endpoint, registry: Registry, settings: Settings, regions: Regions) -> Resources:
-    """The resources of infer requests for the policy of `endpoint`. They may name `regions`."""
+def infer_resources(endpoint: Endpoint, service: Service) -> Resources:
+    """The resources of infer requests for the policy of `endpoint`. They may name regions of shared memory."""
     policy = endpoint.policy
     found: dict[bytes, Resource] = {}
     for route in (INFER, INFER_ON_VERSION):
-        tally = registry.counts.tally(policy.name, "fastpath", route)
-        found[route.format(name=policy.name, version=policy.version).encode()] = InferResource(endpoint, tally, regions)
+        tally = service.registry.counts.tally(policy.name, "fastpath", route)
+        path = route.format(name=policy.name, version=policy.version).encode()
+        found[path] = InferResource(endpoint, tally, service.regions)
     return found
 
 
