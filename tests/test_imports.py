@@ -214,7 +214,7 @@ from actserve.core.settings import Settings
 
 async def run(app):
     async with app.router.lifespan_context(app):
-        extras = {"grpc", "tritonclient", "google.protobuf", "cryptography", "fsspec", "opentelemetry.sdk"}
+        extras = {"grpc", "tritonclient", "google.protobuf", "cryptography", "fsspec", "opentelemetry.sdk", "zmq"}
         print(sorted(extras & set(sys.modules)))
 
 asyncio.run(run(create_app(Settings(store="nowhere"))))

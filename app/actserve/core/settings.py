@@ -17,6 +17,10 @@ def _without_slash_at_end(path: str) -> str:
     return path.rstrip("/")
 
 
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
 class Settings(BaseModel):
     """All settings. The environment variable ACTSERVE_X sets the field `x`."""
 
@@ -127,6 +131,18 @@ class Settings(BaseModel):
         description="Port of the Open Inference Protocol over gRPC. Needs the extra `grpc`. Unset: off.",
     )
     grpc_host: str = Field("127.0.0.1", description="Address for gRPC. `actserve serve` sets it to the HTTP address.")
+    gr00t_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port of GR00T's protocol over ZeroMQ. Needs the extra `gr00t`. Unset: off.",
+    )
+    gr00t_host: str = Field("127.0.0.1", description="Address for it. `actserve serve` sets it to the HTTP address.")
+    ignore: str = Field(
+        "",
+        description="Names in robots' observations that a policy may lack, comma-separated, such as `prompt`. Others "
+        "are refused.",
+    )
     admin_port: int | None = Field(
         None,
         ge=1,
@@ -140,7 +156,11 @@ class Settings(BaseModel):
 
     @property
     def origins(self) -> list[str]:
-        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+        return _listed(self.cors_origins)
+
+    @property
+    def ignored(self) -> list[str]:
+        return _listed(self.ignore)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -18,6 +18,23 @@ def action_of(signature: Signature) -> TensorSpec:
     planned = signature.planned
     low, high = (None if isinstance(bound, tuple) else bound for bound in (planned.low, planned.high))
     return replace(planned, shape=planned.shape[1:], low=low, high=high)
+
+
+def chunk_steps(signature: Signature, query: Mapping[str, str], selected: Sequence[str]) -> ChunkSteps | None:
+    """The steps that `?chunk=step&ahead=2` asks for; None: the answers are whole chunks.
+
+    `selected` are the outputs that `query` wants. Raises `InvalidRequest`.
+    """
+    wanted, ahead = query.get("chunk", "whole"), query.get("ahead", "0")
+    if wanted not in ("whole", "step") or not (ahead.isascii() and ahead.isdecimal() and len(ahead) < 5):
+        got = f"chunk={wanted}, ahead={ahead}"[:80]
+        raise InvalidRequest(f"expected chunk=whole, or chunk=step and the steps in ahead; got {got}")
+    if wanted == "whole":
+        return None
+    planned = signature.planned.name
+    if "outputs" in query and set(selected) - {planned}:
+        raise InvalidRequest(f"chunk=step answers {planned} alone; got outputs={query['outputs']}"[:200])
+    return ChunkSteps(signature, int(ahead))
 
 
 class ChunkSteps:

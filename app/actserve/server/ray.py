@@ -35,7 +35,8 @@ from actserve.server.sessions.ids import HOME_BITS, home_of
 from actserve.telemetry import logs
 
 DRAIN_S = 30.0  # for requests in progress, as with `actserve serve`
-PROXY_SETTINGS = ("grpc_port", "admin_port", "tls_cert", "tls_key")  # replicas on one host cannot share a port
+# Replicas on one host cannot share a port.
+PROXY_SETTINGS = ("grpc_port", "gr00t_port", "admin_port", "tls_cert", "tls_key")
 
 
 class Scale(BaseModel):

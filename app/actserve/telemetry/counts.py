@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from actserve.telemetry.meters import Meters
 
-Transport = Literal["fastpath", "http", "websocket", "grpc"]
+Transport = Literal["fastpath", "http", "websocket", "grpc", "zeromq", "other"]
 ACT = "/policies/{name}/act"
 ACT_ON_VERSION = "/policies/{name}/versions/{version}/act"
 STREAM = "/policies/{name}/stream"

@@ -28,23 +28,29 @@ _OTHER_TYPES = [RAW, JSON, SAFETENSORS]
 
 
 def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
-    if len(specs) != 1 or not _is_image(specs[0]):
+    if len(specs) != 1 or not is_image(specs[0]):
         inputs = ", ".join(f"{spec.name} {spec}" for spec in specs)
         raise UnsupportedContentType(f"{PNG}, which carries one image; this policy takes {inputs}", _OTHER_TYPES)
     spec = specs[0]
-    height, width = spec.shape[:2]
-    limit_bytes = 4 * height * (width + 1) + _OVERHEAD_BYTES
+    limit_bytes = max_bytes(spec)
     if len(body) > limit_bytes:
         raise BodyTooLarge(limit_bytes, len(body))
     png, expanded = _pixel_chunks(bytes(body), spec)
     pixels = _plain_pixels(png, expanded)
     if pixels is None:
         pixels = _decode(png, spec)
-    return Payload({spec.name: _fit(pixels, spec).reshape(1, *spec.shape)}, batched=False)
+    return Payload({spec.name: fit(pixels, spec).reshape(1, *spec.shape)}, batched=False)
 
 
-def _is_image(spec: TensorSpec) -> bool:
+def is_image(spec: TensorSpec) -> bool:
+    """Whether a tensor is an image: uint8[H, W, 3], or uint8[H, W(, 1)] in grey."""
     return spec.dtype == "uint8" and (len(spec.shape) == 2 or (len(spec.shape) == 3 and spec.shape[2] in (1, 3)))
+
+
+def max_bytes(spec: TensorSpec) -> int:
+    """The largest encoded image for `spec`."""
+    height, width = spec.shape[:2]
+    return 4 * height * (width + 1) + _OVERHEAD_BYTES
 
 
 def _pixel_chunks(body: bytes, spec: TensorSpec) -> tuple[bytes, bytes]:
@@ -149,7 +155,7 @@ def _decode(png: bytes, spec: TensorSpec) -> Array:
     return np.array(image.convert("RGB"))
 
 
-def _fit(pixels: Array, spec: TensorSpec) -> Array:
+def fit(pixels: Array, spec: TensorSpec) -> Array:
     """(H, W, 3), or (H, W, 1) for a grey observation. Raises `InvalidTensor` for colours that it cannot have."""
     wanted, channels = spec.shape[2:] or (1,), pixels.shape[2]
     if wanted == (3,):

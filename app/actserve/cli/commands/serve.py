@@ -57,6 +57,14 @@ def serve(
             min=1, max=65535, help="Also serve the Open Inference Protocol over gRPC on this port. Default: off."
         ),
     ] = None,
+    gr00t_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Also serve GR00T's protocol over ZeroMQ on this port. Default: off."),
+    ] = None,
+    ignore: Annotated[
+        str | None,
+        typer.Option(help="Names in robots' observations that a policy may lack, comma-separated, such as prompt."),
+    ] = None,
     admin_port: Annotated[
         int | None,
         typer.Option(
@@ -114,6 +122,9 @@ def serve(
         "workers": workers,
         "grpc_host": host,
         "grpc_port": grpc_port,
+        "gr00t_host": host,
+        "gr00t_port": gr00t_port,
+        "ignore": ignore,
         "admin_port": admin_port,
         "trust": trust,
         "require_signature": require_signature,

@@ -46,7 +46,7 @@ def selected_outputs(query: QueryParams, signature: Signature) -> tuple[str, ...
     return signature.select([name for name in query.get("outputs", "").split(",") if name])
 
 
-def read_patience_ns(request: Request) -> int:
+def read_patience_ns(request: HTTPConnection) -> int:
     """How long the request may wait in the queue; 0 is no limit. Raises `InvalidRequest`."""
     value = request.headers.get(DEADLINE_HEADER)
     if value is None:

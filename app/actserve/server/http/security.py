@@ -56,7 +56,8 @@ class SecurityMiddleware:
         try:
             if scope["type"] == "websocket":
                 self._check_origin(headers)
-            if path not in self._public and not path.startswith(PAGE):
+            is_public = path in self._public or path.startswith(PAGE)
+            if not is_public or scope["type"] == "websocket":  # `/` is the page, and openpi's WebSocket
                 ticket = self._admission.open(_authorization(scope, headers))
         except ActserveError as error:
             await _refusal(path, error)(scope, receive, send)

@@ -27,11 +27,11 @@ protocol = Protocol("streams", routers=[router])
 
 FAST_PATH = "actserve.fast_path"  # ASGI extension: the `FastPathStream` that may step an episode
 _REASON_BYTES = 123  # the space of a close frame
-_IDLE, _UNUSABLE, _REFUSED, _INTERNAL, _TRY_AGAIN = 1001, 1003, 1008, 1011, 1013
-_ENDING: dict[type[ActserveError], int] = {  # errors that end a stream, and the close code
+IDLE, _UNUSABLE, REFUSED, FAILED, _TRY_AGAIN = 1001, 1003, 1008, 1011, 1013
+ENDING: dict[type[ActserveError], int] = {  # errors that end a stream, and the close code
     UnsupportedContentType: _UNUSABLE,
     NotServing: RESTART,
-    Unauthorized: _REFUSED,
+    Unauthorized: REFUSED,
 }
 
 _DESCRIPTION = f"""
@@ -51,8 +51,8 @@ In the query, `outputs` (the action always comes first), `exploration` and `seed
 k comes from the seed and k. `binary` is the encoding of binary messages:
 {", ".join(f"`{name}`" for name in ENCODINGS)}.
 
-Close codes: {_IDLE} idle for too long, {_UNUSABLE} this policy takes text messages only, 1007 text that is not UTF-8,
-{_REFUSED} the token was revoked, 1009 a message larger than the hello allows, {_INTERNAL} the service failed or got no
+Close codes: {IDLE} idle for too long, {_UNUSABLE} this policy takes text messages only, 1007 text that is not UTF-8,
+{REFUSED} the token was revoked, 1009 a message larger than the hello allows, {FAILED} the service failed or got no
 reply to its pings, {RESTART} the service restarts; it has answered all messages that it received. A stream that cannot
 begin is refused with an HTTP error, as on `/act`.
 """
@@ -98,10 +98,7 @@ async def _serve(websocket: WebSocket, finding: Awaitable[Policy]) -> None:
         episode = StreamEpisode(policy, websocket.query_params, settings, admission, tally)
     except ActserveError as error:
         held.close()
-        if "websocket.http.response" in websocket.scope.get("extensions", {}):
-            raise  # answered with an HTTP error
-        await websocket.accept()
-        await _close(websocket, _TRY_AGAIN if isinstance(error, Unavailable) else _REFUSED, error.message)
+        await refuse(websocket, error)
         return
     extensions = websocket.scope["extensions"]
     fast_path = extensions.get(FAST_PATH) if episode.arena is not None else None
@@ -112,7 +109,7 @@ async def _serve(websocket: WebSocket, finding: Awaitable[Policy]) -> None:
             extensions[LIMIT]["set_max_bytes"](episode.hello.max_message_bytes)
         await websocket.send_text(episode.hello.to_json())
         code, reason = await _answer_messages(websocket, episode, fast_path)
-        await _close(websocket, code, reason)
+        await close(websocket, code, reason)
     except (WebSocketDisconnect, OSError):
         pass  # the client has disconnected
     finally:
@@ -139,7 +136,7 @@ async def _answer_messages(websocket: WebSocket, episode: StreamEpisode, fast_pa
         except TimeoutError:
             if episode.steps > steps:  # on the fast path
                 continue
-            return _IDLE, f"idle for {idle_s:g} s"
+            return IDLE, f"idle for {idle_s:g} s"
         if fast_path is not None:
             await fast_path.withdraw()
         if message["type"] == "websocket.disconnect":
@@ -150,16 +147,25 @@ async def _answer_messages(websocket: WebSocket, episode: StreamEpisode, fast_pa
             reply = await episode.step(message)
         except ActserveError as error:
             await websocket.send_text(episode.error_json(error))
-            if type(error) in _ENDING:
-                return _ENDING[type(error)], error.message
+            if type(error) in ENDING:
+                return ENDING[type(error)], error.message
             await asyncio.sleep(0)  # a flood of invalid messages must not block the event loop
         except Exception:
             log.exception("a stream of %s failed", episode.hello.policy)
             episode.tally.add("500", "internal")
-            return _INTERNAL, "the service failed on this message; its log says why"
+            return FAILED, "the service failed on this message; its log says why"
         else:
             await websocket.send(reply)
 
 
-async def _close(websocket: WebSocket, code: int, reason: str) -> None:
+async def refuse(websocket: WebSocket, error: ActserveError) -> None:
+    """Refuse a WebSocket before it is accepted. Raises `error` if the server can answer with an HTTP error."""
+    if "websocket.http.response" in websocket.scope.get("extensions", {}):
+        raise error
+    await websocket.accept()
+    await close(websocket, _TRY_AGAIN if isinstance(error, Unavailable) else REFUSED, error.message)
+
+
+async def close(websocket: WebSocket, code: int, reason: str) -> None:
+    """Close with a reason, cut to the space that a close frame has."""
     await websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))

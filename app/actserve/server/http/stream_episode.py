@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from starlette.datastructures import QueryParams
 
 from actserve import wire
-from actserve.core.completion import choose_exploration, step_seed
 from actserve.core.errors import ActserveError, InvalidRequest, UnsupportedContentType
 from actserve.core.settings import Settings
-from actserve.core.signature import IS_INIT, Arrays
+from actserve.core.signature import Arrays
 from actserve.engine.batch import BatchResult
-from actserve.engine.policy import Acted, Policy
+from actserve.engine.policy import Policy
 from actserve.server import off_loop
 from actserve.server.admission import Admission, Ticket, current_token
-from actserve.server.chunk_steps import ChunkSteps
+from actserve.server.chunk_steps import chunk_steps
+from actserve.server.episode_state import EpisodeState
 from actserve.server.http.error_responses import error_json, log_if_internal, status_of
 from actserve.server.http.requests import selected_outputs
 from actserve.telemetry.counts import Tally
@@ -30,31 +28,27 @@ _BYTES_PER_ELEMENT = 32  # the longest number in JSON, with room to spare
 _OVERHEAD_BYTES = 64 << 10  # for names, and the header of a safetensors message or a PNG
 
 
-class StreamEpisode:
+class StreamEpisode(EpisodeState):
     """An episode with the options in `query`. Raises `InvalidRequest`, or `UnsupportedContentType` for `binary`."""
 
     def __init__(
         self, policy: Policy, query: QueryParams, settings: Settings, admission: Admission, tally: Tally
     ) -> None:
         signature = policy.signature
+        super().__init__(policy, admission, *wire.read_randomness(query))
         self.tally = tally
         selected = selected_outputs(query, signature)
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in selected)
-        exploration, seed = choose_exploration(signature, *wire.read_randomness(query))
-        self._chunks = _chunk_steps(policy, query, selected)
-        if self._chunks is not None:
-            outputs = (self._chunks.action,)
+        self.chunks = chunk_steps(signature, query, selected)
+        if self.chunks is not None:
+            outputs = (self.chunks.action,)
         self._encoding = query.get("binary", ENCODINGS[0])
         if self._encoding not in ENCODINGS:
             raise UnsupportedContentType(self._encoding[:80], ENCODINGS)
         # The signature of one message and its reply: the episode keeps state and noise.
-        chunk = signature.chunk if self._chunks is None else None
+        chunk = signature.chunk if self.chunks is None else None
         self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=(), chunk=chunk)
         self._replies = ReplyCodec(outputs)
-        self._policy = policy
-        self._state: Arrays = {}  # each (1, *shape); empty before the first step, and if the arena has the state
-        self.steps = 0
-        self.admission = admission
         self.ticket: Ticket | None = None  # of a message that the fast path charged and left to the route
         self._token = current_token()
         self.hello = Hello(
@@ -64,30 +58,22 @@ class StreamEpisode:
             signature=self._signature,
             offsets=self._replies.offsets,
             environment=policy.artifact.manifest.environment,
-            exploration=exploration,
-            seed=seed,
+            exploration=self.exploration,
+            seed=self.seed,
             window=WINDOW,
             max_message_bytes=min(admission.max_body_bytes, self._max_message_bytes()),
             idle_s=settings.session_idle_s,
         )
         self.batcher = policy.batcher
-        by_default = seed is None and exploration == signature.exploration[0] and self._encoding == wire.RAW
-        by_default = by_default and self._chunks is None
+        by_default = self.seed is None and self.exploration == signature.exploration[0] and self._encoding == wire.RAW
+        by_default = by_default and self.chunks is None
         arena = policy.batcher.arena
-        # The fast path steps the episode with the arena; None: it cannot.
-        self.arena = arena if arena is not None and arena.is_received_into and by_default else None
-        self.slot = self.arena.keep() if self.arena is not None else None
+        if arena is not None and arena.is_received_into and by_default:  # otherwise the fast path cannot step it
+            self.use(arena)
 
     def new_ticket(self) -> Ticket:
         """A ticket for one message, charged when the message is admitted."""
         return Ticket(self._token)
-
-    def close(self) -> None:
-        """Free the state."""
-        if self._chunks is not None:
-            self._chunks.close()
-        if self.arena is not None:
-            self.arena.forget(self.slot)
 
     async def step(self, message: Any) -> dict[str, Any]:
         """One ASGI message -> the reply. If this raises, the state has not changed."""
@@ -104,34 +90,12 @@ class StreamEpisode:
             raise InvalidRequest(f"expected one item, as a stream takes at each step; got a batch of {items.size}")
         if items.metadata:
             raise InvalidRequest(f"expected {', '.join(items.metadata)} in the stream's query; got it with a message")
-        seed = None if self.hello.seed is None else step_seed(self.hello.seed, self.steps + 1)
-        act = partial(self._act, items.tensors, seed)
-        if self._chunks is None:
-            acted = await act()
-            self._keep_state(acted)
-        else:
-            is_init = bool(items.tensors.get(IS_INIT.name, IS_INIT.zeros(1))[0])
-            acted = await self._chunks.step(act, self._keep_state, is_init)
-        self.steps += 1
+        acted = await self.act(items.tensors)
         self.tally.answered += 1
         reply = self._reply(acted.outputs, 0, acted.queue_ns, acted.run_ns)
         if text is None:
             return {"type": "websocket.send", "bytes": self._replies.pack(reply)}
         return {"type": "websocket.send", "text": self._replies.to_json(reply)}
-
-    async def _act(self, tensors: Arrays, seed: int | None) -> Acted:
-        state = self._state
-        if self.arena is not None and self.slot is not None and self.steps:
-            state = self.arena.state(self.slot)
-        return await self.admission.act(self._policy, tensors | state, 1, self.hello.exploration, seed)
-
-    def _keep_state(self, acted: Acted) -> None:
-        # `state_after` copies: a view would keep the array of the whole batch in memory.
-        state = self._policy.state_after(acted)
-        if self.arena is not None and self.slot is not None:
-            self.arena.set_state(self.slot, state)
-        else:
-            self._state = state
 
     def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
         """The reply to a binary message that the fast path has stepped; the arena has the state."""
@@ -158,17 +122,3 @@ class StreamEpisode:
         """The size of one item in the largest encoding."""
         elements = sum(spec.elements for spec in self._signature.request_inputs)
         return _OVERHEAD_BYTES + _BYTES_PER_ELEMENT * elements
-
-
-def _chunk_steps(policy: Policy, query: QueryParams, selected: Sequence[str]) -> ChunkSteps | None:
-    """The steps that `?chunk=step&ahead=2` asks for; None: messages are answered with whole chunks."""
-    wanted, ahead = query.get("chunk", "whole"), query.get("ahead", "0")
-    if wanted not in ("whole", "step") or not (ahead.isascii() and ahead.isdecimal() and len(ahead) < 5):
-        got = f"chunk={wanted}, ahead={ahead}"[:80]
-        raise InvalidRequest(f"expected chunk=whole, or chunk=step and the steps in ahead; got {got}")
-    if wanted == "whole":
-        return None
-    planned = policy.signature.planned.name
-    if "outputs" in query and set(selected) - {planned}:
-        raise InvalidRequest(f"chunk=step answers {planned} alone; got outputs={query['outputs']}"[:200])
-    return ChunkSteps(policy.signature, int(ahead))

@@ -6,14 +6,12 @@ grpc and tritonclient, is imported only if the server is on.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 
-from actserve.core.errors import UsageError
 from actserve.core.imports import import_extra
 from actserve.core.settings import Settings
-from actserve.server.protocols import Protocol, Service
+from actserve.server.protocols import Protocol, Service, ports
 
 SERVING = "actserve.server.protocols.grpc.server:serving"
 
@@ -27,21 +25,10 @@ def serving(service: Service) -> AbstractAsyncContextManager[None]:
 
 
 def check(settings: Settings) -> None:
-    """Check before the first worker starts. Raises `UsageError` if the port is taken or the libraries are missing.
-
-    The workers share the port, and would not notice that another service has it.
-    """
-    if settings.grpc_port is None:
-        return
-    import_extra("grpc", SERVING)
-    family = socket.AF_INET6 if ":" in settings.grpc_host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # despite connections in TIME_WAIT
-            probe.bind((settings.grpc_host, settings.grpc_port))
-    except OSError as error:
-        where = f"{settings.grpc_host}, port {settings.grpc_port}"
-        raise UsageError(f"cannot listen on {where} for gRPC: {error.strerror}") from error
+    """Raises `UsageError` if the port is taken or the libraries are missing."""
+    if settings.grpc_port is not None:
+        import_extra("grpc", SERVING)
+        ports.check_free(settings.grpc_host, settings.grpc_port, "gRPC")
 
 
 protocol = Protocol("Open Inference Protocol over gRPC", serving=serving, check=check)
