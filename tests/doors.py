@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 import urllib3
+import zmq
 from backports import zstd
 from fastapi import FastAPI
 from safetensors.numpy import save
@@ -26,6 +27,7 @@ from websockets.sync.client import connect
 
 from actserve import wire
 from actserve.cli.tools.local_service import free_port
+from actserve.core.errors import ActserveError
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
 from actserve.server import protocols
@@ -35,12 +37,14 @@ from actserve.server.app import fast_protocols, install
 from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.http import act, error_responses, policies, security, sessions
 from actserve.server.protocols import Service as ProtocolService
+from actserve.server.protocols.robots.packed import of_gr00t, of_openpi, of_vla_eval, pack, unpack
 from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
 from tests.clock import Clock
 from tests.fastpath_service import NAME, SCREENS, OnePolicy
 from tests.oip import in_binary
 from tests.oip_grpc import infer
+from tests.robot_clients import from_json_numpy, json_numpy
 from tests.serving import port_of, serving
 
 SHAPE = SCREENS.observations[0].shape
@@ -60,12 +64,15 @@ class Result:
 class Service:
     """A running service, and a client's token for it."""
 
-    def __init__(self, port: int, grpc_port: int, registry: OnePolicy, admission: Admission, token: str | None) -> None:
+    def __init__(
+        self, port: int, settings: Settings, registry: OnePolicy, admission: Admission, token: str | None
+    ) -> None:
         self.port, self.registry, self.admission, self.token = port, registry, admission, token
+        self.gr00t_port = settings.gr00t_port
         self.routed: list[str] = []  # requests that came to the routes
         self.http = urllib3.HTTPConnectionPool("127.0.0.1", port, maxsize=8, timeout=60, retries=False)
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        self.grpc = GRPCInferenceServiceStub(grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options))
+        self.grpc = GRPCInferenceServiceStub(grpc.insecure_channel(f"127.0.0.1:{settings.grpc_port}", options))
 
     @property
     def headers(self) -> dict[str, str]:
@@ -99,7 +106,7 @@ def running(
     folder: Path, settings: Settings | None = None, tokens: bool = False, slow: bool = False
 ) -> Iterator[Service]:
     """With `tokens`, one of `RATE` is needed; `slow`: the program runs in a thread."""
-    settings = (settings or Settings()).model_copy(update={"grpc_port": free_port()})
+    settings = (settings or Settings()).model_copy(update={"grpc_port": free_port(), "gr00t_port": free_port()})
     token, access = None, None
     if tokens:
         token = add_token(folder / "tokens", "robot", rate=RATE)
@@ -139,8 +146,7 @@ def running(
         app.include_router(routes.router)
     install(app, found)
     with serving(app) as server:
-        assert settings.grpc_port is not None
-        service = Service(port_of(server), settings.grpc_port, registry, admission, token)
+        service = Service(port_of(server), settings, registry, admission, token)
         try:
             yield service
         finally:
@@ -260,6 +266,63 @@ def _stream_text(service: Service, items: Array) -> Result:
     return _stream(service, json.dumps({"pixels": {"dtype": "uint8", "shape": SHAPE, "b64": data}}))
 
 
+def _told(code: str, text: str) -> Result:
+    """An error that says only its code: the status is that of its class, or of the class above."""
+    kind = next(kind for kind in _kinds(ActserveError) if kind.code == code)
+    status = next(error_responses.STATUS[base] for base in kind.__mro__ if base in error_responses.STATUS)
+    return Result(str(status), text)
+
+
+def _kinds(kind: type[ActserveError]) -> Iterator[type[ActserveError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+
+
+def _openpi(service: Service, items: Array) -> Result:
+    url = f"ws://127.0.0.1:{service.port}/"
+    with connect(url, compression=None, proxy=None, additional_headers=service.headers, max_size=None) as socket:
+        socket.recv(60)
+        socket.send(pack({"observation": {"pixels": items[0]}}, of_openpi))
+        answer = socket.recv(60)
+    if isinstance(answer, str):
+        return _told(*answer.split(": ", 1))
+    return Result("200", actions=tuple(unpack(answer)["actions"][0]))
+
+
+def _vla_eval(service: Service, items: Array) -> Result:
+    url = f"ws://127.0.0.1:{service.port}/policies/{NAME}/vla-eval"
+    with connect(url, compression=None, proxy=None, additional_headers=service.headers, max_size=None) as socket:
+        socket.send(pack({"type": "observation", "seq": 1, "payload": {"pixels": items[0]}}, of_vla_eval))
+        message = socket.recv(60)
+    assert isinstance(message, bytes)
+    answer = unpack(message)["payload"]
+    if "error" in answer:
+        return _told(answer["code"], answer["error"])
+    return Result("200", actions=(int(answer["actions"]),))
+
+
+def _json_numpy(service: Service, items: Array) -> Result:
+    document = json.dumps({"pixels": json_numpy(items[0])}).encode()
+    response = service.post("/act", document, wire.JSON)
+    if response.status != 200:
+        return _answered(response)
+    return Result("200", actions=(int(from_json_numpy(response.json())),))
+
+
+def _gr00t(service: Service, items: Array) -> Result:
+    request = {"data": {"video.pixels": items[:1]}, **({} if service.token is None else {"api_token": service.token})}
+    with zmq.Context() as context, context.socket(zmq.REQ) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 60_000)
+        socket.connect(f"tcp://127.0.0.1:{service.gr00t_port}")
+        socket.send(pack(request, of_gr00t))
+        answer = unpack(socket.recv())
+    if "error" in answer:
+        return _told(answer["code"], answer["error"])
+    return Result("200", actions=(int(answer["action"][0, 0]),))
+
+
 Door = Callable[[Service, Array], Result]
 BATCHES: dict[str, Door] = {
     "fast path": _raw,
@@ -278,8 +341,12 @@ SINGLE: dict[str, Door] = {
     "OIP sequence": _sequence,
     "stream": _stream_binary,
     "stream, text": _stream_text,
+    "openpi": _openpi,
+    "vla-eval": _vla_eval,
+    "json-numpy": _json_numpy,
+    "GR00T": _gr00t,
 }
 """Doors that take one item at a time."""
 ALL = BATCHES | SINGLE
-REQUESTS = {"session": 2, "gRPC stream": 2, "stream": 2, "stream, text": 2}
+REQUESTS = {"session": 2, "gRPC stream": 2, "stream": 2, "stream, text": 2, "openpi": 2, "vla-eval": 2}
 """How many requests one act through a door takes, where it is more than one: to begin, and the step."""
