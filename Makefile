@@ -15,13 +15,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=load
 QUIET := --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/pip install $(QUIET) --constraint .ci/constraints.txt
 PINNED := $(QUIET) --no-deps
+# Robots' clients, which tests/e2e/test_robot_clients.py runs.
+ROBOTS := $(patsubst %,.venv/%/installed,openpi vla-eval positronic json-numpy gr00t)
 
 .PHONY: demo test test-wide test-fast chromium servers check format docs bench
 
 demo: .venv/all
 	$(BIN)/python -m actserve_export.demo
 
-test: .venv/dev .venv/kserve/installed .venv/s3/installed chromium servers
+test: .venv/dev .venv/kserve/installed .venv/s3/installed $(ROBOTS) chromium servers
 	$(PYTEST) -m "not wide"
 
 test-wide: .venv/dev .venv/ray/installed .venv/robots/installed

@@ -1,0 +1,104 @@
+"""Robots' clients, as they come from the registry, against the service as it is started.
+
+Each has an environment of its own: `make .venv/openpi/installed`, and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actserve import RemotePolicy
+from actserve.cli.tools import local_service as local
+from actserve.core.signature import Array, Arrays
+from actserve.server.access.tokens import add_token
+from tests.exported import exported
+from tests.policies_robots import SIZE
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 500
+CLIENTS = {  # the module in `robots`, by environment
+    "openpi": "openpi",
+    "vla-eval": "vla_eval",
+    "positronic": "positronic",
+    "json-numpy": "json_numpy_client",
+    "gr00t": "gr00t",
+}
+
+
+class Service:
+    """A service with the policy `robot`, a token for it, and one episode with its actions by `RemotePolicy`."""
+
+    def __init__(self, port: int, gr00t_port: int, token: str) -> None:
+        self.port, self.gr00t_port, self.token = port, gr00t_port, token
+        rng = np.random.default_rng(0)
+        self.episode: Arrays = {
+            "image": rng.integers(0, 256, (STEPS, SIZE, SIZE, 3), np.uint8),
+            "wrist_image": rng.integers(0, 256, (STEPS, SIZE, SIZE, 3), np.uint8),
+            "state": rng.standard_normal((STEPS, 5)).astype(np.float32),
+        }
+        self.actions = self.play()
+
+    def play(self) -> Array:
+        """(STEPS, HORIZON, DIM), by `RemotePolicy`."""
+        with RemotePolicy(f"http://127.0.0.1:{self.port}", token=self.token) as policy:
+            episode = policy.episode()
+            seen = ({f"observation_{name}": a[i] for name, a in self.episode.items()} for i in range(STEPS))
+            return np.stack([episode.act(step) for step in seen])
+
+
+@pytest.fixture(scope="module", params=["onnx", pytest.param("pt2", marks=pytest.mark.wide)])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    runtime = request.param
+    store = exported("tests.policies_robots:robot", ["onnx"] if runtime == "onnx" else ["onnx", "pt2"])
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens"
+    token, gr00t_port = add_token(tokens, "arm"), local.free_port()
+    options = ["--runtime", runtime, "--tokens", str(tokens), "--gr00t-port", str(gr00t_port)]
+    with local.serve(store.root, *options, "--ignore", "prompt,task_description") as up:
+        yield Service(int(up.url.rpartition(":")[2]), gr00t_port, token)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_an_episode_of_a_robots_own_client(service: Service, client: str, tmp_path: Path) -> None:
+    """While it plays, and is told what is wrong, and is cut off, another client plays the same episode."""
+    python = ROOT / ".venv" / client / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"the client is not installed: make .venv/{client}/installed")
+    np.savez(tmp_path / "episode.npz", allow_pickle=False, **service.episode)
+    port = service.gr00t_port if client == "gr00t" else service.port
+    module = f"tests.e2e.robots.{CLIENTS[client]}"
+    command = [str(python), "-m", module, str(port), service.token, str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    others: list[Array] = []
+    done = threading.Event()
+
+    def play_on() -> None:
+        while not done.is_set():
+            others.append(service.play())
+
+    thread = threading.Thread(target=play_on)
+    thread.start()
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=600, check=False, env=environment, cwd=ROOT
+        )
+    finally:
+        done.set()
+        thread.join()
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "actions.npy"), service.actions)
+    for actions in [*others, service.play()]:
+        np.testing.assert_array_equal(actions, service.actions)
+    told = json.loads(result.stdout)
+    assert "expected a valid token" in told["token"]
+    assert "observation_image: expected" in told["shape"]
+    assert "23" in told["shape"]
+    assert "observation_state: expected float32[5]; got nothing" in told["missing"]
+    assert "Traceback" not in result.stdout
