@@ -36,8 +36,10 @@ CLIENTS = {  # the module in `robots`, by environment
 class Service:
     """A service with the policy `robot`, a token for it, and one episode with its actions by `RemotePolicy`."""
 
-    def __init__(self, port: int, gr00t_port: int, token: str) -> None:
+    def __init__(self, runtime: str, port: int, gr00t_port: int, token: str) -> None:
         self.port, self.gr00t_port, self.token = port, gr00t_port, token
+        # In company a .pt2 differs in the last bits; alone it does not: tests/test_robot_wires.py.
+        self.tolerance = 0.0 if runtime == "onnx" else 1e-5
         rng = np.random.default_rng(0)
         self.episode: Arrays = {
             "image": rng.integers(0, 256, (STEPS, SIZE, SIZE, 3), np.uint8),
@@ -62,7 +64,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     token, gr00t_port = add_token(tokens, "arm"), local.free_port()
     options = ["--runtime", runtime, "--tokens", str(tokens), "--gr00t-port", str(gr00t_port)]
     with local.serve(store.root, *options, "--ignore", "prompt,task_description") as up:
-        yield Service(int(up.url.rpartition(":")[2]), gr00t_port, token)
+        yield Service(runtime, int(up.url.rpartition(":")[2]), gr00t_port, token)
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -93,9 +95,8 @@ def test_an_episode_of_a_robots_own_client(service: Service, client: str, tmp_pa
         done.set()
         thread.join()
     assert result.returncode == 0, result.stderr
-    np.testing.assert_array_equal(np.load(tmp_path / "actions.npy"), service.actions)
-    for actions in [*others, service.play()]:
-        np.testing.assert_array_equal(actions, service.actions)
+    for actions in (np.load(tmp_path / "actions.npy"), *others, service.play()):
+        np.testing.assert_allclose(actions, service.actions, rtol=0, atol=service.tolerance)
     told = json.loads(result.stdout)
     assert "expected a valid token" in told["token"]
     assert "observation_image: expected" in told["shape"]

@@ -1,4 +1,4 @@
-"""An episode through a robot's own client; `test_robot_clients.py` runs each module here with a Python that has the client.
+"""An episode through a robot's own client: `test_robot_clients.py` runs each module here with a Python that has it.
 
 python -m MODULE PORT TOKEN FOLDER reads the observations in FOLDER, writes the actions there, and prints, as JSON, what
 the client is told when something is wrong.

@@ -55,7 +55,7 @@ class ActBodies(Interface):
 
 @dataclass(frozen=True)
 class Protocol:
-    """What one protocol adds to the service. `name` is for messages, and unique."""
+    """The additions of one protocol to the service. `name` is for messages, and unique."""
 
     name: str
     routers: Sequence[APIRouter] = ()  # HTTP routes and WebSockets

@@ -38,7 +38,8 @@ class Step:
 class RobotEpisode:
     """The episode of one robot, from `begin` or `reset` on. `close` it.
 
-    Whoever receives messages calls `admit` for each, `step` for an observation, and `refused` for an error.
+    A wire calls `step` for an observation, and `refused` for an error that it tells the robot. It may call `admit` for
+    each message before it decodes it; otherwise `step` does.
     """
 
     def __init__(

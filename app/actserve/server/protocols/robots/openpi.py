@@ -76,7 +76,7 @@ def as_chunk(action: Array) -> Array:
 
 
 def metadata(episode: RobotEpisode) -> dict[str, Any]:
-    """What the service says of the policy. RoboArena's clients take its configuration only, and no other names."""
+    """The first message. RoboArena's clients take its configuration only, and no other names."""
     policy = episode.policy
     return roboarena.configuration(policy) or {
         "policy": policy.name,

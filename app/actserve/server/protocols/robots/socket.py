@@ -22,7 +22,7 @@ Message = bytes | str
 
 
 class SocketWire(ABC):
-    """What one protocol says on a WebSocket. Each connection has its own object."""
+    """One protocol's messages on a WebSocket. Each connection has its own object."""
 
     route: ClassVar[str]  # the template of the URL, with {name}: for the metrics
 
