@@ -10,6 +10,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from actserve import RemotePolicy
 from actserve.cli.tools import local_service as local
 from actserve.core.signature import Array, Arrays
 from actserve.server.access.tokens import add_token
+from tests.command_line import actserve
 from tests.exported import exported
 from tests.policies_robots import SIZE
+from tests.robot_clients import Gr00tClient
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 500
@@ -103,3 +106,30 @@ def test_an_episode_of_a_robots_own_client(service: Service, client: str, tmp_pa
     assert "23" in told["shape"]
     assert "observation_state: expected float32[5]; got nothing" in told["missing"]
     assert "Traceback" not in result.stdout
+
+
+def test_workers_share_the_port_of_gr00t(tmp_path: Path) -> None:
+    """Each connection is one worker's, and keeps its episode there."""
+    store, port = exported("tests.policies_robots:robot", ["onnx"]), local.free_port()
+    rng = np.random.default_rng(1)
+    seen: list[Arrays] = [
+        {
+            "image": rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
+            "wrist_image": rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
+            "state": rng.standard_normal(5).astype(np.float32),
+        }
+        for _ in range(5)
+    ]
+    with local.serve(store.root, "--runtime", "onnx", "--workers", "2", "--gr00t-port", str(port)) as service:
+        with RemotePolicy(service.url) as policy:
+            episode = policy.episode()
+            expected = [episode.act({f"observation_{name}": a for name, a in step.items()}) for step in seen]
+        with ExitStack() as stack:
+            clients = [stack.enter_context(Gr00tClient(0, port)) for _ in range(12)]
+            for step, action in zip(seen, expected, strict=True):
+                for client in clients:
+                    np.testing.assert_array_equal(client.act(**step), action)
+        command = ["serve", "--store", str(store.root), "--port", "0", "--gr00t-port", str(port)]
+        refused = actserve(*command)
+        assert refused.returncode == 2
+        assert f"cannot listen on 127.0.0.1, port {port} for GR00T's protocol: Address already in use" in refused.stderr

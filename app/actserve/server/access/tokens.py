@@ -12,8 +12,6 @@ token. Two lines may have the same name: to replace a token, list both for a whi
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 import logging
@@ -38,7 +36,6 @@ _LINE = re.compile(
 )
 # RFC 6750, 2.1; openpi's clients say Api-Key.
 _BEARER = re.compile(rb"(?:bearer|api-key) +([\x21-\x7e]{1,200})", re.IGNORECASE)
-_BASIC = re.compile(rb"basic +([A-Za-z0-9+/]{1,400}={0,2})", re.IGNORECASE)  # RFC 7617: the password is the token
 
 
 class Token:
@@ -106,10 +103,10 @@ class Access:
     def find(self, authorization: bytes | None) -> Token | None:
         """The token in an Authorization header, if it is valid."""
         self.reload_if_changed()
-        given = None if authorization is None else _read(authorization)
-        if given is None:
+        match = None if authorization is None else _BEARER.fullmatch(authorization)
+        if match is None:
             return None
-        digest = hashlib.sha256(given).digest()
+        digest = hashlib.sha256(match[1]).digest()
         token = self._tokens.get(digest)
         return token if token is not None and hmac.compare_digest(token.digest, digest) else None
 
@@ -194,19 +191,6 @@ def add_token(file: Path, name: str, rate: float = 0.0, sessions: int | None = N
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}") from error
     return token
-
-
-def _read(authorization: bytes) -> bytes | None:
-    """The token in an Authorization header."""
-    if (bearer := _BEARER.fullmatch(authorization)) is not None:
-        return bearer[1]
-    if (basic := _BASIC.fullmatch(authorization)) is None:
-        return None
-    try:
-        _, colon, password = base64.b64decode(basic[1], validate=True).partition(b":")
-    except binascii.Error:
-        return None
-    return password if colon and len(password) <= 200 else None
 
 
 def _unauthorized(got: str) -> Unauthorized:

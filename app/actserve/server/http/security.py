@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -90,13 +92,27 @@ def _authorization(scope: Scope, headers: Headers) -> bytes | None:
     """The Authorization header, if there is exactly one.
 
     A browser's WebSocket cannot send one: our page offers the subprotocols `actserve` and `bearer.TOKEN` instead.
+    Robots' clients may send the password of a WebSocket's URL. Elsewhere it is not read: browsers send it unasked.
     """
     given = headers.getlist("authorization")
+    if scope["type"] == "websocket" and len(given) == 1 and (password := _password(given[0])) is not None:
+        return b"Bearer " + password
     if scope["type"] == "websocket" and not given:
         given = [
             f"Bearer {name.removeprefix(TOKEN)}" for name in scope.get("subprotocols", ()) if name.startswith(TOKEN)
         ]
     return given[0].encode("latin-1") if len(given) == 1 else None
+
+
+def _password(authorization: str) -> bytes | None:
+    """The password of `Authorization: Basic` (RFC 7617)."""
+    scheme, _, encoded = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        return base64.b64decode(encoded.strip(), validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return None
 
 
 def _refusal(path: str, error: ActserveError) -> Response:

@@ -1,6 +1,6 @@
 """json-numpy at `POST /act`: arrays as `{"__numpy__": base64, "dtype", "shape"}` in JSON, as for OpenVLA's server.
 
-A body is told from our own JSON by its content: it contains `__numpy__`. It may be encoded twice, as
+A body is told from our own JSON by its content: its beginning contains `__numpy__`. It may be encoded twice, as
 `{"encoded": "…"}` or as one JSON string; then the answer is, too. The answer is the action alone. It is an object with
 names if the observation is in an object `{"observation": …}`, as for GR00T's server, if `outputs` asks for more, or if
 the client carries the state. A session holds the state if `X-Session` names one.
@@ -34,6 +34,7 @@ from actserve.wire.payload import Body, Payload, check_json_size
 
 MARK = "__numpy__"
 _MARK = re.compile(MARK.encode())
+_FIRST_BYTES = 1 << 20  # a search through the largest body would delay all other requests
 _MAX_DEPTH = 32
 _MANY_BYTES = 64 << 10  # more take a millisecond or longer to decode
 _ENCODED, _OBSERVATION = "encoded", "observation"
@@ -43,11 +44,11 @@ class JsonNumpyBodies:
     """The bodies with `__numpy__`."""
 
     def recognises(self, content_type: str, body: Body) -> bool:
-        return wire.media_type_of(content_type) in (wire.JSON, "") and _MARK.search(body) is not None
+        return wire.media_type_of(content_type) in (wire.JSON, "") and _MARK.search(body, 0, _FIRST_BYTES) is not None
 
     async def answer(self, request: Request, policy: Policy, version: int | None, body: Body) -> Response:
         takes_long = len(body) > _MANY_BYTES
-        document, is_twice = await off_loop.call(parse, bytes(body), takes_long=takes_long)
+        document, is_twice = await off_loop.call(parse, body, takes_long=takes_long)
         ignored = service_of(request).settings.ignored
 
         async def decode(signature: Signature) -> Payload:
@@ -89,9 +90,9 @@ async def _step(request: Request, policy: Policy, version: int | None, decode: D
     return {name: as_json(result.acted.outputs[name][0]) for name in names}, sessions.step_headers(result)
 
 
-def parse(body: bytes) -> tuple[dict[str, Any], bool]:
+def parse(body: Body) -> tuple[dict[str, Any], bool]:
     """The document with NumPy arrays, and whether it was encoded twice. Raises `MalformedBody`."""
-    document, is_twice = _load(body), False
+    document, is_twice = _load(bytes(body)), False
     if isinstance(document, dict) and document.keys() == {_ENCODED}:
         document = document[_ENCODED]
     if isinstance(document, str):

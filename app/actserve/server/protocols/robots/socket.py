@@ -71,9 +71,6 @@ async def _serve(websocket: WebSocket, kind: type[SocketWire], name: str | None)
     counts.streams += 1
     try:
         await websocket.accept()
-        extensions = websocket.scope["extensions"]
-        if LIMIT in extensions:
-            extensions[LIMIT]["set_max_bytes"](episode.max_message_bytes)
         wire = kind(episode, patience_ns)
         greeting = wire.greeting()
         if greeting is not None:
@@ -89,7 +86,10 @@ async def _serve(websocket: WebSocket, kind: type[SocketWire], name: str | None)
 async def _answer_messages(websocket: WebSocket, wire: SocketWire, idle_s: float) -> tuple[int, str]:
     """Answer messages until the connection ends; returns the close code and reason. Raises `WebSocketDisconnect`."""
     episode = wire.episode
+    limit = websocket.scope["extensions"].get(LIMIT)
     while True:
+        if limit is not None:
+            limit["set_max_bytes"](episode.max_message_bytes)  # an episode may begin on another version
         try:
             async with asyncio.timeout(idle_s):
                 received = await websocket.receive()
@@ -115,10 +115,10 @@ async def _answer_messages(websocket: WebSocket, wire: SocketWire, idle_s: float
             episode.failed()
             return FAILED, "the service failed on this message; its log says why"
         else:
-            if reply is not None:
-                await _send(websocket, reply)
-            elif not episode.steps:
+            if reply is None:
                 await asyncio.sleep(0)
+            else:
+                await _send(websocket, reply)
 
 
 async def _send(websocket: WebSocket, message: Message) -> None:

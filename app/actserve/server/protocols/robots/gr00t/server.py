@@ -15,7 +15,7 @@ from typing import Any
 import zmq
 from zmq.asyncio import Context
 
-from actserve.core.errors import ActserveError, InvalidRequest, MalformedBody, Unauthorized
+from actserve.core.errors import ActserveError, InvalidRequest, MalformedBody, TooManyConnections, Unauthorized
 from actserve.core.repeat import repeat
 from actserve.engine.policy import Policy
 from actserve.server import off_loop
@@ -35,6 +35,7 @@ ROUTE = "get_action"
 DRAIN_S = 30.0  # for accepted requests, as with HTTP
 LINGER_MS = 1000  # for answers that are not sent yet
 SWEEP_EVERY_S = 1.0
+RETRY_S = 1.0
 ENDPOINTS = ("ping", "get_action", "reset", "get_modality_config")
 
 
@@ -80,14 +81,16 @@ class _Server:
     async def read(self) -> None:
         """Answer each request in a task of its own."""
         while True:
-            frames = await self._socket.recv_multipart()
-            if len(frames) != 3 or frames[1]:
-                continue  # not of a REQ client, and an answer would have no place
-            if len(self._answering) >= self._service.settings.max_connections:
+            try:
+                frames = await self._socket.recv_multipart()
+            except zmq.ZMQError:
+                log.exception("a message to GR00T's port could not be received")
+                await asyncio.sleep(RETRY_S)
                 continue
-            task = asyncio.create_task(self._answer(frames[0], frames[2]))
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            if len(frames) == 3 and not frames[1]:  # others are not of a REQ client, and an answer would have no place
+                task = asyncio.create_task(self._answer(frames[0], frames[2]))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
 
     async def sweep(self) -> None:
         self._clients.sweep()
@@ -100,6 +103,9 @@ class _Server:
 
     async def _answer(self, identity: bytes, message: bytes) -> None:
         try:
+            limit = self._service.settings.max_connections
+            if len(self._answering) > limit:
+                raise TooManyConnections(f"the service takes at most {limit} requests at once on this port")
             with self._service.admission.memory.taken(len(message)):
                 answer = await self._handle(identity, message)
         except ActserveError as error:
