@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from websockets.sync.client import connect
 
 from actserve import RemotePolicy, Stream
 from actserve.cli.tools import local_service as local
@@ -20,6 +21,7 @@ from actserve.core.errors import CaptureFailed, InvalidRequest, ServiceError
 from actserve.core.signature import Arrays, Chunk, Signature, State, TensorSpec
 from actserve.engine.policy import Acted
 from actserve.server.chunk_steps import ChunkSteps
+from actserve.server.protocols.robots.packed import of_openpi, pack, unpack
 from actserve.server.sessions.chunk_state import by_action, take_action
 from actserve_export import PolicySource
 from actserve_export.capture import capture
@@ -210,3 +212,14 @@ def test_a_new_episode_in_a_session_plans_anew() -> None:
         assert [(call["time"], call.get("hidden")) for call in seen] == [([0.0], None), ([3.0], [[0.0]])]
 
     asyncio.run(scenario())
+
+
+def test_a_robot_gets_one_action_for_each_observation_if_its_url_says_so(url: str) -> None:
+    address = url.replace("http", "ws") + "/policies/planner/openpi?chunk=step&ahead=3"
+    with connect(address, proxy=None, compression=None) as socket:
+        unpack(socket.recv(decode=False))
+        for tick in range(30):
+            socket.send(pack({"time": np.array([tick], np.float32)}, of_openpi))
+            answer = unpack(socket.recv(decode=False))
+            assert answer["action"].tolist() == [tick]
+            assert answer["actions"].tolist() == [[tick]]

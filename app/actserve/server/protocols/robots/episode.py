@@ -14,6 +14,7 @@ from actserve.engine.policy import Policy
 from actserve.server import off_loop
 from actserve.server.access.tokens import Token
 from actserve.server.admission import Ticket, current_token
+from actserve.server.chunk_steps import chunk_steps
 from actserve.server.episode_state import EpisodeState
 from actserve.server.http.error_responses import log_if_internal, status_of
 from actserve.server.memory import STREAM_BYTES
@@ -72,8 +73,8 @@ class RobotEpisode:
     ) -> RobotEpisode:
         """An episode on the live version of `policy`, by default of the default policy.
 
-        `route` is the template of a URL, or a name, for the metrics. `query` may have `outputs`, `seed` and
-        `exploration`. The episode belongs to the token of `ticket`, by default of the request in progress.
+        `route` is the template of a URL, or a name, for the metrics. `query` may have `outputs`, `seed`, `exploration`,
+        `chunk` and `ahead`, as that of a stream. The episode belongs to the token of `ticket`, by default of the request in progress.
         Raises an `ActserveError`.
         """
         token = current_token() if ticket is None else ticket.token
@@ -146,12 +147,15 @@ class RobotEpisode:
         signature = policy.signature
         state = EpisodeState(policy, self._service.admission, *wire.read_randomness(self._query))
         selected = signature.select(self._names)
+        state.chunks = chunk_steps(signature, self._query, self._names)
         held = ExitStack()
         size_bytes = STREAM_BYTES + sum(part.spec.item_bytes for part in signature.state)
         held.enter_context(self._service.admission.memory.taken(size_bytes))
         self._held.close()
         self._held = held
-        self._outputs = dict.fromkeys([signature.action.name, *selected])
+        action = signature.action if state.chunks is None else state.chunks.action
+        self.action = action.name
+        self._outputs = dict.fromkeys([action.name] if state.chunks else [action.name, *selected])
         self._signature = replace(signature, max_batch=1, state=(), noise=(), is_init=False)
         self._specs = {spec.name: spec for spec in self._signature.request_inputs}
         self._map = NameMap(list(self._specs), self._service.settings.ignored)

@@ -52,7 +52,7 @@ class Openpi(SocketWire):
             await self.episode.reset()
             return None
         step = await self.episode.step(request, self.patience_ns)
-        action = step.outputs[self.episode.policy.signature.action.name]
+        action = step.outputs[self.episode.action]
         if endpoint == "infer":
             return pack(as_chunk(action), of_openpi)
         timing = self._timing(step, begun_ns)

@@ -38,7 +38,7 @@ class VlaEval(SocketWire):
         if kind != "observation":
             return None
         step = await self.episode.step(payload, self.patience_ns)
-        action = step.outputs[self.episode.policy.signature.action.name]
+        action = step.outputs[self.episode.action]
         return self._pack("action", {**step.outputs, "actions": action})
 
     def refusal(self, error: ActserveError) -> bytes:
