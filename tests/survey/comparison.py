@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 from torchrl.data import Bounded, Unbounded
 from torchrl.envs import Compose, InitTracker, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -14,6 +15,7 @@ from torchrl.modules import GRUModule, LSTMModule
 from torchrl.modules.utils import get_primers_from_module
 
 from actserve.core.completion import complete
+from actserve.core.errors import one_line
 from actserve.core.signature import Arrays, Signature
 from actserve.engine import golden
 from actserve.store.artifact import Artifact
@@ -40,7 +42,10 @@ def compare(source: PolicySource, artifact: Artifact) -> str:
     signature = artifact.manifest.signature
     programs = {runtime: golden.load(runtime, artifact, 1) for runtime in RUNTIMES}
     notes = []
-    steps = _original(source, signature, seed=0)
+    try:
+        steps = _original(source, signature, seed=0)
+    except RuntimeError as error:  # of a distribution that has no mean
+        return f"the original has no deterministic actions: {one_line(error)}"
     if _same(steps, _original(source, signature, seed=1)):
         for runtime, program in programs.items():
             _follow(runtime, program, signature, steps)
@@ -57,7 +62,7 @@ def compare(source: PolicySource, artifact: Artifact) -> str:
 
 def _transforms(source: PolicySource) -> Any:
     """The transforms of an environment in front of the policy, or None."""
-    first = next(iter(getattr(source.policy, "module", ())), None)
+    first = source.policy[0] if type(source.policy) is TensorDictSequential else None
     return first if isinstance(first, Compose) or getattr(first, "parent", None) is not None else None
 
 
@@ -71,16 +76,17 @@ def _original(source: PolicySource, signature: Signature, seed: int) -> Steps:
 def _stepped(source: PolicySource, signature: Signature) -> Steps:
     """`ROWS` episodes at once; state goes from ("next", key) to key, as `step_mdp` does it."""
     rng = np.random.default_rng(0)
+    rows = min(ROWS, signature.max_batch)
     steps: Steps = []
-    held = source.example.expand(ROWS, *source.example.shape).clone()
+    held = source.example.expand(rows, *source.example.shape).clone()
     for step in range(STEPS if signature.state else 3):
-        given = _observations(signature, rng)
+        given = _observations(signature, rng, rows)
         for key in held.keys(include_nested=True, leaves_only=True):
             if key_name(key) in given:
                 held.set(key, torch.from_numpy(given[key_name(key)]).to(held.get(key).dtype))
         if signature.is_init:
-            given["is_init"] = np.full(ROWS, step == 0)
-            held.set("is_init", torch.full((ROWS, 1), step == 0))
+            given["is_init"] = np.full(rows, step == 0)
+            held.set("is_init", torch.full((rows, 1), step == 0))
         held = source.policy(held)
         steps.append((given, _by_name(held, signature)))
         nexts = held.pop("next", None)
@@ -89,14 +95,14 @@ def _stepped(source: PolicySource, signature: Signature) -> Steps:
     return steps
 
 
-def _observations(signature: Signature, rng: np.random.Generator) -> Arrays:
+def _observations(signature: Signature, rng: np.random.Generator, rows: int) -> Arrays:
     given = {}
     for spec in signature.observations:
-        given[spec.name] = spec.sample(rng, ROWS)
+        given[spec.name] = spec.sample(rng, rows)
         if "mask" in spec.name:
             given[spec.name][..., 0] = True
         if "covariance" in spec.name:
-            root = rng.standard_normal((ROWS, *spec.shape))
+            root = rng.standard_normal((rows, *spec.shape))
             given[spec.name] = (root @ root.swapaxes(-1, -2) / 10).astype(spec.numpy_dtype)
     return given
 

@@ -22,6 +22,12 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     rollouts = {found["rollout"]["steps"] for found in certificate["programs"].values() if "rollout" in found}
     if rollouts:
         print(f"rollout of {max(rollouts)} steps with carried state and resets: no action differs")
+    if followed := [
+        found["rollout"]["steps_until_rounding_adds_up"]
+        for found in certificate["programs"].values()
+        if "steps_until_rounding_adds_up" in found.get("rollout", {})
+    ]:
+        print(f"its state amplifies rounding: after {min(followed)} steps or more it differs beyond the tolerance")
     if "statistics" in certificate:
         found = certificate["statistics"]
         print(

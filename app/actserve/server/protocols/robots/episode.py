@@ -74,7 +74,8 @@ class RobotEpisode:
         """An episode on the live version of `policy`, by default of the default policy.
 
         `route` is the template of a URL, or a name, for the metrics. `query` may have `outputs`, `seed`, `exploration`,
-        `chunk` and `ahead`, as that of a stream. The episode belongs to the token of `ticket`, by default of the request in progress.
+        `chunk` and `ahead`, as that of a stream. The episode belongs to the token of `ticket`, by default of the
+        request in progress.
         Raises an `ActserveError`.
         """
         token = current_token() if ticket is None else ticket.token
