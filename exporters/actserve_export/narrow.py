@@ -24,6 +24,7 @@ from actserve.core.errors import CaptureFailed, Disagreement
 from actserve.core.signature import Arrays
 from actserve.engine import golden
 from actserve.engine.golden import Tolerance
+from actserve.engine.narrower import ORIGINAL
 from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import GOLDEN, Artifact, Manifest, Program
@@ -152,7 +153,7 @@ def _draft(precision: Precision, original: Artifact, program: Program) -> Manife
         parent=manifest.version,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         programs={RUNTIMES[precision]: program},
-        provenance={**manifest.provenance, "narrowed_from": original.label},
+        provenance={**manifest.provenance, ORIGINAL: original.label},
     )
 
 

@@ -41,6 +41,11 @@ class Settings(BaseModel):
         description="Which program to run. auto: the fastest one, if `actserve tune` or an export measured it on this "
         "host; else `.pt2` if this host can run it, else `.onnx`.",
     )
+    precision: Literal["fp32", "any"] = Field(
+        "fp32",
+        description="`any`: a program in int8 or bfloat16 that was made of the version acts in its place, if it is "
+        "faster on this host. Its certificate says how often its actions are the same.",
+    )
     policy: str | None = Field(None, description="The policy behind `/act`. Unset: the first by name.")
     threads: int | None = Field(
         None,

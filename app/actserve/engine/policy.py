@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from actserve.core.completion import complete
-from actserve.core.errors import RuntimeFailure
+from actserve.core.errors import RuntimeFailure, RuntimeRefused, StoreError
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine import threads
@@ -76,30 +76,19 @@ class Policy:
         )
 
     @classmethod
-    def load(cls, artifact: Artifact, settings: Settings) -> Policy:
+    def load(cls, artifact: Artifact, settings: Settings, narrower: Sequence[Artifact] = ()) -> Policy:
         """Choose a runtime, open the program, run the golden samples through it (which also warms it).
 
-        Blocking; to be called off the event loop. Raises `StoreError`, `RuntimeRefused` or `RuntimeFailure`.
+        `narrower` are the same policy in narrower precisions: the fastest program acts. Blocking; to be called off the
+        event loop. Raises `StoreError`, `RuntimeRefused` or `RuntimeFailure`.
         """
-        log.info("loading %s", artifact.label)
-        failed: dict[str, str] = {}
-        tuned = Tuned.load(artifact) if settings.threads in (None, 1) else None
-        while True:
-            fastest = tuned.fastest if tuned else None
-            choice = preflight.choose(settings.runtime, artifact.manifest, preflight.this_host(), failed, fastest)
-            measured = tuned.programs.get(choice.runtime) if tuned else None
-            try:
-                runtime, tuning = threads.load(choice.runtime, artifact, settings, measured)
-            except RuntimeFailure as error:
-                if settings.runtime != "auto":
-                    raise
-                log.warning("%s", error.message)
-                failed[choice.runtime] = error.message
-                continue
-            log.info("%s is served by .%s (%s)", artifact.label, choice.runtime, choice.reason)
-            if not tuning.quick:
-                trim()  # the golden samples of large policies take much memory
-            return cls(artifact, runtime, choice, tuning, settings)
+        opened = _open(artifact, settings)
+        for other in narrower:
+            opened = _faster(opened, artifact, other, settings)
+        log.info("%s is served by .%s (%s)", artifact.label, opened.choice.runtime, opened.choice.reason)
+        if not opened.tuning.quick:
+            trim()  # the golden samples of large policies take much memory
+        return cls(artifact, opened.runtime, opened.choice, opened.tuning, settings)
 
     def start(self) -> None:
         self.batcher.start()
@@ -171,6 +160,52 @@ class Policy:
             "runtime": self.choice.runtime,
             "reason": self.choice.reason,
         }
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A verified and measured program."""
+
+    runtime: Runtime | ElasticRuntime
+    choice: preflight.Choice
+    tuning: Tuning
+
+
+def _open(artifact: Artifact, settings: Settings) -> _Opened:
+    """The program that `settings.runtime` wants. Raises as `Policy.load`."""
+    log.info("loading %s", artifact.label)
+    failed: dict[str, str] = {}
+    tuned = Tuned.load(artifact) if settings.threads in (None, 1) else None
+    while True:
+        fastest = tuned.fastest if tuned else None
+        choice = preflight.choose(settings.runtime, artifact.manifest, preflight.this_host(), failed, fastest)
+        measured = tuned.programs.get(choice.runtime) if tuned else None
+        try:
+            runtime, tuning = threads.load(choice.runtime, artifact, settings, measured)
+        except RuntimeFailure as error:
+            if settings.runtime != "auto":
+                raise
+            log.warning("%s", error.message)
+            failed[choice.runtime] = error.message
+            continue
+        return _Opened(runtime, choice, tuning)
+
+
+def _faster(best: _Opened, artifact: Artifact, other: Artifact, settings: Settings) -> _Opened:
+    """The faster one of `best` and the program of `other`, which is narrower; the slower one is closed."""
+    try:
+        opened = _open(other, settings)
+    except (StoreError, RuntimeRefused, RuntimeFailure) as error:
+        log.warning("%s is not used for %s: %s", other.label, artifact.label, error.message)
+        return best
+    ratio = opened.tuning.best_ns / best.tuning.best_ns
+    if ratio >= 1:
+        log.info("%s is not used for %s: it takes %.2f of the time", other.label, artifact.label, ratio)
+        opened.runtime.close()
+        return best
+    best.runtime.close()
+    reason = f"{other.label}, as --precision any allows: it takes {ratio:.2f} of the time of {best.choice.reason}"
+    return _Opened(opened.runtime, preflight.Choice(opened.choice.runtime, reason), opened.tuning)
 
 
 async def _close(batcher: Batcher, runtime: Runtime | ElasticRuntime) -> None:

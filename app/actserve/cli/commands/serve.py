@@ -41,6 +41,13 @@ def serve(
             envvar="ACTSERVE_RUNTIME",
         ),
     ] = "auto",
+    precision: Annotated[
+        Literal["fp32", "any"],
+        typer.Option(
+            help="any: int8 or bfloat16 acts in place of float32 where it was exported and is faster here.",
+            envvar="ACTSERVE_PRECISION",
+        ),
+    ] = "fp32",
     threads: Annotated[
         int | None,
         typer.Option(
@@ -118,6 +125,7 @@ def serve(
         "store": store,
         "runtime": runtime,
         "threads": threads,
+        "precision": precision,
         "policy": policy,
         "workers": workers,
         "grpc_host": host,

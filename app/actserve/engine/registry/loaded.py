@@ -17,7 +17,9 @@ from functools import partial
 from actserve.core.errors import NotFetched
 from actserve.core.settings import Settings
 from actserve.engine.malloc import trim
+from actserve.engine.narrower import narrower
 from actserve.engine.policy import Policy
+from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
 from actserve.telemetry.counts import Counts
 
@@ -107,7 +109,10 @@ class Loaded:
 
     async def _load(self, key: Key, fetch: bool) -> Policy:
         artifact = await asyncio.to_thread(self._store.resolve, *key, fetch)
-        policy = await asyncio.to_thread(Policy.load, artifact, self._settings)
+        others: list[Artifact] = []
+        if self._settings.precision == "any":
+            others = await asyncio.to_thread(narrower, self._store, artifact, fetch)
+        policy = await asyncio.to_thread(Policy.load, artifact, self._settings, others)
         policy.batcher.meters = self._counts.meters(policy.program)
         policy.start()
         self._policies[key] = policy
