@@ -18,7 +18,6 @@ from typing import Any
 import grpc
 import numpy as np
 import urllib3
-import zmq
 from backports import zstd
 from fastapi import FastAPI
 from safetensors.numpy import save
@@ -37,14 +36,13 @@ from actserve.server.app import fast_protocols, install
 from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.http import act, error_responses, policies, security, sessions
 from actserve.server.protocols import Service as ProtocolService
-from actserve.server.protocols.robots.packed import of_gr00t, of_openpi, of_vla_eval, pack, unpack
 from actserve.server.regions import Regions
 from actserve.server.sessions import SessionLimits, Sessions
+from tests import robot_doors
 from tests.clock import Clock
 from tests.fastpath_service import NAME, SCREENS, OnePolicy
 from tests.oip import in_binary
 from tests.oip_grpc import infer
-from tests.robot_clients import from_json_numpy, json_numpy
 from tests.serving import port_of, serving
 
 SHAPE = SCREENS.observations[0].shape
@@ -266,6 +264,19 @@ def _stream_text(service: Service, items: Array) -> Result:
     return _stream(service, json.dumps({"pixels": {"dtype": "uint8", "shape": SHAPE, "b64": data}}))
 
 
+Door = Callable[[Service, Array], Result]
+
+
+def _robot(door: Callable[[Service, Array], int | tuple[str, str]]) -> Door:
+    """A door of `robot_doors`, which gives an action, or the code and the text of an error."""
+
+    def act(service: Service, items: Array) -> Result:
+        given = door(service, items)
+        return Result("200", actions=(given,)) if isinstance(given, int) else _told(*given)
+
+    return act
+
+
 def _told(code: str, text: str) -> Result:
     """An error that says only its code: the status is that of its class, or of the class above."""
     kind = next(kind for kind in _kinds(ActserveError) if kind.code == code)
@@ -279,51 +290,6 @@ def _kinds(kind: type[ActserveError]) -> Iterator[type[ActserveError]]:
         yield from _kinds(below)
 
 
-def _openpi(service: Service, items: Array) -> Result:
-    url = f"ws://127.0.0.1:{service.port}/"
-    with connect(url, compression=None, proxy=None, additional_headers=service.headers, max_size=None) as socket:
-        socket.recv(60)
-        socket.send(pack({"observation": {"pixels": items[0]}}, of_openpi))
-        answer = socket.recv(60)
-    if isinstance(answer, str):
-        return _told(*answer.split(": ", 1))
-    return Result("200", actions=tuple(unpack(answer)["actions"][0]))
-
-
-def _vla_eval(service: Service, items: Array) -> Result:
-    url = f"ws://127.0.0.1:{service.port}/policies/{NAME}/vla-eval"
-    with connect(url, compression=None, proxy=None, additional_headers=service.headers, max_size=None) as socket:
-        socket.send(pack({"type": "observation", "seq": 1, "payload": {"pixels": items[0]}}, of_vla_eval))
-        message = socket.recv(60)
-    assert isinstance(message, bytes)
-    answer = unpack(message)["payload"]
-    if "error" in answer:
-        return _told(answer["code"], answer["error"])
-    return Result("200", actions=(int(answer["actions"]),))
-
-
-def _json_numpy(service: Service, items: Array) -> Result:
-    document = json.dumps({"pixels": json_numpy(items[0])}).encode()
-    response = service.post("/act", document, wire.JSON)
-    if response.status != 200:
-        return _answered(response)
-    return Result("200", actions=(int(from_json_numpy(response.json())),))
-
-
-def _gr00t(service: Service, items: Array) -> Result:
-    request = {"data": {"video.pixels": items[:1]}, **({} if service.token is None else {"api_token": service.token})}
-    with zmq.Context() as context, context.socket(zmq.REQ) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVTIMEO, 60_000)
-        socket.connect(f"tcp://127.0.0.1:{service.gr00t_port}")
-        socket.send(pack(request, of_gr00t))
-        answer = unpack(socket.recv())
-    if "error" in answer:
-        return _told(answer["code"], answer["error"])
-    return Result("200", actions=(int(answer["action"][0, 0]),))
-
-
-Door = Callable[[Service, Array], Result]
 BATCHES: dict[str, Door] = {
     "fast path": _raw,
     "route": _raw_on_the_route,
@@ -341,10 +307,10 @@ SINGLE: dict[str, Door] = {
     "OIP sequence": _sequence,
     "stream": _stream_binary,
     "stream, text": _stream_text,
-    "openpi": _openpi,
-    "vla-eval": _vla_eval,
-    "json-numpy": _json_numpy,
-    "GR00T": _gr00t,
+    "openpi": _robot(robot_doors.openpi),
+    "vla-eval": _robot(robot_doors.vla_eval),
+    "json-numpy": _robot(robot_doors.json_numpy),
+    "GR00T": _robot(robot_doors.gr00t),
 }
 """Doors that take one item at a time."""
 ALL = BATCHES | SINGLE

@@ -25,7 +25,8 @@ from actserve.server.app import create_app
 from actserve.server.memory import STREAM_BYTES
 from tests.exported import exported
 from tests.policies_robots import HORIZON, SIZE
-from tests.robot_clients import CLIENTS, Gr00tClient, OpenpiClient, Refused, RobotClient
+from tests.robot_clients import CLIENTS, Gr00tClient
+from tests.robot_sockets import OpenpiClient, Refused, RobotClient
 from tests.serving import port_of, serving
 from tests.waiting import until
 
