@@ -36,6 +36,7 @@ from actserve.server.fastpath.codec import Resources
 from actserve.server.fastpath.request_heads import HeadParser, may_become_a_head
 from actserve.server.protocols.oip import http_infer
 from actserve.server.protocols.oip.fast_infer import InferCodec
+from actserve.server.protocols.robots.arrays import to_npy
 from actserve.server.regions import Regions
 from actserve.telemetry.counts import Tally
 from actserve.wire.accept_header import quality
@@ -43,6 +44,7 @@ from actserve.wire.stream_messages import Hello, ReplyCodec
 from tests.fake_policy import SIGNATURE
 from tests.fastpath_service import ITEM_BYTES, request
 from tests.fastpath_service import SIGNATURE as TINY
+from tests.fuzzing_robots import robot_targets
 
 LIMIT_BYTES = 1 << 16
 SOON_S = 1.0  # no answer takes longer
@@ -178,7 +180,8 @@ def targets(folder: Path) -> dict[str, tuple[Target, list[bytes]]]:
             [b"text/html, application/json;q=0.5, */*"],
         ),
         "authorization": (access.find, [b"Bearer actserve_" + b"x" * 43]),
-    }
+        "npy": (decoded(wire.NPY, SCREEN), [to_npy(np.zeros((4, 3, 3), np.uint8)), to_npy(np.zeros((2, 4, 3, 3)))]),
+    } | robot_targets()
 
 
 def png(height: int, width: int) -> bytes:

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from actserve.core.errors import ActserveError, InvalidTensor, MalformedBody
-from actserve.core.signature import TensorSpec
+from actserve.core.robot import Robot
+from actserve.core.signature import Signature, TensorSpec
 from actserve.server.protocols.robots.names import MAX_NAMES, NameMap, flatten
+from actserve.server.protocols.robots.roboarena import configuration
 from actserve.server.protocols.robots.values import to_tensor
 from actserve.wire import as_png
 
@@ -151,3 +153,23 @@ def test_integers_of_any_width_become_those_of_the_input() -> None:
     assert to_tensor(7, word).tolist() == [7]
     with pytest.raises(InvalidTensor, match="got 2147483648 to"):
         to_tensor(np.array(2**31), word)
+
+
+def test_roboarenas_configuration_is_that_of_the_policys_inputs() -> None:
+    def signature(*names: str) -> Signature:
+        cameras = tuple(TensorSpec(name, "uint8", (180, 320, 3)) for name in names)
+        return Signature((*cameras, STATE), (STATE,), 1)
+
+    found = configuration(
+        signature("observation/exterior_image_0_left", "observation_exterior_image_1_left", "wrist_image_left"),
+        Robot(("arm",), action_units="rad/s"),
+    )
+    assert found == {
+        "image_resolution": (180, 320),
+        "needs_wrist_camera": True,
+        "n_external_cameras": 2,
+        "needs_stereo_camera": False,
+        "needs_session_id": False,
+        "action_space": "joint_velocity",
+    }
+    assert configuration(signature("image"), None) is None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from actserve.core.errors import InvalidTensor
 from actserve.core.signature import TensorSpec
-from actserve.wire import as_npy
+from actserve.wire.npy_header import MAGIC
 from actserve.wire.payload import NPY, RAW, Body, Payload, array_from_bytes, find_spec, single_spec
 
 
@@ -28,7 +28,7 @@ def read(body: Body, specs: Sequence[TensorSpec]) -> Payload:
 
 def refuse_npy(body: Body, spec: TensorSpec) -> None:
     """Raises `InvalidTensor` for a .npy file, whose header is often as long as some items."""
-    if body[: len(as_npy.MAGIC)] == as_npy.MAGIC:
+    if body[: len(MAGIC)] == MAGIC:
         raise InvalidTensor(spec.name, f"the bytes of {spec} alone", f"a .npy file, which needs Content-Type: {NPY}")
 
 

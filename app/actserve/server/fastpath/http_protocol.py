@@ -41,7 +41,7 @@ from actserve.server.fastpath.uvicorn_protocol import UvicornProtocol
 from actserve.server.http import error_responses as errors
 from actserve.server.memory import CONNECTION_BYTES, Memory
 from actserve.wire import as_raw
-from actserve.wire.as_npy import MAGIC
+from actserve.wire.npy_header import MAGIC
 from actserve.wire.payload import Body
 
 log = logging.getLogger("actserve")

@@ -11,14 +11,13 @@ import numpy as np
 
 from actserve.core.errors import MalformedBody
 from actserve.core.signature import Array
+from actserve.wire.npy_header import read_header
 
 DTYPES = {  # as NumPy writes them
     name: np.dtype(name)
     for name in ("|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
 }
 MAX_DIMENSIONS = 16
-MAX_NPY_HEADER_BYTES = 4096
-_NPY = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def from_bytes(data: Any, dtype: Any, shape: Any) -> Array:
@@ -48,14 +47,10 @@ def from_npy(body: Any) -> Array:
     """The array of a .npy file. Raises `MalformedBody`."""
     if not isinstance(body, bytes):
         raise MalformedBody(f"expected the bytes of a .npy file; got {type(body).__name__}")
-    file = io.BytesIO(body[: MAX_NPY_HEADER_BYTES + 16])
-    try:
-        version = np.lib.format.read_magic(file)
-        shape, is_fortran, dtype = _NPY[version](file, max_header_size=MAX_NPY_HEADER_BYTES)
-    except (ValueError, KeyError) as error:
-        raise MalformedBody(f"expected a .npy file of version 1 or 2; got something else: {error}"[:300]) from None
-    array = from_bytes(memoryview(body)[file.tell() :], dtype.str, shape[::-1] if is_fortran else shape)
-    return array.T if is_fortran else array
+    header = read_header(body)
+    shape = header.shape[::-1] if header.is_fortran else header.shape
+    array = from_bytes(memoryview(body)[header.size :], header.descr, shape)
+    return array.T if header.is_fortran else array
 
 
 def to_npy(array: Array) -> bytes:

@@ -78,7 +78,7 @@ def as_chunk(action: Array) -> Array:
 def metadata(episode: RobotEpisode) -> dict[str, Any]:
     """The first message. RoboArena's clients take its configuration only, and no other names."""
     policy = episode.policy
-    return roboarena.configuration(policy) or {
+    return roboarena.configuration(policy.signature, policy.artifact.manifest.environment) or {
         "policy": policy.name,
         "version": policy.version,
         "inputs": {spec.name: str(spec) for spec in policy.signature.observations},
