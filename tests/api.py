@@ -6,6 +6,7 @@ python -m tests.api build/api writes it.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pdoc.doc import Class, Doc, Function, Module
 
 import actserve_export
 
+PROTOCOLS = "actserve.server.protocols"  # without its modules, except those that are named
 MODULES = (
     "actserve.client.remote_policy",
     "actserve.client.async_remote_policy",
@@ -27,13 +29,18 @@ MODULES = (
     "actserve.core.settings",
     "actserve.core.errors",
     "actserve.server.app",
+    PROTOCOLS,
+    "actserve.server.protocols.ports",
+    "actserve.server.protocols.robots.episode",
+    "actserve.server.protocols.robots.socket",
 )
 
 
 def build(folder: Path) -> None:
     """A page for each module, and an index."""
     _bring_in()
-    pdoc.pdoc(*MODULES, output_directory=folder)
+    others = [module for module in MODULES if module != PROTOCOLS]
+    pdoc.pdoc(PROTOCOLS, f"!{re.escape(PROTOCOLS)}\\.", *others, output_directory=folder)
 
 
 def documented(module: str) -> Iterator[tuple[str, str]]:
