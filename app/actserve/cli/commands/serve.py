@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("actserve")
 
 LogFormat = Literal["human", "json"]
+# Imported before the fork, so that the workers share 8 MB: most need them, whatever they serve.
+SHARED_MODULES = ("actserve.engine.runtimes.onnx_runtime", "uvicorn.loops.uvloop")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -152,9 +154,9 @@ def serve(
         console().print("[yellow]no authentication is configured[/]: every client may send requests; see --tokens")
     logging.config.dictConfig(logs.configuration(settings.log_format))
     address = Address(host, port, uds)
-    if settings.runtime != "pt2":
-        with suppress(ImportError):  # before the fork, so that the workers share 8 MB
-            importlib.import_module("actserve.engine.runtimes.onnx_runtime")
+    for module in SHARED_MODULES:
+        with suppress(ImportError):
+            importlib.import_module(module)
     with _shared_files(settings) as complete:
         supervisor = Supervisor(address, workers, partial(serve_worker, complete.absolute()))
         log.info("listening on %s", address)
