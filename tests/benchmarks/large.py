@@ -5,7 +5,7 @@ all. In each round they are asked in turn, by one client and by 64. The ratios a
 on the machine slows all of them down; the table has their medians. The clients share the cores with the services.
 
 Then the memory (PSS: pages that several processes share are divided among them) of a service with one worker and of one
-with two, after each worker has answered.
+with two, after each worker has answered. Their calls have one thread, so that both services hold the same.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def ratios(rounds: Sequence[dict[tuple[str, int], dict[str, Any]]]) -> dict[str,
 
 def memory(store: Path, questions: Questions, workers: int) -> float:
     """PSS of a whole service in MB, after its workers have answered."""
-    with service(store, workers) as server:
+    with service(store, workers, "--threads", "1") as server:
         server.first_answer_s(questions)
         with Load(server.address, questions, MEMORY_CLIENTS) as load_:
             load_.closed(MEMORY_S)
