@@ -2,7 +2,7 @@
 
 Each gets both programs, with certificates. Apart from the certificates, the programs are compared with the policy:
 deterministic actions, singly and in batches, over many steps and new episodes if there is state; and the distribution
-of random actions. Results are kept in `.cache/survey`, so that a run that was cut off goes on.
+of random actions. `results.json` has each result with its commit: a run does what is not there yet.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
+import subprocess
 import tempfile
 import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +31,8 @@ from actserve_export.sources.policy_source import PolicySource
 from tests.survey import POLICIES
 from tests.survey.comparison import Differs, compare
 
-FOUND = Path(__file__).parents[2] / ".cache" / "survey"
+FOUND = Path(__file__).parents[2] / ".cache" / "survey"  # what the processes found
+RESULTS = Path(__file__).parent / "results.json"
 LIMIT_S = 1200.0
 # Imported before the processes are forked: they take a third of the time of an export.
 COSTLY = (
@@ -46,14 +50,18 @@ def main() -> None:
     arguments = parser.parse_args()
     FOUND.mkdir(parents=True, exist_ok=True)
     names = [name for name in POLICIES if arguments.only in name]
-    to_do = [name for name in names if arguments.again or not _file(name).exists()]
+    before = {} if arguments.again else recorded()
+    to_do = [name for name in names if name not in before]
     if not arguments.show:
         for module in COSTLY:
             importlib.import_module(module)
+        commit = _commit()
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for done, name in enumerate(pool.map(_in_a_process, to_do), 1):
-                print(f"{done}/{len(to_do)} {name}: {_read(name)}", flush=True)
-    found = {name: json.loads(_file(name).read_text()) for name in names if _file(name).exists()}
+                found = json.loads(_file(name).read_text())
+                print(f"{done}/{len(to_do)} {name}: {found['status']}, {found['detail'][:200]}", flush=True)
+                _record(name, found | {"commit": commit})
+    found = {name: result for name, result in recorded().items() if name in names}
     for name, result in found.items():
         if result["status"] != "equal":
             print(f"{result['status']}: {name}: {result['detail']}")
@@ -61,13 +69,25 @@ def main() -> None:
     print(f"{len(found)} of {len(names)} policies:", ", ".join(f"{count} {status}" for status, count in counts.items()))
 
 
+def recorded() -> dict[str, dict[str, Any]]:
+    """The results by policy, of those that still exist."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return {name: result for name, result in found.items() if name in POLICIES}
+
+
+def _record(name: str, result: dict[str, Any]) -> None:
+    results = recorded() | {name: result}
+    lines = (f"{json.dumps(known)}: {json.dumps(results[known])}" for known in POLICIES if known in results)
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _file(name: str) -> Path:
     return FOUND / (name.replace("/", "-") + ".json")
-
-
-def _read(name: str) -> str:
-    result = json.loads(_file(name).read_text())
-    return f"{result['status']} in {result['seconds']:.0f} s {result['detail'][:200]}"
 
 
 def _in_a_process(name: str) -> str:
@@ -83,6 +103,7 @@ def _in_a_process(name: str) -> str:
 
 
 def _write(name: str, status: str, detail: str, seconds: float) -> None:
+    detail = re.sub(r"/\S+/", "", detail)  # the folders of this machine
     _file(name).write_text(json.dumps({"status": status, "detail": detail, "seconds": round(seconds, 1)}))
 
 

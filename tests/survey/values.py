@@ -69,9 +69,7 @@ def by_value() -> Family:
 
         yield f"QValueModule {spec} {'mask' if masked else ''}", module
 
-    for spec, explore, form in product(
-        ("Categorical", "OneHot", "MultiOneHot"), (False, True), ("actor", "module", "hook")
-    ):
+    for spec, explore, form in product(("Categorical", "OneHot"), (False, True), ("actor", "module", "hook")):
 
         def distributional(spec: str = spec, explore: bool = explore, form: str = form) -> Made:
             action, support = SPECS[spec][0](), torch.linspace(-1, 1, 7)
@@ -89,5 +87,4 @@ def by_value() -> Family:
             steps = [actor, m.EGreedyModule(action, eps_init=0.3, eps_end=0.3)] if explore else [actor]
             return TensorDictSequential(*steps), seen("observation")
 
-        if not (form != "actor" and spec == "MultiOneHot"):
-            yield f"C51 {form} {spec} {'ε' if explore else ''}", distributional
+        yield f"C51 {form} {spec} {'ε' if explore else ''}", distributional
