@@ -60,3 +60,33 @@ def robot() -> Pair:
         ),
         TensorDict({"observation": TensorDict(example)}),
     )
+
+
+class Large(nn.Module):
+    """(B, 32) -> a chunk of actions (B, 16, 7). 9 million weights, as policies on embeddings have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(32, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
+            nn.Linear(2048, 16 * 7), nn.Unflatten(-1, (16, 7)),
+        )  # fmt: skip
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        actions: torch.Tensor = self.net(state)
+        return actions
+
+
+def arm() -> Pair:
+    """Without memory, and with a state of 32 numbers."""
+    torch.manual_seed(0)
+    module = TensorDictModule(Large(), in_keys=[STATE], out_keys=["actions"])
+    return TensorDictSequential(module), TensorDict({"observation": {"state": torch.zeros(32)}})
+
+
+def camera() -> Pair:
+    """Without memory, with two cameras and a state."""
+    torch.manual_seed(0)
+    module = TensorDictModule(Eyes(), in_keys=[*CAMERAS, STATE], out_keys=["features"])
+    hand = TensorDictModule(nn.Linear(12, DIM), in_keys=["features"], out_keys=["actions"])
+    return TensorDictSequential(module, hand), robot()[1]
