@@ -169,7 +169,7 @@ def test_a_session_hands_out_one_action_with_each_step(url: str) -> None:
                     remote.description, {"time": times[0]}, (), session_step=SessionStep(session.id, 25, by_action=True)
                 )
             )
-            assert again["actions"].tolist() == [24], "the stored answer of the last step"
+            assert again.outputs["actions"].tolist() == [24], "the stored answer of the last step"
         with remote.session() as session:
             assert session.act(times[7]).tolist() == [[7.0 + i] for i in range(20)]
 

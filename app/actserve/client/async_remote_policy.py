@@ -80,7 +80,7 @@ class AsyncRemotePolicy:
         seed: int | None = None,
     ) -> Arrays:
         """See `RemotePolicy.step`."""
-        return await self.run(operations.step(self.description, tensors, outputs, exploration, seed))
+        return (await self.run(operations.step(self.description, tensors, outputs, exploration, seed))).outputs
 
     async def __call__(self, tensordict: Any) -> Any:
         """See `RemotePolicy.__call__`."""

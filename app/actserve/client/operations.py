@@ -71,6 +71,14 @@ class PolicyDescription:
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """The result of a step: outputs and new state by name, and the version that acted."""
+
+    outputs: Arrays
+    version: int
+
+
+@dataclass(frozen=True)
 class SessionStep:
     """A step of a session. `number` counts from 1."""
 
@@ -136,39 +144,17 @@ def step(
     exploration: Exploration | None = None,
     seed: int | None = None,
     session_step: SessionStep | None = None,
-) -> Operation[Arrays]:
+) -> Operation[Stepped]:
     """Any inputs of the signature by name -> the action, `outputs` and the new state by name.
 
     In a session (`session_step`) the service keeps the state and does not return it. Every input is one item (*shape),
     or every input is a batch (k, *shape); the outputs have the same form.
     """
-    results, _ = yield from _step(description, tensors, outputs, exploration, seed, session_step)
-    return results
-
-
-def act_on_tensordict(description: PolicyDescription, tensordict: Any) -> Operation[Any]:
-    """`tensordict` with the outputs, the new state, and the version that acted. See `RemotePolicy.__call__`."""
-    signature = description.signature
-    tensors = read_tensordict(tensordict, signature)
-    outputs = [spec.name for spec in signature.outputs]
-    results, version = yield from _step(description, tensors, outputs, wanted_exploration(signature))
-    return write_tensordict(tensordict, results, signature, version)
-
-
-def _step(
-    description: PolicyDescription,
-    tensors: Mapping[str, Array],
-    outputs: Sequence[str],
-    exploration: Exploration | None = None,
-    seed: int | None = None,
-    session_step: SessionStep | None = None,
-) -> Operation[tuple[Arrays, int]]:
-    """The results of a step, and the version that acted."""
     signature = description.signature
     items, batched = _items(tensors, signature.request_inputs)
     signature.validate_request(items)
     if session_step is not None and session_step.by_action:
-        signature = replace(signature, outputs=(replace(signature.planned, shape=signature.planned.shape[1:]),))
+        signature = replace(signature, outputs=(signature.planned_action,))
     names = signature.select(list(dict.fromkeys((signature.action.name, *outputs))))
     given = {spec.name: spec for spec in signature.outputs}
     answered = [given[name] for name in names]
@@ -191,7 +177,17 @@ def _step(
     except InvalidRequest as error:
         raise unexpected_answer(", ".join(spec.name for spec in answered), error.message) from error
     version = int(response.version) if response.version.isdecimal() else description.version
-    return {name: array if batched else array[0] for name, array in answer.tensors.items()}, version
+    return Stepped({name: array if batched else array[0] for name, array in answer.tensors.items()}, version)
+
+
+def act_on_tensordict(description: PolicyDescription, tensordict: Any) -> Operation[Any]:
+    """`tensordict` with the outputs, the new state, and the version that acted. See `RemotePolicy.__call__`."""
+    signature = description.signature
+    outputs = [spec.name for spec in signature.outputs]
+    stepped = yield from step(
+        description, read_tensordict(tensordict, signature), outputs, wanted_exploration(signature)
+    )
+    return write_tensordict(tensordict, stepped.outputs, signature, stepped.version)
 
 
 def begin_session(

@@ -97,7 +97,7 @@ class RemotePolicy:
         Every input is one item (*shape), or every input is a batch (k, *shape). New state has the name of the input
         that it replaces. Raises `InvalidTensor` before it sends anything.
         """
-        return self.run(operations.step(self.description, tensors, outputs, exploration, seed))
+        return self.run(operations.step(self.description, tensors, outputs, exploration, seed)).outputs
 
     def __call__(self, tensordict: Any) -> Any:
         """Act on a TensorDict of any batch size as a TorchRL module does. Returns `tensordict`.
@@ -208,7 +208,8 @@ class CarriedState:
             return action
         seed = None if self._seed is None else step_seed(self._seed, self.steps + 1)
         tensors = {**description.named_observations(observation), **self.state}
-        outputs = yield from operations.step(description, tensors, self._output_names, self._exploration, seed)
+        stepped = yield from operations.step(description, tensors, self._output_names, self._exploration, seed)
+        outputs = stepped.outputs
         self.steps += 1
         self.state = {state.spec.name: outputs.pop(state.spec.name) for state in signature.state}
         self.outputs = outputs
@@ -275,7 +276,7 @@ class RemoteSession(KeptEpisode):
         tensors = description.named_observations(observation)
         self.outputs = self._policy.run_with_retries(
             lambda: operations.step(description, tensors, self._output_names, session_step=step)
-        )
+        ).outputs
         self.steps += 1
         action = description.signature.planned if self._by_action else description.signature.action
         return unwrap_action(self.outputs[action.name])

@@ -308,6 +308,12 @@ class Signature:
             raise InvalidRequest("expected a policy that plans chunks of actions; this one gives one action at a time")
         return next(spec for spec in self.outputs if spec.name == self.chunk.output)
 
+    @cached_property
+    def planned_action(self) -> TensorSpec:
+        """One action of the chunk, (*shape). Raises as `planned`."""
+        low, high = (None if isinstance(bound, tuple) else bound for bound in (self.planned.low, self.planned.high))
+        return replace(self.planned, shape=self.planned.shape[1:], low=low, high=high)
+
     def draws(self, exploration: Exploration) -> bool:
         """Whether a request in this mode needs noise, and so a seed."""
         return any(noise.always or exploration == "random" for noise in self.noise)

@@ -5,19 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from actserve.core.errors import InvalidRequest
 from actserve.core.plan import Plan
-from actserve.core.signature import Signature, TensorSpec
+from actserve.core.signature import Signature
 from actserve.engine.policy import Acted
-
-
-def action_of(signature: Signature) -> TensorSpec:
-    """One action of the chunk, (*shape). Raises `InvalidRequest` if the policy plans no chunks."""
-    planned = signature.planned
-    low, high = (None if isinstance(bound, tuple) else bound for bound in (planned.low, planned.high))
-    return replace(planned, shape=planned.shape[1:], low=low, high=high)
 
 
 def chunk_steps(signature: Signature, query: Mapping[str, str], selected: Sequence[str]) -> ChunkSteps | None:
@@ -46,7 +38,7 @@ class ChunkSteps:
 
     def __init__(self, signature: Signature, ahead: int) -> None:
         assert signature.chunk is not None
-        self.action = action_of(signature)
+        self.action = signature.planned_action
         self._chunk, self._horizon = signature.chunk, signature.planned.shape[0]
         if ahead > self._chunk.execute // 2:
             raise InvalidRequest(

@@ -11,7 +11,6 @@ import numpy as np
 from actserve.core.errors import InvalidRequest
 from actserve.core.signature import IS_INIT, Arrays, Signature, State, TensorSpec
 from actserve.engine.policy import Acted
-from actserve.server.chunk_steps import action_of
 
 ACTIONS, TAKEN = "chunk.actions", "chunk.taken"  # names that no policy has
 
@@ -19,7 +18,7 @@ ACTIONS, TAKEN = "chunk.actions", "chunk.taken"  # names that no policy has
 @lru_cache(64)
 def by_action(signature: Signature) -> Signature:
     """The signature of one step of a session that hands out chunks action by action. Raises `InvalidRequest`."""
-    action, planned, chunk = action_of(signature), signature.planned, signature.chunk
+    planned, chunk = signature.planned, signature.chunk
     assert chunk is not None
     if chunk.ensemble is not None:
         raise InvalidRequest(
@@ -28,7 +27,7 @@ def by_action(signature: Signature) -> Signature:
         )
     kept = (TensorSpec(ACTIONS, planned.dtype, planned.shape), TensorSpec(TAKEN, "int64", ()))
     states = (*signature.state, *(State(spec, spec.name) for spec in kept))
-    return replace(signature, outputs=(action,), state=states, chunk=None)
+    return replace(signature, outputs=(signature.planned_action,), state=states, chunk=None)
 
 
 async def take_action(signature: Signature, inputs: Arrays, run: Callable[[Arrays], Awaitable[Acted]]) -> Acted:
