@@ -7,9 +7,11 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from socket import create_connection
 
 import numpy as np
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import ClientConnection, connect
 
 from actserve import RemotePolicy
 from actserve.cli.tools import local_service as local
@@ -18,7 +20,7 @@ from tests.documents import ROOT, blocks
 from tests.exported import exported
 
 STEPS = 20
-MOST_LINES = 60
+MOST_LINES = 40
 
 
 def build(folder: Path) -> Path:
@@ -39,47 +41,32 @@ def build(folder: Path) -> Path:
     return installed
 
 
-class Lines:
-    def __init__(self, port: int, token: str) -> None:
-        self._socket = create_connection(("127.0.0.1", port), timeout=60)
-        self._file = self._socket.makefile("rw", encoding="ascii", newline="\n")
-        self.say(token)
-
-    def say(self, line: str) -> None:
-        self._file.write(f"{line}\n")
-        self._file.flush()
-
-    def hear(self) -> str:
-        return self._file.readline()
-
-    def ask(self, line: str) -> str:
-        self.say(line)
-        return self.hear()
-
-    def close(self) -> None:
-        self._file.close()
-        self._socket.close()
+def connected(url: str, token: str) -> ClientConnection:
+    address = url.replace("http", "ws") + "/lines"
+    return connect(address, additional_headers={"Authorization": f"Bearer {token}"}, proxy=None)
 
 
 def test_the_protocol_in_the_document_plays_an_episode(tmp_path: Path) -> None:
     installed = build(tmp_path)
-    token, port = add_token(tmp_path / "tokens", "controller"), local.free_port()
+    token = add_token(tmp_path / "tokens", "controller")
     path = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "LINES_PORT": str(port)}
     store = exported("tests.policies:own_state", ["onnx"])
     observations = np.random.default_rng(0).standard_normal((STEPS, 4)).astype(np.float32)
-    with local.serve(store.root, "--tokens", str(tmp_path / "tokens"), environment=environment) as service:
+    options = ("--tokens", str(tmp_path / "tokens"))
+    with local.serve(store.root, *options, environment={**os.environ, "PYTHONPATH": path}) as service:
         with RemotePolicy(service.url, token=token) as policy:
             episode = policy.episode()
             expected = np.stack([episode.act(observation) for observation in observations])
-        lines = Lines(port, token)
-        told = [lines.ask(" ".join(map(str, observation.tolist()))) for observation in observations]
-        np.testing.assert_array_equal(np.array([line.split() for line in told], np.float32), expected)
-        assert lines.ask("1 2 3").startswith("error: observation: expected float32[4]; got float32[3]")
-        assert lines.ask("one two").startswith("error: expected numbers")
-        assert len(lines.ask("0 0 0 0").split()) == 4
-        stranger = Lines(port, "wrong")
-        assert stranger.hear().startswith("error: expected a valid token")
-        assert stranger.hear() == "", "the connection is closed"
-        stranger.close()
-    lines.close()
+        with connected(service.url, token) as lines:
+
+            def ask(line: str) -> str:
+                lines.send(line)
+                return lines.recv(decode=True)
+
+            told = [ask(" ".join(map(str, observation.tolist()))) for observation in observations]
+            np.testing.assert_array_equal(np.array([line.split() for line in told], np.float32), expected)
+            assert ask("1 2 3").startswith("error: observation: expected float32[4]; got float32[3]")
+            assert ask("one two").startswith("error: expected numbers")
+            assert len(ask("0 0 0 0").split()) == 4
+        with pytest.raises(InvalidStatus, match="401"), connected(service.url, "wrong"):
+            pass
