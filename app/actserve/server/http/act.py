@@ -22,6 +22,7 @@ from actserve.server.http.requests import (
     read_patience_ns,
     registry_of,
     selected_outputs,
+    version_header,
 )
 from actserve.server.sessions import signature_of
 from actserve.wire.payload import Body
@@ -198,7 +199,7 @@ async def _act(request: Request, policy: Policy, version: int | None = None) -> 
     acted = await admission.act(policy, items.tensors, items.size, exploration, seed, patience_ns)
     if version is None:
         registry.mirror(policy, items.tensors, items.size, exploration, acted)
-    return await _respond(request, policy.signature, acted, names, items.batched, _version(policy))
+    return await _respond(request, policy.signature, acted, names, items.batched, version_header(policy))
 
 
 async def _step(request: Request, policy: Policy, version: int | None, id_: str, body: Body) -> Response:
@@ -207,7 +208,7 @@ async def _step(request: Request, policy: Policy, version: int | None, id_: str,
     signature = signature_of(step.policy, step.session)
     names = _output_names(request, signature)
     result = await sessions.take_step(request, step, lambda: _decode(request, body, step.policy))
-    headers = sessions.step_headers(result) | _version(step.policy)
+    headers = sessions.step_headers(result) | version_header(step.policy)
     return await _respond(request, signature, result.acted, names, False, headers)
 
 
@@ -238,10 +239,6 @@ async def _respond(
         wire.encode, accept, outputs, signature.answers, batched, acted.seed, takes_long=takes_long
     )
     return Response(content, media_type=content_type, headers=headers)
-
-
-def _version(policy: Policy) -> dict[str, str]:
-    return {wire.VERSION_HEADER: str(policy.version)}
 
 
 def _randomness(request: Request, items: wire.Payload) -> tuple[Exploration | None, int | None]:

@@ -10,6 +10,7 @@ from actserve import wire
 from actserve.core.errors import BodyTooLarge, InvalidRequest
 from actserve.core.signature import Signature
 from actserve.engine.malloc import allocate
+from actserve.engine.policy import Policy
 from actserve.engine.registry import Registry
 from actserve.server import off_loop
 from actserve.server.admission import Admission, current_ticket
@@ -109,3 +110,8 @@ def _hold(size_bytes: int) -> int:
     if ticket is not None:
         ticket.hold(size_bytes)
     return size_bytes
+
+
+def version_header(policy: Policy) -> dict[str, str]:
+    """The header of an answer: the version that acted."""
+    return {wire.VERSION_HEADER: str(policy.version)}

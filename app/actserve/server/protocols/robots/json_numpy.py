@@ -24,11 +24,18 @@ from actserve.core.signature import Array, Arrays, Signature
 from actserve.engine.policy import Policy
 from actserve.server import off_loop
 from actserve.server.http import sessions
-from actserve.server.http.requests import admission_of, read_patience_ns, registry_of, selected_outputs
+from actserve.server.http.requests import (
+    admission_of,
+    read_patience_ns,
+    registry_of,
+    selected_outputs,
+    version_header,
+)
 from actserve.server.protocols import Protocol, service_of
 from actserve.server.protocols.robots import arrays
 from actserve.server.protocols.robots.names import NameMap, flatten
 from actserve.server.protocols.robots.values import to_tensor
+from actserve.server.sessions import signature_of
 from actserve.wire import large_json
 from actserve.wire.payload import Body, Payload, check_json_size
 
@@ -79,15 +86,16 @@ async def _act(request: Request, policy: Policy, version: int | None, decode: De
     acted = await admission_of(request).act(policy, tensors, 1, exploration, seed, read_patience_ns(request))
     if version is None:
         registry.mirror(policy, tensors, 1, exploration, acted)
-    return {name: as_json(acted.outputs[name][0]) for name in names}, {}
+    return {name: as_json(acted.outputs[name][0]) for name in names}, version_header(policy)
 
 
 async def _step(request: Request, policy: Policy, version: int | None, decode: Decode) -> Answer:
     """A step of a session."""
     step = await sessions.read_step_request(request, policy, version, request.headers[sessions.SESSION_HEADER])
-    names = selected_outputs(request.query_params, step.policy.signature)
+    names = selected_outputs(request.query_params, signature_of(step.policy, step.session))
     result = await sessions.take_step(request, step, lambda: decode(step.policy.signature))
-    return {name: as_json(result.acted.outputs[name][0]) for name in names}, sessions.step_headers(result)
+    headers = sessions.step_headers(result) | version_header(step.policy)
+    return {name: as_json(result.acted.outputs[name][0]) for name in names}, headers
 
 
 def parse(body: Body) -> tuple[dict[str, Any], bool]:
