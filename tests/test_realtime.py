@@ -12,7 +12,7 @@ import pytest
 
 from actserve.client import realtime
 from actserve.client.realtime import Realtime
-from actserve.core.errors import ServiceUnreachable, UsageError
+from actserve.core.errors import ServiceError, ServiceUnreachable, UsageError
 from actserve.core.signature import INFERENCE_DELAY, PREV_CHUNK, Chunk, Signature, TensorSpec
 
 HORIZON, PERIOD_S = 20, 0.01
@@ -118,6 +118,19 @@ def test_while_the_service_fails_the_safe_action_is_given(clock: Clock, caplog: 
             assert action == tick or (action == -1 and tick in loop.report.starved_at)
     assert loop.report.failures > 0
     assert sum("it is gone" in record.message for record in caplog.records) == 1, "told once"
+
+
+@pytest.mark.parametrize("error", [ServiceError(401, "unauthorized", "revoked"), TypeError("no array")])
+def test_what_asking_again_does_not_help_is_raised(clock: Clock, error: Exception) -> None:
+    def act_on(loop: Realtime) -> None:
+        for tick in loop:
+            loop.act(observed(tick))
+            clock.error = error
+
+    with Realtime("http://here", period_s=0.001) as loop:
+        with pytest.raises(type(error)):
+            act_on(loop)
+        assert loop.report.failures == 1
 
 
 def test_the_first_chunk_is_waited_for_and_its_error_is_raised(clock: Clock) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from actserve.client.remote_policy import Episode, RemotePolicy
-from actserve.core.errors import ActserveError, ServiceUnreachable, UsageError
+from actserve.core.errors import ServiceError, ServiceUnreachable, UsageError
 from actserve.core.plan import Plan
 from actserve.core.robot import Robot
 from actserve.core.signature import INFERENCE_DELAY, PREV_CHUNK, Array, Exploration
@@ -93,7 +93,7 @@ class Realtime:
         self._came = threading.Condition(self._lock)
         self._asked: int | None = None  # the tick whose answer is awaited
         self._recent_s: list[float] = []
-        self._error: ActserveError | None = None
+        self._error: Exception | None = None
         self._last: Array | None = None  # the action of the last period
         self._waited = False  # for the first chunk: the next period begins when it came
         self._histories: dict[str, deque[Array]] = {}
@@ -142,8 +142,14 @@ class Realtime:
             time.sleep(max(0.0, begins_s - time.monotonic()))
 
     def act(self, observation: Observation) -> Array:
-        """The action for this control period, (*shape). Waits for the first chunk only, and raises its error."""
+        """The action for this control period, (*shape). Waits for the first chunk only.
+
+        Raises the error of the first request, and later those that asking again does not help: an observation that the
+        policy does not take, or a token that was revoked.
+        """
         with self._lock:
+            if self._error is not None and not _passes(self._error):
+                raise self._error
             tick = max(self._tick, 0)
             self._remember(observation)
             if self._asked is None and self._is_time(tick):
@@ -201,7 +207,7 @@ class Realtime:
         if not report.starved:
             slowest_ms = 1000 * max(self._recent_s, default=0.0)
             chunk_ms = 1000 * self.period_s * self._horizon
-            reason = f" ({self._error.message})" if self._error else ""
+            reason = f" ({self._error})" if self._error else ""
             log.warning(
                 "no action is planned for control period %d: answers take up to %.0f ms, and a chunk lasts %.0f ms%s",
                 tick, slowest_ms, chunk_ms, reason,
@@ -218,8 +224,10 @@ class Realtime:
             try:
                 self._episode.act(observation)
                 chunk = self._episode.outputs[self._plan.chunk.output]
-            except ActserveError as error:
+            except Exception as error:
                 self._failed(error)
+                if not _passes(error):
+                    return
                 time.sleep(RETRY_AFTER_S)
             else:
                 self._planned(tick, chunk, time.monotonic() - begun_s)
@@ -239,11 +247,18 @@ class Realtime:
                 report.least_left = left if report.least_left is None else min(left, report.least_left)
             self._came.notify_all()
 
-    def _failed(self, error: ActserveError) -> None:
+    def _failed(self, error: Exception) -> None:
         with self._lock:
             self._error = error
             self.report.failures += 1
             self._came.notify_all()
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the service may answer when it is asked again."""
+    if isinstance(error, ServiceError):
+        return error.status >= 500 or error.status in (408, 429)
+    return isinstance(error, ServiceUnreachable)
 
 
 def _percentiles(values: Any) -> str:
