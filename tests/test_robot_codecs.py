@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from actserve.core.errors import MalformedBody
-from actserve.core.signature import Array
+from actserve.core.errors import InvalidTensor, MalformedBody
+from actserve.core.signature import Array, TensorSpec
 from actserve.server.protocols.robots import arrays, json_numpy
 from actserve.server.protocols.robots.packed import MAX_CONTAINERS, of_gr00t, of_openpi, of_vla_eval, pack, unpack
+from actserve.server.protocols.robots.values import to_tensor
 
 ARRAYS: list[Array] = [
     np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -179,3 +181,52 @@ def test_what_is_no_json_numpy_is_refused(document: str, error: str) -> None:
 )
 def test_a_body_is_told_by_its_content(content_type: str, body: bytes, expected: bool) -> None:
     assert json_numpy.JsonNumpyBodies().recognises(content_type, memoryview(body)) == expected
+
+
+CAMERA = TensorSpec("image", "uint8", (24, 32, 3))
+
+
+def encoded(pixels: Array, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def pillow(pixels: Array, rows: int, columns: int) -> Array:
+    return np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR))
+
+
+def test_an_image_is_resized_as_the_contract_says() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    padded = np.zeros((24, 32, 3), np.uint8)
+    padded[:, 4:28] = pillow(pixels, 24, 24)
+    for value in (pixels, encoded(pixels, "PNG"), pixels[None]):
+        np.testing.assert_array_equal(to_tensor(value, CAMERA, "pad")[0], padded)
+        np.testing.assert_array_equal(to_tensor(value, CAMERA, "stretch")[0], pillow(pixels, 24, 32))
+        with pytest.raises(InvalidTensor):
+            to_tensor(value, CAMERA)
+    assert to_tensor(encoded(pixels, "JPEG"), CAMERA, "pad").shape == (1, 24, 32, 3)
+    tall = pixels[:, :12]
+    assert to_tensor(tall, CAMERA, "pad")[0, :, :13].max() == 0, "black margins on both sides"
+    grey = TensorSpec("image", "uint8", (24, 32))
+    np.testing.assert_array_equal(to_tensor(pixels[..., 0], grey, "stretch")[0], pillow(pixels[..., 0], 24, 32))
+    right = pixels[:24, :32].copy()
+    np.testing.assert_array_equal(to_tensor(right, CAMERA, "pad")[0], right)
+
+
+@pytest.mark.parametrize("shape", [(3000, 3000, 3), (0, 5, 3), (5, 5, 4), (5, 5)])
+def test_what_cannot_be_resized_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidTensor, match="of another size up to 4,194,304 pixels"):
+        to_tensor(np.zeros(shape, np.uint8), CAMERA, "pad")
+
+
+def test_numbers_are_no_image() -> None:
+    with pytest.raises(InvalidTensor, match="of another size"):
+        to_tensor(np.zeros((5, 5, 3), np.float32), CAMERA, "pad")
+
+
+def test_a_large_encoded_image_is_refused_by_its_head() -> None:
+    with pytest.raises(InvalidTensor, match="at most 4,194,304 pixels"):
+        to_tensor(encoded(np.zeros((3000, 3000, 3), np.uint8), "PNG"), CAMERA, "pad")
+    with pytest.raises(MalformedBody, match="cannot be read"):
+        to_tensor(b"\x89PNG\r\n\x1a\n" + bytes(40), CAMERA, "pad")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -28,6 +28,10 @@ class ObservationTerm:
     history: int = 1  # steps that the term holds, the latest one included
 
 
+# How a camera's image of another size is fitted: with black margins, which keeps its proportions, or without; "": not.
+Resize = Literal["", "pad", "stretch"]
+
+
 @dataclass(frozen=True)
 class Robot:
     """Names are in the order of the policy's tensors. Empty: not known.
@@ -47,6 +51,7 @@ class Robot:
     default_positions: tuple[float, ...] = ()  # of the joints, rad or m
     stiffness: tuple[float, ...] = ()  # of the joints' controllers in training
     damping: tuple[float, ...] = ()
+    resize_images: Resize = ""
 
     def check(self, client: Robot) -> None:
         """Raise `EnvironmentMismatch` if a client's robot differs in anything that it names."""

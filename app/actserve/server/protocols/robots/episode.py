@@ -20,7 +20,7 @@ from actserve.server.http.error_responses import log_if_internal, status_of
 from actserve.server.memory import STREAM_BYTES
 from actserve.server.protocols import Service
 from actserve.server.protocols.robots.names import NameMap, flatten
-from actserve.server.protocols.robots.values import MANY_BYTES, encoded_bytes, to_tensor
+from actserve.server.protocols.robots.values import MANY_BYTES, encoded_bytes, resizes_of, to_tensor
 from actserve.telemetry.counts import Transport
 
 OVERHEAD_BYTES = 1 << 20  # of a message: names, text, and a camera that is ignored
@@ -93,6 +93,8 @@ class RobotEpisode:
     @property
     def max_message_bytes(self) -> int:
         """The largest message with an observation."""
+        if self._resizes:  # its images may be larger than the inputs
+            return self._service.admission.max_body_bytes
         elements = sum(spec.elements for spec in self._signature.request_inputs)
         return min(self._service.admission.max_body_bytes, OVERHEAD_BYTES + ELEMENT_BYTES * elements)
 
@@ -160,11 +162,15 @@ class RobotEpisode:
         self._signature = replace(signature, max_batch=1, state=(), noise=(), is_init=False)
         self._specs = {spec.name: spec for spec in self._signature.request_inputs}
         self._map = NameMap(list(self._specs), self._service.settings.ignored)
+        self._resizes = resizes_of(policy)
         self._state = state
 
     def _tensors(self, values: Mapping[str, Any]) -> Arrays:
         """The tensors of a valid request, each (1, *shape)."""
-        found = {known: to_tensor(values[name], self._specs[known]) for name, known in self._map(values).items()}
+        found = {
+            known: to_tensor(values[name], self._specs[known], self._resizes)
+            for name, known in self._map(values).items()
+        }
         self._signature.validate_request(found)
         return found
 

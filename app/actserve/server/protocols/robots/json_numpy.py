@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from actserve import wire
 from actserve.core.errors import MalformedBody
+from actserve.core.robot import Resize
 from actserve.core.signature import Array, Arrays, Signature
 from actserve.engine.policy import Policy
 from actserve.server import off_loop
@@ -34,7 +35,7 @@ from actserve.server.http.requests import (
 from actserve.server.protocols import Protocol, service_of
 from actserve.server.protocols.robots import arrays
 from actserve.server.protocols.robots.names import NameMap, flatten
-from actserve.server.protocols.robots.values import to_tensor
+from actserve.server.protocols.robots.values import resizes_of, to_tensor
 from actserve.server.sessions import signature_of
 from actserve.wire import large_json
 from actserve.wire.payload import Body, Payload, check_json_size
@@ -58,8 +59,10 @@ class JsonNumpyBodies:
         document, is_twice = await off_loop.call(parse, body, takes_long=takes_long)
         ignored = service_of(request).settings.ignored
 
-        async def decode(signature: Signature) -> Payload:
-            return await off_loop.call(_payload, document, signature, ignored, takes_long=takes_long)
+        async def decode(policy: Policy) -> Payload:
+            return await off_loop.call(
+                _payload, document, policy.signature, ignored, resizes_of(policy), takes_long=takes_long
+            )
 
         act = _step if sessions.SESSION_HEADER in request.headers else _act
         outputs, headers = await act(request, policy, version, decode)
@@ -70,7 +73,7 @@ class JsonNumpyBodies:
         )
 
 
-Decode = Callable[[Signature], Awaitable[Payload]]
+Decode = Callable[[Policy], Awaitable[Payload]]
 Answer = tuple[dict[str, Any], dict[str, str]]  # the outputs by name, as JSON; headers
 
 
@@ -81,7 +84,7 @@ async def _act(request: Request, policy: Policy, version: int | None, decode: De
         policy = registry.route(policy)
     signature = policy.signature
     names = (*selected_outputs(request.query_params, signature), *(part.spec.name for part in signature.state))
-    tensors = (await decode(signature)).tensors
+    tensors = (await decode(policy)).tensors
     exploration, seed = wire.read_randomness(request.query_params)
     acted = await admission_of(request).act(policy, tensors, 1, exploration, seed, read_patience_ns(request))
     if version is None:
@@ -93,7 +96,7 @@ async def _step(request: Request, policy: Policy, version: int | None, decode: D
     """A step of a session."""
     step = await sessions.read_step_request(request, policy, version, request.headers[sessions.SESSION_HEADER])
     names = selected_outputs(request.query_params, signature_of(step.policy, step.session))
-    result = await sessions.take_step(request, step, lambda: decode(step.policy.signature))
+    result = await sessions.take_step(request, step, lambda: decode(step.policy))
     headers = sessions.step_headers(result) | version_header(step.policy)
     return {name: as_json(result.acted.outputs[name][0]) for name in names}, headers
 
@@ -144,12 +147,13 @@ def _array(value: Mapping[str, Any]) -> Array:
     return arrays.from_bytes(data, value.get("dtype"), value.get("shape"))
 
 
-def _payload(document: Mapping[str, Any], signature: Signature, ignored: list[str]) -> Payload:
+def _payload(document: Mapping[str, Any], signature: Signature, ignored: list[str], resizes: Resize) -> Payload:
     """One item, a valid request."""
     specs = {spec.name: spec for spec in signature.request_inputs}
     values = flatten(document)
     tensors: Arrays = {
-        known: to_tensor(values[name], specs[known]) for name, known in NameMap(list(specs), ignored)(values).items()
+        known: to_tensor(values[name], specs[known], resizes)
+        for name, known in NameMap(list(specs), ignored)(values).items()
     }
     signature.validate_request(tensors)
     return Payload(tensors, batched=False)
