@@ -91,7 +91,7 @@ class Realtime:
         self._tick = -1
         self._lock = threading.Lock()  # guards the plan and what follows
         self._came = threading.Condition(self._lock)
-        self._asked: int | None = None  # the tick whose answer is awaited
+        self._asks = False  # whether an answer is awaited
         self._recent_s: list[float] = []
         self._error: Exception | None = None
         self._last: Array | None = None  # the action of the last period
@@ -101,14 +101,22 @@ class Realtime:
 
     def __enter__(self) -> Self:
         self._remote.__enter__()
+        try:
+            self._prepare()
+        except BaseException:
+            self._remote.__exit__(None, None, None)
+            raise
+        self._thread = threading.Thread(target=self._ask_forever, name="actserve-realtime", daemon=True)
+        self._thread.start()
+        return self
+
+    def _prepare(self) -> None:
         signature = self._remote.signature
         if signature.chunk is None:
-            self._remote.__exit__(None, None, None)
             raise UsageError(f"{self._remote.name} gives one action at a time; expected a policy that plans chunks")
         known = self._remote.robot.control_period_s if self._remote.robot else None
         period_s = self._wanted_period_s or signature.chunk.period_s or known
         if period_s is None:
-            self._remote.__exit__(None, None, None)
             raise UsageError(f"{self._remote.name} does not say its control period: give period_s")
         self.period_s = period_s
         self._horizon = signature.planned.shape[0]
@@ -116,9 +124,6 @@ class Realtime:
         self._inputs = {spec.name: spec for spec in signature.observations}
         outputs = [signature.chunk.output]
         self._episode: Episode = self._remote.episode(outputs, exploration=self._exploration, seed=self._seed)
-        self._thread = threading.Thread(target=self._ask_forever, name="actserve-realtime", daemon=True)
-        self._thread.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -151,10 +156,11 @@ class Realtime:
             if self._error is not None and not _passes(self._error):
                 raise self._error
             tick = max(self._tick, 0)
-            self._remember(observation)
-            if self._asked is None and self._is_time(tick):
-                self._asked = tick
-                self._requests.put((tick, self._complete(observation, tick)))
+            given = self._named(observation)
+            self._remember(given)
+            if not self._asks and self._is_time(tick):
+                self._asks = True
+                self._requests.put((tick, self._complete(given, tick)))
             if self._last is None:
                 self._wait_for_first()
             action = self._plan.action(tick)
@@ -177,18 +183,18 @@ class Realtime:
             raise UsageError(f"{self._remote.name} takes {', '.join(names)}: give them by name")
         return {names[0]: observation}
 
-    def _remember(self, observation: Observation) -> None:
+    def _remember(self, given: Mapping[str, Array]) -> None:
         """Keep the last observations of those inputs that have some of them, (steps, *shape)."""
-        for name, value in self._named(observation).items():
+        for name, value in given.items():
             spec = self._inputs.get(name)
             if spec is None or len(spec.shape) != np.ndim(value) + 1:
                 continue
             history = self._histories.setdefault(name, deque(maxlen=spec.shape[0]))
             history.extend([np.array(value)] * max(1, spec.shape[0] - len(history)))
 
-    def _complete(self, observation: Observation, tick: int) -> Observation:
+    def _complete(self, given: Mapping[str, Array], tick: int) -> Observation:
         """The observation with those before it, and with what real-time chunking reads, if the policy does."""
-        given = self._named(observation) | {name: np.stack(history) for name, history in self._histories.items()}
+        given = {**given, **{name: np.stack(history) for name, history in self._histories.items()}}
         if PREV_CHUNK in self._inputs:
             given[PREV_CHUNK] = self._plan.left_over(tick, self._inputs[PREV_CHUNK].zeros(1)[0])
         if INFERENCE_DELAY in self._inputs:
@@ -232,7 +238,7 @@ class Realtime:
             else:
                 self._planned(tick, chunk, time.monotonic() - begun_s)
             with self._lock:
-                self._asked = None
+                self._asks = False
 
     def _planned(self, tick: int, chunk: Array, taken_s: float) -> None:
         with self._lock:
