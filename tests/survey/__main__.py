@@ -2,7 +2,7 @@
 
 Each gets both programs, with certificates. Apart from the certificates, the programs are compared with the policy:
 deterministic actions, singly and in batches, over many steps and new episodes if there is state; and the distribution
-of random actions. `results.json` has each result with its commit: a run does what is not there yet.
+of random actions. `results.json` records each result with its commit. A run examines the policies without a result.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """The results by policy, of those that still exist."""
+    """The recorded results, by the names of the policies."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     return {name: result for name, result in found.items() if name in POLICIES}
 
