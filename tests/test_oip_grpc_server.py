@@ -22,7 +22,7 @@ from actserve.core.errors import UsageError
 from actserve.core.settings import Settings
 from actserve.server.admission import Admission
 from actserve.server.protocols import Service
-from actserve.server.protocols.grpc import check
+from actserve.server.protocols.grpc import protocol
 from actserve.server.protocols.grpc.server import serving
 from actserve.server.protocols.grpc.service import InferenceService
 from actserve.server.regions import Regions
@@ -31,6 +31,9 @@ from tests.fake_policy import SLOW, Alone, Versions, seen
 from tests.oip import BATCH, MAX_BODY_BYTES, same
 from tests.oip_grpc import arrays, infer, with_parameters
 from tests.waiting import until_in_loop
+
+assert protocol.check is not None
+check_settings = protocol.check
 
 
 @asynccontextmanager
@@ -196,13 +199,13 @@ def test_libraries_that_are_absent_are_asked_for_by_name(monkeypatch: pytest.Mon
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(UsageError, match=r'this needs grpc; install it with: pip install "actserve\[grpc\]"'):
-        check(Settings(grpc_port=1))
+        check_settings(Settings(grpc_port=1))
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         chosen = Settings(grpc_port=taken.getsockname()[1])
         with pytest.raises(UsageError, match="for gRPC: Address already in use"):
-            check(chosen)
-    check(chosen)
-    check(Settings())
+            check_settings(chosen)
+    check_settings(chosen)
+    check_settings(Settings())

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 from actserve.core.errors import UsageError
+from actserve.core.imports import import_extra
+from actserve.core.settings import Settings
+from actserve.server.protocols import Protocol, Service
 
 BACKLOG = 512
+
+
+def protocol_with_port(
+    name: str, purpose: str, extra: str, listener: str, address: Callable[[Settings], tuple[str, int | None]]
+) -> Protocol:
+    """A protocol with a port of its own, which is off unless the settings name one.
+
+    `listener` is the "module:function" that serves; it is imported, with the libraries of `extra`, only if it is on.
+    `address` gives host and port. Check and start raise `UsageError` if the port is taken or the libraries are missing.
+    """
+
+    def serving(service: Service) -> AbstractAsyncContextManager[None]:
+        if address(service.settings)[1] is None:
+            return nullcontext()
+        serve: Callable[[Service], AbstractAsyncContextManager[None]] = import_extra(extra, listener)
+        return serve(service)
+
+    def check(settings: Settings) -> None:
+        host, port = address(settings)
+        if port is not None:
+            import_extra(extra, listener)
+            check_free(host, port, purpose)
+
+    return Protocol(name, serving=serving, check=check)
 
 
 def check_free(host: str, port: int, purpose: str) -> None:
