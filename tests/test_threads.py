@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,20 @@ def test_both_are_measured_in_turns() -> None:
     assert after.threads == 4
     assert after.wide_ns.keys() == before.item_ns.keys()
     assert after.item_ns[1] < before.item_ns[1]
+
+
+def test_waiting_for_a_core_counts_for_neither() -> None:
+    """All cores are taken for a while: a call with all threads waits for them, longer than one with one thread."""
+
+    def works(batch: Mapping[str, Array]) -> Arrays:
+        sum(range(300_000))
+        return {}
+
+    def waits(batch: Mapping[str, Array]) -> Arrays:
+        time.sleep(0.05)
+        return {}
+
+    assert measure_wide(Tuning(SLOW), works, waits, 4, SIGNATURE).wide_from == 1
 
 
 def served(policy: Policy) -> type:

@@ -62,19 +62,19 @@ def load(
     """
     shared = settings.shared
     with Calls(shared and shared / CALLS) as calls:
-        with calls.enter():  # counts as running, so that no other worker measures meanwhile
+        with calls.enter():  # counts as running: no worker measures all cores while another one loads
             runtime = golden.load(name, artifact, settings.threads or 1, shared)
-        tuning = tuning or measure(runtime.run, runtime.signature)
-        cores = usable_cores()
-        if settings.threads is not None or tuning.quick or cores == 1:
-            return runtime, tuning
-        try:
-            wide = runtime.with_threads(cores)
-        except RuntimeFailure as error:
-            log.warning("%s", error.message)
-            return runtime, tuning
-        if wide is runtime:
-            return runtime, tuning
+            tuning = tuning or measure(runtime.run, runtime.signature)
+            cores = usable_cores()
+            if settings.threads is not None or tuning.quick or cores == 1:
+                return runtime, tuning
+            try:
+                wide = runtime.with_threads(cores)
+            except RuntimeFailure as error:
+                log.warning("%s", error.message)
+                return runtime, tuning
+            if wide is runtime:
+                return runtime, tuning
         if tuning.threads != cores:
             program = artifact.manifest.programs[name].file
             found = shared and shared / f"{artifact.manifest.files[program].sha256}.tuning.json"
