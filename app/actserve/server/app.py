@@ -42,16 +42,18 @@ from actserve.telemetry.traces import Traces
 LOAD_WAIT_S = 2.0  # while other workers serve, a worker loads for this long before it accepts connections
 
 
-def check(settings: Settings) -> None:
-    """Check the settings before the first worker starts. Raises `UsageError`."""
+def check(settings: Settings) -> Sequence[Protocol]:
+    """Check the settings before the first worker starts. Returns the protocols. Raises `UsageError`."""
     if "://" not in settings.store and not Path(settings.store).is_dir():
         raise UsageError(f"there is no model store at {settings.store}; export a policy first, or name it with --store")
     open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     if settings.tokens is not None:
         read_tokens(settings.tokens)
-    protocols.check(protocols.load(), settings)
+    found = protocols.load()
+    protocols.check(found, settings)
     admin.check(settings)
     tls.check(settings)
+    return found
 
 
 def fast_protocols(found: Iterable[Protocol], service: Service) -> Sequence[ResourcesOf]:
@@ -79,14 +81,19 @@ class _Application(FastAPI):
         return BoundedTurnsMiddleware(RootPathMiddleware(observed, self.state.settings.root_path))
 
 
-def create_app(settings: Settings | None = None, start: Start | None = None) -> FastAPI:
-    """The service. Policies load after the start: `/healthz` answers 200 at once, `/readyz` when they are warm."""
+def create_app(
+    settings: Settings | None = None, start: Start | None = None, found: Sequence[Protocol] | None = None
+) -> FastAPI:
+    """The service. Policies load after the start: `/healthz` answers 200 at once, `/readyz` when they are warm.
+
+    `found` are the protocols; None: those of all installed packages. Raises as `protocols.load`.
+    """
     settings = settings or Settings.from_environment(os.environ)
     access = None if settings.tokens is None else Access(settings.tokens, settings.workers)
     admission = Admission(settings, access)
     store = open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     registry = Registry(store, settings)
-    found = protocols.load()
+    found = protocols.load() if found is None else found
     traces = Traces(os.environ)
 
     @asynccontextmanager

@@ -149,7 +149,7 @@ def serve(
     }
     named = {PREFIX + name.upper(): str(value) for name, value in given.items() if value}
     settings = Settings.from_environment({**os.environ, **named})  # a wrong value fails here, not in a worker
-    check(settings)
+    protocols = check(settings)
     if settings.tokens is None and not (uds or host in LOOPBACK):
         console().print("[yellow]no authentication is configured[/]: every client may send requests; see --tokens")
     logging.config.dictConfig(logs.configuration(settings.log_format))
@@ -158,7 +158,7 @@ def serve(
         with suppress(ImportError):
             importlib.import_module(module)
     with _shared_files(settings) as complete:
-        supervisor = Supervisor(address, workers, partial(serve_worker, complete.absolute()))
+        supervisor = Supervisor(address, workers, partial(serve_worker, complete.absolute(), protocols))
         log.info("listening on %s", address)
         code = supervisor.run()
     raise typer.Exit(code)

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from actserve.engine.registry import Registry
 from actserve.server.app import create_app
 from actserve.server.fastpath.acceptor import Acceptor
 from actserve.server.processes.supervisor import SIGNALS, Start
+from actserve.server.protocols import Protocol
 
 DRAIN_S = 30  # at shutdown, for accepted requests
 FAILED_DRAIN_S = 2  # the same if a policy of this worker has failed: its successor waits
@@ -25,10 +26,10 @@ SWITCH_S = 0.001  # a thread that decodes a large body gives way to the event lo
 FAILED = 70  # exit code
 
 
-def serve(settings: Settings, listener: socket.socket, start: Start) -> None:
+def serve(settings: Settings, protocols: Sequence[Protocol], listener: socket.socket, start: Start) -> None:
     """Serve on `listener` until a signal comes, the supervisor dies, or a policy can no longer act in this process."""
     sys.setswitchinterval(SWITCH_S)
-    app = create_app(settings, start)
+    app = create_app(settings, start, protocols)
     config = uvicorn.Config(
         app,
         loop="uvloop",
