@@ -265,6 +265,72 @@ def test_an_infer_request_of_every_kind_is_answered_as_the_routes_do(fast: Servi
     assert (infer_taken(fast) == before + 1) is (kind in FAST)
 
 
+def in_sequence(x: int, id_: int | str, is_init: bool | None = None, **parameters: object) -> bytes:
+    inputs = [{**X_IN_JSON, "data": [x]}]
+    if is_init is not None:
+        inputs.append({"name": "is_init", "datatype": "BOOL", "shape": [1], "data": [is_init]})
+    return json.dumps({"inputs": inputs, "parameters": {"sequence_id": id_, **parameters}}).encode()
+
+
+def action_of(body: bytes) -> int:
+    outputs = {each["name"]: each["data"] for each in json.loads(body)["outputs"]}
+    return int(outputs["action"][0])
+
+
+@pytest.mark.parametrize("id_", [7, "seven"])
+def test_a_sequence_is_answered_as_the_routes_do(fast: Service, plain: Service, id_: int | str) -> None:
+    before, expected = infer_taken(fast), Alone(1, 0, None)
+    steps: list[tuple[int, dict[str, Any]]] = [
+        (3, {"sequence_start": True}), (4, {}), (5, {"is_init": False}), (6, {"is_init": True}), (7, {}),
+        (8, {"binary_data_output": False, "priority": 3}), (9, {"sequence_end": True}),
+    ]  # fmt: skip
+    for x, options in steps:
+        answers = [infer(service, in_sequence(x, id_, **options)) for service in (fast, plain)]
+        assert answers[0] == answers[1]
+        assert action_of(answers[0][3]) == int(expected.take(seen(x, options.get("is_init")))["action"][0])
+    assert infer_taken(fast) == before + len(steps) - 2, "the routes take the first and the last one"
+    for refused in (in_sequence(1, id_), in_sequence(1, "", sequence_start=True)):
+        assert infer(fast, refused) == infer(plain, refused)
+        assert infer(fast, refused)[0] in (400, 404)
+
+
+def test_what_a_sequence_cannot_have_is_refused_as_the_routes_do(fast: Service, plain: Service) -> None:
+    before = infer_taken(fast)
+    for service in (fast, plain):
+        assert infer(service, in_sequence(3, 8, sequence_start=True, seed=5))[0] == 200
+    state = {"name": "digest", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]}
+    documents: list[dict[str, Any]] = [
+        {"inputs": [X_IN_JSON, state], "parameters": {"sequence_id": 8}},
+        {"inputs": [{**X_IN_JSON, "shape": [2], "data": [3, 4]}], "parameters": {"sequence_id": 8}},
+        {"inputs": [X_IN_JSON], "outputs": [{"name": "digest"}], "parameters": {"sequence_id": 8}},
+        {"inputs": [X_IN_JSON], "parameters": {"sequence_id": 8, "seed": 6}},
+    ]
+    for document in documents:
+        body = json.dumps(document).encode()
+        assert infer(fast, body) == infer(plain, body)
+        assert infer(fast, body)[0] == 400
+    assert infer_taken(fast) == before
+    body = in_sequence(4, 8)
+    assert infer(fast, body) == infer(plain, body)
+    assert infer_taken(fast) == before + 1, "nothing has moved"
+
+
+def test_every_step_of_a_sequence_is_taken_once_whoever_takes_it() -> None:
+    with stream_service.running(slow=True) as service, ThreadPoolExecutor(4) as clients:
+        expected = Alone(1, 0, None)
+        assert infer(service, in_sequence(3, 5, sequence_start=True))[0] == 200
+        expected.take(seen(3))
+        gate = service.hold()
+        steps = [clients.submit(infer, service, in_sequence(4, 5)) for _ in range(4)]
+        batcher = service.registry.policies[1].batcher
+        until(lambda: batcher.statistics().waiting == 4)
+        gate.set()
+        answers = [step.result() for step in steps]
+        assert {status for status, *_ in answers} == {200}
+        actions = sorted(action_of(body) for *_, body in answers)
+        assert actions == sorted(int(expected.take(seen(4))["action"][0]) for _ in range(4))
+
+
 def test_the_statistics_of_infer_requests_count_those_of_the_fast_path(fast: Service) -> None:
     def count() -> dict[str, int]:
         answer = urllib3.request("GET", f"{fast.url}/v2/models/{NAME}/stats").json()

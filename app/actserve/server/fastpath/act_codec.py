@@ -145,7 +145,8 @@ class ActCodec(Codec):
         return answer
 
     def _build(self, outcome: BatchResult, start: int, size: int, batched: bool) -> bytes:
-        _, content = wire.encode(self._accept, self._outputs(outcome, start, size), self._signature.answers, batched)
+        outputs = {name: outcome.outputs[result][start : start + size] for name, result in self._results.items()}
+        _, content = wire.encode(self._accept, outputs, self._signature.answers, batched)
         version = self.endpoint.policy.version
         head = (
             f"{wire.VERSION_HEADER}: {version}\r\n"

@@ -34,6 +34,7 @@ class DecodedRequest:
     state: Arrays | None = None  # each (1, *shape), if the client carries it
     is_init: bool | None = None  # the reset flag, if the request has it
     lent: Sequence[Array] = ()  # memory of the arena, to be taken back
+    sequence: int | str | None = None  # that takes a step
 
 
 class Codec(ABC):
@@ -90,10 +91,6 @@ class Codec(ABC):
     @abstractmethod
     def _write(self, outcome: BatchResult, start: int, size: int, decoded: DecodedRequest | None) -> bytes:
         """The response without the status line and the server's headers. Raises an `ActserveError`."""
-
-    def _outputs(self, outcome: BatchResult, start: int, size: int) -> Arrays:
-        """What the answer has, each (size, *shape)."""
-        return {name: outcome.outputs[result][start : start + size] for name, result in self._results.items()}
 
     def _takes(self, tensors: Arrays, size: int) -> bool:
         """Whether the fast path takes a request of this size with these inputs."""

@@ -295,7 +295,9 @@ class FastPathProtocol(Receiver):
         assert head is not None
         assert fast_path is not None
         decoded = head.codec.read(body, head.token)
-        if decoded is None:
+        if decoded is not None and decoded.sequence is not None:
+            self._step = SessionStep.of_sequence(fast_path.sessions, decoded.sequence, head)
+        if decoded is None or (decoded.sequence is not None and self._step is None):
             request = b"".join([self._head_data, bytes(body), self._data])
             self._leave()
             self._pass(request)
@@ -382,7 +384,7 @@ class FastPathProtocol(Receiver):
         assert self._codec is not None
         try:
             if step.store(outcome, start):
-                self._answer_with_outputs(outcome, start, b"x-step: %d\r\n" % step.number)
+                self._answer_with_outputs(outcome, start, step.fields())
                 return
         except SessionsLocked:
             pass
@@ -400,8 +402,7 @@ class FastPathProtocol(Receiver):
         try:
             observations = {name: array.copy() for name, array in self.inputs().items() if name in names}
             result = await step.finish(self._fast_path.registry, observations)
-            fields = b"x-step: %d\r\n%s" % (result.step, b"x-replayed: 1\r\n" if result.replayed else b"")
-            self._answer_with_outputs(BatchResult(result.acted.outputs, None, 0, 0), 0, fields)
+            self._answer_with_outputs(BatchResult(result.acted.outputs, None, 0, 0), 0, step.fields(result))
         except ActserveError as error:
             self._answer(codec.refusal(error, self._state.default_headers))
         except Exception:

@@ -1,4 +1,7 @@
-"""SessionStep: one step of a session on the fast path: its state is read with the head, and written with the answer."""
+"""SessionStep: one step of a session on the fast path: its state is read before, and written with the answer.
+
+The steps of sequences of the Open Inference Protocol are steps of sessions.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 
 from actserve.core.errors import ActserveError
-from actserve.core.signature import IS_INIT, Arrays
+from actserve.core.signature import IS_INIT, Arrays, Signature
 from actserve.engine.batch import BatchResult
-from actserve.engine.policy import Acted
+from actserve.engine.policy import Acted, Policy
 from actserve.engine.registry import Registry
 from actserve.server.fastpath.request_heads import RequestHead
 from actserve.server.sessions import Session, Sessions, StepResult
@@ -16,14 +19,16 @@ from actserve.server.sessions.step_record import StepRecord
 
 
 class SessionStep:
-    """Made by `begin`. `number` is the number of the step."""
+    """Made by `begin` or `of_sequence`. `requested` is the number that the client gave, if any."""
 
-    def __init__(self, sessions: Sessions, session: Session, last: StepRecord, head: RequestHead) -> None:
-        self.number = last.step + 1
+    def __init__(
+        self, sessions: Sessions, session: Session, last: StepRecord, signature: Signature, requested: int | None
+    ) -> None:
         self.is_init: bool | None = None  # the reset flag, if the request has it
+        self.is_of_sequence = False
+        self._number = last.step + 1
         self._sessions, self._session, self._last = sessions, session, last
-        self._requested = head.step
-        self._signature = head.codec.endpoint.policy.signature
+        self._signature, self._requested = signature, requested
         self._record: StepRecord | None = None  # of this step, once it is taken
 
     @classmethod
@@ -37,17 +42,43 @@ class SessionStep:
             )
         except ActserveError:
             return None
+        return cls._next(sessions, session, policy, head.step)
+
+    @classmethod
+    def of_sequence(cls, sessions: Sessions, sequence: int | str, head: RequestHead) -> SessionStep | None:
+        """The next step of a sequence that has begun. None: the route handles it, or raises its errors."""
+        policy = head.codec.endpoint.policy
+        try:
+            session = sessions.resume_sequence(policy.name, sequence, head.token)
+        except ActserveError:
+            return None
+        step = cls._next(sessions, session, policy, None)
+        if step is not None:
+            step.is_of_sequence = True
+        return step
+
+    @classmethod
+    def _next(cls, sessions: Sessions, session: Session, policy: Policy, requested: int | None) -> SessionStep | None:
         assert session.last is not None
         on_version = session.version == policy.version
         by_default = session.exploration in (None, policy.signature.exploration[0])
         by_default = by_default and not session.by_action
-        is_next = head.step in (None, session.last.step + 1)
-        return cls(sessions, session, session.last, head) if on_version and by_default and is_next else None
+        is_next = requested in (None, session.last.step + 1)
+        if not (on_version and by_default and is_next):
+            return None
+        return cls(sessions, session, session.last, policy.signature, requested)
 
     @property
     def state(self) -> Arrays:
         """The state that the step begins with, each (1, *shape); empty before the first step."""
         return self._last.carried(self._signature)
+
+    def fields(self, taken: StepResult | None = None) -> bytes:
+        """The header lines of the answer. `taken` is the result of `finish`; without, the step is stored."""
+        if self.is_of_sequence:
+            return b""
+        step, replayed = (self._number, False) if taken is None else (taken.step, taken.replayed)
+        return b"x-step: %d\r\n%s" % (step, b"x-replayed: 1\r\n" if replayed else b"")
 
     def store(self, outcome: BatchResult, start: int) -> bool:
         """Store the result at `start` of a batch. False if another request has taken the step; see `finish`.
@@ -56,7 +87,7 @@ class SessionStep:
         """
         results = {name: array[start : start + 1] for name, array in outcome.outputs.items()}
         results |= {state.spec.name: results[state.output] for state in self._signature.state}
-        self._record = StepRecord.of(self.number, Acted(results, None, 0, 0), self._signature)
+        self._record = StepRecord.of(self._number, Acted(results, None, 0, 0), self._signature)
         return self._sessions.write(self._session, self._last, self._record)
 
     async def finish(self, registry: Registry, observations: Arrays) -> StepResult:
@@ -66,7 +97,7 @@ class SessionStep:
         assert self._record is not None
         write = partial(self._sessions.write, self._session, self._last, self._record)
         if await self._sessions.when_unlocked(write):
-            return StepResult(self._record.acted(self._signature, self._session.seed), self.number, replayed=False)
+            return StepResult(self._record.acted(self._signature, self._session.seed), self._number, replayed=False)
         if self.is_init is not None:
             observations = observations | {IS_INIT.name: IS_INIT.zeros(1) | self.is_init}
         session = replace(self._session, last=None)

@@ -212,21 +212,34 @@ class Sessions:
 
     def resume(self, policy: str, id_: str, holder: Token | None = None) -> Session:
         """As `get`, with the record of the last step: for a session that is about to take the next one."""
+        found = self._resumed(policy, holder, "number = ?", self._ids.number(policy, id_, holder))
+        if found is None:
+            raise SessionExpired
+        return found
+
+    def resume_sequence(self, policy: str, sequence: int | str, holder: Token | None = None) -> Session:
+        """As `sequence`, with the record of the last step."""
+        digest = self._ids.sequence(policy, sequence, None, holder)
+        found = self._resumed(policy, holder, "sequence = ?", digest)
+        if found is None:
+            raise _unknown_sequence(policy, sequence)
+        return found
+
+    def _resumed(self, policy: str, holder: Token | None, condition: str, value: int | bytes) -> Session | None:
         self._sweep()
-        number, now_ms = self._ids.number(policy, id_, holder), self._now_ms()
         found = self._file.rows(
-            f"SELECT version, seed, exploration, by_action, used_ms, {_RECORD} FROM session"
-            " WHERE number = ? AND used_ms > ?",
-            *(number, self._idle_since_ms()),
+            f"SELECT number, version, seed, exploration, by_action, used_ms, {_RECORD} FROM session"
+            f" WHERE {condition} AND used_ms > ?",
+            *(value, self._idle_since_ms()),
         )
         if not found:
-            raise SessionExpired
-        version, seed, exploration, by_action, used_ms, *fields = found[0]
+            return None
+        number, version, seed, exploration, by_action, used_ms, *fields = found[0]
         last = self._checked(policy, number, fields)
-        idle_s = max(0, now_ms - used_ms) / 1000
         return Session(
-            id_, policy, version, last.step, seed, exploration, idle_s, number, holder, bool(by_action), last
-        )
+            self._ids.id(policy, number, holder), policy, version, last.step, seed, exploration,
+            max(0, self._now_ms() - used_ms) / 1000, number, holder, bool(by_action), last,
+        )  # fmt: skip
 
     def recent(self, policy: str, id_: str, holder: Token | None = None) -> Session | None:
         """The session after the last step that this process took, without reading the file; None: it took none lately.
@@ -241,7 +254,7 @@ class Sessions:
         """The session begun with this `sequence`. The number 1 and the text "1" differ. Raises `UnknownSession`."""
         found = self._find(holder, "sequence = ?", self._ids.sequence(policy, sequence, owner, holder))
         if not found:
-            raise UnknownSession(f"no sequence {str(sequence)[:80]!r} of {policy}: never begun, ended or timed out")
+            raise _unknown_sequence(policy, sequence)
         return found[0]
 
     def owned(self, policy: str, owner: str | None, holder: Token | None = None) -> list[Session]:
@@ -422,6 +435,10 @@ class Sessions:
 def replayed(policy: Policy, session: Session, last: StepRecord) -> StepResult:
     """The stored answer to the last step."""
     return StepResult(last.acted(signature_of(policy, session), session.seed), last.step, replayed=True)
+
+
+def _unknown_sequence(policy: str, sequence: int | str) -> UnknownSession:
+    return UnknownSession(f"no sequence {str(sequence)[:80]!r} of {policy}: never begun, ended or timed out")
 
 
 def _same(session: Session, seed: int | None, exploration: Exploration | None, by_action: bool) -> Session:

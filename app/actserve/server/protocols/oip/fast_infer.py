@@ -1,4 +1,7 @@
-"""Infer requests over HTTP on the fast path. Those with a sequence, timeout, seed or exploration go to the routes."""
+"""Infer requests over HTTP on the fast path.
+
+Those with a timeout, seed or exploration go to the routes, and so do the first and the last request of a sequence.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ INFER_ON_VERSION = "/v2/models/{name}/versions/{version}/infer"
 MAX_DOCUMENTS = 256  # cached
 MAX_DOCUMENT_BYTES = 4096  # of a cached one
 _DEFAULT = Parameters()
+_ANY = {"binary_data_output": False, "priority": 0, "sequence_id": 0}  # parameters with any value, and their defaults
 
 
 def infer_resources(endpoint: Endpoint, service: Service) -> Resources:
@@ -121,8 +125,11 @@ class InferCodec(Codec):
         size = len(next(iter(tensors.values())))
         if not self._takes(tensors, size):
             return None
+        sequence = document.request.parameters.sequence_id or None
         state, is_init = split_state(tensors, self._signature)
-        return DecodedInferRequest(tensors, size, True, state, is_init, lent, document, begun_ns, find_region)
+        if sequence is not None and (state is not None or size > 1):
+            return None
+        return DecodedInferRequest(tensors, size, True, state, is_init, lent, sequence, document, begun_ns, find_region)
 
     def _lend(self, lent: list[Array], size_bytes: int) -> Array:
         """Memory for the bytes of a region; spare memory for observations, which is taken back later."""
@@ -138,8 +145,7 @@ class InferCodec(Codec):
         assert decoded.find_region is not None
         acted_ns = time.perf_counter_ns()
         policy, document = self.endpoint.policy, decoded.document
-        found = self._outputs(outcome, start, size)
-        outputs = {name: found[name] for name in document.selected}
+        outputs = {name: outcome.outputs[self._results[name]][start : start + size] for name in document.selected}
         described = InferResponse(
             policy.name, str(policy.version), document.request.id, None, outputs, self._specs,
             document.selected, document.placed,
@@ -164,8 +170,10 @@ class InferCodec(Codec):
             return self._documents[content]
         request = parse_json(content)
         document = None
-        if request.parameters.model_copy(update={"binary_data_output": False, "priority": 0}) == _DEFAULT:
-            selected = codec.select_outputs(request, self._signature.answers)
+        of_sequence = bool(request.parameters.sequence_id)
+        if request.parameters.model_copy(update=_ANY) == _DEFAULT:
+            specs = self._signature.outputs if of_sequence else self._signature.answers
+            selected = codec.select_outputs(request, specs)
             document = Document(request, selected, codec.placed_outputs(request))
         if len(content) <= MAX_DOCUMENT_BYTES:
             if len(self._documents) >= MAX_DOCUMENTS:
