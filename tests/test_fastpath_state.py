@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from actserve import wire
 from actserve.server.protocols.oip.fast_infer import INFER
-from actserve.server.sessions import Sessions
+from actserve.server.sessions import SessionLimits, Sessions
 from actserve.telemetry.counts import ACT
 from actserve.wire.oip import HEADER
 from tests import stream_service
@@ -329,6 +329,22 @@ def test_every_step_of_a_sequence_is_taken_once_whoever_takes_it() -> None:
         assert {status for status, *_ in answers} == {200}
         actions = sorted(action_of(body) for *_, body in answers)
         assert actions == sorted(int(expected.take(seen(4))["action"][0]) for _ in range(4))
+
+
+def test_a_sequence_that_another_process_began_again_goes_on_there(fast: Service) -> None:
+    assert infer(fast, in_sequence(3, 6, sequence_start=True))[0] == 200
+    assert infer(fast, in_sequence(4, 6))[0] == 200
+    app = fast.server.config.app
+    assert isinstance(app, FastAPI)
+    with Sessions(app.state.sessions._file.path, SessionLimits()) as elsewhere:
+        elsewhere.begin(NAME, 1, sequence=6)
+    before, expected = infer_taken(fast), Alone(1, 0, None)
+    for x in (5, 6):
+        assert action_of(infer(fast, in_sequence(x, 6))[3]) == int(expected.take(seen(x))["action"][0])
+    assert infer_taken(fast) == before + 2
+    app.state.sessions.end(app.state.sessions.sequence(NAME, 6))
+    status, *_, body = infer(fast, in_sequence(7, 6))
+    assert (status, json.loads(body)["error"]) == (404, f"no sequence '6' of {NAME}: never begun, ended or timed out")
 
 
 def test_the_statistics_of_infer_requests_count_those_of_the_fast_path(fast: Service) -> None:

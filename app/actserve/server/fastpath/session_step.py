@@ -25,7 +25,6 @@ class SessionStep:
         self, sessions: Sessions, session: Session, last: StepRecord, signature: Signature, requested: int | None
     ) -> None:
         self.is_init: bool | None = None  # the reset flag, if the request has it
-        self.is_of_sequence = False
         self._number = last.step + 1
         self._sessions, self._session, self._last = sessions, session, last
         self._signature, self._requested = signature, requested
@@ -49,13 +48,12 @@ class SessionStep:
         """The next step of a sequence that has begun. None: the route handles it, or raises its errors."""
         policy = head.codec.endpoint.policy
         try:
-            session = sessions.resume_sequence(policy.name, sequence, head.token)
+            session = sessions.recent_sequence(policy.name, sequence, head.token) or sessions.resume_sequence(
+                policy.name, sequence, head.token
+            )
         except ActserveError:
             return None
-        step = cls._next(sessions, session, policy, None)
-        if step is not None:
-            step.is_of_sequence = True
-        return step
+        return cls._next(sessions, session, policy, None)
 
     @classmethod
     def _next(cls, sessions: Sessions, session: Session, policy: Policy, requested: int | None) -> SessionStep | None:
@@ -75,7 +73,7 @@ class SessionStep:
 
     def fields(self, taken: StepResult | None = None) -> bytes:
         """The header lines of the answer. `taken` is the result of `finish`; without, the step is stored."""
-        if self.is_of_sequence:
+        if self._session.sequence is not None:
             return b""
         step, replayed = (self._number, False) if taken is None else (taken.step, taken.replayed)
         return b"x-step: %d\r\n%s" % (step, b"x-replayed: 1\r\n" if replayed else b"")
@@ -101,4 +99,6 @@ class SessionStep:
         if self.is_init is not None:
             observations = observations | {IS_INIT.name: IS_INIT.zeros(1) | self.is_init}
         session = replace(self._session, last=None)
+        if session.sequence is not None:  # it may have begun again
+            session = self._sessions.sequence(session.policy, session.sequence, holder=session.holder)
         return await self._sessions.step(registry, session, observations, self._requested)

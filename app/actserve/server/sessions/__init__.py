@@ -223,7 +223,7 @@ class Sessions:
         found = self._resumed(policy, holder, "sequence = ?", digest)
         if found is None:
             raise _unknown_sequence(policy, sequence)
-        return found
+        return replace(found, sequence=sequence)
 
     def _resumed(self, policy: str, holder: Token | None, condition: str, value: int | bytes) -> Session | None:
         self._sweep()
@@ -246,7 +246,11 @@ class Sessions:
 
         Another process may have stepped or ended it since: then `write` returns False.
         """
-        return self._recent.get(policy, id_, holder, self._now_ms())
+        return self._recent.get(policy, id_, None, holder, self._now_ms())
+
+    def recent_sequence(self, policy: str, sequence: int | str, holder: Token | None = None) -> Session | None:
+        """As `recent`, the session of this sequence. Another process may have begun the sequence again, too."""
+        return self._recent.get(policy, None, sequence, holder, self._now_ms())
 
     def sequence(
         self, policy: str, sequence: int | str, owner: str | None = None, holder: Token | None = None

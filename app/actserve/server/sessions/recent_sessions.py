@@ -14,7 +14,7 @@ from actserve.server.sessions.session import Session
 MAX_SESSIONS = 4096
 MAX_BYTES = 16 << 20  # of records
 
-_Key = tuple[str, str, str | None]  # policy, id, name of the token
+_Key = tuple[str, str | None, int | str | None, str | None]  # policy; id or sequence; name of the token
 
 
 class RecentSessions:
@@ -25,9 +25,12 @@ class RecentSessions:
         self._found: dict[_Key, tuple[Session, int]] = {}  # the session, and the time of its step; the oldest first
         self._bytes = 0
 
-    def get(self, policy: str, id_: str, holder: Token | None, now_ms: int) -> Session | None:
-        """The session after its last step here, which is `last`; None if it is not known."""
-        session, stepped_ms = self._found.get(_key(policy, id_, holder), (None, 0))
+    def get(
+        self, policy: str, id_: str | None, sequence: int | str | None, holder: Token | None, now_ms: int
+    ) -> Session | None:
+        """The session with this id, or of this sequence, after its last step here, which is `last`; None if it is not
+        known."""
+        session, stepped_ms = self._found.get(_key(policy, id_, sequence, holder), (None, 0))
         if session is None or now_ms - stepped_ms >= self._idle_ms:
             return None
         return session if session.holder is holder else replace(session, holder=holder)
@@ -35,16 +38,21 @@ class RecentSessions:
     def add(self, session: Session, now_ms: int) -> None:
         assert session.last is not None
         self.forget(session)
-        self._found[_key(session.policy, session.id, session.holder)] = session, now_ms
+        self._found[_key_of(session)] = session, now_ms
         self._bytes += session.last.size_bytes
         while len(self._found) > MAX_SESSIONS or self._bytes > MAX_BYTES:
             self.forget(next(iter(self._found.values()))[0])
 
     def forget(self, session: Session) -> None:
-        known, _ = self._found.pop(_key(session.policy, session.id, session.holder), (None, 0))
+        known, _ = self._found.pop(_key_of(session), (None, 0))
         if known is not None and known.last is not None:
             self._bytes -= known.last.size_bytes
 
 
-def _key(policy: str, id_: str, holder: Token | None) -> _Key:
-    return policy, id_, None if holder is None else holder.name
+def _key_of(session: Session) -> _Key:
+    id_ = session.id if session.sequence is None else None
+    return _key(session.policy, id_, session.sequence, session.holder)
+
+
+def _key(policy: str, id_: str | None, sequence: int | str | None, holder: Token | None) -> _Key:
+    return policy, id_, sequence, None if holder is None else holder.name

@@ -24,3 +24,4 @@ class Session:
     holder: Token | None  # only this token may use the session; None: anyone who knows the id
     by_action: bool = False  # chunks of actions are handed out one by one
     last: StepRecord | None = None  # of the last step; None: it was not read
+    sequence: int | str | None = None  # the client's name, if the session was found by it
