@@ -13,10 +13,10 @@ import asyncio
 import json
 import multiprocessing
 import random
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,10 +33,20 @@ WAITING_S = 20.0  # the loop that asks and waits
 
 @contextmanager
 def delayed(url: str) -> Iterator[str]:
-    """The service at `url` behind a proxy that delays its answers -> the proxy's URL."""
+    """The service at `url` behind a proxy that delays its answers -> the proxy's URL. The proxy is another process."""
+    ours, theirs = multiprocessing.Pipe()
+    proxy = multiprocessing.Process(target=_proxy, args=(url, theirs), daemon=True)
+    proxy.start()
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}"
+    finally:
+        proxy.terminate()
+        proxy.join()
+
+
+def _proxy(url: str, ready: Connection) -> None:
+    """Serve until the process is ended; sends the port to `ready`."""
     address = urlsplit(url)
-    ready, over, found = threading.Event(), asyncio.Event(), []
-    connections: set[asyncio.Task[Any]] = set()
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delays: bool) -> None:
         try:
@@ -50,31 +60,16 @@ def delayed(url: str) -> Iterator[str]:
             await writer.wait_closed()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections.add(task)
-        theirs, ours = await asyncio.open_connection(address.hostname, address.port)
-        await asyncio.gather(forward(reader, ours, False), forward(theirs, writer, True), return_exceptions=True)
+        from_service, to_service = await asyncio.open_connection(address.hostname, address.port)
+        both = forward(reader, to_service, False), forward(from_service, writer, True)
+        await asyncio.gather(*both, return_exceptions=True)
 
     async def serve() -> None:
         server = await asyncio.start_server(connected, "127.0.0.1", 0)
-        found.append((asyncio.get_running_loop(), server.sockets[0].getsockname()[1]))
-        ready.set()
-        await over.wait()
-        server.close()
-        for task in connections:
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        ready.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-    thread.start()
-    ready.wait()
-    ((loop, port),) = found
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join(5)
+    asyncio.run(serve())
 
 
 def sleep_only(seconds: float, late: Any) -> None:
