@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 
 from actserve.core.bfloat16 import LARGEST, narrow, widen
 from actserve.core.errors import InvalidRequest, InvalidTensor, UnknownOutput
+from actserve.core.limits import Limits
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]  # by tensor name; the first axis is the batch
@@ -267,6 +268,7 @@ class Signature:
     parameters: tuple[Parameter, ...] = ()
     noise: tuple[Noise, ...] = ()
     chunk: Chunk | None = None
+    limits: Limits | None = None  # what the program keeps to, whatever it is given
 
     @cached_property
     def request_inputs(self) -> tuple[TensorSpec, ...]:
@@ -313,6 +315,12 @@ class Signature:
         """One action of the chunk, (*shape). Raises as `planned`."""
         low, high = (None if isinstance(bound, tuple) else bound for bound in (self.planned.low, self.planned.high))
         return replace(self.planned, shape=self.planned.shape[1:], low=low, high=high)
+
+    @cached_property
+    def slows_chunks(self) -> bool:
+        """Whether the limits bound the change between actions of chunks: then none of them may be left out."""
+        limits = () if self.limits is None or self.chunk is None else self.limits.outputs
+        return any(limit.change is not None and limit.output == self.planned.name for limit in limits)
 
     def draws(self, exploration: Exploration) -> bool:
         """Whether a request in this mode needs noise, and so a seed."""

@@ -29,7 +29,8 @@ from actserve.core.signature import Signature
 from actserve.store.trust import Trust
 from actserve.store.trust.ownership import untrusted_reason
 
-FORMAT = 1  # of the manifest; newer formats are refused
+FORMAT = 2  # of the manifest; newer formats are refused
+WITHOUT_LIMITS = 1  # the format of a manifest whose signature has no limits: older versions of actserve read it
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"  # 64 bytes, signs the manifest's bytes; optional
 GOLDEN = "golden.safetensors"
@@ -90,6 +91,8 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         dumped: dict[str, Any] = _adapter().dump_python(self, mode="json")
+        if self.signature.limits is None:
+            del dumped["signature"]["limits"]
         return dumped
 
     @staticmethod
