@@ -84,6 +84,16 @@ def export(
     batch_axis: Annotated[
         list[str] | None, typer.Option(metavar="NAME=AXIS", help="Where a tensor of the .onnx file has the batch.")
     ] = None,
+    limits: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A YAML file of limits that the programs keep to: bounds, change per step, a fallback."
+        ),
+    ] = None,
+    fuzz: Annotated[
+        int | None,
+        typer.Option(min=1, help="Fuzzed inputs that prove the limits of each program; by default up to 100,000."),
+    ] = None,
     native: Annotated[bool, flag("--native", says="Build the .pt2 for this CPU only.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the .pt2 is built for.")] = "cpu",
     precision: Annotated[
@@ -110,6 +120,8 @@ def export(
         raise UsageError("int8 is made from the .onnx program: add onnx to --runtime")
     if runtimes is not None and (not runtimes or set(runtimes) - set(PROGRAMS)):
         raise UsageError(f"--runtime takes onnx, pt2 or onnx,pt2; got {runtime!r}")
+    if fuzz is not None and limits is None:
+        raise UsageError("--fuzz is for the limits: add --limits FILE")
     of_file = {
         "outputs": tuple(output or ()),
         "state": _pairs("--state", state, str),
@@ -117,6 +129,7 @@ def export(
         "batch_axes": _pairs("--batch-axis", batch_axis, int),
     }
     import_extra("export", "actserve_export.training.known:locate")(target, checkpoint)  # before torch, which takes 5 s
+    kept = None if limits is None else import_extra("export", "actserve_export.sources.limits_file:read_limits")(limits)
     own = open_for_publishing(store, sign)
     from actserve.engine.tuning.tuned import tune_briefly
 
@@ -138,6 +151,8 @@ def export(
             device=device,
             portable=portable,
             evaluate=_evaluation(evaluate, seed) if evaluate else None,
+            limits=kept,
+            fuzzed=fuzz,
             progress=progress,
         )
         tune_briefly(done.artifact, progress)

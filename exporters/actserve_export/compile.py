@@ -18,6 +18,7 @@ from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact, Manifest, Program
 from actserve.store.local import ModelStore
+from actserve_export.certify.limits import fuzz
 from actserve_export.programs import aoti
 from actserve_export.programs.exported import PROGRAM, load_program
 
@@ -54,7 +55,8 @@ def compile(  # noqa: A001, the command's name
         draft = _publish(ModelStore(Path(folder) / "draft"), manifest, requires, files, {})
         progress("certifying .pt2 against the golden samples")
         evidence = _certify(draft)
-        return _publish(store, manifest, requires, files, evidence)
+        limits = _fuzz_limits(draft, progress)
+        return _publish(store, manifest, requires, files, evidence, limits)
 
 
 def _existing(artifact: Artifact, store: ModelStore, native: bool, device: str = "cpu") -> Artifact | None:
@@ -84,7 +86,12 @@ def _copies(artifact: Artifact, folder: Path) -> dict[str, Path]:
 
 
 def _publish(
-    store: ModelStore, parent: Manifest, requires: dict[str, Any], files: dict[str, Path], evidence: dict[str, Any]
+    store: ModelStore,
+    parent: Manifest,
+    requires: dict[str, Any],
+    files: dict[str, Path],
+    evidence: dict[str, Any],
+    limits: dict[str, Any] | None = None,
 ) -> Artifact:
     compiled_from = {
         "version": parent.version,
@@ -92,6 +99,10 @@ def _publish(
         "torch": torch.__version__.partition("+")[0],
     }
     certified = {**parent.certificate.get("programs", {}), "pt2": evidence}
+    certificate = {**parent.certificate, "programs": certified}
+    if limits is not None:
+        shown = parent.certificate["limits"]
+        certificate["limits"] = {**shown, "programs": {**shown["programs"], "pt2": limits}}
     return store.publish(
         replace(
             parent,
@@ -99,10 +110,23 @@ def _publish(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             programs={**parent.programs, "pt2": Program(PT2, requires)},
             provenance={**parent.provenance, "compiled_from": compiled_from},
-            certificate={**parent.certificate, "programs": certified},
+            certificate=certificate,
         ),
         files,
     )
+
+
+def _fuzz_limits(draft: Artifact, progress: Callable[[str], None]) -> dict[str, Any] | None:
+    """The certificate's entry on the limits of the `.pt2`; None if it has none. Its samples are the golden ones."""
+    signature = draft.manifest.signature
+    if signature.limits is None:
+        return None
+    progress("fuzzing the limits of .pt2")
+    runtime = load("pt2", draft)
+    try:
+        return fuzz(".pt2", runtime.run_unchecked, signature, golden.read(draft)[0]).as_json()
+    finally:
+        runtime.close()
 
 
 def _certify(draft: Artifact) -> dict[str, Any]:

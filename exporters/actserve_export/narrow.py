@@ -30,6 +30,7 @@ from actserve.engine.runtimes.load import load
 from actserve.store.artifact import GOLDEN, Artifact, Manifest, Program
 from actserve.store.local import ModelStore
 from actserve_export.certify import certify
+from actserve_export.certify.limits import fuzz
 from actserve_export.certify.narrow import Run, certify_narrow, golden_items
 from actserve_export.programs.quantize import quantize as quantization
 from actserve_export.programs.quantize.quantize import is_x86, quantize
@@ -132,6 +133,10 @@ def _first_certified(
             picked, outputs = ({k: v[items] for k, v in arrays.items()} for arrays in (held_out, results[1]))
             files[GOLDEN] = folder / GOLDEN
             files[GOLDEN].write_bytes(golden.save(picked, outputs))
+            if draft.signature.limits is not None:
+                progress(f"fuzzing the limits of .{runtime} in {precision}")
+                fuzzed = fuzz(f".{runtime} in {precision}", ours.run_unchecked, draft.signature, held_out)
+                evidence["limits"] = {"programs": {runtime: fuzzed.as_json()}}
         except Disagreement as error:
             refused = error  # the next program has more layers in floats
         else:
@@ -166,7 +171,8 @@ def _certificate(
         "action_disagreements": round((1 - evidence["agreement"]) * evidence["samples"]),
         "largest_difference": evidence["largest_difference"],
     }
-    return {
+    limits = {"limits": evidence["limits"]} if "limits" in evidence else {}
+    return limits | {
         "samples": evidence["samples"],
         "samples_from": draft.certificate["samples_from"],
         "reference": evidence["reference"],
@@ -174,5 +180,5 @@ def _certificate(
         "tolerance": asdict(tolerance),
         "smallest_margin": None,
         "programs": {RUNTIMES[precision]: compared},
-        precision: {**made, **evidence},
+        precision: {**made, **{name: value for name, value in evidence.items() if name not in limits}},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,12 +17,14 @@ import torch
 from actserve import __version__
 from actserve.core.errors import CaptureFailed, UsageError
 from actserve.engine.runtimes import preflight
-from actserve.store.artifact import FORMAT, GOLDEN, Artifact, Manifest
+from actserve.store.artifact import FORMAT, GOLDEN, WITHOUT_LIMITS, Artifact, Manifest
 from actserve.store.local import ModelStore
 from actserve_export.capture import capture
+from actserve_export.capture.limits.policy import limit
 from actserve_export.certify import certify
 from actserve_export.programs.reasons import explained
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource
+from actserve_export.sources.limits_file import LimitsFile, parse_limits
 
 RUNTIMES = ("onnx", "pt2")
 HOST_BOUND = ("pt2",)  # native code
@@ -55,6 +57,8 @@ def export(
     device: str = "cpu",
     portable: bool = False,
     evaluate: Evaluate | None = None,
+    limits: LimitsFile | Mapping[str, Any] | None = None,
+    fuzzed: int | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Export:
     """Publish `source` as the next version of `name` in a store or its folder, if its programs agree with it.
@@ -64,12 +68,19 @@ def export(
     only, and `device` for "cpu" or "cuda". `portable` certifies all programs, and publishes only the portable ones.
     The result of `evaluate` becomes part of the certificate. Without `evaluate`, an earlier version of the same export
     provides it.
-    Raises `CaptureFailed`, `Disagreement`, `StoreError`, and the errors of `evaluate`.
+    `limits` are what the programs keep to, as in the file of `actserve export --limits`. Each program is fuzzed with
+    `fuzzed` inputs; None: up to 100,000, as time allows.
+    Raises `CaptureFailed`, `Disagreement`, `StoreError`, `UsageError` for limits that do not fit, and the errors of
+    `evaluate`.
     """
     store = store if isinstance(store, ModelStore) else ModelStore(Path(store))
     progress("capturing the policy")
     torch.set_num_threads(1)  # small batches gain nothing from more, and lose much on a busy machine
     captured = capture(source)
+    if limits is not None:
+        progress("adding the limits")
+        with explained("add the limits"):
+            captured = limit(captured, limits if isinstance(limits, LimitsFile) else parse_limits(limits))
     insisted = runtimes is not None
     runtimes = _possible(runtimes or RUNTIMES, captured, progress)
     target = {"native": native, "device": device}  # of the .pt2
@@ -81,10 +92,13 @@ def export(
             continue
         missing = artifact.manifest.certificate.get(MISSING, {})
         needed = [runtime for runtime in kept if insisted or runtime not in missing]
-        if _runs_here(artifact, needed) and (evaluate is None or EVALUATION in artifact.manifest.certificate):
+        certificate = artifact.manifest.certificate
+        if certificate.get("limits", {}).get("inputs", 0) < (fuzzed or 0):
+            continue
+        if _runs_here(artifact, needed) and (evaluate is None or EVALUATION in certificate):
             return Export(artifact, published=False)
     manifest = Manifest(
-        format=FORMAT,
+        format=WITHOUT_LIMITS if captured.signature.limits is None else FORMAT,
         name=name,
         version=1,
         parent=existing[0].manifest.version if existing else None,
@@ -120,7 +134,7 @@ def export(
         files[GRAPH].write_text(captured.graph())
         # A draft in a temporary store, so that certifying opens the programs in the same way as serving.
         draft = ModelStore(folder / "draft").publish(replace(manifest, programs=programs), files)
-        evidence = certify.certify(captured, source, draft, progress)
+        evidence = certify.certify(captured, source, draft, progress, fuzzed)
         if missing:
             evidence.certificate[MISSING] = missing
         files[GOLDEN] = folder / GOLDEN
@@ -157,10 +171,13 @@ def _possible(runtimes: Sequence[str], captured: CapturedPolicy, progress: Calla
 
 def _fingerprint(captured: CapturedPolicy, source: ExportSource, target: dict[str, Any]) -> str:
     """The hash of an export: graph, weights, signature, environment, target, and the versions of the tools."""
+    signature = asdict(captured.signature)
+    if signature["limits"] is None:
+        del signature["limits"]  # as in manifests; so an earlier export without limits is found
     identity = {
         "graph": captured.graph(),
         "weights": captured.weights_sha256(),
-        "signature": asdict(captured.signature),
+        "signature": signature,
         "environment": asdict(source.environment) if source.environment else None,
         "versions": _versions(),
         "target": target,

@@ -36,6 +36,8 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     if "original" in certificate:
         original = certificate["original"]
         print(f"the reference was compared with {original['name']}: {original['compared']} actions, none differs")
+    if "limits" in certificate:
+        _print_limits(certificate["limits"])
     for runtime, found in certificate.get("evaluation", {}).get("programs", {}).items():
         low, high = found["mean_interval"] or (found["mean"], found["mean"])
         print(
@@ -54,6 +56,23 @@ def print_certificate(certificate: dict[str, Any]) -> None:
         print(f"not shown: {gap}")
     if certificate["smallest_margin"] is not None:
         print(f"smallest margin of a chosen action: {certificate['smallest_margin']:.3g}")
+
+
+def _print_limits(shown: dict[str, Any]) -> None:
+    """What fuzzing showed of the limits."""
+    for runtime, found in shown["programs"].items():
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in found["reasons"].items())
+        print(
+            f"limits of .{runtime}: {found['inputs']:,} fuzzed inputs, {found['limited']:,} limited"
+            + (f" ({reasons})" if reasons else "")
+            + f", {found['outside']} outside"
+            + (f"; it fails on {found['refused']:,}" if found.get("refused") else "")
+        )
+    if "equal_where_not_limited" in shown:
+        print(
+            f"without limits {shown['outside_without_limits']:,} of {shown['inputs']:,} were outside; "
+            f"{shown['equal_where_not_limited']:,} were not limited: equal to the policy's own, bit for bit"
+        )
 
 
 def _print_narrow(precision: str, found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from safetensors.numpy import save as save_tensors
 
 from actserve.core import bfloat16
 from actserve.core.errors import CorruptFile, RuntimeFailure
+from actserve.core.limits import LIMITED
 from actserve.core.signature import Array, Arrays, Signature, TensorSpec
 from actserve.engine.runtimes import load as runtimes
 from actserve.engine.runtimes.base import Runtime
@@ -21,6 +22,7 @@ from actserve.store.artifact import GOLDEN, Artifact
 
 EPSILONS = {"float16": 2.0**-10, "bfloat16": bfloat16.EPSILON}
 ROUNDINGS = 2
+MARGINAL = 50  # one in so many items may be at a limit, where rounding decides whether `limited` says so
 INPUT = "input."
 OUTPUT = "output."
 
@@ -71,6 +73,9 @@ def compare(
             largest[spec.name] = float(np.max(difference, initial=0.0))
             allowed = tolerance.of(spec)
             if not np.allclose(ours, theirs, rtol=allowed.relative, atol=allowed.absolute):
+                exceeding.append(spec.name)
+        elif spec.name == LIMITED and signature.limits is not None:
+            if int((ours != theirs).sum()) > max(1, len(ours) // MARGINAL):
                 exceeding.append(spec.name)
         elif spec is not signature.action and not np.array_equal(ours, theirs):
             exceeding.append(spec.name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import keyword
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,19 +41,7 @@ class StepProgram(nn.Module):
 
     def bind(self, names: tuple[str, ...]) -> StepProgram:
         """Fix the order of the inputs. torch.export names the inputs after the parameters of forward."""
-        identifiers = _identifiers(names)
-        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in identifiers]
-        signature = inspect.Signature(parameters)
-
-        def forward(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-            bound = signature.bind(*args, **kwargs).arguments
-            return self.run(
-                {name: bound[known] for name, known in zip(names, identifiers, strict=True)}, recording=False
-            )
-
-        # torch.export names inputs by `inspect.signature`, which reads this attribute. mypy knows none on functions.
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-        self.__dict__["forward"] = forward
+        self.__dict__["forward"] = named_forward(names, partial(self.run, recording=False))
         return self
 
     def run(self, inputs: Mapping[str, Tensor], recording: bool) -> tuple[Tensor, ...]:
@@ -84,6 +73,23 @@ class StepProgram(nn.Module):
             outputs += [self.io.next_states.get(name, inputs[name]) for name in self.io.states]
             outputs = list(map(widened, outputs))
         return tuple(tensor.contiguous() for tensor in outputs)
+
+
+def named_forward(
+    names: tuple[str, ...], run: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """`run` as a function of positional tensors with these names."""
+    identifiers = _identifiers(names)
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in identifiers]
+    signature = inspect.Signature(parameters)
+
+    def forward(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
+        bound = signature.bind(*args, **kwargs).arguments
+        return run({name: bound[known] for name, known in zip(names, identifiers, strict=True)})
+
+    # torch.export names inputs by `inspect.signature`, which reads this attribute. mypy knows none on functions.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:

@@ -18,9 +18,11 @@ from actserve.engine.golden import Agreement, Tolerance
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
+from actserve_export.capture.limits.policy import LimitedPolicy, without_limits
 from actserve_export.certify import distributions as statistics
 from actserve_export.certify.as_given import as_given
 from actserve_export.certify.effort import BATCH_SIZES, LEAST_SAMPLES, Effort, about
+from actserve_export.certify.limits import certify_limits
 from actserve_export.sources import samples
 from actserve_export.sources.interfaces import CapturedPolicy, ExportSource, OriginalPolicy
 
@@ -39,12 +41,17 @@ class Evidence:
 
 
 def certify(
-    captured: CapturedPolicy, source: ExportSource, draft: Artifact, progress: Callable[[str], None]
+    captured: CapturedPolicy,
+    source: ExportSource,
+    draft: Artifact,
+    progress: Callable[[str], None],
+    fuzzed: int | None = None,
 ) -> Evidence:
     """Compare every program of `draft` with the eager policy: single steps at several batch sizes, and rollouts.
 
-    A slow policy is compared on fewer samples, in the same ways. Raises `Disagreement`, which names the program, the
-    batch size or step, and the items.
+    A slow policy gets fewer samples, compared in the same ways. `fuzzed` inputs check the limits of each program; None:
+    as many as fit into a budget of time. Raises `Disagreement`, which names the program, the batch size or step, and
+    the items.
     """
     signature = captured.signature
     sizes = [size for size in BATCH_SIZES if size <= signature.max_batch]
@@ -74,18 +81,21 @@ def certify(
             "programs": found,
             "not_shown": _not_shown(captured, source),
         }
-        if (original := source.original or as_given(captured, source)) is not None:
+        own = without_limits(captured)
+        if (original := source.original or as_given(own, source)) is not None:
             progress(f"comparing with {original.name}")
-            certificate["original"] = _compare_original(captured, original, inputs, reference)
+            certificate["original"] = _compare_original(own, original, inputs, reference if own is captured else None)
         if signature.state:
             progress(
                 f"comparing {listed} over {effort.steps} steps of {effort.rows} episodes" + about(effort.rollout_s)
             )
             for name, rollout in _compare_rollouts(captured, runtimes, inputs, effort).items():
                 found[name]["rollout"] = rollout
+        if isinstance(captured, LimitedPolicy):
+            certificate["limits"] = certify_limits(captured, source, runtimes, fuzzed, progress)
     if signature.noise:
         progress("comparing random actions with the policy's own")
-        certificate["statistics"] = statistics.compare(captured, source, inputs, effort.draws)
+        certificate["statistics"] = statistics.compare(own, source, inputs, effort.draws)
     chosen = np.linspace(0, effort.samples - 1, min(GOLDEN_SAMPLES, effort.samples // 4)).astype(int)
     picked = [{k: v[chosen] for k, v in part.items()} for part in (inputs, reference)]
     return Evidence(certificate, golden.save(*picked))
@@ -178,15 +188,18 @@ def _not_shown(captured: CapturedPolicy, source: ExportSource) -> list[str]:
 
 
 def _compare_original(
-    captured: CapturedPolicy, original: OriginalPolicy, inputs: Arrays, reference: Arrays
+    captured: CapturedPolicy, original: OriginalPolicy, inputs: Arrays, reference: Arrays | None
 ) -> dict[str, Any]:
     """Compare the captured policy in its deterministic mode with the original, item by item.
 
-    `reference`: its results for `inputs`.
+    `reference`: its results for `inputs`, if they are known.
     """
     signature, ours = captured.signature, reference
+    inputs = {spec.name: inputs[spec.name] for spec in signature.inputs}
     if EXPLORE.name in inputs:
-        inputs = inputs | {EXPLORE.name: np.zeros_like(inputs[EXPLORE.name])}
+        inputs[EXPLORE.name] = np.zeros_like(inputs[EXPLORE.name])
+        ours = None
+    if ours is None:
         ours = golden.in_batches(captured.run_reference, inputs, 1)
     theirs = golden.in_batches(original.act, inputs, 1)
     agreement = golden.compare(signature, ours, ours | theirs, TOLERANCE)

@@ -24,9 +24,10 @@ def collect(source: ExportSource, signature: Signature, count: int) -> Arrays:
     inputs = observations(source, signature, count, rng)
     begins = rng.random(count) < EPISODES_BEGIN
     for state in signature.state:
-        values = state.spec.sample(rng, count)
+        spec = _within_limits(state.spec, signature)
+        values = spec.sample(rng, count)
         values[begins] = state.initial_value(1)
-        unbounded = state.spec.low is None and state.spec.high is None
+        unbounded = spec.low is None and spec.high is None
         counts = state.spec.numpy_dtype.kind == "i" and unbounded
         inputs[state.spec.name] = np.abs(np.maximum(values, -state.spec.limits[1])) if counts else values
     if signature.is_init:
@@ -40,6 +41,18 @@ def collect(source: ExportSource, signature: Signature, count: int) -> Arrays:
     if len(signature.exploration) > 1:
         inputs[EXPLORE.name] = rng.random(count) < 0.5
     return {spec.name: (inputs | draw_noise(signature.noise, 0, count))[spec.name] for spec in signature.inputs}
+
+
+def _within_limits(spec: TensorSpec, signature: Signature) -> TensorSpec:
+    """The previous action and its age with the bounds that the limits keep them in. Requests may have others."""
+    for limit in signature.limits.outputs if signature.limits is not None else ():
+        if spec.name == limit.previous and limit.allowed is not None:
+            return replace(spec, low=float(min(limit.allowed)), high=float(max(limit.allowed)))
+        if spec.name == limit.previous:
+            return replace(spec, low=limit.low, high=limit.high)
+        if spec.name == limit.age:
+            return replace(spec, low=0.0, high=limit.dwell)
+    return spec
 
 
 def observations(source: ExportSource, signature: Signature, count: int, rng: np.random.Generator) -> Arrays:

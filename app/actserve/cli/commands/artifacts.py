@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from actserve.cli.certificate import print_certificate
+from actserve.cli.limits import describe_limits
 from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json
 from actserve.core.environment import game_of
@@ -38,6 +39,8 @@ def inspect(
     for noise in signature.noise:
         print(f"  draws  {noise.spec.name}: {noise.spec}, {noise.distribution}, from the seed of the request")
     print(f"  batch  {f'1 to {signature.max_batch}' if signature.max_batch > 1 else 'one item a call'}")
+    for line in describe_limits(signature):
+        print(f"  limits  {line}")
     for runtime, program in manifest.programs.items():
         print(f"  .{runtime}  {manifest.files[program.file].bytes:,} bytes, requires {_needs(program.requires)}")
         for rewrite in program.rewrites:
