@@ -114,6 +114,11 @@ class Realtime:
         signature = self._remote.signature
         if signature.chunk is None:
             raise UsageError(f"{self._remote.name} gives one action at a time; expected a policy that plans chunks")
+        if signature.slows_chunks:
+            raise UsageError(
+                f"{self._remote.name} limits the change between two actions, and a loop that holds its rate leaves out "
+                "some: use a Stream with chunk='step'"
+            )
         known = self._remote.robot.control_period_s if self._remote.robot else None
         period_s = self._wanted_period_s or signature.chunk.period_s or known
         if period_s is None:

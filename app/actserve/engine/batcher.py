@@ -28,6 +28,7 @@ from time import perf_counter_ns, thread_time_ns
 import numpy as np
 
 from actserve.core.errors import ActserveError, NotServing, Overloaded, RuntimeFailure, TooLate, WaitTooLong
+from actserve.core.limits import LIMITED
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batch import Answer, ArrayRequest, BatchRequest, BatchResult, form
@@ -52,7 +53,8 @@ class BatcherStatistics:
 class Batcher:
     """Batches requests for one runtime. `start` it in the event loop that submits; `close` answers the rest.
 
-    A `quick` program's calls are short enough to run in the event loop. `failed` says why the batcher cannot go on.
+    A `quick` program's calls are short enough to run in the event loop. A `limited` one says which items its limits
+    changed, and the batcher counts them. `failed` says why the batcher cannot go on.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Batcher:
         max_wait_ns: int = FOR_EVER,
         quick: bool = False,
         arena: Arena | None = None,
+        limited: bool = False,
     ) -> None:
         self.arena = arena
         self.meters = Meters()
@@ -73,6 +76,7 @@ class Batcher:
         self._max_waiting = max_waiting
         self._max_wait_ns = max_wait_ns
         self._quick = quick
+        self._limited = limited
         self._queue: deque[BatchRequest] = deque()
         self._alone: deque[BatchRequest] = deque()  # each runs alone: its batch failed
         self._batch: list[BatchRequest] = []  # in the program
@@ -265,6 +269,8 @@ class Batcher:
     def _count(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
         try:
             self.meters.add_batch(batch, outcome.begun_ns, outcome.run_ns)
+            if self._limited:
+                self.meters.add_limited(outcome.outputs[LIMITED])
         except Exception:  # the batch is answered, and the next one runs
             log.exception("a batch could not be counted")
 

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter_ns
 from typing import Any
 
@@ -73,6 +73,7 @@ class Policy:
             max_wait_ns=max_wait_ns,
             quick=tuning.quick,
             arena=arena,
+            limited=self.signature.limits is not None,
         )
 
     @classmethod
@@ -153,12 +154,14 @@ class Policy:
         return functools.partial(_close, self.batcher, self._runtime)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: the version that is served, its runtime, and the reason for that runtime."""
+        """JSON-able: the version that is served, its runtime, the reason for that runtime, and its limits if any."""
+        limits = self.signature.limits
         return {
             "name": self.name,
             "version": self.version,
             "runtime": self.choice.runtime,
             "reason": self.choice.reason,
+            **({} if limits is None else {"limits": asdict(limits)}),
         }
 
 

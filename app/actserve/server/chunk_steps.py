@@ -45,6 +45,11 @@ class ChunkSteps:
                 f"expected ahead to be at most half of the {self._chunk.execute} actions that are taken of a chunk; "
                 f"got {ahead}"
             )
+        if ahead and signature.slows_chunks:
+            raise InvalidRequest(
+                f"expected ahead=0: this policy limits the change between two actions, and the first {ahead} of each "
+                "chunk would be left out"
+            )
         self._ahead = ahead
         self._coming: tuple[int, asyncio.Task[Acted]] | None = None  # the tick of its observation
         self._begin()

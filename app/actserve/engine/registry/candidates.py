@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from actserve.core.errors import ActserveError, InvalidRouting, StoreError
+from actserve.core.limits import LIMITED
+from actserve.core.signature import Signature, TensorSpec
 from actserve.engine.policy import Policy
 from actserve.engine.registry.shadow import Shadow
 from actserve.store.routing import Routing
@@ -85,7 +88,7 @@ class Candidates:
         policy = await self._load(role, version, load)
         if policy is None:
             return None
-        if _client_signature(policy) != _client_signature(live):
+        if not _serves_clients_of(live.signature, policy.signature):
             self.problems[role] = InvalidRouting(
                 f"{policy.artifact.label} differs from the live version in its inputs or outputs"
             )
@@ -116,7 +119,18 @@ class Candidates:
         }
 
 
-def _client_signature(policy: Policy) -> tuple[Any, ...]:
-    """The part of the signature that clients depend on. State is not in it, as the service may hold it."""
-    signature = policy.signature
-    return signature.observations, signature.outputs, signature.parameters, signature.exploration
+def _serves_clients_of(live: Signature, candidate: Signature) -> bool:
+    """Whether a version takes and gives what clients of the live one depend on.
+
+    State does not count, as the service may hold it. Nor do limits that the live version lacks, and their output.
+    """
+    outputs = list(map(_unbounded, candidate.outputs))
+    if live.limits is None and candidate.limits is not None:
+        outputs = [spec for spec in outputs if spec.name != LIMITED]
+    return outputs == list(map(_unbounded, live.outputs)) and all(
+        getattr(candidate, part) == getattr(live, part) for part in ("observations", "parameters", "exploration")
+    )
+
+
+def _unbounded(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, low=None, high=None)

@@ -56,13 +56,16 @@ def _programs(registry: Registry) -> list[Family]:
     sizes = _histogram("actserve_batch_size", "Items of an inference call.")
     run = _histogram("actserve_inference_seconds", "Time of an inference call.")
     queue = _histogram("actserve_queue_seconds", "Time from the last byte of a request until its inference call.")
+    limited = _counter("actserve_limited", "Items that the limits of a policy changed, by reason.")
     for program, meters in registry.counts.programs.items():
         labels = program._asdict()
         actions.add(labels, meters.sizes.total, "_total")
         sizes.add_histogram(labels, meters.sizes)
         run.add_histogram(labels, meters.run_ns, SECONDS)
         queue.add_histogram(labels, meters.queue_ns, SECONDS)
-    return [actions, sizes, run, queue]
+        for reason, items in meters.limited.items():
+            limited.add({"policy": program.policy, "version": program.version, "reason": reason.label}, items, "_total")
+    return [actions, sizes, run, queue, limited]
 
 
 def _state(registry: Registry, sessions: Sessions, rates: Mapping[str, float]) -> list[Family]:

@@ -19,6 +19,7 @@ def summary(families: Families, policy: str) -> dict[str, Any]:
         "requests": _sum(families, "actserve_requests", "_total", policy),
         "actions": actions,
         "refused": _sum(families, "actserve_refused", "_total", policy),
+        **({"limited": limited} if (limited := _by_reason(families, policy)) else {}),
         "rate": round(_sum(families, "actserve_actions_per_second", "", policy), 3),
         "batch_size": {
             "mean": round(actions / calls, 3) if calls else None,
@@ -70,6 +71,16 @@ def _differences(buckets: dict[float, float]) -> dict[float, float]:
 
 def _bound(bound: float) -> str:
     return "more" if bound == math.inf else f"{bound:g}"
+
+
+def _by_reason(families: Families, policy: str) -> dict[str, float]:
+    """The items that the limits changed, by reason; empty for a policy without limits."""
+    found: dict[str, float] = {}
+    for (_, labels), value in families["actserve_limited"].samples.items():
+        by_name = dict(labels)
+        if by_name["policy"] == policy:
+            found[by_name["reason"]] = found.get(by_name["reason"], 0) + value
+    return found
 
 
 def _sum(families: Families, family: str, suffix: str, policy: str) -> float:
