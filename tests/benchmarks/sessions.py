@@ -45,13 +45,19 @@ class Instant(Policy):
     """Takes no time, so that all that is left is the sessions' own."""
 
     def __init__(self) -> None:
-        self.signature = SIGNATURE
+        self.signature, self.recorder = SIGNATURE, None
         rng = np.random.default_rng(0)
         self._outputs = {spec.name: spec.sample(rng, 1) for spec in SIGNATURE.outputs}
         self._state = {state.spec.name: state.spec.sample(rng, 1) for state in SIGNATURE.state}
 
     async def act(
-        self, tensors: Arrays, size: int, exploration: object = None, seed: object = None, patience_ns: int = 0
+        self,
+        tensors: Arrays,
+        size: int,
+        exploration: object = None,
+        seed: object = None,
+        patience_ns: int = 0,
+        recorder: object = None,
     ) -> Acted:
         return Acted(self._outputs | self._state, None, 0, 0)
 

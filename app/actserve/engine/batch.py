@@ -10,6 +10,7 @@ from time import perf_counter_ns
 
 from actserve.core.errors import ActserveError
 from actserve.core.signature import Arrays
+from actserve.engine.recorders import StepRecorder
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class BatchRequest(ABC):
     since_ns = 0  # when its head came
     entered_ns = 0  # when it was queued
     patience_ns = 0  # how long it may wait before it runs; 0: for ever
+    recorder: StepRecorder | None = None  # None: it is not recorded
 
     @property
     @abstractmethod
@@ -85,12 +87,13 @@ def form(waiting: deque[BatchRequest], max_items: int, now_ns: int) -> tuple[lis
 class ArrayRequest(BatchRequest):
     """A request with arrays of its own, and a future for its `Answer`."""
 
-    def __init__(self, inputs: Arrays, size: int, patience_ns: int = 0) -> None:
+    def __init__(self, inputs: Arrays, size: int, patience_ns: int = 0, recorder: StepRecorder | None = None) -> None:
         self.future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.size = size
         self._inputs = inputs
         self.since_ns = perf_counter_ns()
         self.patience_ns = patience_ns
+        self.recorder = recorder
 
     @property
     def cancelled(self) -> bool:

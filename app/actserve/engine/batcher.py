@@ -32,6 +32,7 @@ from actserve.core.limits import LIMITED
 from actserve.core.signature import Array, Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batch import Answer, ArrayRequest, BatchRequest, BatchResult, form
+from actserve.engine.recorders import StepRecorder
 from actserve.telemetry.meters import Meters
 
 log = logging.getLogger("actserve")
@@ -117,10 +118,12 @@ class Batcher:
         if self._thread is not None:
             self._thread.shutdown(wait=self.failed is None)
 
-    def submit(self, inputs: Arrays, size: int, patience_ns: int = 0) -> asyncio.Future[Answer]:
+    def submit(
+        self, inputs: Arrays, size: int, patience_ns: int = 0, recorder: StepRecorder | None = None
+    ) -> asyncio.Future[Answer]:
         """Queue `size` items (at most `max_items`); raises as `admit`."""
         self.admit(size, patience_ns)
-        request = ArrayRequest(inputs, size, patience_ns)
+        request = ArrayRequest(inputs, size, patience_ns, recorder)
         self.enter(request)
         return request.future
 
@@ -206,10 +209,11 @@ class Batcher:
         try:
             inputs = self._gather(batch)
         except Exception as error:
-            self._deliver(batch, BatchResult({}, _failure("the inputs of a batch could not be collected", error), 0, 0))
+            failure = _failure("the inputs of a batch could not be collected", error)
+            self._deliver(batch, {}, BatchResult({}, failure, 0, 0))
             return
         if self._thread is None:
-            self._deliver(batch, self._call(inputs))
+            self._deliver(batch, inputs, self._call(inputs))
         else:
             self._thread.submit(self._call_and_tell, batch, inputs)
 
@@ -225,7 +229,7 @@ class Batcher:
     def _call_and_tell(self, batch: list[BatchRequest], inputs: Arrays) -> None:
         """In the thread."""
         outcome = self._call(inputs)
-        self._loop.call_soon_threadsafe(self._deliver, batch, outcome)
+        self._loop.call_soon_threadsafe(self._deliver, batch, inputs, outcome)
 
     def _call(self, inputs: Arrays) -> BatchResult:
         begun_ns = perf_counter_ns()
@@ -237,7 +241,7 @@ class Batcher:
             return BatchResult({}, _failure("inference failed", error), begun_ns, 0)
         return BatchResult(outputs, None, begun_ns, perf_counter_ns() - begun_ns)
 
-    def _deliver(self, batch: list[BatchRequest], outcome: BatchResult) -> None:
+    def _deliver(self, batch: list[BatchRequest], inputs: Arrays, outcome: BatchResult) -> None:
         if self.failed is not None:  # answered already
             return
         try:
@@ -248,6 +252,8 @@ class Batcher:
             else:
                 result = self._stored(batch, outcome)
                 self._batch = []
+                if result.error is None:
+                    _capture(batch, inputs, result)
                 self._settle(batch, result)  # the clients do not wait for what follows
                 if result.error is None:
                     self._count(batch, outcome)
@@ -332,6 +338,15 @@ class Batcher:
                 self._schedule()
         elif not self._waiting:
             self._drained.set()
+
+
+def _capture(batch: list[BatchRequest], inputs: Arrays, outcome: BatchResult) -> None:
+    """Give the recorded requests their items."""
+    start = 0
+    for request in batch:
+        if request.recorder is not None:
+            request.recorder.capture(inputs, outcome.outputs, slice(start, start + request.size), outcome.run_ns)
+        start += request.size
 
 
 def _failure(what: str, cause: BaseException) -> RuntimeFailure:

@@ -21,6 +21,7 @@ from actserve.engine.arena import BATCHES, Arena
 from actserve.engine.batch import Answer
 from actserve.engine.batcher import Batcher, BatcherStatistics
 from actserve.engine.malloc import trim
+from actserve.engine.recorders import PolicyRecorder, StepRecorder
 from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.base import Runtime
 from actserve.engine.threads import ElasticRuntime
@@ -45,6 +46,7 @@ class Acted:
     seed: int | None  # of the noise; None: nothing was random
     queue_ns: int  # waiting for the runtime
     run_ns: int  # in the runtime
+    recorder: StepRecorder | None = None  # to be committed if the step counts; None: it is not recorded
 
 
 class Policy:
@@ -62,6 +64,7 @@ class Policy:
         self.name, self.version = artifact.manifest.name, artifact.manifest.version
         self.signature = artifact.manifest.signature
         self.choice = choice
+        self.recorder: PolicyRecorder | None = None  # None: nothing is recorded
         self._runtime = runtime
         self.tuning = tuning
         arena = Arena(self.signature, tuning.batch) if Arena.suits(self.signature) else None
@@ -101,34 +104,38 @@ class Policy:
         exploration: Exploration | None = None,
         seed: int | None = None,
         patience_ns: int = 0,
+        recorder: StepRecorder | None = None,
     ) -> Acted:
         """Act on `size` items of a valid request, each tensor (size, *shape).
 
-        `patience_ns` is how long the request may wait; 0 is for ever. Raises as `Batcher.submit`.
+        `patience_ns` is how long the request may wait; 0 is for ever. `recorder` records it, if the caller commits it.
+        Raises as `Batcher.submit`.
         """
         completed = complete(self.signature, tensors, size, exploration, seed)
+        if recorder is not None:
+            recorder.seed = completed.seed
         since_ns = perf_counter_ns()
-        answer = await self._run(completed.inputs, size, patience_ns)
+        answer = await self._run(completed.inputs, size, patience_ns, recorder)
         call.record_act(since_ns, answer.queue_ns, answer.run_ns)
         results = answer.outputs
         for state in self.signature.state:
             results[state.spec.name] = results.pop(state.output)
-        return Acted(results, completed.seed, answer.queue_ns, answer.run_ns)
+        return Acted(results, completed.seed, answer.queue_ns, answer.run_ns, recorder)
 
     def state_after(self, acted: Acted) -> Arrays:
         """The new state for the next request, each (size, *shape): a copy, so that the batch's arrays are freed."""
         return {state.spec.name: acted.outputs[state.spec.name].copy() for state in self.signature.state}
 
-    async def _run(self, inputs: Arrays, size: int, patience_ns: int) -> Answer:
+    async def _run(self, inputs: Arrays, size: int, patience_ns: int, recorder: StepRecorder | None) -> Answer:
         step = self.tuning.batch
         if size <= step:
-            return await self.batcher.submit(inputs, size, patience_ns)
+            return await self.batcher.submit(inputs, size, patience_ns, recorder)
         slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
         # One slice after the other, so that a large batch takes turns with other requests and never fills the queue.
         parts = []
         for s in slices:
             part = {name: array[s] for name, array in inputs.items()}
-            parts.append(await self.batcher.submit(part, s.stop - s.start, patience_ns))
+            parts.append(await self.batcher.submit(part, s.stop - s.start, patience_ns, recorder))
             await asyncio.sleep(0)  # a quick program has run already: let other requests run
         outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
         return Answer(outputs, sum(part.queue_ns for part in parts), sum(part.run_ns for part in parts))

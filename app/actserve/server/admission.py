@@ -27,6 +27,7 @@ from actserve.core.signature import Arrays, Exploration
 from actserve.engine.batch import BatchRequest
 from actserve.engine.batcher import Batcher
 from actserve.engine.policy import Acted, Policy
+from actserve.engine.recorders import StepRecorder
 from actserve.server.access.tokens import Access, Token
 from actserve.server.memory import Memory
 
@@ -71,6 +72,15 @@ def current_token() -> Token | None:
     """The token of the request in progress. It owns the sessions that the request starts."""
     ticket = current_ticket.get()
     return None if ticket is None else ticket.token
+
+
+def current_client() -> str | None:
+    """The name of the token of the request in progress."""
+    return name_of(current_token())
+
+
+def name_of(token: Token | None) -> str | None:
+    return None if token is None else token.name
 
 
 class Admission:
@@ -146,8 +156,11 @@ class Admission:
         exploration: Exploration | None = None,
         seed: int | None = None,
         patience_ns: int = 0,
+        recorder: StepRecorder | None = None,
     ) -> Acted:
         """Act on `size` items of a valid request, each tensor (size, *shape), and charge the current ticket.
+
+        Without `recorder`, that of its step, it is recorded as a stateless request.
 
         Raises `TooManyItems`, or as `Policy.act`.
         """
@@ -155,7 +168,9 @@ class Admission:
         ticket = current_ticket.get()
         if ticket is not None:
             ticket.charge(size)
-        return await policy.act(tensors, size, exploration, seed, patience_ns)
+        if recorder is None and policy.recorder is not None:
+            recorder = policy.recorder.request(current_client())
+        return await policy.act(tensors, size, exploration, seed, patience_ns, recorder)
 
     @staticmethod
     @asynccontextmanager

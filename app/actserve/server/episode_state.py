@@ -8,6 +8,7 @@ from actserve.core.completion import choose_exploration, step_seed
 from actserve.core.signature import IS_INIT, Arrays, Exploration
 from actserve.engine.arena import Arena
 from actserve.engine.policy import Acted, Policy
+from actserve.engine.recorders import Door, EpisodeRecorder, StepRecorder, committed
 from actserve.server.admission import Admission
 from actserve.server.chunk_steps import ChunkSteps
 
@@ -15,12 +16,21 @@ from actserve.server.chunk_steps import ChunkSteps
 class EpisodeState:
     """Raises `InvalidRequest` for an exploration or a seed that the policy cannot have.
 
+    `client` is the name of the client's token.
+
     With an `arena`, the state is in its `slot`, where the fast path can step the episode. With `chunks`, the policy's
     chunks are handed out action by action.
     """
 
     def __init__(
-        self, policy: Policy, admission: Admission, exploration: Exploration | None = None, seed: int | None = None
+        self,
+        policy: Policy,
+        admission: Admission,
+        exploration: Exploration | None = None,
+        seed: int | None = None,
+        *,
+        door: Door,
+        client: str | None,
     ) -> None:
         self.policy, self.admission = policy, admission
         self.exploration, self.seed = choose_exploration(policy.signature, exploration, seed)
@@ -28,6 +38,9 @@ class EpisodeState:
         self.chunks: ChunkSteps | None = None
         self.arena: Arena | None = None
         self.slot: int | None = None
+        self._recorder: EpisodeRecorder | None = None
+        if policy.recorder is not None:
+            self._recorder = policy.recorder.episode(door, client)
         self._state: Arrays = {}  # each (1, *shape); empty before the first step, and if the arena has the state
 
     def use(self, arena: Arena) -> None:
@@ -54,7 +67,12 @@ class EpisodeState:
         state = self._state
         if self.arena is not None and self.slot is not None and self.steps:
             state = self.arena.state(self.slot)
-        return await self.admission.act(self.policy, tensors | state, 1, self.exploration, seed, patience_ns)
+        options = (1, self.exploration, seed, patience_ns)
+        return await self.admission.act(self.policy, tensors | state, *options, self.step_recorder())
+
+    def step_recorder(self) -> StepRecorder | None:
+        """The recorder of the next step."""
+        return None if self._recorder is None else self._recorder.step(self.steps + 1)
 
     def _keep(self, acted: Acted) -> None:
         # `state_after` copies: a view would keep the array of the whole batch in memory.
@@ -63,6 +81,7 @@ class EpisodeState:
             self.arena.set_state(self.slot, state)
         else:
             self._state = state
+        committed(acted.recorder)
 
     def close(self) -> None:
         """Free the state."""

@@ -25,6 +25,7 @@ from actserve.core.errors import (
 from actserve.core.settings import Settings
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine.policy import Acted, Policy
+from actserve.engine.recorders import ServiceRecorder
 from actserve.engine.registry.candidates import Candidates
 from actserve.engine.registry.loaded import Key, Loaded, key_of
 from actserve.engine.registry.refusals import Refusals
@@ -64,6 +65,15 @@ class Registry:
         self._loading_reason = LOADING
         self._poll_lock = asyncio.Lock()
         self._unreachable: str | None = None
+
+    @property
+    def recorder(self) -> ServiceRecorder | None:
+        """Records what the policies see and do; None: nothing does."""
+        return self._loaded.recorder
+
+    def record(self, recorder: ServiceRecorder) -> None:
+        """Record every policy that is loaded from now on."""
+        self._loaded.recorder = recorder
 
     def start(self, delay_s: float = 0.0, reason: str = "") -> None:
         """Begin to poll the store after `delay_s`. Until then, requests are refused with `reason`."""

@@ -19,6 +19,7 @@ from actserve.core.settings import Settings
 from actserve.engine.malloc import trim
 from actserve.engine.narrower import narrower
 from actserve.engine.policy import Policy
+from actserve.engine.recorders import ServiceRecorder
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
 from actserve.telemetry.counts import Counts
@@ -40,6 +41,7 @@ class Loaded:
         self._settings = settings
         self._counts = counts
         self._clock = clock
+        self.recorder: ServiceRecorder | None = None  # of what the policies see and do
         self._policies: weakref.WeakValueDictionary[Key, Policy] = weakref.WeakValueDictionary()
         self._loading: dict[Key, asyncio.Task[Policy]] = {}
         self._kept: dict[Key, tuple[Policy, float]] = {}  # with the time until which it is kept
@@ -114,6 +116,8 @@ class Loaded:
             others = await asyncio.to_thread(narrower, self._store, artifact, fetch)
         policy = await asyncio.to_thread(Policy.load, artifact, self._settings, others)
         policy.batcher.meters = self._counts.meters(policy.program)
+        if self.recorder is not None:
+            policy.recorder = self.recorder.of(policy.artifact, policy.choice.runtime)
         policy.start()
         self._policies[key] = policy
         # The finalizer may run in any thread.

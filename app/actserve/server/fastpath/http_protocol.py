@@ -29,7 +29,7 @@ from actserve.core.errors import ActserveError, MemoryFull, SessionsLocked, TooM
 from actserve.core.signature import Arrays
 from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchResult
-from actserve.server.admission import Ticket
+from actserve.server.admission import Ticket, name_of
 from actserve.server.fastpath.act_codec import UNAVAILABLE
 from actserve.server.fastpath.codec import Codec, DecodedRequest, serialised
 from actserve.server.fastpath.discard import descriptor, discard
@@ -243,6 +243,11 @@ class FastPathProtocol(Receiver):
         """Take the request at the start of `data`. Its head ends at `end`."""
         self._codec, self._request_id, self.patience_ns = head.codec, head.request_id, head.patience_ns
         self._step = step
+        recorder = head.codec.endpoint.policy.recorder
+        if step is not None:
+            self.recorder = step.recorder
+        elif recorder is not None:
+            self.recorder = recorder.request(name_of(head.token))
         self.since_ns = perf_counter_ns()
         self._requests += 1
         if self._inner.timeout_keep_alive_task is not None:
@@ -297,6 +302,7 @@ class FastPathProtocol(Receiver):
         decoded = head.codec.read(body, head.token)
         if decoded is not None and decoded.sequence is not None:
             self._step = SessionStep.of_sequence(fast_path.sessions, decoded.sequence, head)
+            self.recorder = None if self._step is None else self._step.recorder
         if decoded is None or (decoded.sequence is not None and self._step is None):
             request = b"".join([self._head_data, bytes(body), self._data])
             self._leave()

@@ -175,7 +175,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     def _leave(self) -> None:
         """Free the memory of the request, when it is answered or the client has disconnected."""
         arena, row, block, admission = self._arena, self.row, self._block, self._admission
-        self._arena = self.row = self._block = self._admission = None
+        self._arena = self.row = self._block = self._admission = self.recorder = None
         if arena is None:
             return
         if self._counted_bytes:

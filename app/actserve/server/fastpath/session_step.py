@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import partial
 
 from actserve.core.errors import ActserveError
-from actserve.core.signature import IS_INIT, Arrays, Signature
+from actserve.core.signature import IS_INIT, Arrays
 from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Acted, Policy
+from actserve.engine.recorders import Door, committed
 from actserve.engine.registry import Registry
 from actserve.server.fastpath.request_heads import RequestHead
-from actserve.server.sessions import Session, Sessions, StepResult
+from actserve.server.sessions import Session, Sessions, StepResult, step_recorder
 from actserve.server.sessions.step_record import StepRecord
 
 
@@ -22,12 +23,14 @@ class SessionStep:
     """Made by `begin` or `of_sequence`. `requested` is the number that the client gave, if any."""
 
     def __init__(
-        self, sessions: Sessions, session: Session, last: StepRecord, signature: Signature, requested: int | None
+        self, sessions: Sessions, session: Session, last: StepRecord, policy: Policy, requested: int | None
     ) -> None:
         self.is_init: bool | None = None  # the reset flag, if the request has it
         self._number = last.step + 1
+        self._door: Door = "session" if session.sequence is None else "sequence"
         self._sessions, self._session, self._last = sessions, session, last
-        self._signature, self._requested = signature, requested
+        self._signature, self._requested = policy.signature, requested
+        self.recorder = step_recorder(policy, session, self._number, self._door)
         self._record: StepRecord | None = None  # of this step, once it is taken
 
     @classmethod
@@ -64,7 +67,7 @@ class SessionStep:
         is_next = requested in (None, session.last.step + 1)
         if not (on_version and by_default and is_next):
             return None
-        return cls(sessions, session, session.last, policy.signature, requested)
+        return cls(sessions, session, session.last, policy, requested)
 
     @property
     def state(self) -> Arrays:
@@ -86,7 +89,10 @@ class SessionStep:
         results = {name: array[start : start + 1] for name, array in outcome.outputs.items()}
         results |= {state.spec.name: results[state.output] for state in self._signature.state}
         self._record = StepRecord.of(self._number, Acted(results, None, 0, 0), self._signature)
-        return self._sessions.write(self._session, self._last, self._record)
+        written = self._sessions.write(self._session, self._last, self._record)
+        if written:
+            committed(self.recorder)
+        return written
 
     async def finish(self, registry: Registry, observations: Arrays) -> StepResult:
         """The answer after `store` failed: stored once the file is free. If another request has taken the step, the
@@ -95,10 +101,11 @@ class SessionStep:
         assert self._record is not None
         write = partial(self._sessions.write, self._session, self._last, self._record)
         if await self._sessions.when_unlocked(write):
+            committed(self.recorder)
             return StepResult(self._record.acted(self._signature, self._session.seed), self._number, replayed=False)
         if self.is_init is not None:
             observations = observations | {IS_INIT.name: IS_INIT.zeros(1) | self.is_init}
         session = replace(self._session, last=None)
         if session.sequence is not None:  # it may have begun again
             session = self._sessions.sequence(session.policy, session.sequence, holder=session.holder)
-        return await self._sessions.step(registry, session, observations, self._requested)
+        return await self._sessions.step(registry, session, observations, self._requested, door=self._door)

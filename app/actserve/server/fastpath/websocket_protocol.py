@@ -20,6 +20,7 @@ from actserve.core.signature import Array
 from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchResult
 from actserve.engine.batcher import Batcher
+from actserve.engine.recorders import StepRecorder, committed
 from actserve.server.admission import Admission, Ticket
 from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.receiver import Receiver
@@ -39,6 +40,9 @@ class SteppableEpisode(Protocol):
 
     def new_ticket(self) -> Ticket:
         """A ticket for the next message."""
+
+    def step_recorder(self) -> StepRecorder | None:
+        """The recorder of the next step."""
 
     def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
         """The payload of the reply to a step."""
@@ -147,6 +151,7 @@ class FastPathStream(Receiver):
             return False
         self._episode, self._mask = episode, header.mask
         self.slot, self.begins = episode.slot, episode.steps == 0
+        self.recorder = episode.step_recorder()
         self._idle.clear()
         self._data = data[header.size :]
         self._seek(episode.arena)
@@ -174,6 +179,7 @@ class FastPathStream(Receiver):
         elif outcome.error is not None:
             self._send(frames.TEXT, self._episode.refusal(outcome.error))
         else:
+            committed(self.recorder)
             self._send(frames.BINARY, self._episode.reply(outcome, start, outcome.begun_ns - self.since_ns))
 
     def _send(self, first: int, payload: bytes) -> None:

@@ -14,7 +14,7 @@ from actserve.core.signature import Arrays
 from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Policy
 from actserve.server import off_loop
-from actserve.server.admission import Admission, Ticket, current_token
+from actserve.server.admission import Admission, Ticket, current_token, name_of
 from actserve.server.chunk_steps import chunk_steps
 from actserve.server.episode_state import EpisodeState
 from actserve.server.http.error_responses import error_json, log_if_internal, status_of
@@ -35,7 +35,8 @@ class StreamEpisode(EpisodeState):
         self, policy: Policy, query: QueryParams, settings: Settings, admission: Admission, tally: Tally
     ) -> None:
         signature = policy.signature
-        super().__init__(policy, admission, *wire.read_randomness(query))
+        self._token = current_token()
+        super().__init__(policy, admission, *wire.read_randomness(query), door="stream", client=name_of(self._token))
         self.tally = tally
         selected = selected_outputs(query, signature)
         outputs = tuple(spec for spec in signature.outputs if spec is signature.action or spec.name in selected)
@@ -50,7 +51,6 @@ class StreamEpisode(EpisodeState):
         self._signature = replace(signature, outputs=outputs, max_batch=1, state=(), noise=(), chunk=chunk)
         self._replies = ReplyCodec(outputs)
         self.ticket: Ticket | None = None  # of a message that the fast path charged and left to the route
-        self._token = current_token()
         self.hello = Hello(
             policy=policy.name,
             version=policy.version,

@@ -36,9 +36,10 @@ from actserve.core.errors import (
 )
 from actserve.core.signature import Arrays, Exploration, Signature
 from actserve.engine.policy import Acted, Policy
+from actserve.engine.recorders import Door, StepRecorder, committed
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
-from actserve.server.admission import Admission
+from actserve.server.admission import Admission, name_of
 from actserve.server.sessions.chunk_state import by_action, take_action
 from actserve.server.sessions.ids import SessionIds, first_number, home_of_number
 from actserve.server.sessions.recent_sessions import RecentSessions
@@ -55,6 +56,7 @@ __all__ = [
     "policy_of",
     "replayed",
     "signature_of",
+    "step_recorder",
 ]
 
 log = logging.getLogger("actserve")
@@ -281,7 +283,13 @@ class Sessions:
         return SessionStatistics(count, size)
 
     async def step(
-        self, registry: Registry, session: Session, tensors: Arrays, step: int | None = None, patience_ns: int = 0
+        self,
+        registry: Registry,
+        session: Session,
+        tensors: Arrays,
+        step: int | None = None,
+        patience_ns: int = 0,
+        door: Door = "session",
     ) -> StepResult:
         """Take one step. `tensors` are observations and flags, each (1, *shape), without state.
 
@@ -300,7 +308,8 @@ class Sessions:
                 raise StepConflict(number, step)
             _check(policy.signature, tensors)
             inputs = tensors | last.carried(signature)
-            options = (1, session.exploration, step_seed(session.seed, number), patience_ns)
+            recorder = step_recorder(policy, session, number, door)
+            options = (1, session.exploration, step_seed(session.seed, number), patience_ns, recorder)
             if session.by_action:
                 acted = await take_action(
                     policy.signature,
@@ -311,6 +320,7 @@ class Sessions:
                 acted = await self._admission.act(policy, inputs, *options)
             record = StepRecord.of(number, acted, signature)
             if await self.when_unlocked(partial(self.write, session, last, record)):
+                committed(acted.recorder)
                 outputs = {name: acted.outputs[name] for name in signature.output_names}
                 return StepResult(replace(acted, outputs=outputs), number, replayed=False)
             last = self._read(session)
@@ -434,6 +444,14 @@ class Sessions:
 
     def _idle_since_ms(self) -> int:
         return self._now_ms() - int(self.limits.idle_s * 1000)
+
+
+def step_recorder(policy: Policy, session: Session, number: int, door: Door = "session") -> StepRecorder | None:
+    """The recorder of step `number` of `session`; None: it is not recorded."""
+    if policy.recorder is None:
+        return None
+    episode = policy.recorder.session(session.id, door, name_of(session.holder))
+    return None if episode is None else episode.step(number)
 
 
 def replayed(policy: Policy, session: Session, last: StepRecord) -> StepResult:

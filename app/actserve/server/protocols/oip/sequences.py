@@ -68,7 +68,7 @@ async def step(
     elif seed not in (None, session.seed) or exploration not in (None, session.exploration):
         raise InvalidRequest("a sequence's seed and exploration are set when it starts; got others later")
     try:
-        result = await sessions.step(registry, session, tensors)
+        result = await sessions.step(registry, session, tensors, door="sequence")
     except BaseException:
         if sequence.session is None:
             await sessions.when_unlocked(partial(sessions.end, session))

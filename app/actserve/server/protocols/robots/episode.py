@@ -13,7 +13,7 @@ from actserve.core.signature import IS_INIT, Arrays
 from actserve.engine.policy import Policy
 from actserve.server import off_loop
 from actserve.server.access.tokens import Token
-from actserve.server.admission import Ticket, current_token
+from actserve.server.admission import Ticket, current_token, name_of
 from actserve.server.chunk_steps import chunk_steps
 from actserve.server.episode_state import EpisodeState
 from actserve.server.http.error_responses import log_if_internal, status_of
@@ -148,7 +148,9 @@ class RobotEpisode:
 
     def _set(self, policy: Policy) -> None:
         signature = policy.signature
-        state = EpisodeState(policy, self._service.admission, *wire.read_randomness(self._query))
+        randomness = wire.read_randomness(self._query)
+        client = name_of(self._token)
+        state = EpisodeState(policy, self._service.admission, *randomness, door="robot", client=client)
         selected = signature.select(self._names)
         state.chunks = chunk_steps(signature, self._query, self._names)
         held = ExitStack()

@@ -1,0 +1,78 @@
+"""The interface of a recorder: what the engine and the doors tell it. `actserve.recording` implements it.
+
+A door asks the policy's recorder for a `StepRecorder` before a step, and gives it to the batcher with the request. The
+batcher calls `capture` with the inputs and outputs. If the step was taken, the door calls `commit`: a step of a session
+that another request has taken meanwhile, or a step whose client has cancelled it, is not a part of the episode.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+from actserve.core.signature import Arrays
+from actserve.store.artifact import Artifact
+
+Door = Literal["act", "session", "sequence", "stream", "robot"]
+
+
+class StepRecorder(ABC):
+    """One step of an episode, or the items of one stateless request."""
+
+    seed: int | None = None  # of the step's noise; None: nothing is random
+
+    @abstractmethod
+    def capture(self, inputs: Arrays, outputs: Arrays, items: slice, run_ns: int) -> None:
+        """Copy the `items` of a batch: the program's inputs and outputs, each (B, *shape). Never raises.
+
+        The batcher calls it before the client is answered, because then the memory of the observations is used again.
+        """
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Make the captured step a part of its episode. Does nothing if no step was captured, or a second time."""
+
+
+class EpisodeRecorder(ABC):
+    """One episode: a session, a sequence, a stream, or a robot's."""
+
+    @abstractmethod
+    def step(self, number: int) -> StepRecorder:
+        """The step `number`, counted from 1."""
+
+
+class PolicyRecorder(ABC):
+    """The recorder of one version of a policy. `client` is the name of the client's token.
+
+    Every method returns None if the client is not to be recorded.
+    """
+
+    @abstractmethod
+    def request(self, client: str | None) -> StepRecorder | None:
+        """A stateless request. It is committed as soon as it is captured."""
+
+    @abstractmethod
+    def episode(self, door: Door, client: str | None) -> EpisodeRecorder | None:
+        """An episode that begins, and whose steps this process takes."""
+
+    @abstractmethod
+    def session(self, id_: str, door: Door, client: str | None) -> EpisodeRecorder | None:
+        """The session with this id, whose steps several processes may take."""
+
+
+class ServiceRecorder(ABC):
+    """The recorder of one worker."""
+
+    @abstractmethod
+    def of(self, artifact: Artifact, runtime: str) -> PolicyRecorder:
+        """The recorder of a version that the worker has loaded."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """JSON-able, for `GET /policies`: where it records, and why it has stopped, if it has."""
+
+
+def committed(recorder: StepRecorder | None) -> None:
+    """Commit the step, if it is recorded."""
+    if recorder is not None:
+        recorder.commit()
