@@ -29,6 +29,7 @@ from actserve.cli.tools.local_service import free_port
 from actserve.core.errors import ActserveError
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
+from actserve.engine.recorders import ServiceRecorder
 from actserve.server import protocols
 from actserve.server.access.tokens import Access, add_token
 from actserve.server.admission import Admission
@@ -101,7 +102,11 @@ class Service:
 
 @contextmanager
 def running(
-    folder: Path, settings: Settings | None = None, tokens: bool = False, slow: bool = False
+    folder: Path,
+    settings: Settings | None = None,
+    tokens: bool = False,
+    slow: bool = False,
+    recorder: ServiceRecorder | None = None,
 ) -> Iterator[Service]:
     """With `tokens`, one of `RATE` is needed; `slow`: the program runs in a thread."""
     settings = (settings or Settings()).model_copy(update={"grpc_port": free_port(), "gr00t_port": free_port()})
@@ -110,6 +115,8 @@ def running(
         token = add_token(folder / "tokens", "robot", rate=RATE)
         access = Access(folder / "tokens", clock=Clock())
     registry, admission = OnePolicy(settings, slow, SCREENS), Admission(settings, access)
+    if recorder is not None:
+        registry.record(recorder)
     found = protocols.load()
     # Replaced on this one object, which mypy forbids for methods: the policy is there from the start.
     registry.not_ready = lambda: None  # type: ignore[method-assign]

@@ -108,6 +108,8 @@ class Versions(Registry):
         self.runtimes[version] = DigestRuntime.load(artifact, threads=1)
         policy = Policy(artifact, self.runtimes[version], Choice("onnx", ""), self.tuning, SETTINGS)
         policy.batcher.meters = self.counts.meters(policy.program)
+        if self.recorder is not None:
+            policy.recorder = self.recorder.of(artifact, "onnx")
         policy.start()
         self.policies[version] = self._live[NAME] = policy
         self.generation += 1

@@ -101,6 +101,8 @@ class OnePolicy(Registry):
             Artifact(Path("nowhere"), manifest), self.runtime, Choice("onnx", ""), self.tuning, self.settings
         )
         policy.batcher.meters = self.counts.meters(policy.program)
+        if self.recorder is not None:
+            policy.recorder = self.recorder.of(policy.artifact, "onnx")
         policy.start()
         self._live[NAME] = policy
         self.generation += 1

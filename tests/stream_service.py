@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from actserve.core.settings import Settings
 from actserve.core.signature import Array
+from actserve.engine.recorders import ServiceRecorder
 from actserve.server.access.tokens import Access
 from actserve.server.admission import Admission
 from actserve.server.app import fast_protocols, install
@@ -93,8 +94,12 @@ class Service:
 
 
 @contextmanager
-def running(settings: Settings | None = None, slow: bool = False, **options: Any) -> Iterator[Service]:
+def running(
+    settings: Settings | None = None, slow: bool = False, recorder: ServiceRecorder | None = None, **options: Any
+) -> Iterator[Service]:
     registry = Versions(SLOW if slow else QUICK)
+    if recorder is not None:
+        registry.record(recorder)
     # Replaced on this one object, which mypy forbids for methods: the policies are there from the start.
     registry.not_ready = lambda: None  # type: ignore[method-assign]
     app = application(settings or Settings(), registry)

@@ -26,7 +26,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"core"},
         {"telemetry", "wire", "store"},
         {"engine", "client"},
-        {"atari", "loadtest"},
+        {"atari", "loadtest", "recording"},
         {"server"},
         {"cli"},
     ],
@@ -215,7 +215,7 @@ from actserve.core.settings import Settings
 async def run(app):
     async with app.router.lifespan_context(app):
         extras = {"grpc", "tritonclient", "google.protobuf", "cryptography", "fsspec", "opentelemetry.sdk", "zmq"}
-        print(sorted(extras & set(sys.modules)))
+        print(sorted((extras | {"pyarrow"}) & set(sys.modules)))
 
 asyncio.run(run(create_app(Settings(store="nowhere"))))
 """

@@ -97,9 +97,10 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(digest[:8], "little") & MAX_SEED
 
 
-def draw_noise(noises: tuple[Noise, ...], seed: int, size: int) -> Arrays:
-    """The noise inputs of `size` items, each (size, *shape) float32."""
-    generators = [np.random.Generator(np.random.Philox(key=np.array([seed, item], np.uint64))) for item in range(size)]
+def draw_noise(noises: tuple[Noise, ...], seed: int, size: int, first_item: int = 0) -> Arrays:
+    """The noise inputs of `size` items of a request, from `first_item` on, each (size, *shape) float32."""
+    items = range(first_item, first_item + size)
+    generators = [np.random.Generator(np.random.Philox(key=np.array([seed, item], np.uint64))) for item in items]
     return {noise.spec.name: np.stack([_draw_item(noise, generator) for generator in generators]) for noise in noises}
 
 

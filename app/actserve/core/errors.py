@@ -57,6 +57,7 @@ ActserveError
     ├── ServiceUnreachable       no connection, or the connection broke
     ├── ServiceError             the service answered with an error
     │   └── ProxyFailed          a proxy answered, because the service behind it did not
+    ├── CorruptRecording         a file of a recording cannot be read
     ├── EnvironmentMismatch      the local game differs from the one the policy was trained on
     └── UsageError               the caller asked for something impossible (unknown game, format without an encoder)
 """
@@ -412,6 +413,10 @@ class ServiceError(ClientError):
 
 class ProxyFailed(ServiceError):
     """A proxy answered, because the service behind it did not."""
+
+
+class CorruptRecording(ClientError):
+    code = "corrupt_recording"
 
 
 class EnvironmentMismatch(ClientError):

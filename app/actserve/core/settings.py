@@ -102,6 +102,22 @@ class Settings(BaseModel):
         description="A folder that the workers of one service share: the weights of large `.onnx` programs, which all "
         "of them map, and a lock that shows whether another one is busy. `actserve serve` makes a temporary folder.",
     )
+    record: Path | None = Field(
+        None,
+        description="A folder in which the service records what its policies see and do. Needs the extra `record`. "
+        "Unset: nothing is recorded.",
+    )
+    record_except: str = Field("", description="Names of tokens whose steps are not recorded, comma-separated.")
+    record_cpu: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="The CPU time that recording may take, as a share of one core for each worker. If it is spent, no "
+        "further episode is recorded until there is some again.",
+    )
+    record_buffer_bytes: int = Field(
+        64 << 20, ge=1 << 20, description="The most bytes of steps that wait to be written, for each worker."
+    )
     log_format: Literal["human", "json"] = Field("human", description="Log lines for people, or as JSON objects.")
     access_log: bool = Field(
         False,
@@ -162,6 +178,10 @@ class Settings(BaseModel):
     @property
     def origins(self) -> list[str]:
         return _listed(self.cors_origins)
+
+    @property
+    def unrecorded(self) -> list[str]:
+        return _listed(self.record_except)
 
     @property
     def ignored(self) -> list[str]:

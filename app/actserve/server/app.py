@@ -14,8 +14,11 @@ from starlette.types import ASGIApp
 
 from actserve import __version__
 from actserve.core.errors import UsageError
+from actserve.core.imports import import_extra
 from actserve.core.settings import Settings
 from actserve.engine.registry import Registry
+from actserve.recording.budget import Budget
+from actserve.recording.recorder import Recorder
 from actserve.server import admin, protocols
 from actserve.server.access import tls
 from actserve.server.access.tokens import Access, read_tokens
@@ -52,6 +55,8 @@ def check(settings: Settings) -> Sequence[Protocol]:
     found = protocols.load()
     protocols.check(found, settings)
     admin.check(settings)
+    if settings.record is not None:
+        import_extra("record", "actserve.recording.writer:prepare")(settings.record)
     tls.check(settings)
     return found
 
@@ -71,6 +76,14 @@ def install(app: FastAPI, found: Iterable[Protocol]) -> None:
         for router in protocol.routers:
             app.include_router(router)
     app.state.act_bodies = [protocol.act_bodies for protocol in found if protocol.act_bodies is not None]
+
+
+def recorder_for(settings: Settings) -> Recorder | None:
+    """The recorder that the settings ask for; None: nothing is recorded."""
+    if settings.record is None:
+        return None
+    budget = Budget(settings.record_cpu)
+    return Recorder(str(settings.record), budget, settings.record_buffer_bytes, settings.unrecorded)
 
 
 class _Application(FastAPI):
@@ -93,6 +106,9 @@ def create_app(
     admission = Admission(settings, access)
     store = open_store(settings.store, Trust.load(settings.trust, settings.require_signature))
     registry = Registry(store, settings)
+    recorder = recorder_for(settings)
+    if recorder is not None:
+        registry.record(recorder)
     found = protocols.load() if found is None else found
     traces = Traces(os.environ)
 
@@ -102,6 +118,9 @@ def create_app(
             settings.max_sessions, settings.max_session_bytes, settings.session_idle_s, settings.max_sessions_per_token
         )
         with ExitStack() as stack:
+            if recorder is not None:
+                writer = import_extra("record", "actserve.recording.writer:Writer")
+                stack.enter_context(writer(recorder, settings.record))
             path = settings.sessions
             if path is None:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actserve-"))) / "sessions.sqlite"
@@ -112,7 +131,9 @@ def create_app(
             stack.callback(regions.close)
             registry.session_versions = app.state.sessions.versions
             stack.callback(traces.close)
-            async with Publisher(registry, app.state.sessions, admission.memory, settings.counts) as app.state.metrics:
+            async with Publisher(
+                registry, app.state.sessions, admission.memory, settings.counts, recorder
+            ) as app.state.metrics:
                 registry.start(start.delay_s if start else 0.0, start.reason if start else "")
                 if start and (start.replaces or settings.workers > 1):
                     await registry.wait_loaded(LOAD_WAIT_S)

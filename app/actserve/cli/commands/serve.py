@@ -99,6 +99,13 @@ def serve(
             envvar="ACTSERVE_TOKENS",
         ),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Record what policies see and do into this folder; requires the extra record. Default: off."),
+    ] = None,
+    record_except: Annotated[
+        list[str] | None, typer.Option(help="Do not record clients with a token of this name; may be repeated.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate chain (PEM file).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM file).")] = None,
     root_path: Annotated[
@@ -141,6 +148,8 @@ def serve(
         "log_format": log_format,
         "access_log": access_log,
         "tokens": tokens,
+        "record": record,
+        "record_except": record_except and ",".join(record_except),
         "tls_cert": tls_cert,
         "tls_key": tls_key,
         "root_path": root_path,

@@ -13,9 +13,19 @@ router = APIRouter(tags=["policies"])
 
 @router.get("/policies")
 async def list_policies(request: Request) -> dict[str, Any]:
-    """Every policy: its live version, its runtime and the reason for it. `/act` uses the default policy."""
+    """Every policy: its live version, its runtime and the reason for it. `/act` uses the default policy.
+
+    If the service records, `recording` counts the steps recorded and dropped by this worker since it started, and says
+    why recording has `stopped`, if it has.
+    """
     registry = registry_of(request)
-    return {"default": registry.default, "policies": [registry.describe(name) for name in registry.names]}
+    described: dict[str, Any] = {
+        "default": registry.default,
+        "policies": [registry.describe(name) for name in registry.names],
+    }
+    if registry.recorder is not None:
+        described["recording"] = registry.recorder.describe()
+    return described
 
 
 @router.get("/policies/{name}")

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from actserve.core.errors import SessionsUnavailable
 from actserve.engine.registry import Registry
+from actserve.recording.recorder import Recorder
 from actserve.server.memory import Memory
 from actserve.server.sessions import Sessions
 from actserve.telemetry.counts import OK
@@ -18,11 +19,17 @@ SECONDS = 1e-9  # meters count nanoseconds
 
 
 def collect(
-    registry: Registry, sessions: Sessions, rates: Mapping[str, float], lag: LoopLag, memory: Memory
+    registry: Registry,
+    sessions: Sessions,
+    rates: Mapping[str, float],
+    lag: LoopLag,
+    memory: Memory,
+    recorder: Recorder | None = None,
 ) -> Families:
     """`rates`: actions a second, by policy."""
     families = [*_requests(registry), *_programs(registry), *_state(registry, sessions, rates), *_loop(lag, memory)]
     families += _process()
+    families += [] if recorder is None else _recording(recorder)
     return {family.name: family for family in families}
 
 
@@ -103,6 +110,23 @@ def _loop(lag: LoopLag, memory: Memory) -> list[Family]:
     held = _gauge("actserve_connection_bytes", "Memory that the connections of each worker hold.")
     held.add({"worker": os.getpid()}, memory.taken_bytes + memory.measured_bytes)
     return [lags, longest, held]
+
+
+def _recording(recorder: Recorder) -> list[Family]:
+    steps = _counter("actserve_recording_steps", "Steps since recording is on, by outcome: recorded, or why not.")
+    for recorded in recorder.recorded:
+        manifest = recorded.artifact.manifest
+        labels = {"policy": manifest.name, "version": manifest.version}
+        for outcome, count in recorded.outcomes.items():
+            steps.add({**labels, "outcome": outcome}, count, "_total")
+    written = _counter("actserve_recording_bytes", "Size of the complete files of the recording.")
+    written.add({}, recorder.file_bytes, "_total")
+    cpu = _counter("actserve_recording_cpu_seconds", "CPU time that recording took.")
+    cpu.add({}, (recorder.budget.copying_ns + recorder.budget.writing_ns) * SECONDS, "_total")
+    stopped = _gauge("actserve_recording_stopped", "Workers whose recording has stopped, by the reason.")
+    if recorder.stopped is not None:
+        stopped.add({"reason": recorder.stopped}, 1)
+    return [steps, written, cpu, stopped]
 
 
 def _process() -> list[Family]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from actserve.core.errors import MetricsUnavailable
 from actserve.core.repeat import repeat
 from actserve.engine.registry import Registry
+from actserve.recording.recorder import Recorder
 from actserve.server.memory import Memory
 from actserve.server.metrics.collect import collect
 from actserve.server.sessions import Sessions
@@ -33,8 +34,16 @@ class Publisher:
     All workers share the file at `path`; None if there is only one worker.
     """
 
-    def __init__(self, registry: Registry, sessions: Sessions, memory: Memory, path: Path | None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        sessions: Sessions,
+        memory: Memory,
+        path: Path | None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._registry, self._sessions, self._memory = registry, sessions, memory
+        self._recorder = recorder
         self._shared = None if path is None else CountsFile(path)
         self._lag = LoopLag()
         self._writing = asyncio.Lock()  # keeps writes in the order of collection
@@ -85,7 +94,7 @@ class Publisher:
         for program, total in self._actions().items():
             actions[program.policy] += total - before.get(program, 0)
         rates = {policy: n / elapsed_s for policy, n in actions.items()}
-        return collect(self._registry, self._sessions, rates, self._lag, self._memory)
+        return collect(self._registry, self._sessions, rates, self._lag, self._memory, self._recorder)
 
     def _actions(self) -> dict[ProgramLabels, int]:
         """The number of actions so far, by program."""

@@ -1,0 +1,205 @@
+"""Reads a recording: its shards, an index of its steps, and the steps in the order in which they were taken."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actserve.core.errors import CorruptRecording, UsageError, one_line
+from actserve.core.signature import Array, Arrays, Exploration, Signature
+from actserve.recording.shards import ENDED, FACTS, METADATA, SUFFIX, Header, arrays_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recorded step. `tensors` are by column, each (*shape); columns of state only if the row has the state."""
+
+    episode: str
+    step: int
+    follows: int | None
+    time: datetime
+    door: str
+    client: str | None
+    seed: int | None
+    item: int
+    exploration: Exploration
+    run_us: int
+    version: int  # that acted
+    writer: str
+    tensors: Arrays
+    is_last: bool  # of its episode, among the steps of this writer
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a recording."""
+
+    path: Path
+    header: Header
+    steps: int
+    ended: Mapping[str, int]  # incomplete episodes: the step that was dropped
+
+    @staticmethod
+    def open(path: Path) -> Shard:
+        """Raises `CorruptRecording`."""
+        try:
+            metadata = pq.read_metadata(path)
+            found = metadata.metadata or {}
+            if METADATA not in found:
+                raise CorruptRecording(f"{path.name}: expected a shard of a recording; got another Parquet file")
+            ended = json.loads(found.get(ENDED, b"{}"))
+            return Shard(path, Header.from_json(found[METADATA], path.name), metadata.num_rows, ended)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise CorruptRecording(f"{path.name} cannot be read: {one_line(error)}") from error
+
+    def facts(self) -> Any:
+        """A table of the columns beside the tensors."""
+        return self._read(lambda file: file.read(list(FACTS)))
+
+    def groups(self, rows: int) -> Iterator[Any]:
+        """Tables of at most so many rows."""
+        file = self._read(lambda file: file, close=False)
+        try:
+            for batch in file.iter_batches(rows):
+                yield pa.Table.from_batches([batch])
+        except (OSError, pa.ArrowException) as error:
+            raise CorruptRecording(f"{self.path.name} cannot be read: {one_line(error)}") from error
+        finally:
+            file.close()
+
+    def _read(self, read: Any, close: bool = True) -> Any:
+        try:
+            file = pq.ParquetFile(self.path, page_checksum_verification=True)
+            try:
+                return read(file)
+            finally:
+                if close:
+                    file.close()
+        except (OSError, pa.ArrowException) as error:
+            raise CorruptRecording(f"{self.path.name} cannot be read: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One version of a policy in a recording."""
+
+    policy: str
+    version: int
+    episodes: int
+    steps: int
+    incomplete: int  # episodes that end where a step was dropped
+    first: datetime
+    last: datetime
+    size_bytes: int
+    doors: Mapping[str, int] = field(default_factory=dict)  # steps
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"first": self.first.isoformat(), "last": self.last.isoformat()}
+
+
+class Recording:
+    """The complete shards in a folder. Raises `UsageError` if there are none, and `CorruptRecording`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        paths = sorted(folder.glob(f"*{SUFFIX}"))
+        paths = [path for path in paths if not path.name.startswith(".")]
+        if not paths:
+            raise UsageError(f"expected a folder with a recording (*{SUFFIX}); {folder} has none")
+        self.shards = sorted(map(Shard.open, paths), key=lambda shard: (shard.header.writer, shard.header.sequence))
+
+    @property
+    def policies(self) -> list[str]:
+        return sorted({shard.header.policy for shard in self.shards})
+
+    def of(self, policy: str, version: int | None = None) -> Steps:
+        """The steps of a policy, of one version or of all. Raises `UsageError` if there are none."""
+        shards = [shard for shard in self.shards if shard.header.policy == policy]
+        if not shards:
+            raise UsageError(f"expected a policy of the recording, {', '.join(self.policies)}; got {policy[:80]!r}")
+        if version is not None:
+            versions = sorted({shard.header.version for shard in shards})
+            shards = [shard for shard in shards if shard.header.version == version]
+            if not shards:
+                raise UsageError(f"expected a recorded version of {policy}, {versions}; got {version}")
+        return Steps(shards)
+
+    def summaries(self) -> list[Summary]:
+        """What there is of each version, by policy and version."""
+        keys = sorted({(shard.header.policy, shard.header.version) for shard in self.shards})
+        return [self.of(*key).summary() for key in keys]
+
+
+class Steps:
+    """The steps in some shards of one policy."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = shards
+
+    @property
+    def count(self) -> int:
+        return sum(shard.steps for shard in self.shards)
+
+    @property
+    def signature(self) -> Signature:
+        """The signature of the newest version."""
+        return max(self.shards, key=lambda shard: shard.header.version).header.signature
+
+    @cached_property
+    def _last(self) -> dict[tuple[str, str], int]:
+        """The last step of each episode, by writer and id."""
+        found: dict[tuple[str, str], int] = {}
+        for shard in self.shards:
+            table = shard.facts()
+            for episode, step in zip(table["episode"].to_pylist(), table["step"].to_pylist(), strict=True):
+                found[shard.header.writer, episode] = step
+        return found
+
+    def summary(self) -> Summary:
+        """Of all of them: the shards must be of one version."""
+        header = self.shards[0].header
+        episodes: set[str] = set()
+        incomplete: set[str] = set()
+        doors: Counter[str] = Counter()
+        times: list[datetime] = []
+        for shard in self.shards:
+            table = shard.facts()
+            episodes.update(table["episode"].to_pylist())
+            doors.update(table["door"].to_pylist())
+            incomplete.update(shard.ended)
+            times += table["time"].to_pylist()[:: max(1, len(table) - 1)]  # the first one and the last one
+        size = sum(shard.path.stat().st_size for shard in self.shards)
+        return Summary(
+            header.policy, header.version, len(episodes), self.count, len(incomplete & episodes), min(times),
+            max(times), size, dict(doors),
+        )  # fmt: skip
+
+    def windows(self, window_bytes: int) -> Iterator[list[Step]]:
+        """The steps in order, in lists of about so many bytes. Each writer's come one after the other."""
+        for shard in self.shards:
+            signature = shard.header.signature
+            item_bytes = sum(spec.item_bytes for spec in (*signature.request_inputs, *signature.outputs))
+            for table in shard.groups(max(1, window_bytes // max(1, item_bytes))):
+                yield list(self._steps(shard, table))
+
+    def _steps(self, shard: Shard, table: Any) -> Iterator[Step]:
+        header = shard.header
+        tensors = arrays_of(table, header.signature)
+        facts = {name: table[name].to_pylist() for name in FACTS}
+        states = [name for name in tensors if name.startswith("state.")]
+        for row in range(len(table)):
+            values = {name: column[row] for name, column in facts.items()}
+            kept = tensors if values["follows"] is None else {k: v for k, v in tensors.items() if k not in states}
+            is_last = self._last[header.writer, values["episode"]] == values["step"]
+            found: dict[str, Array] = {name: np.asarray(array[row]) for name, array in kept.items()}
+            yield Step(**values, version=header.version, writer=header.writer, tensors=found, is_last=is_last)

@@ -1,0 +1,189 @@
+"""Every door is recorded, and replayed bit for bit: with resets, random exploration, retries and two versions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import urllib3
+
+from actserve.client.remote_policy import RemotePolicy
+from actserve.client.sequence import OipSequence
+from tests import doors, streams
+from tests.fake_policy import NAME, SIGNATURE, DigestRuntime
+from tests.fastpath_service import NAME as TINY
+from tests.fastpath_service import SCREENS, SumRuntime
+from tests.oip import in_binary
+from tests.recorded import recording, replayed, steps_in
+from tests.stream_service import Service, running
+
+STEPS = 12
+
+
+@contextmanager
+def recorded_remote(folder: Path) -> Iterator[tuple[Service, RemotePolicy]]:
+    """A recorded service and a client of it."""
+    with (
+        recording(folder) as recorder,
+        running(recorder=recorder) as service,
+        RemotePolicy(service.url, NAME) as policy,
+    ):
+        yield service, policy
+
+
+def take_all_ways(service: Service) -> Counter[str]:
+    """Episodes through every door that keeps the state, and stateless requests -> the steps of each door."""
+    for query in ("", "?exploration=random&seed=3"):
+        with streams.opened(service, query) as ws:
+            ws.recv(60)
+            for x in range(STEPS):
+                streams.ask(ws, json.dumps({"x": x, "is_init": x % 5 == 4}) if x % 2 else streams.raw(x))
+    for exploration in (None, "random"):
+        with RemotePolicy(service.url, NAME) as policy:
+            options: Any = {"exploration": exploration, "seed": 9}
+            with policy.session(**options) as session:
+                for x in range(STEPS):
+                    session.act({"x": np.array(x), "is_init": np.array(x in (0, 7))})
+            with OipSequence(policy, **options) as sequence:
+                for x in range(STEPS):
+                    sequence.act(np.array(x))
+            episode = policy.episode(**options)
+            for x in range(STEPS):
+                episode.act(np.array(x))
+            policy.step({"x": np.arange(STEPS)}, exploration=exploration)
+    # A sequence ends with its last observation, sent again.
+    return Counter(stream=2 * STEPS, session=2 * STEPS, sequence=2 * (STEPS + 1), act=4 * STEPS)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_every_way_to_keep_the_state_does_is_replayed(tmp_path: Path, slow: bool) -> None:
+    with recording(tmp_path) as recorder, running(slow=slow, recorder=recorder) as service:
+        expected = take_all_ways(service)
+    steps = steps_in(tmp_path, NAME)
+    assert Counter(step.door for step in steps) == expected
+    comparison, player = replayed(tmp_path, NAME, SIGNATURE, DigestRuntime(1).run)
+    assert (comparison.steps, comparison.identical, player.skipped) == (len(steps), len(steps), 0)
+    other, _ = replayed(tmp_path, NAME, SIGNATURE, DigestRuntime(2).run)
+    assert other.same == 0
+    assert other.first is not None
+    assert other.first.time == min(step.time for step in steps)
+
+
+def test_a_reset_begins_another_episode(tmp_path: Path) -> None:
+    with recording(tmp_path) as recorder, running(recorder=recorder) as service, streams.opened(service) as ws:
+        ws.recv(60)
+        for x in range(6):
+            streams.ask(ws, json.dumps({"x": x} | ({"is_init": True} if x == 3 else {})))
+    steps = steps_in(tmp_path, NAME)
+    first, second = dict.fromkeys(step.episode for step in steps)
+    assert second == f"{first}.4"
+    assert [(step.episode == first, step.step, step.follows) for step in steps] == [
+        *((True, 1, 0), (True, 2, 1), (True, 3, 2)),
+        *((False, 4, 0), (False, 5, 4), (False, 6, 5)),
+    ]
+
+
+def test_each_step_of_a_session_is_recorded_once(tmp_path: Path) -> None:
+    """A retried step is answered from memory."""
+    with recorded_remote(tmp_path) as (service, policy):
+        session = policy.session(seed=1)
+        for x in range(4):
+            session.act(np.array(x))
+            path = f"/policies/{NAME}/act"
+            headers = {"X-Session": session.id, "X-Step": str(x + 1), "Content-Type": "application/octet-stream"}
+            again = urllib3.request("POST", service.url + path, body=streams.raw(x), headers=headers)
+            assert (again.status, again.headers["X-Replayed"]) == (200, "1")
+    assert [(step.step, step.follows, int(step.tensors["observation.x"])) for step in steps_in(tmp_path, NAME)] == [
+        (number + 1, number, number) for number in range(4)
+    ]
+
+
+def test_two_versions_each_replay_what_they_did(tmp_path: Path) -> None:
+    """A session stays on its version, and the recording says which."""
+    with recorded_remote(tmp_path) as (service, policy), policy.session(seed=1) as session:
+        session.act(np.array(1))
+        publish(service)
+        session.act(np.array(2))
+        policy.act(np.array(3))
+    assert [(step.version, step.door) for step in steps_in(tmp_path, NAME)] == [
+        (1, "session"), (1, "session"), (2, "act"),
+    ]  # fmt: skip
+    for version in (1, 2):
+        comparison, _ = replayed(tmp_path, NAME, SIGNATURE, DigestRuntime(version).run, version)
+        assert comparison.identical == comparison.steps == {1: 2, 2: 1}[version]
+
+
+def publish(service: Service) -> None:
+    """Make another version live, in the event loop of the service."""
+    published: Future[int] = Future()
+    loop = service.server.servers[0].get_loop()
+    loop.call_soon_threadsafe(lambda: published.set_result(service.registry.publish()))
+    published.result(60)
+
+
+def test_a_session_that_another_worker_stepped_goes_on_with_its_state(tmp_path: Path) -> None:
+    """Each worker records the steps that it takes, and the state where it did not take the step before."""
+    with recorded_remote(tmp_path) as (service, policy), policy.session(seed=1) as session:
+        session.act(np.array(1))
+        recorded = service.registry.policies[1].recorder
+        service.registry.policies[1].recorder = None  # as if another worker took the step
+        session.act(np.array(2))
+        service.registry.policies[1].recorder = recorded
+        session.act(np.array(3))
+        session.act(np.array(4))
+    steps = steps_in(tmp_path, NAME)
+    assert [(step.step, step.follows) for step in steps] == [(1, 0), (3, None), (4, 3)]
+    comparison, player = replayed(tmp_path, NAME, SIGNATURE, DigestRuntime(1).run)
+    assert (comparison.identical, player.skipped) == (3, 0)
+
+
+def test_the_doors_of_all_protocols(tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    items = doors.screens(3)
+    with recording(folder) as recorder, doors.running(tmp_path, recorder=recorder) as service:
+        for name, door in doors.ALL.items():
+            given = items if name in doors.BATCHES else items[:1]
+            assert door(service, given).status == "200", name
+    steps = steps_in(folder, TINY)
+    robots, acts = 3, 3 * len(doors.BATCHES) + 1  # json-numpy is stateless here
+    assert Counter(step.door for step in steps) == Counter(act=acts, session=1, sequence=1, stream=2, robot=robots)
+    comparison, _ = replayed(folder, TINY, SCREENS, SumRuntime(SCREENS).run)
+    assert comparison.identical == comparison.steps == len(steps)
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+def test_a_token_can_be_excluded(tmp_path: Path, excluded: bool) -> None:
+    folder = tmp_path / "recording"
+    names = ["robot"] if excluded else []
+    with (
+        recording(folder, excluded=names) as recorder,
+        doors.running(tmp_path, tokens=True, recorder=recorder) as service,
+    ):
+        for name in ("fast path", "JSON", "session", "OIP sequence", "stream", "openpi", "gRPC"):
+            assert doors.ALL[name](service, doors.screens(1)).status == "200", name
+    steps = recorder.recorded[0].outcomes
+    if excluded:
+        assert not steps
+        assert not list(folder.iterdir())
+    else:
+        assert steps == {"recorded": 7}
+        assert {step.client for step in steps_in(folder, TINY)} == {"robot"}
+
+
+def test_an_answer_is_the_same_with_and_without(tmp_path: Path) -> None:
+    body, headers = in_binary({"pixels": doors.screens(2)})
+    named = {name.replace("-", "_"): value for name, value in headers.items()}
+    answers = []
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        folder.mkdir()
+        recorded = nullcontext() if folder.name == "2" else recording(folder / "recording")
+        with recorded as recorder, doors.running(folder, recorder=recorder) as service:
+            answers.append(service.post(f"/v2/models/{TINY}/infer", body, "application/octet-stream", **named).data)
+    assert answers[0] == answers[1]
