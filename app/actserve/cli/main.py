@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from actserve import __version__
-from actserve.cli.commands import artifacts, keys, play, routing, tokens
+from actserve.cli.commands import artifacts, keys, play, recordings, routing, tokens
 from actserve.cli.commands.serve import serve
 from actserve.cli.commands.tune import tune
 from actserve.cli.terminal import console, flag
@@ -64,7 +64,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Make": (tune,),
     "Serve": (serve,),
     "Play": (play.play, play.load),
-    "Look": (artifacts.inspect, artifacts.verify, artifacts.diff, artifacts.doctor),
+    "Look": (artifacts.inspect, artifacts.verify, artifacts.diff, artifacts.doctor, recordings.replay),
     "Operate": (*routing.ROUTING, keys.sign),
 }
 for panel, commands in PANELS.items():
@@ -72,6 +72,7 @@ for panel, commands in PANELS.items():
         cli.command(command.__name__.rstrip("_"), rich_help_panel=panel)(command)
 cli.add_typer(keys.keys, name="keys", rich_help_panel="Operate")
 cli.add_typer(tokens.tokens, name="tokens", rich_help_panel="Operate")
+cli.add_typer(recordings.record, name="record", rich_help_panel="Look")
 
 
 @cli.callback(invoke_without_command=True)

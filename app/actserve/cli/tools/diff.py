@@ -12,12 +12,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actserve.core.errors import RuntimeFailure, RuntimeRefused
+from actserve.cli.tools.programs import open_best
 from actserve.core.signature import Array, Arrays, Signature
 from actserve.engine import golden
-from actserve.engine.runtimes import preflight
 from actserve.engine.runtimes.base import Runtime
-from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
 
 BATCHES = (1, 8)
@@ -82,7 +80,7 @@ def diff(before: Artifact, after: Artifact) -> Diff:
     """
     artifacts = [before, after]
     samples = [golden.read(artifact)[0] for artifact in artifacts]
-    opened = [_open(artifact) for artifact in artifacts]
+    opened = [open_best(artifact) for artifact in artifacts]
     runtimes = [runtime for runtime, _ in opened]
     try:
         medians = _time_in_turns(runtimes, samples)
@@ -132,20 +130,6 @@ def _compared(before: float | None, after: float | None) -> tuple[str, str, str]
         "-" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in (before, after)
     )
     return shown[0], shown[1], f"{after / before:.2f}x" if before and after else ""
-
-
-def _open(artifact: Artifact) -> tuple[Runtime | None, tuple[preflight.Choice | None, str]]:
-    """The best program that loads here, with the reason for choosing it, or for having none."""
-    failed: dict[str, str] = {}
-    while True:
-        try:
-            choice = preflight.choose("auto", artifact.manifest, preflight.this_host(), failed)
-        except RuntimeRefused as error:
-            return None, (None, error.message)
-        try:
-            return load(choice.runtime, artifact), (choice, choice.reason)
-        except RuntimeFailure as error:
-            failed[choice.runtime] = error.message
 
 
 def _changes(before: Signature, after: Signature) -> list[Change]:

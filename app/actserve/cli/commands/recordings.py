@@ -1,0 +1,109 @@
+"""`actserve replay` and `actserve record`: what a service recorded with `serve --record`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from actserve.cli.stores import DEFAULT_STORE, Store, find, open_for_reading
+from actserve.cli.terminal import Json, console, print_json
+from actserve.core.imports import import_extra
+
+if TYPE_CHECKING:
+    from actserve.recording.reader import Recording
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the recording, as in `serve --record DIR`.")]
+
+record = typer.Typer(help="Show the recordings of `actserve serve --record`.", no_args_is_help=True)
+
+
+def open_recording(folder: Path) -> Recording:
+    """Raises `UsageError` or `CorruptRecording`."""
+    recording: Recording = import_extra("record", "actserve.recording.reader:Recording")(folder)
+    return recording
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr. The function advances it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def replay(
+    folder: Folder,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[@VERSION]", help="Policy, and the version that acts; default: the highest of the only policy."
+        ),
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    url: Annotated[
+        str | None, typer.Option(help="Replay through the service at this URL, on its live version.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Token for the service.", envvar="ACTSERVE_TOKEN")] = None,
+    recorded: Annotated[int | None, typer.Option(min=1, help="Only the steps that this version took.")] = None,
+    rate: Annotated[
+        Literal["own", "full"], typer.Option(help="own: as fast as it was recorded; full: no pauses.")
+    ] = "full",
+    save: Annotated[
+        Path | None, typer.Option(help="Write the first step that diverges to this file, in safetensors.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Replay a recording on any version of its policy, and name the first step with another action.
+
+    Exit code 0: every action is the same. 1: an action differs.
+    """
+    recording = open_recording(folder)
+    from actserve.cli.tools import replay as tool
+
+    name, version = tool.policy_of(recording, policy)
+    steps = recording.of(name, recorded)
+    with progress_bar("replaying", steps.count) as progress:
+        if url is None:
+            artifact = find(open_for_reading(store), name if version is None else f"{name}@{version}")
+            with tool.program(artifact) as (actor, runtime):
+                found = tool.replay(steps, actor, artifact.label, runtime, rate, progress)
+        else:
+            with tool.service(url, name, version, token) as (remote, label, runtime):
+                found = tool.replay(steps, remote, label, runtime, rate, progress)
+    saved = save if save is not None and tool.save(found, save) else None
+    if json:
+        print_json(found.as_json() | ({"saved": str(saved)} if saved else {}))
+    else:
+        from rich.console import Console
+
+        tool.show(found, Console(), saved, shlex.join(["actserve", *sys.argv[1:]]))
+    if found.diverges:
+        raise typer.Exit(1)
+
+
+@record.command()
+def show(folder: Folder, json: Json = False) -> None:
+    """List what a recording has: policies, versions, episodes, steps."""
+    summaries = open_recording(folder).summaries()
+    if json:
+        print_json({"policies": [summary.as_json() for summary in summaries]})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("policy", "version", "episodes", "steps", "incomplete", "from", "to", "MB", "doors")
+    for each in summaries:
+        doors = ", ".join(f"{door} {count:,}" for door, count in sorted(each.doors.items()))
+        moments = [moment.strftime("%Y-%m-%d %H:%M:%S") for moment in (each.first, each.last)]
+        numbers = [f"{each.episodes:,}", f"{each.steps:,}", f"{each.incomplete:,}"]
+        table.add_row(each.policy, str(each.version), *numbers, *moments, f"{each.size_bytes / 1e6:,.1f}", doors)
+    Console().print(table)
