@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from actserve.client.remote_policy import RemotePolicy
 from actserve.core.signature import Arrays, Signature
 from actserve.recording.budget import Budget
 from actserve.recording.reader import Recording, Step
 from actserve.recording.recorder import Recorder
 from actserve.recording.replay import Comparison, Player, ProgramActor
 from actserve.recording.writer import Writer
+from tests.fake_policy import NAME
+from tests.stream_service import Service, running
 
 WINDOW_BYTES = 1 << 20
 
@@ -30,6 +33,17 @@ def recording(folder: Path, buffer_bytes: int = 64 << 20, excluded: Sequence[str
     with Writer(recorder, folder):
         yield recorder
     assert recorder.stopped is None
+
+
+@contextmanager
+def recorded_remote(folder: Path) -> Iterator[tuple[Service, RemotePolicy]]:
+    """A recorded service and a client of it."""
+    with (
+        recording(folder) as recorder,
+        running(recorder=recorder) as service,
+        RemotePolicy(service.url, NAME) as policy,
+    ):
+        yield service, policy
 
 
 def steps_in(folder: Path, policy: str) -> list[Step]:

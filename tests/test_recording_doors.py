@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,10 @@ from tests.fake_policy import NAME, SIGNATURE, DigestRuntime
 from tests.fastpath_service import NAME as TINY
 from tests.fastpath_service import SCREENS, SumRuntime
 from tests.oip import in_binary
-from tests.recorded import recording, replayed, steps_in
+from tests.recorded import recorded_remote, recording, replayed, steps_in
 from tests.stream_service import Service, running
 
 STEPS = 12
-
-
-@contextmanager
-def recorded_remote(folder: Path) -> Iterator[tuple[Service, RemotePolicy]]:
-    """A recorded service and a client of it."""
-    with (
-        recording(folder) as recorder,
-        running(recorder=recorder) as service,
-        RemotePolicy(service.url, NAME) as policy,
-    ):
-        yield service, policy
 
 
 def take_all_ways(service: Service) -> Counter[str]:

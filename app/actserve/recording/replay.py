@@ -185,7 +185,7 @@ class Divergence:
     def tensors(self) -> Arrays:
         """The observations and both outputs, for a file."""
         named = {OBSERVATION: self.observations, "recorded.": self.recorded, "replayed.": self.replayed}
-        return {prefix + name: array for prefix, arrays in named.items() for name, array in arrays.items()}
+        return {prefix + name: np.array(array) for prefix, arrays in named.items() for name, array in arrays.items()}
 
 
 @dataclass

@@ -35,7 +35,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(), transient=True) as bar:
+    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
 
@@ -100,10 +100,13 @@ def show(folder: Folder, json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("policy", "version", "episodes", "steps", "incomplete", "from", "to", "MB", "doors")
+    table = Table()
+    for title in ("policy", "episodes", "incomplete", "steps", "MB"):
+        table.add_column(title, no_wrap=True, justify="left" if title == "policy" else "right")
+    table.add_column("time, UTC")
     for each in summaries:
-        doors = ", ".join(f"{door} {count:,}" for door, count in sorted(each.doors.items()))
-        moments = [moment.strftime("%Y-%m-%d %H:%M:%S") for moment in (each.first, each.last)]
-        numbers = [f"{each.episodes:,}", f"{each.steps:,}", f"{each.incomplete:,}"]
-        table.add_row(each.policy, str(each.version), *numbers, *moments, f"{each.size_bytes / 1e6:,.1f}", doors)
+        first, last = (moment.strftime("%Y-%m-%d %H:%M:%S") for moment in (each.first, each.last))
+        numbers = [f"{count:,}" for count in (each.episodes, each.incomplete, each.steps)]
+        size = f"{each.size_bytes / 1e6:,.1f}"
+        table.add_row(f"{each.policy}@{each.version}", *numbers, size, f"{first} to {last}")
     Console().print(table)

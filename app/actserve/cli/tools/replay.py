@@ -152,7 +152,7 @@ def save(found: Replayed, path: Path) -> bool:
     if first is None:
         return False
     try:
-        save_file({name: array.copy() for name, array in first.tensors().items()}, path)
+        save_file(first.tensors(), path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
     return True
