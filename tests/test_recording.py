@@ -214,7 +214,7 @@ def test_every_kind_of_tensor_comes_back(tmp_path: Path, spec: TensorSpec) -> No
     header = Header.of(artifact(signature=signature), "onnx", "w", 0)
     shard = ShardWriter(tmp_path / "a.parquet", header)
     shard.write([rows for _, rows in recorder.rows])
-    shard.close({})
+    shard.close({}, {})
     found = arrays_of(pq.read_table(tmp_path / "a.parquet"), signature)
     assert np.array_equal(found["observation.a"], np.concatenate(seen))
     assert np.array_equal(found["output.action"], np.concatenate(done))

@@ -15,6 +15,7 @@ import urllib3
 
 from actserve.client.remote_policy import RemotePolicy
 from actserve.client.sequence import OipSequence
+from actserve.recording.reader import Recording
 from tests import doors, streams
 from tests.fake_policy import NAME, SIGNATURE, DigestRuntime
 from tests.fastpath_service import NAME as TINY
@@ -175,3 +176,29 @@ def test_an_answer_is_the_same_with_and_without(tmp_path: Path) -> None:
         with recorded as recorder, doors.running(folder, recorder=recorder) as service:
             answers.append(service.post(f"/v2/models/{TINY}/infer", body, "application/octet-stream", **named).data)
     assert answers[0] == answers[1]
+
+
+def test_feedback_is_stored_with_the_step_that_it_is_about(tmp_path: Path) -> None:
+    with recorded_remote(tmp_path) as (service, policy):
+        with policy.session(seed=1) as session:
+            for x in range(3):
+                session.act(np.array(x))
+                session.tell(reward=x / 2, done=x == 2)
+        app: Any = service.server.config.app
+        assert app.state.registry.recorder.recorded[0].outcomes == {"recorded": 3}
+    assert [(step.previous_reward, step.previous_done) for step in steps_in(tmp_path, NAME)] == [
+        (None, None), (0.0, False), (0.5, False),
+    ]  # fmt: skip
+    found = Recording(tmp_path).of(NAME).transitions()
+    assert (found.reward.tolist(), found.done.tolist()) == ([0.0, 0.5, 1.0], [False, False, True])
+
+
+@pytest.mark.parametrize("header", [{"X-Reward": "much"}, {"X-Reward": "nan"}, {"X-Done": "maybe"}])
+def test_feedback_that_is_none_is_refused(tmp_path: Path, header: dict[str, str]) -> None:
+    with recorded_remote(tmp_path) as (service, policy):
+        session = policy.session()
+        session.act(np.array(1))
+        headers = {"X-Session": session.id, "Content-Type": "application/octet-stream", **header}
+        path = f"{service.url}/policies/{NAME}/act"
+        refused = urllib3.request("POST", path, body=streams.raw(2), headers=headers)
+        assert (refused.status, next(iter(header)) in refused.json()["error"]["message"]) == (422, True)

@@ -85,6 +85,7 @@ class SessionStep:
     session: str
     number: int
     by_action: bool = False  # the answer is one action of a chunk
+    previous: Mapping[str, str] = field(default_factory=dict)  # headers: the result of the step before
 
 
 def named_observations(
@@ -163,6 +164,7 @@ def step(
         answered += [state.spec for state in signature.state]
     else:
         headers |= {"X-Session": session_step.session, "X-Step": str(session_step.number)}
+        headers |= session_step.previous
     if exploration is None and seed is None and items.keys() == {spec.name for spec in signature.observations}:
         headers["Content-Type"], body = request_body(signature, items, batched)
     else:
@@ -209,10 +211,23 @@ def begin_session(
         raise unexpected_answer("a session", answer) from error
 
 
-def end_session(description: PolicyDescription, session: str) -> Operation[None]:
-    """End a session. That it has ended before is no error: the answer to the first request may have been lost."""
+def result_headers(reward: float | None, done: bool | None) -> dict[str, str]:
+    """The headers that tell the result of a session's last step."""
+    headers = {} if reward is None else {"X-Reward": repr(float(reward))}
+    return headers if done is None else headers | {"X-Done": "true" if done else "false"}
+
+
+def end_session(
+    description: PolicyDescription, session: str, result: Mapping[str, str] | None = None
+) -> Operation[None]:
+    """End a session. `result` are headers: the result of its last step.
+
+    That it has ended before is no error: the answer to the first request may have been lost.
+    """
     path = f"{sessions_path(description.name)}/{quote(session, safe='')}"
-    response = yield HttpRequest("DELETE", path, headers={"X-Session": session})  # a proxy may route by it
+    response = yield HttpRequest(
+        "DELETE", path, headers={"X-Session": session, **(result or {})}
+    )  # a proxy may route by it
     if response.status != 410:
         _checked(response)
 

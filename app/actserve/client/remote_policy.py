@@ -268,19 +268,25 @@ class RemoteSession(KeptEpisode):
         self.outputs: Arrays = {}  # of the last step
         self._policy = policy
         self._output_names = outputs
+        self._result: dict[str, str] = {}  # of the last step, not yet sent
+
+    def tell(self, reward: float | None = None, done: bool | None = None) -> None:
+        """Tell the service the result of the last step, for its recording. It is sent with the next request."""
+        self._result = operations.result_headers(reward, done)
 
     def act(self, observation: Array | Mapping[str, Array]) -> Any:
         """See `Episode.act`. Retries a step whose answer was lost; the service takes it once."""
         description = self._policy.description
-        step = operations.SessionStep(self.id, self.steps + 1, self._by_action)
+        step = operations.SessionStep(self.id, self.steps + 1, self._by_action, self._result)
         tensors = description.named_observations(observation)
         self.outputs = self._policy.run_with_retries(
             lambda: operations.step(description, tensors, self._output_names, session_step=step)
         ).outputs
         self.steps += 1
+        self._result = {}
         action = description.signature.planned if self._by_action else description.signature.action
         return unwrap_action(self.outputs[action.name])
 
     def end(self) -> None:
         """End the session at the service. Raises the same errors as `act`."""
-        self._policy.run_with_retries(lambda: operations.end_session(self._policy.description, self.id))
+        self._policy.run_with_retries(lambda: operations.end_session(self._policy.description, self.id, self._result))

@@ -8,6 +8,7 @@ that another request has taken meanwhile, or a step whose client has cancelled i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from actserve.core.signature import Arrays
@@ -16,10 +17,19 @@ from actserve.store.artifact import Artifact
 Door = Literal["act", "session", "sequence", "stream", "robot"]
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """The result of a step, which only the client knows. None: it did not say."""
+
+    reward: float | None
+    done: bool | None
+
+
 class StepRecorder(ABC):
     """One step of an episode, or the items of one stateless request."""
 
     seed: int | None = None  # of the step's noise; None: nothing is random
+    previous: Feedback | None = None  # on the step before
 
     @abstractmethod
     def capture(self, inputs: Arrays, outputs: Arrays, items: slice, run_ns: int) -> None:
@@ -39,6 +49,10 @@ class EpisodeRecorder(ABC):
     @abstractmethod
     def step(self, number: int) -> StepRecorder:
         """The step `number`, counted from 1."""
+
+    @abstractmethod
+    def end(self, feedback: Feedback) -> None:
+        """The episode has ended with this feedback on its last step."""
 
 
 class PolicyRecorder(ABC):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from actserve.core.errors import CorruptRecording, UsageError, one_line
 from actserve.core.signature import Array, Arrays, Exploration, Signature
-from actserve.recording.shards import ENDED, FACTS, METADATA, SUFFIX, Header, arrays_of
+from actserve.recording.shards import ENDED, FACTS, FEEDBACK, METADATA, SUFFIX, Header, arrays_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Step:
     item: int
     exploration: Exploration
     run_us: int
+    previous_reward: float | None  # of the step before, as the client told it
+    previous_done: bool | None
     version: int  # that acted
     writer: str
     tensors: Arrays
@@ -48,6 +50,7 @@ class Shard:
     header: Header
     steps: int
     ended: Mapping[str, int]  # incomplete episodes: the step that was dropped
+    feedback: Mapping[str, tuple[float | None, bool | None]]  # on last steps: reward and done
 
     @staticmethod
     def open(path: Path) -> Shard:
@@ -58,7 +61,8 @@ class Shard:
             if METADATA not in found:
                 raise CorruptRecording(f"{path.name}: expected a shard of a recording; got another Parquet file")
             ended = json.loads(found.get(ENDED, b"{}"))
-            return Shard(path, Header.from_json(found[METADATA], path.name), metadata.num_rows, ended)
+            feedback = {name: tuple(each) for name, each in json.loads(found.get(FEEDBACK, b"{}")).items()}
+            return Shard(path, Header.from_json(found[METADATA], path.name), metadata.num_rows, ended, feedback)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise CorruptRecording(f"{path.name} cannot be read: {one_line(error)}") from error
 
@@ -140,6 +144,18 @@ class Recording:
         return [self.of(*key).summary() for key in keys]
 
 
+@dataclass(frozen=True)
+class Transitions:
+    """All steps, by episode and step. Each array is (N,)."""
+
+    row: Array  # int64: the number of each step in the order of `Steps.windows`
+    trajectory: Array  # int64, from 0: steps that follow one another
+    step: Array  # int64
+    reward: Array  # float64; NaN: not known
+    done: Array  # bool; False if it is not known
+    is_last: Array  # bool: no recorded step follows
+
+
 class Steps:
     """The steps in some shards of one policy."""
 
@@ -183,6 +199,31 @@ class Steps:
             header.policy, header.version, len(episodes), self.count, len(incomplete & episodes), min(times),
             max(times), size, dict(doors),
         )  # fmt: skip
+
+    def transitions(self) -> Transitions:
+        """The order of all steps by episode, each with the feedback that came with the request after it."""
+        tables = [shard.facts() for shard in self.shards]
+        table = pa.concat_tables(tables)
+        episodes = np.array(table["episode"].to_pylist())
+        session = np.array([episode.partition(".")[0] for episode in episodes])
+        step = table["step"].to_numpy()
+        row = np.lexsort((table["time"].to_numpy(), step, session))
+        episodes, session, step = episodes[row], session[row], step[row]
+        follows = np.array(table["follows"].to_pylist(), np.float64)[row]  # NaN: the state is in the row
+        joined = (session[1:] == session[:-1]) & (step[1:] > step[:-1])  # the next request of the same client
+        goes_on = joined & (episodes[1:] == episodes[:-1]) & ((follows[1:] == step[:-1]) | (step[1:] == step[:-1] + 1))
+        reward, done = np.full(len(row), np.nan), np.zeros(len(row), bool)
+        told = np.array(table["previous_reward"].to_pylist(), np.float64)[row]
+        ended = np.array([bool(value) for value in table["previous_done"].to_pylist()])[row]
+        reward[:-1][joined], done[:-1][joined] = told[1:][joined], ended[1:][joined]
+        feedback = {name: each for shard in self.shards for name, each in shard.feedback.items()}
+        for place in np.flatnonzero(np.append(~joined, True)):
+            last_reward, last_done = feedback.get(session[place], (None, None))
+            reward[place] = np.nan if last_reward is None else last_reward
+            done[place] = bool(last_done)
+        goes_on &= ~done[:-1]
+        trajectory = np.concatenate([[0], np.cumsum(~goes_on)])
+        return Transitions(row, trajectory, step, reward, done, np.append(~goes_on, True))
 
     def windows(self, window_bytes: int) -> Iterator[list[Step]]:
         """The steps in order, in lists of about so many bytes. Each writer's come one after the other."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from actserve.core.errors import one_line
 from actserve.core.signature import IS_INIT, Arrays
-from actserve.engine.recorders import Door, EpisodeRecorder, PolicyRecorder, ServiceRecorder, StepRecorder
+from actserve.engine.recorders import Door, EpisodeRecorder, Feedback, PolicyRecorder, ServiceRecorder, StepRecorder
 from actserve.recording.blocks import Blocks
 from actserve.recording.budget import Budget
 from actserve.recording.rows import Rows, parts
@@ -40,6 +40,7 @@ class Recorded:
     artifact: Artifact
     runtime: str
     outcomes: Counter[Outcome] = field(default_factory=Counter)  # steps
+    feedback: dict[str, Feedback] = field(default_factory=dict)  # on last steps, by the first id of their episode
     ended: dict[str, int] = field(default_factory=dict)  # incomplete episodes, by id: the step that was dropped
 
 
@@ -192,7 +193,8 @@ class RecordedRequest(StepRecorder):
             episodes = [f"{episode}.{first + item}" for item in range(size)] if first + size > 1 else [episode]
             follows = None if policy.signature.state else 0
             rows = Rows(
-                episodes, 1, follows, now_us, "act", self._client, self.seed, first, run_ns // 1000, tensors
+                episodes, 1, follows, now_us, "act", self._client, self.seed, first, None,
+                run_ns // 1000, tensors,
             )  # fmt: skip
             policy.recorder.add(policy.recorded, rows)
 
@@ -226,7 +228,11 @@ class RecordedEpisode(EpisodeRecorder):
     def decide(self) -> None:
         self.skipped, self.is_decided = self.policy.recorder.may_begin(), True
 
-    def end(self, step: int) -> None:
+    def end(self, feedback: Feedback) -> None:
+        if self.last_step is not None:
+            self.policy.recorded.feedback[self.first_id] = feedback
+
+    def drop(self, step: int) -> None:
         """The step was dropped: what follows could not be replayed."""
         self.skipped = "stopped" if self.policy.recorder.stopped else "buffer"
         if self.last_step is not None:
@@ -255,11 +261,12 @@ class RecordedStep(StepRecorder):
             follows = None
         tensors = policy.copy(inputs, outputs, items, with_state=follows is None)
         if tensors is None:
-            episode.end(number)
+            episode.drop(number)
             return
         now_us = policy.recorder.now_us()
         self._rows = Rows(
-            [episode.id], number, follows, now_us, episode.door, episode.client, self.seed, 0, run_ns // 1000, tensors
+            [episode.id], number, follows, now_us, episode.door, episode.client, self.seed, 0, self.previous,
+            run_ns // 1000, tensors,
         )  # fmt: skip
 
     def commit(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from actserve.core.signature import EXPLORE, IS_INIT, Arrays, Signature
-from actserve.engine.recorders import Door
+from actserve.engine.recorders import Door, Feedback
 
 OBSERVATION, PARAMETER, STATE, OUTPUT = "observation.", "parameter.", "state.", "output."  # prefixes of columns
 
@@ -22,6 +22,7 @@ class Rows:
     client: str | None
     seed: int | None  # of the noise; item i of a request has the noise of (seed, first_item + i)
     first_item: int
+    previous: Feedback | None  # of the step before
     run_us: int
     tensors: Arrays
 

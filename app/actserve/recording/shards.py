@@ -24,12 +24,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from actserve.core.errors import CorruptRecording
 from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Signature, TensorSpec
+from actserve.engine.recorders import Feedback
 from actserve.recording.rows import OBSERVATION, OUTPUT, PARAMETER, STATE, Rows
 from actserve.store.artifact import Artifact
 
 FORMAT = 1
 METADATA = b"actserve"  # the key of a JSON object
 ENDED = b"actserve.ended"  # the key of incomplete episodes: their ids and the step that was dropped
+FEEDBACK = b"actserve.feedback"  # the key of the feedback on last steps: ids of episodes, reward and done
 SUFFIX = ".parquet"
 LIST_ELEMENTS = 64  # tensors with more elements are bytes
 COMPRESSION = "zstd"
@@ -45,6 +47,8 @@ FACTS = {  # of a step, beside its tensors
     "item": pa.int32(),
     "exploration": pa.string(),
     "run_us": pa.int64(),
+    "previous_reward": pa.float64(),
+    "previous_done": pa.bool_(),
 }
 _TEXTS = ["episode", "door", "client", "exploration"]
 _SIGNATURE = TypeAdapter(Signature)
@@ -178,6 +182,8 @@ class Columns:
             "seed": _repeated([each.seed for each in rows], sizes),
             "item": np.concatenate(items),
             "exploration": np.where(random, "random", "deterministic" if len(modes) > 1 else modes[0]).tolist(),
+            "previous_reward": _repeated([each.previous and each.previous.reward for each in rows], sizes),
+            "previous_done": _repeated([each.previous and each.previous.done for each in rows], sizes),
             "run_us": np.repeat([each.run_us for each in rows], sizes),
         }
 
@@ -248,10 +254,11 @@ class ShardWriter:
     def write(self, rows: Sequence[Rows]) -> None:
         self._writer.write_batch(self._columns.batch(rows))
 
-    def close(self, ended: Mapping[str, int]) -> None:
-        """Complete the file. `ended` are incomplete episodes, by id: the step that was dropped."""
-        if ended:
-            self._writer.add_key_value_metadata({ENDED: json.dumps(ended).encode()})
+    def close(self, ended: Mapping[str, int], feedback: Mapping[str, Feedback]) -> None:
+        """Complete the file. `ended` and `feedback` are as in `Recorded`."""
+        found = {name: [each.reward, each.done] for name, each in feedback.items()}
+        metadata = {ENDED: json.dumps(ended).encode(), FEEDBACK: json.dumps(found).encode()}
+        self._writer.add_key_value_metadata(metadata)
         self._writer.close()
 
     def abandon(self) -> None:

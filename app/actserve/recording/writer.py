@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from actserve.core.errors import UsageError, one_line
 from actserve.recording.recorder import Recorded, Recorder
@@ -150,15 +150,14 @@ class Writer:
     def _close(self, recorded: Recorded) -> None:
         shard = self._open[recorded]
         self._flush(shard)
-        ended = {episode: recorded.ended.pop(episode) for episode in list(recorded.ended)}
-        shard.shard.close(ended)
+        shard.shard.close(_taken(recorded.ended), _taken(recorded.feedback))
         os.rename(shard.shard.path, shard.final)
         os.close(shard.lock)
         del self._open[recorded]
         self._recorder.file_bytes += shard.final.stat().st_size
 
     def _close_all(self) -> None:
-        for recorded in [known for known in self._recorder.recorded if known.ended]:
+        for recorded in [known for known in self._recorder.recorded if known.ended or known.feedback]:
             self._shard(recorded)
         for recorded in list(self._open):
             self._close(recorded)
@@ -169,6 +168,14 @@ class Writer:
             shard.shard.abandon()
             _remove(shard.shard.path, shard.lock)
         self._open.clear()
+
+
+T = TypeVar("T")
+
+
+def _taken(values: dict[str, T]) -> dict[str, T]:
+    """Everything in `values`, which the event loop fills meanwhile; it is removed there."""
+    return {key: values.pop(key) for key in list(values)}
 
 
 def prepare(folder: Path) -> None:

@@ -11,8 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from actserve.core.errors import InvalidRequest
+from actserve.engine.recorders import Feedback
 from actserve.server.access.tokens import Token
 from actserve.server.fastpath.codec import Codec, Resources
+from actserve.server.sessions.feedback import read_feedback
 from actserve.telemetry.call import is_request_id
 
 MAX_BYTES = 4096  # of a head; longer ones go to the routes
@@ -37,9 +40,12 @@ _TRACE = {
 }  # fmt: skip
 _ACCEPT_ENCODING = b"accept-encoding"
 _REQUEST_ID, _SESSION, _STEP = b"x-request-id", b"x-session", b"x-step"
+_REWARD, _DONE = b"x-reward", b"x-done"
+_OF_SESSION = {_STEP, _REWARD, _DONE}
 # Headers with another value in each request. A head is cached without them.
 _VARYING = re.compile(
-    rb"\r\n(x-request-id|x-session|x-step|traceparent|x-b3-traceid|x-b3-spanid): *([^\r\n]*)(?=\r\n)", re.IGNORECASE
+    rb"\r\n(x-request-id|x-session|x-step|x-reward|x-done|traceparent|x-b3-traceid|x-b3-spanid): *([^\r\n]*)(?=\r\n)",
+    re.IGNORECASE,
 )
 
 
@@ -58,6 +64,7 @@ class RequestHead:
     request_id: bytes | None = None  # returned in the answer
     session: str | None = None  # the id of the session that takes a step
     step: int | None = None  # its number; None: the next one
+    previous: Feedback | None = None  # of the step before, as the client tells it
 
 
 def may_become_a_head(data: bytes) -> bool:
@@ -100,8 +107,8 @@ class HeadParser:
         if key not in self._cache:
             if len(self._cache) >= CACHED:
                 self._cache.clear()
-            once = all(varying.count(name) <= 1 for name in (_REQUEST_ID, _SESSION, _STEP))
-            of_session = _SESSION in varying or _STEP not in varying
+            once = all(varying.count(name) <= 1 for name in (_REQUEST_ID, _SESSION, *_OF_SESSION))
+            of_session = _SESSION in varying or not _OF_SESSION.intersection(varying)
             self._cache[key] = self._parse(head, _SESSION in varying) if once and of_session else None
         return self._cache[key]
 
@@ -117,11 +124,18 @@ class HeadParser:
             return None
         if step is not None and _NUMBER.fullmatch(step) is None:
             return None
+        try:
+            previous = read_feedback(
+                *(varying[name].decode("ascii") if name in varying else None for name in (_REWARD, _DONE))
+            )
+        except InvalidRequest:  # the route says so
+            return None
         return RequestHead(
             head.codec, head.patience_ns, head.body_bytes, head.items, head.token,
             request_id,
             None if session is None else session.decode("ascii"),
             None if step is None else int(step),
+            previous,
         )  # fmt: skip
 
     def _parse(self, head: bytes, has_session: bool) -> RequestHead | None:

@@ -11,7 +11,7 @@ from functools import partial
 from actserve.core.errors import ActserveError
 from actserve.core.signature import IS_INIT, Arrays
 from actserve.engine.batch import BatchResult
-from actserve.engine.policy import Acted, Policy
+from actserve.engine.policy import Acted
 from actserve.engine.recorders import Door, committed
 from actserve.engine.registry import Registry
 from actserve.server.fastpath.request_heads import RequestHead
@@ -20,17 +20,16 @@ from actserve.server.sessions.step_record import StepRecord
 
 
 class SessionStep:
-    """Made by `begin` or `of_sequence`. `requested` is the number that the client gave, if any."""
+    """Made by `begin` or `of_sequence`."""
 
-    def __init__(
-        self, sessions: Sessions, session: Session, last: StepRecord, policy: Policy, requested: int | None
-    ) -> None:
+    def __init__(self, sessions: Sessions, session: Session, last: StepRecord, head: RequestHead) -> None:
         self.is_init: bool | None = None  # the reset flag, if the request has it
         self._number = last.step + 1
         self._door: Door = "session" if session.sequence is None else "sequence"
         self._sessions, self._session, self._last = sessions, session, last
-        self._signature, self._requested = policy.signature, requested
-        self.recorder = step_recorder(policy, session, self._number, self._door)
+        policy = head.codec.endpoint.policy
+        self._signature, self._requested = policy.signature, head.step
+        self.recorder = step_recorder(policy, session, self._number, self._door, head.previous)
         self._record: StepRecord | None = None  # of this step, once it is taken
 
     @classmethod
@@ -44,7 +43,7 @@ class SessionStep:
             )
         except ActserveError:
             return None
-        return cls._next(sessions, session, policy, head.step)
+        return cls._next(sessions, session, head)
 
     @classmethod
     def of_sequence(cls, sessions: Sessions, sequence: int | str, head: RequestHead) -> SessionStep | None:
@@ -56,18 +55,17 @@ class SessionStep:
             )
         except ActserveError:
             return None
-        return cls._next(sessions, session, policy, None)
+        return cls._next(sessions, session, head)
 
     @classmethod
-    def _next(cls, sessions: Sessions, session: Session, policy: Policy, requested: int | None) -> SessionStep | None:
+    def _next(cls, sessions: Sessions, session: Session, head: RequestHead) -> SessionStep | None:
         assert session.last is not None
+        policy = head.codec.endpoint.policy
         on_version = session.version == policy.version
         by_default = session.exploration in (None, policy.signature.exploration[0])
         by_default = by_default and not session.by_action
-        is_next = requested in (None, session.last.step + 1)
-        if not (on_version and by_default and is_next):
-            return None
-        return cls(sessions, session, session.last, policy, requested)
+        is_next = head.step in (None, session.last.step + 1)
+        return cls(sessions, session, session.last, head) if on_version and by_default and is_next else None
 
     @property
     def state(self) -> Arrays:

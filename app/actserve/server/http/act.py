@@ -25,6 +25,7 @@ from actserve.server.http.requests import (
     version_header,
 )
 from actserve.server.sessions import signature_of
+from actserve.server.sessions.feedback import DONE_HEADER, REWARD_HEADER
 from actserve.wire.payload import Body
 
 
@@ -123,6 +124,18 @@ _EXTRA: dict[str, Any] = {
             "in": "header",
             "schema": {"type": "integer", "minimum": 1},
             "description": "The step's number: one more than the last. The last number again returns the same answer.",
+        },
+        {
+            "name": REWARD_HEADER,
+            "in": "header",
+            "schema": {"type": "number"},
+            "description": "The reward for the session's last step, for the recording.",
+        },
+        {
+            "name": DONE_HEADER,
+            "in": "header",
+            "schema": {"type": "boolean"},
+            "description": "Whether the session's last step ended an episode of the environment, for the recording.",
         },
     ],
 }

@@ -15,9 +15,11 @@ from actserve import wire
 from actserve.core.completion import choose_exploration
 from actserve.core.errors import InvalidRequest, MalformedBody
 from actserve.engine.policy import Policy
+from actserve.engine.recorders import Feedback
 from actserve.server.admission import current_token
 from actserve.server.http.requests import read_patience_ns, read_raw_body, registry_of, sessions_of
-from actserve.server.sessions import Session, StepResult, chunk_state, policy_of, replayed
+from actserve.server.sessions import Session, StepResult, chunk_state, end_recorded, policy_of, replayed
+from actserve.server.sessions.feedback import DONE_HEADER, REWARD_HEADER, read_feedback
 
 router = APIRouter(tags=["sessions"])
 
@@ -89,6 +91,10 @@ async def end(request: Request, name: str, id_: str) -> Response:
     """End a session. From then on, its id is answered with 410."""
     sessions = sessions_of(request)
     session = sessions.get(name, id_, current_token())
+    feedback = _feedback(request)
+    if feedback is not None and registry_of(request).recorder is not None:
+        policy = await policy_of(registry_of(request), session)
+        end_recorded(policy, session, feedback)
     await sessions.when_unlocked(lambda: sessions.end(session))
     return Response(status_code=204)
 
@@ -130,7 +136,10 @@ async def take_step(request: Request, step: StepRequest, decode: Callable[[], Aw
     if items.seed is not None or items.exploration is not None or "seed" in query or "exploration" in query:
         raise InvalidRequest("a session's seed and exploration are set when it begins; got another with a step")
     registry, patience_ns = registry_of(request), read_patience_ns(request)
-    return await sessions_of(request).step(registry, step.session, items.tensors, step.step, patience_ns)
+    previous = _feedback(request)
+    return await sessions_of(request).step(
+        registry, step.session, items.tensors, step.step, patience_ns, previous=previous
+    )
 
 
 def step_headers(result: StepResult) -> dict[str, str]:
@@ -178,6 +187,10 @@ def _read_key(request: Request) -> str | None:
     if value is not None and not (0 < len(value) <= 200 and all("!" <= character <= "~" for character in value)):
         raise InvalidRequest(f"expected {KEY_HEADER} of 1 to 200 visible ASCII characters; got {value!r}"[:200])
     return value
+
+
+def _feedback(request: Request) -> Feedback | None:
+    return read_feedback(request.headers.get(REWARD_HEADER), request.headers.get(DONE_HEADER))
 
 
 def _read_step(request: Request) -> int | None:

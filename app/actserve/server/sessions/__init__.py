@@ -36,7 +36,7 @@ from actserve.core.errors import (
 )
 from actserve.core.signature import Arrays, Exploration, Signature
 from actserve.engine.policy import Acted, Policy
-from actserve.engine.recorders import Door, StepRecorder, committed
+from actserve.engine.recorders import Door, Feedback, StepRecorder, committed
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
 from actserve.server.admission import Admission, name_of
@@ -53,6 +53,7 @@ __all__ = [
     "SessionStatistics",
     "Sessions",
     "StepResult",
+    "end_recorded",
     "policy_of",
     "replayed",
     "signature_of",
@@ -290,11 +291,15 @@ class Sessions:
         step: int | None = None,
         patience_ns: int = 0,
         door: Door = "session",
+        previous: Feedback | None = None,
     ) -> StepResult:
         """Take one step. `tensors` are observations and flags, each (1, *shape), without state.
 
         `step` is the number of the step: the last one plus one, or None for the next one. The last number again returns
-        the stored answer; any other raises `StepConflict`. Also raises `InvalidRequest`, `SessionExpired`, and as the
+        the stored answer; any other raises `StepConflict`. `door` and `previous`, the feedback on the step before, are
+        for the recording.
+
+        Also raises `InvalidRequest`, `SessionExpired`, and as the
         policy. If it raises, the state of the session has not changed.
         """
         policy = await policy_of(registry, session)
@@ -308,7 +313,7 @@ class Sessions:
                 raise StepConflict(number, step)
             _check(policy.signature, tensors)
             inputs = tensors | last.carried(signature)
-            recorder = step_recorder(policy, session, number, door)
+            recorder = step_recorder(policy, session, number, door, previous)
             options = (1, session.exploration, step_seed(session.seed, number), patience_ns, recorder)
             if session.by_action:
                 acted = await take_action(
@@ -446,12 +451,26 @@ class Sessions:
         return self._now_ms() - int(self.limits.idle_s * 1000)
 
 
-def step_recorder(policy: Policy, session: Session, number: int, door: Door = "session") -> StepRecorder | None:
+def step_recorder(
+    policy: Policy, session: Session, number: int, door: Door = "session", previous: Feedback | None = None
+) -> StepRecorder | None:
     """The recorder of step `number` of `session`; None: it is not recorded."""
     if policy.recorder is None:
         return None
     episode = policy.recorder.session(session.id, door, name_of(session.holder))
-    return None if episode is None else episode.step(number)
+    if episode is None:
+        return None
+    recorder = episode.step(number)
+    recorder.previous = previous
+    return recorder
+
+
+def end_recorded(policy: Policy, session: Session, feedback: Feedback) -> None:
+    """Record the feedback on the session's last step."""
+    if policy.recorder is not None:
+        episode = policy.recorder.session(session.id, "session", name_of(session.holder))
+        if episode is not None:
+            episode.end(feedback)
 
 
 def replayed(policy: Policy, session: Session, last: StepRecord) -> StepResult:
