@@ -42,7 +42,7 @@ LEFT_OUT = {
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
         *("test_bounds.py", "test_refusals.py", "test_captured_transforms.py", "test_effort.py", "test_exploration.py"),
         *("test_kinds_of_torchrl.py", "test_sequences.py", "test_widen.py", "test_no_pickle.py"),
-        *("test_decompositions.py", "test_robot.py", "test_robot_wires.py"),
+        *("test_decompositions.py", "test_record_export.py", "test_robot.py", "test_robot_wires.py"),
         *("test_action_limits.py", "test_limits_file.py", "test_limits_published.py"),
         *("test_robots.py", "test_transforms.py", "test_export_of_a_users_module"),
         "test_a_program_that_must_be_built_and_cannot_is_an_error",

@@ -36,13 +36,13 @@ LAYERS: dict[str, list[set[str]]] = {
         {"capture"},
         {"certify"},
         {"training"},
-        {"targets", "publish", "compile"},
+        {"targets", "publish", "compile", "recordings"},
         {"narrow", "bench", "demo"},
         {"cli"},
     ],
 }
-# Offline code uses the store, the engine's runtimes and the command line's options; it never serves.
-EXPORTERS_MAY_IMPORT = {"core", "store", "engine"}
+# Offline code uses the store, the engine's runtimes, recordings and the command line's options; it never serves.
+EXPORTERS_MAY_IMPORT = {"core", "store", "engine", "recording"}
 COMMANDS_MAY_IMPORT = EXPORTERS_MAY_IMPORT | {"cli", "atari", "client"}
 COMMANDS = {"cli", "bench", "demo"}
 MOST_PARTS, MOST_LAYERS = 14, 8

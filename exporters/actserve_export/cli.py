@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from actserve.cli.certificate import print_certificate
+from actserve.cli.commands.recordings import Folder, open_recording, progress_bar
 from actserve.cli.stores import DEFAULT_STORE, Label, SignOption, Store, find, open_for_publishing, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json, steps
 from actserve.core.errors import UsageError
@@ -23,6 +24,8 @@ from actserve.core.imports import import_extra
 PROGRAMS = ("onnx", "pt2")
 
 commands = typer.Typer(help="Train, export and compile policies, and compare programs.")
+record = typer.Typer()  # `actserve` adds its commands to its own group of this name
+commands.add_typer(record, name="record")
 Action = Literal["argmax", "identity"]
 Precision = Literal["fp32", "int8", "bf16"]
 
@@ -262,3 +265,35 @@ def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None
     from actserve.cli.tools.evaluate import evaluate
 
     return lambda artifact, progress: {"evaluation": evaluate(artifact, episodes, seed, progress)}
+
+
+FORMATS = {"torchrl": "actserve_export.recordings.torchrl", "safetensors": "actserve_export.recordings.as_safetensors"}
+
+
+@record.command("export")
+def export_recording(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder to write into; new or empty.")],
+    format_: Annotated[
+        Literal["torchrl", "safetensors"],
+        typer.Option(
+            "--format",
+            help="torchrl: a memory-mapped TensorDict of transitions; safetensors: a file for each trajectory.",
+        ),
+    ],
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME[@VERSION]", help="Recorded policy; default: the only one.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Export a recording in the format of another project."""
+    recording = open_recording(folder)
+    write = import_extra("export", f"{FORMATS[format_]}:write")
+    steps = recording.of(*recording.named(policy))
+    with progress_bar("exporting", steps.count) as progress:
+        count = write(steps, out, progress)
+    what = "transitions" if format_ == "torchrl" else "trajectories"
+    if json:
+        print_json({"format": format_, "out": str(out), "steps": steps.count, what: count})
+    else:
+        print(f"{count:,} {what} of {steps.count:,} steps in {out}")

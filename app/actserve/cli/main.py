@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,36 +20,19 @@ from actserve import __version__
 from actserve.cli.commands import artifacts, keys, play, recordings, routing, tokens
 from actserve.cli.commands.serve import serve
 from actserve.cli.commands.tune import tune
+from actserve.cli.plugins import plugin_commands
 from actserve.cli.terminal import console, flag
 from actserve.core.errors import ActserveError, UsageError, one_line
-
-PLUGINS = "actserve.commands"
 
 
 class Commands(TyperGroup):
     """The commands of this package, then the commands of installed plugins."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *_plugin_commands()]
+        return list(dict.fromkeys([*super().list_commands(ctx), *plugin_commands()]))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return super().get_command(ctx, cmd_name) or _plugin_commands().get(cmd_name)
-
-
-def _plugin_commands() -> dict[str, Any]:
-    """The plugins' commands by name. Skips a plugin that is registered but not installed."""
-    found: dict[str, Any] = {}
-    for plugin in entry_points(group=PLUGINS):
-        try:
-            commands = plugin.load()
-        except ModuleNotFoundError as error:
-            if error.name != plugin.module.partition(".")[0]:
-                raise
-            continue
-        group = typer.main.get_command(commands)
-        assert isinstance(group, TyperGroup)
-        found |= group.commands
-    return found
+        return super().get_command(ctx, cmd_name) or plugin_commands().get(cmd_name)
 
 
 cli = typer.Typer(

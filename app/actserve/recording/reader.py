@@ -126,6 +126,20 @@ class Recording:
     def policies(self) -> list[str]:
         return sorted({shard.header.policy for shard in self.shards})
 
+    def named(self, label: str | None) -> tuple[str, int | None]:
+        """The policy and the version that NAME[@VERSION] names; None: the only policy of the recording.
+
+        Raises `UsageError`.
+        """
+        if label is None:
+            if len(self.policies) > 1:
+                raise UsageError(f"expected --policy, one of {', '.join(self.policies)}: the recording has several")
+            return self.policies[0], None
+        name, _, version = label.partition("@")
+        if version and not version.isdecimal():
+            raise UsageError(f"expected NAME or NAME@VERSION, with a whole number as the version; got {label!r}")
+        return name, int(version) if version else None
+
     def of(self, policy: str, version: int | None = None) -> Steps:
         """The steps of a policy, of one version or of all. Raises `UsageError` if there are none."""
         shards = [shard for shard in self.shards if shard.header.policy == policy]

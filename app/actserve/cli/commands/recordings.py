@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from actserve.cli.plugins import Extended
 from actserve.cli.stores import DEFAULT_STORE, Store, find, open_for_reading
 from actserve.cli.terminal import Json, console, print_json
 from actserve.core.imports import import_extra
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the recording, as in `serve --record DIR`.")]
 
-record = typer.Typer(help="Show the recordings of `actserve serve --record`.", no_args_is_help=True)
+record = typer.Typer(
+    cls=Extended, help="Show and export what `actserve serve --record` recorded.", no_args_is_help=True
+)
 
 
 def open_recording(folder: Path) -> Recording:
@@ -69,7 +72,7 @@ def replay(
     recording = open_recording(folder)
     from actserve.cli.tools import replay as tool
 
-    name, version = tool.policy_of(recording, policy)
+    name, version = recording.named(policy)
     steps = recording.of(name, recorded)
     with progress_bar("replaying", steps.count) as progress:
         if url is None:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from actserve.cli.tools.programs import open_best
 from actserve.core.errors import RuntimeRefused, UsageError
-from actserve.recording.reader import Recording, Step, Steps
+from actserve.recording.reader import Step, Steps
 from actserve.recording.remote_actor import RemoteActor
 from actserve.recording.replay import Actor, Comparison, Player, ProgramActor
 from actserve.store.artifact import Artifact
@@ -51,21 +51,6 @@ class Replayed:
             "seconds": round(self.seconds, 3),
             "first": found.first and found.first.as_json(found.signature.action.name),
         }
-
-
-def policy_of(recording: Recording, label: str | None) -> tuple[str, int | None]:
-    """The policy and the version that NAME[@VERSION] names; by default the only policy of the recording.
-
-    Raises `UsageError`.
-    """
-    if label is None:
-        if len(recording.policies) > 1:
-            raise UsageError(f"expected --policy, one of {', '.join(recording.policies)}: the recording has several")
-        return recording.policies[0], None
-    name, _, version = label.partition("@")
-    if version and not version.isdecimal():
-        raise UsageError(f"expected NAME or NAME@VERSION, with a whole number as the version; got {label!r}")
-    return name, int(version) if version else None
 
 
 @contextmanager
