@@ -38,4 +38,4 @@ class Extended(TyperGroup):
 
     def _added(self) -> dict[str, Any]:
         group = plugin_commands().get(self.name or "")
-        return group.commands if isinstance(group, TyperGroup) else {}
+        return dict(group.commands) if isinstance(group, TyperGroup) else {}

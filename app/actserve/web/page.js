@@ -194,7 +194,11 @@ async function loadPolicies() {
   const { reason } = games;
   playable = games.playable;
   $("note").textContent = playable ? "" : `${reason[0].toUpperCase()}${reason.slice(1)}. You can still try a PNG of a screen.`;
-  const { default: first, policies } = await json("policies");
+  const { default: first, policies, recording } = await json("policies");
+  $("recording").hidden = !recording;
+  $("recording").textContent = recording?.stopped
+    ? `Recording has stopped: ${recording.stopped}`
+    : "This service records what its policies see and do.";
   if (!policies.length) {
     $("note").textContent = "No policy is served yet.";
     setTimeout(begin, 1000);
