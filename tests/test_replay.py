@@ -148,3 +148,14 @@ def test_a_version_with_other_observations_is_refused(tmp_path: Path, recorded: 
     signature = Recording(recorded).of(LSTM).signature
     with pytest.raises(UsageError, match="expected a policy that takes what was recorded"):
         Player(ProgramActor(SIGNATURE, DigestRuntime(1).run), signature)
+
+
+def test_two_versions_are_compared_on_a_recording(recorded: Path, variants: Variants) -> None:
+    options = ("--store", str(variants.store.root), "--recording", str(recorded))
+    steps = 2 * STEPS + 1
+    for before, after, same in ((2, 2, steps), (2, 1, 0)):
+        done = actserve("diff", f"{LSTM}@{before}", f"{LSTM}@{after}", *options, "--json")
+        found = json.loads(done.stdout)["agreement"]
+        assert (done.returncode, found["samples"], found["same"], found["of"]) == (0, steps, same, "recorded steps")
+        assert found["largest_difference"] == {"action_value": 0.0}
+    assert f"0 of {steps} recorded steps" in actserve("diff", f"{LSTM}@2", f"{LSTM}@1", *options).stdout

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from actserve.cli.certificate import print_certificate
 from actserve.cli.limits import describe_limits
+from actserve.cli.commands.recordings import open_recording, progress_bar
 from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json
 from actserve.core.environment import game_of
@@ -117,13 +119,25 @@ def diff(
     after: Label,
     store: Store = DEFAULT_STORE,
     trust: TrustOption = None,
+    recording: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Compare the actions on this recording, in place of the golden samples."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Compare two artifacts: signature, actions on golden samples, speed and size."""
+    """Compare two artifacts: signature, actions on golden samples or on a recording, speed and size."""
     from actserve.cli.tools import diff as differ
 
     source = open_for_reading(store, trust)
-    found = differ.diff(find(source, before), find(source, after))
+    artifacts = find(source, before), find(source, after)
+    if recording is None:
+        found = differ.diff(*artifacts)
+    else:
+        steps = open_recording(recording).of(artifacts[0].manifest.name)
+        from actserve.cli.tools.recorded_agreement import agreement
+
+        with progress_bar("comparing", steps.count) as progress:
+            found = differ.diff(*artifacts, lambda one, other: agreement(steps, one, other, progress))
     if json:
         print_json(found.as_json())
     else:

@@ -35,11 +35,15 @@ class Change:
 
 @dataclass(frozen=True)
 class ActionAgreement:
-    """The actions of both programs, compared on the golden samples of both artifacts."""
+    """The actions of both programs, compared on the same observations."""
 
     samples: int
     same: int  # items with the same action; continuous actions within the tolerance of certificates
     largest_difference: dict[str, float]  # of each floating-point output that both programs have
+    of: str = "golden samples"  # what the samples are: the golden samples of both artifacts, or recorded steps
+
+
+Compare = Callable[[Runtime, Runtime], ActionAgreement]
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Diff:
         }
 
 
-def diff(before: Artifact, after: Artifact) -> Diff:
-    """Compare two artifacts. Raises a `StoreError`.
+def diff(before: Artifact, after: Artifact, compare: Compare | None = None) -> Diff:
+    """Compare two artifacts. `compare` compares the actions; None: on the golden samples. Raises a `StoreError`.
 
     Takes about a second for small policies. The programs are timed in turns, so that other load affects both.
     """
@@ -84,7 +88,7 @@ def diff(before: Artifact, after: Artifact) -> Diff:
     runtimes = [runtime for runtime, _ in opened]
     try:
         medians = _time_in_turns(runtimes, samples)
-        agreement = _agreement(runtimes, samples)
+        agreement = _agreement(runtimes, samples) if compare is None else _compare(runtimes, compare)
     finally:
         for runtime in runtimes:
             if runtime is not None:
@@ -109,11 +113,11 @@ def show(found: Diff, console: Console) -> None:
     if found.agreement is None:
         console.print("  actions not compared: the inputs differ, or one artifact cannot run here")
     else:
-        share = found.agreement.same / found.agreement.samples
+        share = found.agreement.same / max(1, found.agreement.samples)
         differences = ", ".join(f"{k} by up to {v:.3g}" for k, v in found.agreement.largest_difference.items())
         console.print(
-            f"  the same action on {found.agreement.same} of {found.agreement.samples} golden samples ({share:.1%})"
-            + (f"; {differences}" if differences else ""),
+            f"  the same action on {found.agreement.same} of {found.agreement.samples} {found.agreement.of} "
+            f"({share:.1%})" + (f"; {differences}" if differences else ""),
             highlight=False,
         )
     table = Table("", before.label, after.label, "ratio")
@@ -146,6 +150,13 @@ def _changes(before: Signature, after: Signature) -> list[Change]:
 
 def _sizes(artifact: Artifact) -> dict[str, int]:
     return {name: record.bytes for name, record in artifact.manifest.files.items()}
+
+
+def _compare(runtimes: list[Runtime | None], compare: Compare) -> ActionAgreement | None:
+    first, second = runtimes
+    if first is None or second is None or str(first.signature.action) != str(second.signature.action):
+        return None
+    return compare(first, second)
 
 
 def _agreement(runtimes: list[Runtime | None], samples: list[Arrays]) -> ActionAgreement | None:
