@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import signal
@@ -18,10 +19,12 @@ import pytest
 from actserve.core.errors import CorruptRecording, UsageError
 from actserve.core.settings import Settings
 from actserve.core.signature import IS_INIT, Arrays, Signature, State, TensorSpec
+from actserve.engine.batcher import Batcher
+from actserve.engine.recorders import StepRecorder
 from actserve.recording import writer as writers
 from actserve.recording.budget import CAPACITY_S, REFILL_S, RESERVE, Budget
 from actserve.recording.reader import Recording
-from actserve.recording.recorder import RecordedPolicy, Recorder
+from actserve.recording.recorder import KEPT_VERSIONS, RecordedPolicy, Recorder
 from actserve.recording.shards import Columns, Header, ShardWriter, arrays_of, schema, tensor_columns
 from actserve.recording.writer import SHARD_S, TEMPORARY, Writer, prepare
 from actserve.server.app import recorder_for
@@ -91,6 +94,7 @@ def test_a_budget_leaves_some_to_episodes() -> None:
     budget.copying_ns += int((1 - RESERVE) * 0.02 * CAPACITY_S * 1e9)
     assert not budget.has_room(reserve=True)
     assert budget.has_room()
+    assert not budget.has_room(reserve=True)
 
 
 def test_rows_that_wait_are_counted_at_the_cost_of_the_last_ones() -> None:
@@ -115,6 +119,13 @@ def test_a_robot_at_50_hz_is_within_the_default() -> None:
 
 
 # the recorder
+
+
+def test_requests_that_are_not_chosen_are_counted() -> None:
+    recorder, policy = recorder_of(budget=Budget(0.02, Nanoseconds()))
+    recorder.budget.writing_ns = 10**9
+    assert [policy.request(None) for _ in range(3)] == [None] * 3
+    assert policy.recorded.counts() == {"budget": 3}
 
 
 def test_an_episode_that_is_not_chosen_is_counted_and_the_next_may_be() -> None:
@@ -176,13 +187,32 @@ def test_the_copies_are_the_recorders_own() -> None:
     assert np.array_equal(rows.tensors["observation.screen"], expected)
 
 
-def test_a_batch_that_cannot_be_copied_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    recorder, policy = recorder_of()
-    request = policy.request(None)
-    assert request is not None
-    request.capture({}, {}, slice(0, 1), 0)
-    assert (policy.recorded.outcomes, len(recorder.rows)) == ({"failed": 1}, 0)
-    assert "could not be recorded" in caplog.text
+def test_a_recorder_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(StepRecorder):
+        def capture(self, inputs: Arrays, outputs: Arrays, items: slice, run_ns: int) -> None:
+            raise KeyError("is_init")
+
+        def commit(self) -> None:
+            pass
+
+    async def act() -> Arrays:
+        batcher = Batcher(lambda inputs: {"y": inputs["x"] + 1}, 8, 8, quick=True)
+        batcher.start()
+        answer = await batcher.submit({"x": np.array([1, 2])}, 2, recorder=Failing())
+        await batcher.close()
+        return answer.outputs
+
+    assert asyncio.run(act())["y"].tolist() == [2, 3]
+    assert "a step could not be recorded" in caplog.text
+
+
+def test_counts_of_many_versions_are_bounded() -> None:
+    recorder = Recorder("", Unlimited(1.0), 1 << 20)
+    for version in range(2 * KEPT_VERSIONS):
+        recorder.of(artifact(version), "onnx")
+    assert [recorded.artifact.manifest.version for recorded in recorder.recorded] == list(
+        range(KEPT_VERSIONS, 2 * KEPT_VERSIONS)
+    )
 
 
 # the shards
@@ -296,10 +326,16 @@ def test_a_full_disk_stops_the_recording_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
     assert "has stopped: No space left on device" in caplog.text
     policy = recorder.of(artifact(), "onnx")
-    request = policy.request(None)
-    assert request is not None
-    request.capture(*batch(1), slice(0, 1), 0)
-    assert policy.recorded.outcomes["stopped"] == 1
+    assert policy.request(None) is None
+    assert policy.recorded.counts()["stopped"] == 1
+
+
+def test_the_reason_for_a_stop_has_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, f"Failed to open local file '{tmp_path}'")
+
+    monkeypatch.setattr(ShardWriter, "write", fail)
+    assert write(tmp_path).describe()["stopped"] == os.strerror(errno.EIO)
 
 
 def test_a_disk_is_not_filled_to_the_last_byte(tmp_path: Path) -> None:

@@ -341,11 +341,14 @@ class Batcher:
 
 
 def _capture(batch: list[BatchRequest], inputs: Arrays, outcome: BatchResult) -> None:
-    """Give the recorded requests their items."""
+    """Give the recorders of recorded requests their items."""
     start = 0
     for request in batch:
         if request.recorder is not None:
-            request.recorder.capture(inputs, outcome.outputs, slice(start, start + request.size), outcome.run_ns)
+            try:
+                request.recorder.capture(inputs, outcome.outputs, slice(start, start + request.size), outcome.run_ns)
+            except Exception:  # the client is answered all the same
+                log.exception("a step could not be recorded")
         start += request.size
 
 

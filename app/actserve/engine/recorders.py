@@ -33,7 +33,7 @@ class StepRecorder(ABC):
 
     @abstractmethod
     def capture(self, inputs: Arrays, outputs: Arrays, items: slice, run_ns: int) -> None:
-        """Copy the `items` of a batch: the program's inputs and outputs, each (B, *shape). Never raises.
+        """Copy the `items` of a batch: the program's inputs and outputs, each (B, *shape).
 
         The batcher calls it before the client is answered, because then the memory of the observations is used again.
         """
@@ -58,7 +58,7 @@ class EpisodeRecorder(ABC):
 class PolicyRecorder(ABC):
     """The recorder of one version of a policy. `client` is the name of the client's token.
 
-    Every method returns None if the client is not to be recorded.
+    Every method returns None if nothing is to be recorded.
     """
 
     @abstractmethod
@@ -83,7 +83,7 @@ class ServiceRecorder(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """JSON-able, for `GET /policies`: where it records, and why it has stopped, if it has."""
+        """JSON-able, for `GET /policies`: how much it has recorded, and why it has stopped, if it has."""
 
 
 def committed(recorder: StepRecorder | None) -> None:

@@ -23,7 +23,7 @@ class Budget:
         self._capacity_ns = self._left_ns = share * CAPACITY_S * 1e9
         self._counted_ns = 0  # of what was spent
         self._then_ns = clock()
-        self._closed_until_ns = 0
+        self._closed_until_ns = [0, 0]  # without `reserve`, and with it
         self.copying_ns = 0  # spent in the event loop
         self.copied_bytes = 0
         self.writing_ns = 0  # spent in the writer's thread
@@ -34,10 +34,14 @@ class Budget:
         """The size of the rows that were copied and are not written yet."""
         return self.copied_bytes - self.written_bytes
 
+    def is_closed(self) -> bool:
+        """Whether `has_room(reserve=True)` would be False at once: the question that the fast path asks."""
+        return self._clock() < self._closed_until_ns[1]
+
     def has_room(self, reserve: bool = False) -> bool:
         """Whether a new episode may begin. With `reserve`, only if others could begin after it."""
         now_ns = self._clock()
-        if now_ns < self._closed_until_ns:
+        if now_ns < self._closed_until_ns[reserve]:
             return False
         spent_ns = self.copying_ns + self.writing_ns
         gained_ns = (now_ns - self._then_ns) * self._share
@@ -46,8 +50,8 @@ class Budget:
         left_ns = self._left_ns - self.waiting_bytes * self._ns_per_byte
         if reserve:
             left_ns -= RESERVE * self._capacity_ns
-        elif left_ns <= 0:
-            self._closed_until_ns = now_ns + int((REFILL_S * self._share * 1e9 - left_ns) / self._share)
+        if left_ns <= 0:
+            self._closed_until_ns[reserve] = now_ns + int(REFILL_S * 1e9 - left_ns / self._share)
         return left_ns > 0
 
     @property

@@ -17,7 +17,6 @@ from hashlib import blake2b
 from time import perf_counter_ns
 from typing import Any, Literal
 
-from actserve.core.errors import one_line
 from actserve.core.signature import IS_INIT, Arrays
 from actserve.engine.recorders import Door, EpisodeRecorder, Feedback, PolicyRecorder, ServiceRecorder, StepRecorder
 from actserve.recording.blocks import Blocks
@@ -27,25 +26,33 @@ from actserve.store.artifact import Artifact
 
 log = logging.getLogger("actserve")
 
+KEPT_VERSIONS = 64  # whose steps are counted: a policy may have any number of versions
 MAX_SESSIONS = 4096  # whose recording goes on; a session that comes back later begins another part
 
-Outcome = Literal["recorded", "budget", "buffer", "stopped", "failed"]
+Outcome = Literal["recorded", "budget", "buffer", "stopped"]
 """What became of a step. All but the first: why it was not recorded. "budget": its episode was not chosen."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Recorded:
     """One version of a policy, as the writer needs it."""
 
     artifact: Artifact
     runtime: str
-    outcomes: Counter[Outcome] = field(default_factory=Counter)  # steps
+    outcomes: Counter[Outcome] = field(
+        default_factory=Counter
+    )  # steps; a stateless request that is not recorded is one
+    unchosen: int = 0  # more of the outcome "budget": an int of its own, because the fast path counts it
     feedback: dict[str, Feedback] = field(default_factory=dict)  # on last steps, by the first id of their episode
     ended: dict[str, int] = field(default_factory=dict)  # incomplete episodes, by id: the step that was dropped
 
+    def counts(self) -> dict[Outcome, int]:
+        """The steps, by outcome."""
+        return {**self.outcomes, "budget": self.outcomes["budget"] + self.unchosen}
+
 
 class Recorder(ServiceRecorder):
-    """`where` is shown to clients. `excluded` are names of tokens that are not recorded."""
+    """`where` is for the log. `excluded` are names of tokens that are not recorded."""
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class Recorder(ServiceRecorder):
         self.blocks = Blocks()
         self.excluded = frozenset(excluded)
         self.rows: deque[tuple[Recorded, Rows]] = deque()  # not written yet
-        self.recorded: list[Recorded] = []
+        self.recorded: list[Recorded] = []  # the versions that were loaded last
         self.stopped: str | None = None  # why nothing is recorded any more
         self.file_bytes = 0  # of complete shards
         self._buffer_bytes = buffer_bytes
@@ -72,7 +79,7 @@ class Recorder(ServiceRecorder):
         )
         if recorded is None:
             recorded = Recorded(artifact, runtime)
-            self.recorded.append(recorded)
+            self.recorded = [*self.recorded, recorded][-KEPT_VERSIONS:]
         return RecordedPolicy(self, recorded)
 
     def describe(self) -> dict[str, Any]:
@@ -115,18 +122,19 @@ class RecordedPolicy(PolicyRecorder):
         self.signature = recorded.artifact.manifest.signature
         outputs = self.signature.outputs
         self.item_bytes = sum(spec.item_bytes for spec in (*self.signature.request_inputs, *outputs))
-        self._skipped: dict[Outcome, Skipped] = {}
         self._sessions: OrderedDict[str, RecordedEpisode] = OrderedDict()
 
     def request(self, client: str | None) -> StepRecorder | None:
+        if self.recorder.budget.is_closed():  # most requests of a peak
+            self.recorded.unchosen += 1
+            return None
         if client in self.recorder.excluded:
             return None
         outcome = self.recorder.may_begin(reserve=True)
         if outcome is None:
             return RecordedRequest(self, client)
-        if outcome not in self._skipped:
-            self._skipped[outcome] = Skipped(self.recorded, outcome)
-        return self._skipped[outcome]
+        self.recorded.outcomes[outcome] += 1
+        return None
 
     def episode(self, door: Door, client: str | None) -> RecordedEpisode | None:
         return None if client in self.recorder.excluded else RecordedEpisode(self, secrets.token_hex(8), door, client)
@@ -146,34 +154,16 @@ class RecordedPolicy(PolicyRecorder):
         return episode
 
     def copy(self, inputs: Arrays, outputs: Arrays, items: slice, with_state: bool) -> Arrays | None:
-        """What rows have of a batch; None if it finds no room, or fails."""
+        """The tensors of the rows of `items`; None if they find no room."""
         size_bytes = self.item_bytes * (items.stop - items.start)
         if not self.recorder.takes(size_bytes):
             self.recorded.outcomes["stopped" if self.recorder.stopped else "buffer"] += items.stop - items.start
             return None
         begun_ns = perf_counter_ns()
-        try:
-            found = parts(self.signature, inputs, outputs, items, with_state)
-            tensors = {name: self.recorder.blocks.copy(array) for name, array in found.items()}
-        except Exception as error:  # the client is answered all the same
-            self.recorded.outcomes["failed"] += items.stop - items.start
-            log.error("a step could not be recorded: %s", one_line(error))
-            return None
+        found = parts(self.signature, inputs, outputs, items, with_state)
+        tensors = {name: self.recorder.blocks.copy(array) for name, array in found.items()}
         self.recorder.budget.copying_ns += perf_counter_ns() - begun_ns
         return tensors
-
-
-class Skipped(StepRecorder):
-    """Counts requests that are not recorded. It is shared by all of them."""
-
-    def __init__(self, recorded: Recorded, outcome: Outcome) -> None:
-        self._recorded, self._outcome = recorded, outcome
-
-    def capture(self, inputs: Arrays, outputs: Arrays, items: slice, run_ns: int) -> None:
-        self._recorded.outcomes[self._outcome] += items.stop - items.start
-
-    def commit(self) -> None:
-        pass
 
 
 class RecordedRequest(StepRecorder):
@@ -259,9 +249,13 @@ class RecordedStep(StepRecorder):
         follows = 0 if begins else episode.last_step
         if episode.is_shared and follows not in (0, number - 1):
             follows = None
-        tensors = policy.copy(inputs, outputs, items, with_state=follows is None)
+        tensors = None
+        try:
+            tensors = policy.copy(inputs, outputs, items, with_state=follows is None)
+        finally:
+            if tensors is None:
+                episode.drop(number)
         if tensors is None:
-            episode.drop(number)
             return
         now_us = policy.recorder.now_us()
         self._rows = Rows(

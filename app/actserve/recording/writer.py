@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
-from actserve.core.errors import UsageError, one_line
+from actserve.core.errors import UsageError
 from actserve.recording.recorder import Recorded, Recorder
 from actserve.recording.rows import Rows
 from actserve.recording.shards import SUFFIX, Header, ShardWriter
@@ -32,6 +32,10 @@ SHARD_BYTES = 64 << 20  # of rows, before compression
 SHARD_S = 10.0
 FREE_BYTES = 256 << 20  # a disk with less is full: other programs need the rest
 TEMPORARY = ".recording-"
+
+
+class DiskFull(Exception):
+    """The disk has too little space left."""
 
 
 class _Open:
@@ -110,8 +114,8 @@ class Writer:
             work()
         except Exception as error:  # of the disk or of Arrow: it must not end unnoticed
             self._abandon()
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-            self._recorder.stop(reason)
+            log.error("the recording cannot be written", exc_info=error)
+            self._recorder.stop(_reason(error))
             return False
         finally:
             self._recorder.budget.writing_ns += time.thread_time_ns() - begun_ns
@@ -135,7 +139,7 @@ class Writer:
     def _shard(self, recorded: Recorded) -> _Open:
         if recorded not in self._open:
             if self._free_bytes(self._folder) < FREE_BYTES:
-                raise OSError(f"the disk has less than {FREE_BYTES >> 20} MB left")
+                raise DiskFull(f"the disk has less than {FREE_BYTES >> 20} MB left")
             header = Header.of(recorded.artifact, recorded.runtime, self._token, self._sequence)
             self._sequence += 1
             self._open[recorded] = _Open(self._folder, header, self._clock())
@@ -200,6 +204,13 @@ def _locked(path: Path) -> int:
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    """Why recording has stopped, for clients: messages of Arrow have paths."""
+    if isinstance(error, DiskFull):
+        return str(error)
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
 
 
 def _remove(path: Path, lock: int) -> None:

@@ -117,7 +117,7 @@ def _recording(recorder: Recorder) -> list[Family]:
     for recorded in recorder.recorded:
         manifest = recorded.artifact.manifest
         labels = {"policy": manifest.name, "version": manifest.version}
-        for outcome, count in recorded.outcomes.items():
+        for outcome, count in recorded.counts().items():
             steps.add({**labels, "outcome": outcome}, count, "_total")
     written = _counter("actserve_recording_bytes", "Size of the complete files of the recording.")
     written.add({}, recorder.file_bytes, "_total")
