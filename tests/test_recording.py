@@ -20,7 +20,7 @@ from actserve.core.errors import CorruptRecording, UsageError
 from actserve.core.settings import Settings
 from actserve.core.signature import IS_INIT, Arrays, Signature, State, TensorSpec
 from actserve.engine.batcher import Batcher
-from actserve.engine.recorders import StepRecorder
+from actserve.engine.recorders import Feedback, StepRecorder
 from actserve.recording import writer as writers
 from actserve.recording.budget import CAPACITY_S, REFILL_S, RESERVE, Budget
 from actserve.recording.reader import Recording
@@ -310,6 +310,21 @@ def test_an_incomplete_episode_is_marked(tmp_path: Path) -> None:
         take(episode, 2)
     (summary,) = Recording(tmp_path).summaries()
     assert (summary.steps, summary.incomplete) == (1, 1)
+
+
+def test_a_shard_may_have_feedback_alone(tmp_path: Path) -> None:
+    """The steps are in an earlier shard, and the operator has deleted it."""
+    recorder, policy = recorder_of()
+    with Writer(recorder, tmp_path):
+        episode = policy.session("an id", "session", None)
+        assert episode is not None
+        take(episode, 1)
+        until(lambda: not recorder.rows)
+        policy.recorded.feedback["other"] = Feedback(1.0, True)
+    shard = ShardWriter(tmp_path / "robot@2.parquet", Header.of(artifact(2), "onnx", "w", 0))
+    shard.close({}, {"other": Feedback(None, True)})
+    assert [(each.version, each.steps) for each in Recording(tmp_path).summaries()] == [(1, 1)]
+    assert Recording(tmp_path).shards[-1].feedback == {"other": (None, True)}
 
 
 def full(*_: object) -> None:

@@ -154,7 +154,7 @@ class Recording:
 
     def summaries(self) -> list[Summary]:
         """What there is of each version, by policy and version."""
-        keys = sorted({(shard.header.policy, shard.header.version) for shard in self.shards})
+        keys = sorted({(shard.header.policy, shard.header.version) for shard in self.shards if shard.steps})
         return [self.of(*key).summary() for key in keys]
 
 
