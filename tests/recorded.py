@@ -1,4 +1,4 @@
-"""Recordings for tests: a recorder that writes at once, and the replay of what it wrote."""
+"""Recordings for tests: a recorder without a budget, and the replay of its shards."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from actserve.recording.replay import Player, ProgramActor
 from actserve.server.app import create_app
 from actserve.store.local import ModelStore
 from tests.asgi import Caller
-from tests.command_line import actserve
+from tests.command_line import ROOT, actserve
 from tests.fake_policy import NAME, SIGNATURE, DigestRuntime
 from tests.recorded import recorded_remote
 from tests.shipped import SHIPPED
@@ -59,6 +60,9 @@ def recorded(variants: Variants, tmp_path_factory: pytest.TempPathFactory) -> Pa
         labels = f'outcome="recorded",policy="{LSTM}",version="2"'
         assert f"actserve_recording_steps_total{{{labels}}} {2 * STEPS + 1}" in metrics.replace(".0\n", "\n")
         assert "actserve_recording_stopped{" not in metrics
+        shown = re.findall(r"# TYPE (actserve_recording_\w+)", metrics)
+        told = re.findall(r"^\| `(actserve_recording_\w+)`", (ROOT / "docs" / "recording.md").read_text(), re.MULTILINE)
+        assert sorted(shown) == sorted(told)
     return folder
 
 

@@ -29,7 +29,7 @@ class Blocks:
         return copied
 
     def give_back(self, arrays: Iterable[Array]) -> None:
-        """Keep the memory of copies that nobody uses any more."""
+        """Keep the memory of copies that were written."""
         for array in arrays:
             if array.nbytes >= LARGE_BYTES:
                 spare = self._spare.setdefault(array.nbytes, deque(maxlen=max(1, SPARE_BYTES // array.nbytes)))

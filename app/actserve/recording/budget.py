@@ -21,7 +21,7 @@ class Budget:
     def __init__(self, share: float, clock: Callable[[], int] = perf_counter_ns) -> None:
         self._share, self._clock = share, clock
         self._capacity_ns = self._left_ns = share * CAPACITY_S * 1e9
-        self._counted_ns = 0  # of what was spent
+        self._counted_ns = 0  # the part of the spent time that `_left_ns` is without
         self._then_ns = clock()
         self._closed_until_ns = [0, 0]  # without `reserve`, and with it
         self.copying_ns = 0  # spent in the event loop

@@ -153,7 +153,7 @@ class Recording:
         return Steps(shards)
 
     def summaries(self) -> list[Summary]:
-        """What there is of each version, by policy and version."""
+        """A summary of each version that has steps, by policy and version."""
         keys = sorted({(shard.header.policy, shard.header.version) for shard in self.shards if shard.steps})
         return [self.of(*key).summary() for key in keys]
 
@@ -196,7 +196,7 @@ class Steps:
         return found
 
     def summary(self) -> Summary:
-        """Of all of them: the shards must be of one version."""
+        """A summary of all steps, which must be of one version."""
         header = self.shards[0].header
         episodes: set[str] = set()
         incomplete: set[str] = set()

@@ -144,7 +144,7 @@ class RecordedPolicy(PolicyRecorder):
             return None
         episode = self._sessions.get(id_)
         if episode is None:
-            # Who knows the id of a session may use it: a recording has only its digest.
+            # The id of a session is a secret of its client: the recording has its digest.
             digest = blake2b(id_.encode(), digest_size=8).hexdigest()
             episode = self._sessions[id_] = RecordedEpisode(self, digest, door, client, shared=True)
             if len(self._sessions) > MAX_SESSIONS:

@@ -43,7 +43,7 @@ def columns(signature: Signature) -> dict[str, str]:
 
 
 def parts(signature: Signature, inputs: Arrays, outputs: Arrays, items: slice, with_state: bool) -> Arrays:
-    """What the rows of `items` have of a batch, each (n, *shape): views of its arrays."""
+    """The tensors of the rows of `items`, each (n, *shape): views of a batch's inputs and outputs."""
     found = {column: inputs[name][items] for name, column in columns(signature).items()}
     if with_state:
         found |= {STATE + state.spec.name: inputs[state.spec.name][items] for state in signature.state}

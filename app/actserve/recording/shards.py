@@ -1,7 +1,7 @@
 """Shards: the Parquet files of a recording, one row for each step.
 
-A shard has the steps of one version of a policy that one worker recorded. Its metadata has what is needed to read it:
-the signature, the environment, the worker, and the number of the shard among those of the worker.
+A shard has the steps of one version of a policy that one worker recorded. Its metadata has the signature, the
+environment, the worker, and the number of the shard among those of the worker.
 
 Numbers and small tensors are columns of numbers. Larger tensors are bytes, row-major and little-endian; the signature
 has their shapes.

@@ -1,8 +1,8 @@
 """Writer: the thread that writes a worker's recording.
 
-A shard is written under a temporary name, and renamed when it is complete: after `SHARD_S` or `SHARD_BYTES`. A worker
-that is killed loses its open shards and what was not written yet, and never leaves a torn one. A temporary file is
-locked (flock) while its writer lives; at the start, a writer removes those that nobody holds.
+A shard is written under a temporary name, and renamed when it is complete: after `SHARD_S` or `SHARD_BYTES`. So no
+shard is ever torn. A worker that is killed loses its open shards and the rows in its buffer. A writer locks its
+temporary files (flock) as long as it lives. At its start, a writer removes the temporary files without a lock.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
 name, `("next", observation)`, `("next", "reward")`, `("next", "done")`, `("next", "terminated")`, `is_init`, and
 `("collector", "traj_ids")` for samplers of trajectories.
 
-The last step of a trajectory has no next observation. If it is done, its own observation stands there, which no
-algorithm reads. If it is not, it is left out: nobody knows what came after it.
+The last step of a trajectory has no next observation. If it is done, its own observation takes that place, and no
+algorithm reads it. If it is not done, the step is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from tensordict import TensorDict
 
 from actserve.core.errors import UsageError
-from actserve.core.signature import Array, TensorSpec
-from actserve.recording.reader import Step, Steps
+from actserve.core.signature import Array, Signature, TensorSpec
+from actserve.recording.reader import Step, Steps, Transitions
 from actserve.recording.rows import OBSERVATION, OUTPUT
 
 WINDOW_BYTES = 64 << 20  # of steps that are in memory at once
@@ -38,55 +38,55 @@ def write(steps: Steps, out: Path, progress: Callable[[int], None]) -> int:
     count = int(kept.sum())
     if not count:
         raise UsageError("expected steps that follow one another; the recording has none, as it has requests alone")
-    placed = np.cumsum(kept) - 1  # of each step in order, its transition
-    place_of_row = np.empty(len(kept), np.int64)
-    place_of_row[transitions.row] = np.arange(len(kept))
-    observations = {spec.name: _tensor(spec) for spec in signature.observations}
-    outputs = {spec.name: _tensor(spec) for spec in signature.outputs}
-    one = torch.zeros(1)
-    flag = torch.zeros(1, dtype=torch.bool)
-    following = {**observations, "reward": one, "done": flag, "terminated": flag}
-    collector = {"traj_ids": torch.zeros((), dtype=torch.int64)}
-    item = {**observations, **outputs, "is_init": flag, "done": flag, "terminated": flag, "step": collector["traj_ids"]}
-    data = TensorDict({**item, "next": following, "collector": collector}).expand(count).memmap_like(out)
-    data["collector", "traj_ids"].copy_(torch.from_numpy(transitions.trajectory[kept]))
-    data["step"].copy_(torch.from_numpy(transitions.step[kept]))
-    data["next", "reward"].copy_(torch.from_numpy(np.nan_to_num(transitions.reward[kept])[:, None]))
-    for name in ("done", "terminated"):
-        data["next", name].copy_(torch.from_numpy(transitions.done[kept][:, None]))
-    starts = np.append(True, transitions.trajectory[1:] != transitions.trajectory[:-1])
-    data["is_init"].copy_(torch.from_numpy(starts[kept][:, None]))
-    row = 0
+    data = _empty(signature, count, out)
+    _write_facts(data, transitions, kept)
+    order = np.empty(len(kept), np.int64)  # of each step as it is read, its place in `transitions`
+    order[transitions.row] = np.arange(len(kept))
+    transition = np.cumsum(kept) - 1  # of each place
+    read = 0
     for window in steps.windows(WINDOW_BYTES):
-        for step in window:
-            place = place_of_row[row]
-            _place(data, step, int(placed[place]) if kept[place] else None, names=(observations, outputs))
-            before = int(placed[place - 1])
+        for step, place in zip(window, order[read:], strict=False):
+            if kept[place]:
+                _write(data, step, OBSERVATION, signature.observations, int(transition[place]))
+                _write(data, step, OUTPUT, signature.outputs, int(transition[place]))
             if place and not transitions.is_last[place - 1]:
-                _next(data, step, before, observations)
-            if transitions.is_last[place] and transitions.done[place]:
-                _next(data, step, int(placed[place]), observations)
-            row += 1
+                _write(data["next"], step, OBSERVATION, signature.observations, int(transition[place - 1]))
+            if kept[place] and transitions.is_last[place]:
+                _write(data["next"], step, OBSERVATION, signature.observations, int(transition[place]))
+        read += len(window)
         progress(len(window))
     return count
 
 
-def _tensor(spec: TensorSpec) -> Any:
-    return torch.from_numpy(spec.zeros(1)[0].copy() if spec.shape else np.array(0, spec.numpy_dtype))
+def _empty(signature: Signature, count: int, out: Path) -> Any:
+    """A TensorDict of `count` transitions of zeros, in files in `out`."""
+    observations = {spec.name: _zeros(spec) for spec in signature.observations}
+    outputs = {spec.name: _zeros(spec) for spec in signature.outputs}
+    flag, number = torch.zeros(1, dtype=torch.bool), torch.zeros((), dtype=torch.int64)
+    ends = {"done": flag, "terminated": flag}
+    following = {**observations, **ends, "reward": torch.zeros(1)}
+    item = {**observations, **outputs, **ends, "is_init": flag, "step": number}
+    whole = TensorDict({**item, "next": following, "collector": {"traj_ids": number}})
+    return whole.expand(count).memmap_like(out)
 
 
-def _place(data: Any, step: Step, place: int | None, names: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    if place is None:
-        return
-    for prefix, found in zip((OBSERVATION, OUTPUT), names, strict=True):
-        for name in found:
-            data[name][place] = _as_torch(step.tensors[prefix + name])
+def _write_facts(data: Any, transitions: Transitions, kept: Array) -> None:
+    """Write all that is not in the steps themselves. `kept` are the steps that are transitions, (N,) bool."""
+    starts = np.append(True, transitions.trajectory[1:] != transitions.trajectory[:-1])
+    data["collector", "traj_ids"].copy_(torch.from_numpy(transitions.trajectory[kept]))
+    data["step"].copy_(torch.from_numpy(transitions.step[kept]))
+    data["is_init"].copy_(torch.from_numpy(starts[kept][:, None]))
+    data["next", "reward"].copy_(torch.from_numpy(np.nan_to_num(transitions.reward[kept])[:, None]))
+    for name in ("done", "terminated"):
+        data["next", name].copy_(torch.from_numpy(transitions.done[kept][:, None]))
 
 
-def _next(data: Any, step: Step, place: int, observations: dict[str, Any]) -> None:
-    for name in observations:
-        data["next", name][place] = _as_torch(step.tensors[OBSERVATION + name])
+def _zeros(spec: TensorSpec) -> Any:
+    """One item, (*shape)."""
+    return torch.from_numpy(spec.zeros(1))[0]
 
 
-def _as_torch(array: Array) -> Any:
-    return torch.from_numpy(np.array(array))
+def _write(data: Any, step: Step, prefix: str, specs: Sequence[TensorSpec], place: int) -> None:
+    """Write the step's tensors of `specs` to transition `place`."""
+    for spec in specs:
+        data[spec.name][place] = torch.from_numpy(np.array(step.tensors[prefix + spec.name]))
