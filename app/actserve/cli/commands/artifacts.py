@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from actserve.cli.certificate import print_certificate
-from actserve.cli.limits import describe_limits
 from actserve.cli.commands.recordings import open_recording, progress_bar
+from actserve.cli.limits import describe_limits
 from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json
 from actserve.core.environment import game_of
