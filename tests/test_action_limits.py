@@ -21,7 +21,7 @@ from actserve.core.limits import LIMITED, Reason
 from actserve.core.signature import Array, Arrays, Chunk, Signature
 from actserve.engine import golden
 from actserve.engine.golden import Tolerance
-from actserve.engine.registry.candidates import _serves_clients_of
+from actserve.engine.registry.candidates import serves_clients_of
 from actserve.server.chunk_steps import ChunkSteps
 from actserve_export import OnnxSource, PolicySource, from_module, from_sb3
 from actserve_export.capture import capture
@@ -398,11 +398,11 @@ def test_rounding_may_decide_whether_one_item_is_limited() -> None:
 
 def test_a_canary_may_have_limits_that_the_live_version_lacks() -> None:
     policy = limited(follow(), action={"high": 1, "change": 1, "fallback": 0})
-    assert _serves_clients_of(policy.unlimited.signature, policy.signature)
-    assert not _serves_clients_of(policy.signature, policy.unlimited.signature)
+    assert serves_clients_of(policy.unlimited.signature, policy.signature)
+    assert not serves_clients_of(policy.signature, policy.unlimited.signature)
     tighter = limited(follow(), action={"high": 0.5, "fallback": 0}).signature
-    assert _serves_clients_of(policy.signature, tighter)
-    assert not _serves_clients_of(capture(follow((3,))).signature, policy.signature)
+    assert serves_clients_of(policy.signature, tighter)
+    assert not serves_clients_of(capture(follow((3,))).signature, policy.signature)
 
 
 def test_a_policy_of_another_library(tmp_path: Path) -> None:

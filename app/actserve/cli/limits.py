@@ -9,7 +9,7 @@ from actserve.core.signature import Signature
 
 
 def describe_limits(signature: Signature) -> Iterator[str]:
-    """One line for each output with limits: ``action: -1 to 1, change at most 0.2 a step, else hold``."""
+    """One line for each output with limits: ``action: -1 to 1, change at most 0.2 a step, not finite: hold``."""
     if signature.limits is None:
         return
     for limit in signature.limits.outputs:

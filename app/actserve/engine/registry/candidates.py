@@ -88,7 +88,7 @@ class Candidates:
         policy = await self._load(role, version, load)
         if policy is None:
             return None
-        if not _serves_clients_of(live.signature, policy.signature):
+        if not serves_clients_of(live.signature, policy.signature):
             self.problems[role] = InvalidRouting(
                 f"{policy.artifact.label} differs from the live version in its inputs or outputs"
             )
@@ -119,7 +119,7 @@ class Candidates:
         }
 
 
-def _serves_clients_of(live: Signature, candidate: Signature) -> bool:
+def serves_clients_of(live: Signature, candidate: Signature) -> bool:
     """Whether a version takes and gives what clients of the live one depend on.
 
     State does not count, as the service may hold it. Nor do limits that the live version lacks, and their output.
