@@ -37,6 +37,7 @@ from actserve.server.admission import Admission
 from actserve.server.episode_state import EpisodeState
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
+from actserve.telemetry.counts import Tally
 from tests.benchmarks.cost import measure
 from tests.benchmarks.questions import request
 from tests.benchmarks.server import Server, cores, running
@@ -101,7 +102,7 @@ async def _record(artifact: Artifact, screens: Array, steps: int, sessions: int,
         policy.recorder = recorder.of(artifact, policy.choice.runtime)
         policy.start()
         admission, rng = Admission(), np.random.default_rng(0)
-        episodes = [EpisodeState(policy, admission, door="stream", client=None) for _ in range(sessions)]
+        episodes = [EpisodeState(policy, admission, Tally(), None, {}, "stream") for _ in range(sessions)]
         for step in range(steps // sessions):
             chosen = screens[rng.integers(0, len(screens), sessions)]
             acts = (each.act({"pixels": screen[None]}) for each, screen in zip(episodes, chosen, strict=True))

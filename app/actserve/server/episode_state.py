@@ -1,53 +1,111 @@
-"""EpisodeState: the state of one episode of a policy, from step to step. Each stream and each robot has one."""
+"""EpisodeState: one episode of a policy, from step to step. Each stream and each robot has one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
+from actserve import wire
 from actserve.core.completion import choose_exploration, step_seed
-from actserve.core.signature import IS_INIT, Arrays, Exploration
-from actserve.engine.arena import Arena
+from actserve.core.errors import ActserveError
+from actserve.core.signature import IS_INIT, Arrays, TensorSpec
+from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Acted, Policy
 from actserve.engine.recorders import Door, EpisodeRecorder, StepRecorder, committed
-from actserve.server.admission import Admission
-from actserve.server.chunk_steps import ChunkSteps
+from actserve.server.access.tokens import Token
+from actserve.server.admission import Admission, Ticket, name_of
+from actserve.server.chunk_steps import chunk_steps
+from actserve.server.http.error_responses import log_if_internal, status_of
+from actserve.server.memory import STREAM_BYTES
+from actserve.telemetry.counts import Tally
+
+
+class Step(NamedTuple):
+    """The result of a step: the outputs by name, each (*shape), and how long it waited and ran."""
+
+    outputs: Arrays
+    queue_ns: int
+    run_ns: int
 
 
 class EpisodeState:
-    """Raises `InvalidRequest` for an exploration or a seed that the policy cannot have.
+    """An episode with the options in `query`: `outputs`, `seed`, `exploration`, `chunk` and `ahead`. `close` it.
 
-    `client` is the name of the client's token.
+    If the policy has an arena, the state is in its `slot`, and the fast path can take steps. It cannot if something is
+    drawn at random, or if the policy's chunks are handed out action by action: then `arena` is None.
 
-    With an `arena`, the state is in its `slot`, where the fast path can step the episode. With `chunks`, the policy's
-    chunks are handed out action by action.
+    `token` is charged for messages, and `tally` counts their answers. A recording names the `door`. Raises
+    `MalformedBody`, `InvalidRequest`, `UnknownOutput` or `MemoryFull`.
     """
 
     def __init__(
         self,
         policy: Policy,
         admission: Admission,
-        exploration: Exploration | None = None,
-        seed: int | None = None,
-        *,
+        tally: Tally,
+        token: Token | None,
+        query: Mapping[str, str],
         door: Door,
-        client: str | None,
     ) -> None:
-        self.policy, self.admission = policy, admission
-        self.exploration, self.seed = choose_exploration(policy.signature, exploration, seed)
-        self.steps = 0
-        self.chunks: ChunkSteps | None = None
-        self.arena: Arena | None = None
+        signature = policy.signature
+        self.policy, self.batcher, self.admission, self._tally = policy, policy.batcher, admission, tally
+        self.exploration, self.seed = choose_exploration(signature, *wire.read_randomness(query))
+        selected = signature.select([name for name in query.get("outputs", "").split(",") if name])
+        self.chunks = chunk_steps(signature, query, selected)
+        self.action: TensorSpec = signature.action
+        self.outputs = tuple(spec for spec in signature.outputs if spec is self.action or spec.name in selected)
+        if self.chunks is not None:
+            self.action = self.chunks.action
+            self.outputs = (self.action,)
+        self._names = [spec.name for spec in self.outputs]
+        self.steps = 0  # since the episode began
         self.slot: int | None = None
         self._recorder: EpisodeRecorder | None = None
         if policy.recorder is not None:
-            self._recorder = policy.recorder.episode(door, client)
+            self._recorder = policy.recorder.episode(door, name_of(token))
         self._state: Arrays = {}  # each (1, *shape); empty before the first step, and if the arena has the state
+        self._token = token
+        self._ticket: Ticket | None = None  # of a message that was charged and is not answered yet
+        self._held_bytes = STREAM_BYTES + sum(state.spec.item_bytes for state in signature.state)
+        admission.memory.take(self._held_bytes)
+        by_default = self.seed is None and self.exploration == signature.exploration[0] and self.chunks is None
+        self.arena = policy.batcher.arena if by_default else None
+        if self.arena is not None:
+            self.slot = self.arena.keep()
 
-    def use(self, arena: Arena) -> None:
-        """Keep the state in `arena`, before the first step."""
-        self.arena, self.slot = arena, arena.keep()
+    # messages
 
-    async def act(self, tensors: Arrays, patience_ns: int = 0) -> Acted:
+    def new_ticket(self) -> Ticket:
+        """A ticket for one message, charged when the message is admitted."""
+        return Ticket(self._token, memory=self.admission.memory)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Leave a message that the fast path has charged to the route: `open_message` does not charge it again."""
+        self._ticket = ticket
+
+    def open_message(self, ticket: Ticket | None = None) -> None:
+        """Charge for one message, before it is decoded. Without `ticket`, the token is that of the episode.
+
+        Raises `Unauthorized` or `RateLimited`.
+        """
+        ticket, self._ticket = ticket or self._ticket or self.new_ticket(), None
+        self.admission.open_message(ticket)
+
+    def refused(self, error: ActserveError) -> int:
+        """Count an error that the client is told, and log it if it is internal; returns its HTTP status."""
+        log_if_internal(error)
+        status = status_of(error)
+        self._tally.add(str(status), error.code)
+        return status
+
+    def failed(self) -> None:
+        """Count a failure of the service itself."""
+        self._tally.add("500", "internal")
+
+    # steps
+
+    async def act(self, tensors: Arrays, patience_ns: int = 0) -> Step:
         """Take a step. `tensors` are those of a valid request of one item. If this raises, the state has not changed.
 
         Raises as `Admission.act`.
@@ -59,8 +117,16 @@ class EpisodeState:
         else:
             is_init = bool(tensors.get(IS_INIT.name, IS_INIT.zeros(1))[0])
             acted = await self.chunks.step(run, self._keep, is_init)
+        return self._stepped(acted.outputs, 0, acted.queue_ns, acted.run_ns)
+
+    def stepped(self, outcome: BatchResult, start: int, queue_ns: int) -> Step:
+        """The step that the fast path has taken, at `start` of a successful batch; the arena has the state."""
+        return self._stepped(outcome.outputs, start, queue_ns, outcome.run_ns)
+
+    def _stepped(self, outputs: Arrays, start: int, queue_ns: int, run_ns: int) -> Step:
         self.steps += 1
-        return acted
+        self._tally.answered += 1
+        return Step({name: outputs[name][start] for name in self._names}, queue_ns, run_ns)
 
     async def _run(self, tensors: Arrays, patience_ns: int) -> Acted:
         seed = None if self.seed is None else step_seed(self.seed, self.steps + 1)
@@ -89,3 +155,4 @@ class EpisodeState:
             self.chunks.close()
         if self.arena is not None:
             self.arena.forget(self.slot)
+        self.admission.memory.give_back(self._held_bytes)

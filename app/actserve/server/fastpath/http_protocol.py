@@ -27,7 +27,6 @@ from uvicorn.server import ServerState
 
 from actserve.core.errors import ActserveError, MemoryFull, SessionsLocked, TooManyConnections, Unavailable
 from actserve.core.signature import Arrays
-from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchResult
 from actserve.server.admission import Ticket, name_of
 from actserve.server.fastpath.act_codec import UNAVAILABLE
@@ -312,16 +311,11 @@ class FastPathProtocol(Receiver):
         self.size, self._decoded = decoded.size, decoded
         try:
             fast_path.admission.admit(endpoint.batcher, self.size, Ticket(head.token), self.patience_ns)
-            self._place(decoded, endpoint.arena)
+            self._place(decoded.tensors, endpoint.arena)
+            self._set_state(decoded.state, decoded.is_init)
             fast_path.admission.enter(endpoint.batcher, self)
         except ActserveError as error:
             self._answer(head.codec.refusal(error, self._state.default_headers, decoded))
-
-    def _place(self, decoded: DecodedRequest, arena: Arena) -> None:
-        """Copy one item into a row, if one is free: a batch of rows is not concatenated."""
-        self._arena = arena
-        self.row = arena.place(decoded.tensors) if decoded.size == 1 else None
-        self._set_state(decoded.state, decoded.is_init)
 
     def _set_state(self, state: Arrays | None, is_init: bool | None) -> None:
         """Put the state of the episode into a slot: what the client carries, the session's, or the initial state."""
@@ -367,12 +361,6 @@ class FastPathProtocol(Receiver):
             self._answer(self._codec.refusal(error, self._state.default_headers))
 
     # called by the batcher
-
-    def inputs(self) -> Arrays:
-        if self._decoded is None or self.row is not None:
-            return super().inputs()
-        assert self._arena is not None
-        return self._arena.inputs_of(self, self._decoded.tensors)
 
     def settle(self, outcome: BatchResult, start: int) -> None:
         assert self._codec is not None

@@ -30,8 +30,8 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     gets everything that does not take the fast path.
 
     `_arena` is set while a request is received or waits for a row, until `_leave`. Its bytes go to `row` or to
-    `_block`. `_missing` is where the next bytes go. `_data` holds bytes without a place: the beginning of a head, or a
-    request that was sent ahead.
+    `_block`. `_missing` is where the next bytes go. `_tensors` are the observations of a body that had to be decoded.
+    `_data` holds bytes without a place: the beginning of a head, or a request that was sent ahead.
     """
 
     # Shared by all connections: it is filled and emptied in one turn of the event loop.
@@ -44,6 +44,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self.size = 1  # observations in the request
         self._arena: Arena | None = None
         self._block: Array | None = None
+        self._tensors: Arrays | None = None  # each (size, *shape)
         self._admission: Admission | None = None  # the one that reserved the block; None: it is counted as bytes arrive
         self._counted_bytes = 0  # taken from `_memory`
         self._missing: memoryview | None = None
@@ -120,6 +121,13 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self._block = allocate(size_bytes)
         self._fill(self._block.data)
 
+    def _place(self, tensors: Arrays, arena: Arena) -> None:
+        """Take the decoded observations, each (size, *shape). One item is copied into a row, if one is free: a batch of
+        rows is not concatenated.
+        """
+        self._arena, self._tensors = arena, tensors
+        self.row = arena.place(tensors) if self.size == 1 else None
+
     def _receive_body(self, body_bytes: int, arena: Arena) -> None:
         """Receive a body of any form. Its memory is counted as it arrives."""
         self._arena = arena
@@ -175,7 +183,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     def _leave(self) -> None:
         """Free the memory of the request, when it is answered or the client has disconnected."""
         arena, row, block, admission = self._arena, self.row, self._block, self._admission
-        self._arena = self.row = self._block = self._admission = self.recorder = None
+        self._arena = self.row = self._block = self._tensors = self._admission = self.recorder = None
         if arena is None:
             return
         if self._counted_bytes:
@@ -249,7 +257,9 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
 
     def inputs(self) -> Arrays:
         assert self._arena is not None
-        return self._arena.inputs([self]) if self.row is not None else self._arena.inputs_of(self, self.observations)
+        if self.row is not None:
+            return self._arena.inputs([self])
+        return self._arena.inputs_of(self, self.observations if self._tensors is None else self._tensors)
 
     def abandon(self) -> None:
         try:

@@ -7,9 +7,9 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from actserve.server.fastpath.websocket_protocol import FastPathStream
+from actserve.server.fastpath.websocket_protocol import FastPathSocket
+from actserve.server.http.episode_socket import FAST_PATH
 from actserve.server.http.local_peer import CONNECTION
-from actserve.server.http.stream import FAST_PATH
 from actserve.server.http.websocket import WebSocketProtocol
 
 MAX_BYTES = 1 << 16  # of a head, of trailers, and of chunk extensions
@@ -85,7 +85,7 @@ class UvicornProtocol(HttpToolsProtocol):
         super().handle_websocket_upgrade()
         websocket = self.transport.get_protocol()
         if isinstance(websocket, WebSocketProtocol) and websocket.handshake_initiated and not websocket.close_sent:
-            stream = FastPathStream(websocket, self.transport)
+            stream = FastPathSocket(websocket, self.transport)
             self.transport.set_protocol(stream)
             extensions: Any = websocket.scope["extensions"]
             extensions[FAST_PATH] = stream

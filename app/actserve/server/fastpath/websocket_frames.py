@@ -6,7 +6,7 @@ import struct
 from typing import NamedTuple
 
 BINARY = 0x82  # a whole binary message: FIN and the opcode
-TEXT = 0x81
+_TEXT = 0x81
 _CONTROL = 0x08  # the bit in the opcodes of control frames
 _U16, _U64 = struct.Struct("!H"), struct.Struct("!Q")
 
@@ -49,8 +49,9 @@ def masked_size(length: int) -> int:
     return 6 if length < 126 else 8 if length < 1 << 16 else 14
 
 
-def write(first: int, payload: bytes) -> bytes:
-    """A frame of the server."""
+def write(message: bytes | str) -> bytes:
+    """A frame of the server with a whole message, binary or text."""
+    first, payload = (_TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
     length = len(payload)
     if length < 126:
         header = bytes((first, length))

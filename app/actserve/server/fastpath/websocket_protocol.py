@@ -1,9 +1,11 @@
-"""One WebSocket connection: binary messages of one observation are received into a row of the arena.
+"""One WebSocket connection whose route offers an episode: the fast path takes the steps.
 
-It wraps the WebSocket protocol as `FastPathProtocol` wraps the HTTP protocol. It reads the headers of frames. Control
-frames, text and fragmented messages go unchanged to the WebSocket protocol, which passes them to the route in
-`actserve.server.http.stream`. While the route waits for a message, it offers its episode, and the fast path may step
-the episode. A message for the route ends the offer.
+It wraps the WebSocket protocol as `FastPathProtocol` wraps the HTTP protocol. It reads the headers of frames. While the
+route waits for a message, it offers its episode. A whole binary message is then received, into a row of the arena or
+into other memory that the episode reads, and the reply is one write.
+
+Everything else goes unchanged to the WebSocket protocol, which passes it to the route: control frames, text, fragmented
+messages, and messages that the episode declines. A message for the route ends the offer.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,39 +21,16 @@ from actserve.core.errors import ActserveError, MemoryFull
 from actserve.core.signature import Array
 from actserve.engine.arena import Arena
 from actserve.engine.batch import BatchResult
-from actserve.engine.batcher import Batcher
-from actserve.engine.recorders import StepRecorder, committed
-from actserve.server.admission import Admission, Ticket
+from actserve.engine.recorders import committed
+from actserve.server.admission import Ticket
 from actserve.server.fastpath import websocket_frames as frames
 from actserve.server.fastpath.receiver import Receiver
+from actserve.server.http.episode_socket import Message, SteppableEpisode
 from actserve.server.http.websocket import WebSocketProtocol
 from actserve.server.memory import Memory
 
 
-class SteppableEpisode(Protocol):
-    """The interface of an episode that the route offers."""
-
-    batcher: Batcher
-    arena: Arena
-    admission: Admission
-    slot: int | None
-    steps: int
-    ticket: Ticket | None  # of a message that was charged and left to the route
-
-    def new_ticket(self) -> Ticket:
-        """A ticket for the next message."""
-
-    def step_recorder(self) -> StepRecorder | None:
-        """The recorder of the next step."""
-
-    def reply(self, outcome: BatchResult, start: int, queue_ns: int) -> bytes:
-        """The payload of the reply to a step."""
-
-    def refusal(self, error: ActserveError) -> bytes:
-        """The text payload of the reply to a refused step."""
-
-
-class FastPathStream(Receiver):
+class FastPathSocket(Receiver):
     """A connection is also its step in progress."""
 
     def __init__(self, inner: WebSocketProtocol, transport: Any) -> None:
@@ -59,6 +38,7 @@ class FastPathStream(Receiver):
         self.transport = transport
         self._offered: SteppableEpisode | None = None
         self._episode: SteppableEpisode | None = None  # of the step in progress
+        self._ticket = Ticket()  # of the step in progress
         self._mask = b""
         self._passing = 0  # remaining bytes of a frame for the inner protocol
         self._idle = asyncio.Event()
@@ -82,8 +62,10 @@ class FastPathStream(Receiver):
             return self._missing
         if self._passing:
             return self._buffer[: self._passing]
-        if self._episode is None and self._offered is not None and not self._data:
-            return self._buffer[: frames.masked_size(self._offered.arena.item_bytes)]
+        if self._episode is None and self._offered is not None and self._offered.in_place and not self._data:
+            arena = self._offered.state.arena
+            assert arena is not None
+            return self._buffer[: frames.masked_size(arena.item_bytes)]
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
@@ -112,7 +94,7 @@ class FastPathStream(Receiver):
     @property
     def _memory(self) -> Memory:
         assert self._episode is not None
-        return self._episode.admission.memory
+        return self._episode.state.admission.memory
 
     # frames arrive
 
@@ -139,52 +121,78 @@ class FastPathStream(Receiver):
             episode is None
             or header.first != frames.BINARY
             or not header.mask
-            or header.length != episode.arena.item_bytes
+            or not episode.takes(header.length)
             or not self._inner.writable.is_set()
         ):
             return False
-        ticket = episode.new_ticket()
-        try:
-            episode.admission.admit(episode.batcher, 1, ticket)
-        except ActserveError:  # the route answers, and closes the stream if need be
-            episode.ticket = ticket
+        state = episode.state
+        if state.arena is None or header.length > state.admission.memory.free_bytes:
             return False
-        self._episode, self._mask = episode, header.mask
-        self.slot, self.begins = episode.slot, episode.steps == 0
-        self.recorder = episode.step_recorder()
+        ticket = state.new_ticket()
+        try:
+            state.admission.admit(state.batcher, 1, ticket, episode.patience_ns)
+        except ActserveError:  # the route answers, and closes the connection if need be
+            state.leave(ticket)
+            return False
+        self._episode, self._ticket, self._mask = episode, ticket, header.mask
+        self.slot, self.begins, self.patience_ns = state.slot, state.steps == 0, episode.patience_ns
+        self.recorder = state.step_recorder()
         self._idle.clear()
         self._data = data[header.size :]
-        self._seek(episode.arena)
+        if episode.in_place:
+            self._seek(state.arena)
+        else:
+            self._receive_body(header.length, state.arena)
         return True
 
     def _complete(self) -> None:
-        assert self._episode is not None
-        observation = self.observations
-        unmask(observation, self._mask)
-        self.since_ns = perf_counter_ns()
+        episode, message = self._episode, self.observations
+        assert episode is not None
+        unmask(message, self._mask)
+        state = episode.state
         try:
-            self._episode.admission.enter(self._episode.batcher, self)
-        except ActserveError:  # the route answers, and closes the stream if need be
-            self._offered = None
-            self._inner.queue.put_nowait({"type": "websocket.receive", "bytes": observation.tobytes()})
-            self._leave()
-            self._go_on_soon()
+            if not episode.in_place and not self._read(episode, message, state.batcher.arena):
+                self._leave_to_route(message)
+                return
+            self.since_ns = perf_counter_ns()
+            state.admission.enter(state.batcher, self)
+        except ActserveError:  # the route answers, and closes the connection if need be
+            self._leave_to_route(message)
+
+    def _read(self, episode: SteppableEpisode, message: Array, arena: Arena | None) -> bool:
+        """Take the observations in a message; returns whether the episode finds them."""
+        assert arena is not None
+        tensors = episode.read(message)
+        if tensors is None:
+            return False
+        self._place(tensors, arena)
+        return True
+
+    def _leave_to_route(self, message: Array) -> None:
+        assert self._episode is not None
+        self._offered = None
+        self._episode.state.leave(self._ticket)
+        self._inner.receive_binary(message.tobytes())
+        self._leave()
+        self._go_on_soon()
 
     # called by the batcher
 
     def settle(self, outcome: BatchResult, start: int) -> None:
-        assert self._episode is not None
+        episode = self._episode
+        assert episode is not None
         if self.transport is None:
             self._leave()
         elif outcome.error is not None:
-            self._send(frames.TEXT, self._episode.refusal(outcome.error))
+            episode.state.refused(outcome.error)
+            self._send(episode.refusal(outcome.error))
         else:
             committed(self.recorder)
-            self._send(frames.BINARY, self._episode.reply(outcome, start, outcome.begun_ns - self.since_ns))
+            self._send(episode.reply(episode.state.stepped(outcome, start, outcome.begun_ns - self.since_ns)))
 
-    def _send(self, first: int, payload: bytes) -> None:
+    def _send(self, message: Message) -> None:
         self._leave()
-        self._answer_with(frames.write(first, payload))
+        self._answer_with(frames.write(message))
 
     def _leave(self) -> None:
         super()._leave()

@@ -32,6 +32,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.http.response.body":
             self.handshake_complete = True
 
+    def receive_binary(self, message: bytes) -> None:
+        """Queue a binary message whose frame was read elsewhere."""
+        self.curr_msg_data_type, self.frames = "bytes", [message]
+        self.send_receive_event_to_app()
+
     def shutdown(self) -> None:
         if self.handshake_complete and not self.close_sent:
             self.queue.put_nowait({"type": "websocket.disconnect", "code": RESTART})

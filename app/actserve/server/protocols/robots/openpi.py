@@ -16,57 +16,52 @@ from typing import Any
 
 from actserve.core.errors import ActserveError, MalformedBody
 from actserve.core.signature import Array
-from actserve.server import off_loop
+from actserve.server.episode_state import Step
 from actserve.server.protocols import Protocol
 from actserve.server.protocols.robots import roboarena
-from actserve.server.protocols.robots.episode import RobotEpisode, Step
-from actserve.server.protocols.robots.packed import of_openpi, pack, unpack
-from actserve.server.protocols.robots.socket import Message, SocketWire, socket_router
-from actserve.wire.payload import MANY_BYTES
+from actserve.server.protocols.robots.episode import RobotEpisode
+from actserve.server.protocols.robots.packed import of_openpi, pack
+from actserve.server.protocols.robots.packed_socket import PackedWire
+from actserve.server.protocols.robots.socket import socket_router
 
 
-class Openpi(SocketWire):
+class Openpi(PackedWire):
     route = "/policies/{name}/openpi"
-
-    def __init__(self, episode: RobotEpisode, patience_ns: int) -> None:
-        super().__init__(episode, patience_ns)
-        self._previous_ns: int | None = None  # that the last message took
+    _endpoint: str | None = None  # of the message in progress
+    _previous_ns: int | None = None  # that the last step took
 
     def greeting(self) -> bytes:
         return pack(metadata(self.episode), of_openpi)
 
-    async def answer(self, message: Message) -> Message | None:
-        begun_ns = perf_counter_ns()
-        if isinstance(message, str):
-            raise MalformedBody("expected a binary message, a map in msgpack; got text")
-        request = await off_loop.call(unpack, message, takes_long=len(message) > MANY_BYTES)
+    def observation(self, request: Any) -> Any | None:
         if not isinstance(request, dict):
             raise MalformedBody(f"expected a map in msgpack; got {type(request).__name__}")
-        endpoint = request.pop(roboarena.ENDPOINT, None)
-        if endpoint == "reset":
-            await self.episode.reset()
-            return roboarena.RESET
-        if endpoint not in (None, "infer"):
-            raise MalformedBody(f"expected an endpoint of infer or reset; got {endpoint!r}"[:200])
-        if endpoint is None and request.get("reset") is True:
-            await self.episode.reset()
-            return None
-        step = await self.episode.step(request, self.patience_ns)
+        self._endpoint = request.pop(roboarena.ENDPOINT, None)
+        if self._endpoint not in (None, "infer", "reset"):
+            raise MalformedBody(f"expected an endpoint of infer or reset; got {self._endpoint!r}"[:200])
+        is_reset = self._endpoint == "reset" or (self._endpoint is None and request.get("reset") is True)
+        return None if is_reset else request
+
+    async def answer_other(self, request: Any) -> str | None:
+        await self.episode.reset()
+        return None if self._endpoint is None else roboarena.RESET
+
+    def reply(self, step: Step) -> bytes:
         action = step.outputs[self.episode.action]
-        if endpoint == "infer":
+        if self._endpoint == "infer":
             return pack(as_chunk(action), of_openpi)
-        timing = self._timing(step, begun_ns)
+        timing = self._timing(step)
         answer = {**step.outputs, "action": action, "actions": as_chunk(action), "server_timing": timing}
         return pack(answer, of_openpi)
 
     def refusal(self, error: ActserveError) -> str:
         return f"{error.code}: {error.message}"
 
-    def _timing(self, step: Step, begun_ns: int) -> dict[str, float]:
+    def _timing(self, step: Step) -> dict[str, float]:
         timing = {"infer_ms": step.run_ns / 1e6, "queue_ms": step.queue_ns / 1e6}
         if self._previous_ns is not None:
             timing["prev_total_ms"] = self._previous_ns / 1e6
-        self._previous_ns = perf_counter_ns() - begun_ns
+        self._previous_ns = perf_counter_ns() - self.begun_ns
         return timing
 
 

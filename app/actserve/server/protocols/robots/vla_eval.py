@@ -11,48 +11,44 @@ from typing import Any
 
 from actserve import __version__
 from actserve.core.errors import ActserveError, MalformedBody
-from actserve.server import off_loop
+from actserve.server.episode_state import Step
 from actserve.server.protocols import Protocol
-from actserve.server.protocols.robots.packed import of_vla_eval, pack, unpack
-from actserve.server.protocols.robots.socket import Message, SocketWire, socket_router
-from actserve.wire.payload import MANY_BYTES
+from actserve.server.protocols.robots.packed import of_vla_eval, pack
+from actserve.server.protocols.robots.packed_socket import PackedWire
+from actserve.server.protocols.robots.socket import socket_router
 
 VERSION = 1  # of the protocol
 TYPES = ("hello", "episode_start", "observation", "episode_end", "error")
 
 
-class VlaEval(SocketWire):
+class VlaEval(PackedWire):
     route = "/policies/{name}/vla-eval"
     _seq = 0  # of the message in progress
 
-    async def answer(self, message: Message) -> bytes | None:
+    def observation(self, request: Any) -> Any | None:
         self._seq = 0
-        if isinstance(message, str):
-            raise MalformedBody("expected a binary message, a map in msgpack; got text")
-        request = await off_loop.call(unpack, message, takes_long=len(message) > MANY_BYTES)
-        kind, payload = self._read(request)
-        if kind == "hello":
-            return self._pack("hello", self._hello())
-        if kind == "episode_start":
-            await self.episode.reset()
-        if kind != "observation":
-            return None
-        step = await self.episode.step(payload, self.patience_ns)
-        action = step.outputs[self.episode.action]
-        return self._pack("action", {**step.outputs, "actions": action})
-
-    def refusal(self, error: ActserveError) -> bytes:
-        return self._pack("error", {"error": error.message, "code": error.code})
-
-    def _read(self, request: Any) -> tuple[str, Any]:
-        """The type and the payload. Raises `MalformedBody`."""
         if not isinstance(request, dict) or type(request.get("seq")) is not int:
             raise MalformedBody("expected a map with type, payload and a whole number as seq; got something else")
         self._seq = request["seq"]
         kind = request.get("type")
         if kind not in TYPES:
             raise MalformedBody(f"expected a message of the type {', '.join(TYPES)}; got {kind!r}"[:200])
-        return kind, request.get("payload")
+        if kind == "observation" and request.get("payload") is None:
+            raise MalformedBody("expected an observation, names and values; got nothing")
+        return request["payload"] if kind == "observation" else None
+
+    async def answer_other(self, request: Any) -> bytes | None:
+        if request["type"] == "hello":
+            return self._pack("hello", self._hello())
+        if request["type"] == "episode_start":
+            await self.episode.reset()
+        return None
+
+    def reply(self, step: Step) -> bytes:
+        return self._pack("action", {**step.outputs, "actions": step.outputs[self.episode.action]})
+
+    def refusal(self, error: ActserveError) -> bytes:
+        return self._pack("error", {"error": error.message, "code": error.code})
 
     def _hello(self) -> dict[str, Any]:
         policy = self.episode.policy

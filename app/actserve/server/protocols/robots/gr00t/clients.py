@@ -70,7 +70,7 @@ class Clients:
             identity, client = next(iter(self._clients.items()))
             if client.busy or client.used_s > before_s:
                 return
-            if client.episode is not None and client.episode.steps:
+            if client.episode is not None and client.episode.state.steps:
                 self._expired[identity] = None
                 if len(self._expired) > MAX_EXPIRED:
                     self._expired.popitem(last=False)
