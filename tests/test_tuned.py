@@ -10,12 +10,15 @@ from typer.testing import CliRunner
 
 from actserve.cli.main import cli
 from actserve.core.settings import Settings
+from actserve.core.signature import Signature, TensorSpec
+from actserve.engine import tuning
 from actserve.engine.policy import Policy
 from actserve.engine.tuning import QUICK_NS, Tuning
 from actserve.engine.tuning.tuned import Tuned
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
 
+SIGNATURE = Signature((TensorSpec("x", "float32", (2,)),), (TensorSpec("action", "float32", ()),), max_batch=64)
 SLOWER, FASTER = Tuning({1: 2000, 2: 1500}), Tuning({1: 1000, 2: 900})
 
 
@@ -34,6 +37,25 @@ def test_the_batch_is_the_size_from_which_on_more_does_not_pay() -> None:
     assert Tuning({1: 900 * us, 2: 900 * us, 4: 700 * us}).batch == 4
     assert Tuning({1: QUICK_NS - 1}).quick
     assert not Tuning({1: QUICK_NS, 2: QUICK_NS // 2}).quick
+
+
+@pytest.mark.parametrize(
+    ("call_us", "sizes"),
+    [
+        ({1: 200, 2: 300, 4: 500, 8: 900, 16: 1700, 32: 3400}, 32),  # fast calls
+        ({1: 4000, 2: 4100, 4: 4200, 8: 5000, 16: 9000, 32: 16_000}, 32),  # the weights are read from memory
+        ({1: 4000, 2: 8000, 4: 16_000}, 4),  # slow calls that compute
+        ({1: 4000, 2: 8000, 4: 8100, 8: 16_000, 16: 33_000}, 16),  # size 2 was interrupted
+        ({1: 200_000}, 1),
+    ],
+)
+def test_slow_calls_are_measured_as_long_as_larger_batches_save_a_lot(
+    call_us: dict[int, int], sizes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_call_ns", lambda _run, inputs: 1000 * call_us[len(inputs["x"])])
+    measured = tuning.measure(lambda _: {}, SIGNATURE)
+    assert max(measured.item_ns) == sizes
+    assert measured.item_ns == {size: 1000 * us // size for size, us in call_us.items()}
 
 
 @pytest.mark.parametrize(("onnx", "pt2"), [(SLOWER, FASTER), (FASTER, SLOWER)])

@@ -1,8 +1,11 @@
 """Tuning: the best batch size and number of threads on this host, from a short measurement.
 
 A larger batch costs less per item until it no longer fits into the CPU's caches; beyond that size it only adds latency.
-Measured in about 40 ms when a policy is loaded, unless `actserve tune` has measured it before. A program whose calls
-are slow is also measured with all cores.
+Measured when a policy is loaded, in about 40 ms if its calls are fast, unless `actserve tune` has measured it before. A
+program whose calls are slow is also measured with all cores.
+
+The weights of a large policy do not fit into the caches: a call reads them from memory, for one item or for many. So
+its larger batches are measured, too, as long as they save a lot.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ SLOW_NS = 150_000_000  # after so long, two calls are enough
 # of 4, 8 and 16.
 BATCH_NS = 60_000
 MAX_COST_RATIO = 0.95  # a larger batch must reduce the cost per item at least to this ratio
+MUCH_CHEAPER = 0.8  # an item of a batch four times as large: then slow calls of the next size are measured, too
 QUICK_NS = 3_000_000  # a call this short may block the event loop
 MAX_WIDE_RATIO = 0.95  # all threads must shorten a call at least to this ratio
 WIDE_ROUNDS, WIDE_NS = 5, 1_000_000_000  # for each size; after so long, two rounds are enough
@@ -71,7 +75,9 @@ Run = Callable[[Mapping[str, Array]], Arrays]
 
 
 def measure(run: Run, signature: Signature, min_ns: int = MIN_NS) -> Tuning:
-    """The fastest of several calls of each size. Stops at the first size whose call takes longer than `QUICK_NS`."""
+    """The fastest of several calls of each size. Stops at the first size whose call takes longer than `SLOW_NS`, or
+    longer than `QUICK_NS` if an item costs nearly as much as at a quarter of the size.
+    """
     item_ns: dict[int, int] = {}
     for size in SIZES:
         if size > signature.max_batch:
@@ -80,8 +86,10 @@ def measure(run: Run, signature: Signature, min_ns: int = MIN_NS) -> Tuning:
         calls_ns: list[int] = []
         while (total_ns := sum(calls_ns)) < min_ns or len(calls_ns) < (MIN_CALLS if total_ns < SLOW_NS else 2):
             calls_ns.append(_call_ns(run, inputs))
-        item_ns[size] = min(calls_ns) // size
-        if min(calls_ns) > QUICK_NS:
+        fastest_ns, before_ns = min(calls_ns), item_ns.get(size // 4)
+        item_ns[size] = fastest_ns // size
+        is_much_cheaper = before_ns is None or item_ns[size] < MUCH_CHEAPER * before_ns
+        if fastest_ns > SLOW_NS or (fastest_ns > QUICK_NS and not is_much_cheaper):
             break
     return Tuning(item_ns)
 
