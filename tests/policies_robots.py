@@ -62,31 +62,61 @@ def robot() -> Pair:
     )
 
 
-class Large(nn.Module):
-    """(B, 32) -> a chunk of actions (B, 16, 7). 9 million weights, as policies on embeddings have them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(32, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
-            nn.Linear(2048, 16 * 7), nn.Unflatten(-1, (16, 7)),
-        )  # fmt: skip
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        actions: torch.Tensor = self.net(state)
-        return actions
-
-
-def arm() -> Pair:
-    """Without memory, and with a state of 32 numbers."""
-    torch.manual_seed(0)
-    module = TensorDictModule(Large(), in_keys=[STATE], out_keys=["actions"])
-    return TensorDictSequential(module), TensorDict({"observation": {"state": torch.zeros(32)}})
-
-
 def camera() -> Pair:
     """Without memory, with two cameras and a state."""
     torch.manual_seed(0)
     module = TensorDictModule(Eyes(), in_keys=[*CAMERAS, STATE], out_keys=["features"])
     hand = TensorDictModule(nn.Linear(12, DIM), in_keys=["features"], out_keys=["actions"])
     return TensorDictSequential(module, hand), robot()[1]
+
+
+def vision() -> Pair:
+    """Without memory, with one camera of 128 x 128 pixels. 18 million multiply-adds."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
+        nn.Flatten(-3), nn.LazyLinear(256), nn.ReLU(), nn.Linear(256, DIM),
+    )  # fmt: skip
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            actions: torch.Tensor = self.layers(image.movedim(-1, -3).float() / 255)
+            return actions
+
+    net, image = Net().eval(), torch.zeros(128, 128, 3, dtype=torch.uint8)
+    net(image[None])  # gives the lazy layer its size
+    module = TensorDictModule(net, in_keys=[CAMERAS[0]], out_keys=["actions"])
+    return TensorDictSequential(module), TensorDict({"observation": {"image": image}})
+
+
+class ActionHead(nn.Module):
+    """(B, 32) and (B, 512) -> a chunk of actions (B, 16, 7): a transformer decoder with 25 million weights.
+
+    Its one query attends to the state and to what a vision encoder saw, and becomes the whole chunk.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.scene = nn.Linear(32, 512), nn.Linear(512, 512)
+        self.query = nn.Parameter(torch.randn(1, 512))
+        layer = nn.TransformerDecoderLayer(512, 8, 2048, dropout=0.0, activation="gelu", batch_first=True)
+        self.layers = nn.TransformerDecoder(layer, 6)
+        self.actions = nn.Sequential(nn.Linear(512, 16 * 7), nn.Unflatten(-1, (16, 7)))
+
+    def forward(self, state: torch.Tensor, scene: torch.Tensor) -> torch.Tensor:
+        memory = torch.stack([self.state(state), self.scene(scene)], -2)
+        query = self.query.expand(*state.shape[:-1], 1, -1)
+        actions: torch.Tensor = self.actions(self.layers(query, memory)[..., 0, :])
+        return actions
+
+
+def head() -> Pair:
+    """Without memory. The weights, 102 MB, do not fit into a cache."""
+    torch.manual_seed(0)
+    module = TensorDictModule(ActionHead().eval(), in_keys=[STATE, ("observation", "scene")], out_keys=["actions"])
+    example = {"state": torch.zeros(32), "scene": torch.zeros(512)}
+    return TensorDictSequential(module), TensorDict({"observation": example})
