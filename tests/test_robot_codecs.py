@@ -21,8 +21,20 @@ from PIL import Image
 from actserve.core.errors import InvalidTensor, MalformedBody
 from actserve.core.signature import Array, TensorSpec
 from actserve.server.protocols.robots import arrays, json_numpy
-from actserve.server.protocols.robots.packed import MAX_CONTAINERS, of_gr00t, of_openpi, of_vla_eval, pack, unpack
+from actserve.server.protocols.robots.packed import (
+    MAX_CONTAINERS,
+    MAX_IN_PLACE,
+    MAX_KEPT,
+    MapPacker,
+    of_gr00t,
+    of_openpi,
+    of_vla_eval,
+    pack,
+    unpack,
+    unpack_in_place,
+)
 from actserve.server.protocols.robots.values import to_tensor
+from tests.fuzzing_robots import SPECS, layout_of
 
 ARRAYS: list[Array] = [
     np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -39,6 +51,97 @@ def test_arrays_go_both_ways(encode: Any, array: Array) -> None:
     found = unpack(pack({"x": {"y": array}}, encode))["x"]["y"]
     np.testing.assert_array_equal(found, array)
     assert found.dtype == array.dtype
+
+
+@pytest.mark.parametrize("encode", [of_openpi, of_vla_eval])
+def test_maps_are_packed_as_any_message(encode: Any) -> None:
+    packer = MapPacker(encode)
+    for size in (0, 1, 7, 255, 256, 300, 70_000):
+        for value in (size % 2, 1):
+            arrays_in = {
+                "bytes": np.full(size, value, np.uint8),
+                "floats": np.full((size, 2), value, np.float32),
+                "number": np.int64(size),
+            }
+            timing = {"infer_ms": 0.5, "queue_ms": 0.25}
+            content = {**arrays_in, "server_timing": timing, "text": "é", "number again": np.array(size), "seq": size}
+            assert packer(content) == pack(content, encode)
+    many = {f"name {number}": np.zeros(number, np.uint8) for number in range(2 * MAX_KEPT)}
+    assert packer(many) == pack(many, encode)
+    assert packer(many) == pack(many, encode)
+
+
+def in_memory(message: bytes) -> Array:
+    return np.frombuffer(bytearray(message), np.uint8)
+
+
+@pytest.mark.parametrize("encode", [of_openpi, of_vla_eval, of_gr00t])
+def test_arrays_are_unpacked_in_place(encode: Any) -> None:
+    content = {"list": [1, "two", None, {"x": 2.5}], "arrays": {str(n): array for n, array in enumerate(ARRAYS)}}
+    message = in_memory(pack(content, encode))
+    found = unpack_in_place(message.data)
+    assert found["list"] == content["list"]
+    for number, array in enumerate(ARRAYS):
+        np.testing.assert_array_equal(found["arrays"][str(number)], array)
+        assert np.shares_memory(found["arrays"][str(number)], message) == (array.size > 0)
+
+
+@pytest.mark.parametrize("values", [[1] * MAX_IN_PLACE, [[[[[1]]]]] * 250, json.loads(200 * "[" + 200 * "]")])
+def test_messages_with_many_values_are_not_unpacked_in_place(values: Any) -> None:
+    message = msgpack.packb({"x": values})
+    assert unpack(message) == {"x": values}
+    with pytest.raises(MalformedBody, match="few values"):
+        unpack_in_place(memoryview(message))
+
+
+def test_a_message_of_the_same_layout_is_read_without_unpacking_it() -> None:
+    def message(number: int = 0, **other: Any) -> Array:
+        content = {
+            "image": np.full((8, 8, 3), number, np.uint8),
+            "state": np.full(3, number / 2, np.float32),
+            "word": 7,
+            "prompt": "pick up",
+        }
+        return in_memory(pack(content | other, of_openpi))
+
+    layout = layout_of(message())
+    for number in range(5):
+        found = layout.read(message(number))
+        assert found is not None
+        assert (found["image"] == number).all()
+        assert to_tensor(found["state"], SPECS["state"]).tolist() == [[number / 2] * 3]
+        assert found["word"] == 7
+    other_layouts: list[dict[str, Any]] = [
+        {"prompt": "put it "},
+        {"prompt": "pick it up"},
+        {"word": 8},
+        {"word": np.array(7)},
+        {"state": np.zeros(3, np.int32)},
+        {"image": np.zeros((3, 8, 8), np.uint8)},
+        {"more": 1},
+    ]
+    for other in other_layouts:
+        assert layout.read(message(**other)) is None
+
+
+def test_a_layout_has_other_values_than_arrays_as_they_are() -> None:
+    content = {
+        "image": np.zeros((8, 8, 3), np.uint8),
+        "state": [1, 2.5, 3],
+        "word": {b"__npgeneric__": True, b"data": 7, b"dtype": "<i2"},
+        "on": np.array(True),
+        "prompt": np.zeros((0, 3), np.uint8),
+    }
+    layout = layout_of(in_memory(pack(content, of_openpi)))
+    found = layout.read(in_memory(pack(content | {"image": np.ones((8, 8, 3), np.uint8)}, of_openpi)))
+    assert found is not None
+    assert (found["image"] == 1).all()
+    assert (found["state"], found["word"], found["on"]) == ([1, 2.5, 3], np.int16(7), True)
+    column_major = np.asfortranarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    file = io.BytesIO()
+    np.save(file, column_major)
+    message = pack({"image": {"__ndarray_class__": True, "as_npy": file.getvalue()}}, of_gr00t)
+    assert layout_of(in_memory(message)).fixed_bytes == len(message)
 
 
 def test_the_other_forms_of_clients() -> None:

@@ -120,7 +120,7 @@ class Arena:
             return None
         row = heappop(self._free)
         for spec in self._specs:
-            self._items[spec.name][row] = spec.to_wire(tensors[spec.name])[0]
+            self._items[spec.name][row : row + 1] = spec.to_wire(tensors[spec.name])
         return row
 
     # memory for batches of one request

@@ -45,7 +45,7 @@ def check_shape(shape: Any) -> Sequence[int]:
 
 def from_npy(body: Any) -> Array:
     """The array of a .npy file. Raises `MalformedBody`."""
-    if not isinstance(body, bytes):
+    if not isinstance(body, bytes | memoryview):
         raise MalformedBody(f"expected the bytes of a .npy file; got {type(body).__name__}")
     header = read_header(body)
     shape = header.shape[::-1] if header.is_fortran else header.shape

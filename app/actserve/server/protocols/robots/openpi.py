@@ -20,9 +20,11 @@ from actserve.server.episode_state import Step
 from actserve.server.protocols import Protocol
 from actserve.server.protocols.robots import roboarena
 from actserve.server.protocols.robots.episode import RobotEpisode
-from actserve.server.protocols.robots.packed import of_openpi, pack
+from actserve.server.protocols.robots.packed import MapPacker, of_openpi, pack
 from actserve.server.protocols.robots.packed_socket import PackedWire
 from actserve.server.protocols.robots.socket import socket_router
+
+_pack = MapPacker(of_openpi)
 
 
 class Openpi(PackedWire):
@@ -52,7 +54,7 @@ class Openpi(PackedWire):
             return pack(as_chunk(action), of_openpi)
         timing = self._timing(step)
         answer = {**step.outputs, "action": action, "actions": as_chunk(action), "server_timing": timing}
-        return pack(answer, of_openpi)
+        return _pack(answer)
 
     def refusal(self, error: ActserveError) -> str:
         return f"{error.code}: {error.message}"

@@ -6,7 +6,7 @@ lists and maps together. Nothing larger than the message is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
@@ -20,6 +20,15 @@ from actserve.wire.payload import Body
 MAX_LIST = 4096  # values; longer lists must be arrays
 MAX_MAP = 1024  # names
 MAX_CONTAINERS = 4096
+MAX_IN_PLACE = 1024  # values
+MAX_DEPTH = 32
+MAX_KEPT = 256  # names, or kinds of arrays, of one packer
+_MAP, _MAPS = 0x80, (0xDE, 0xDF)  # the first byte of a map: with its length in 4 bits, and otherwise
+_LIST, _LISTS = 0x90, (0xDC, 0xDD)
+_packer = msgpack.Packer()
+_map_header: Callable[[int], bytes] = _packer.pack_map_header
+_pack_value: Callable[[Any], bytes] = _packer.pack
+_ARRAYS = (np.ndarray, np.generic)
 _SCALARS: dict[str, type | tuple[type, ...]] = {"b": bool, "u": int, "i": int, "f": (int, float)}
 
 
@@ -51,10 +60,82 @@ def unpack(message: Body) -> Any:
         raise MalformedBody(f"expected a msgpack message; got something else: {one_line(error)}"[:300]) from None
 
 
+def unpack_in_place(message: memoryview) -> Any:
+    """As `unpack`, for a message that it has unpacked before: the arrays are views of `message`.
+
+    This takes longer than `unpack`. Raises `MalformedBody` for more than `MAX_IN_PLACE` values, or deep lists and maps.
+    """
+    unpacker = msgpack.Unpacker(raw=False, max_buffer_size=len(message))
+    unpacker.feed(message)
+    left = MAX_IN_PLACE
+
+    def value(depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if not left or not depth:
+            raise MalformedBody("expected a message with few values, in place")
+        kind = message[unpacker.tell()]
+        if kind & 0xF0 == _MAP or kind in _MAPS:
+            return _value({unpacker.unpack(): value(depth - 1) for _ in range(unpacker.read_map_header())})
+        if kind & 0xF0 == _LIST or kind in _LISTS:
+            return [value(depth - 1) for _ in range(unpacker.read_array_header())]
+        found = unpacker.unpack()
+        end = unpacker.tell()
+        return message[end - len(found) : end] if isinstance(found, bytes) else found
+
+    return value(MAX_DEPTH)
+
+
 def pack(content: Any, encode: Callable[[Array], Any]) -> bytes:
     """The message; `encode` turns an array into what msgpack has."""
     message: bytes = msgpack.packb(content, default=encode)
     return message
+
+
+class MapPacker:
+    """As `pack`, for maps that are mostly alike. Names are packed once. For an array of one name, dtype and shape, the
+    bytes before and after its data are packed once.
+    """
+
+    def __init__(self, encode: Callable[[Array], Any]) -> None:
+        self._encode = encode
+        self._names: dict[str, bytes] = {}
+        self._around: dict[tuple[str, np.dtype[Any], tuple[int, ...]], tuple[bytes, bytes]] = {}
+
+    def __call__(self, content: Mapping[str, Any]) -> bytes:
+        parts: list[bytes] = []
+        self._add(content, parts)
+        return b"".join(parts)
+
+    def _add(self, content: Mapping[str, Any], parts: list[bytes]) -> None:
+        parts.append(_map_header(len(content)))
+        for name, value in content.items():
+            if isinstance(value, _ARRAYS):
+                around = self._around.get((name, value.dtype, value.shape)) or self._pack_around(name, value)
+                parts += (around[0], value.tobytes(), around[1])
+                continue
+            parts.append(self._names.get(name) or self._pack_name(name))
+            if isinstance(value, dict):
+                self._add(value, parts)
+            else:
+                parts.append(_pack_value(value))
+
+    def _pack_name(self, name: str) -> bytes:
+        if len(self._names) >= MAX_KEPT:
+            self._names.clear()
+        packed = self._names[name] = _pack_value(name)
+        return packed
+
+    def _pack_around(self, name: str, array: Array | np.generic) -> tuple[bytes, bytes]:
+        """The bytes before and after the data of an array of this name, dtype and shape."""
+        if len(self._around) >= MAX_KEPT:
+            self._around.clear()
+        zeros = np.zeros(array.shape, array.dtype)
+        data = _pack_value(zeros.tobytes())
+        before, _, after = pack(zeros, self._encode).partition(data)
+        around = (_pack_value(name) + before + data[: len(data) - zeros.nbytes], after)
+        self._around[(name, array.dtype, array.shape)] = around
+        return around
 
 
 def of_openpi(array: Array) -> dict[bytes, Any]:

@@ -23,7 +23,7 @@ def to_tensor(value: Any, spec: TensorSpec, resizes: Resize = "") -> Array:
     `value` is an array, a number, nested lists of them, or the bytes of a PNG or JPEG. Leading axes of length 1 are
     dropped: some robots send a batch of one, or one step of time. Integers become integers of any width, and floating
     point numbers those of any precision, if they are in its range. Nothing else is converted. An image of another size
-    is resized if the policy's contract says how (`resizes`).
+    is resized if the policy's contract says how (`resizes`). A writable array that needs no conversion is not copied.
     """
     if isinstance(value, str):
         raise InvalidTensor(spec.name, str(spec), "text")
@@ -39,7 +39,8 @@ def to_tensor(value: Any, spec: TensorSpec, resizes: Resize = "") -> Array:
         value = images.resize(value, spec, resizes)
     if value.shape != spec.shape:
         raise InvalidTensor(spec.name, _expected(spec), describe(value)[:200])
-    return np.array(_converted(value, spec), order="C")[None]
+    converted = _converted(value, spec)
+    return (converted if converted.flags.carray else np.array(converted, order="C"))[None]
 
 
 def resizes_of(policy: Policy) -> Resize:
@@ -55,11 +56,11 @@ def encoded_bytes(values: Any) -> int:
 
 def _converted(array: Array, spec: TensorSpec) -> Array:
     to = spec.numpy_dtype
+    if array.dtype == to and spec.dtype != "bfloat16":
+        return array
     kinds = {"i": "iu", "u": "iu"}.get(to.kind, to.kind)
     if array.dtype.kind not in kinds:
         raise InvalidTensor(spec.name, str(spec), describe(array)[:200])
-    if array.dtype == to and spec.dtype != "bfloat16":
-        return array
     if array.size and to.kind != "b":
         low, high = spec.limits
         finite = array[np.isfinite(array)] if to.kind == "f" else array

@@ -13,12 +13,15 @@ from actserve import __version__
 from actserve.core.errors import ActserveError, MalformedBody
 from actserve.server.episode_state import Step
 from actserve.server.protocols import Protocol
-from actserve.server.protocols.robots.packed import of_vla_eval, pack
+from actserve.server.protocols.robots.packed import MapPacker, of_vla_eval
 from actserve.server.protocols.robots.packed_socket import PackedWire
 from actserve.server.protocols.robots.socket import socket_router
 
 VERSION = 1  # of the protocol
 TYPES = ("hello", "episode_start", "observation", "episode_end", "error")
+
+
+_pack_map = MapPacker(of_vla_eval)
 
 
 class VlaEval(PackedWire):
@@ -61,7 +64,7 @@ class VlaEval(PackedWire):
 
     def _pack(self, kind: str, payload: dict[str, Any]) -> bytes:
         content = {"type": kind, "payload": payload, "seq": self._seq, "timestamp": time.time()}
-        return pack(content, of_vla_eval)
+        return _pack_map(content)
 
 
 protocol = Protocol("vla-eval", routers=[socket_router(VlaEval, of_default="/vla-eval")])
