@@ -23,6 +23,7 @@ from actserve.server.app import fast_protocols, install
 from actserve.server.fastpath.fast_path import FastPath
 from actserve.server.http import act, policies, security, sessions
 from actserve.server.http import error_responses as errors
+from actserve.server.memory import Memory
 from actserve.server.protocols import Service as ProtocolService
 from actserve.server.protocols import load
 from actserve.server.regions import Regions
@@ -78,6 +79,21 @@ class Service:
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
         return self.server.server_state.tasks
+
+    @property
+    def memory(self) -> Memory:
+        app: Any = self.server.config.app
+        memory: Memory = app.state.admission.memory
+        return memory
+
+    def publish(self) -> None:
+        """Make a further version live."""
+
+        async def publish() -> None:
+            self.registry.publish()
+
+        loop = self.registry.policies[1].batcher._loop
+        asyncio.run_coroutine_threadsafe(publish(), loop).result(60)
 
     def hold(self, version: int = 1) -> threading.Event:
         """Every step waits until the event that this gives is set; the event loop does not, if the service is slow."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from actserve import wire
-from actserve.core.completion import choose_exploration, step_seed
+from actserve.core.completion import choose_exploration, complete, step_seed
 from actserve.core.errors import ActserveError
 from actserve.core.signature import IS_INIT, Arrays, TensorSpec
 from actserve.engine.batch import BatchResult
@@ -32,8 +32,8 @@ class Step(NamedTuple):
 class EpisodeState:
     """An episode with the options in `query`: `outputs`, `seed`, `exploration`, `chunk` and `ahead`. `close` it.
 
-    If the policy has an arena, the state is in its `slot`, and the fast path can take steps. It cannot if something is
-    drawn at random, or if the policy's chunks are handed out action by action: then `arena` is None.
+    With an `arena`, the state is in its `slot`. `arena` is None if the policy has none, if noise is drawn, or if chunks
+    are handed out action by action.
 
     `token` is charged for messages, and `tally` counts their answers. A recording names the `door`. Raises
     `MalformedBody`, `InvalidRequest`, `UnknownOutput` or `MemoryFull`.
@@ -119,9 +119,21 @@ class EpisodeState:
             acted = await self.chunks.step(run, self._keep, is_init)
         return self._stepped(acted.outputs, 0, acted.queue_ns, acted.run_ns)
 
+    def inputs(self, tensors: Arrays) -> Arrays:
+        """Every input of the program for the next step without an arena, each (1, *shape)."""
+        return complete(self.policy.signature, tensors | self._state, 1, self.exploration, self._step_seed()).inputs
+
     def stepped(self, outcome: BatchResult, start: int, queue_ns: int) -> Step:
-        """The step that the fast path has taken, at `start` of a successful batch; the arena has the state."""
+        """The step that the fast path has taken, at `start` of a successful batch. An arena has the state already."""
+        if self.arena is None:
+            self._state = {
+                state.spec.name: outcome.outputs[state.output][start : start + 1].copy()
+                for state in self.policy.signature.state
+            }
         return self._stepped(outcome.outputs, start, queue_ns, outcome.run_ns)
+
+    def _step_seed(self) -> int | None:
+        return None if self.seed is None else step_seed(self.seed, self.steps + 1)
 
     def _stepped(self, outputs: Arrays, start: int, queue_ns: int, run_ns: int) -> Step:
         self.steps += 1
@@ -129,16 +141,19 @@ class EpisodeState:
         return Step({name: outputs[name][start] for name in self._names}, queue_ns, run_ns)
 
     async def _run(self, tensors: Arrays, patience_ns: int) -> Acted:
-        seed = None if self.seed is None else step_seed(self.seed, self.steps + 1)
         state = self._state
         if self.arena is not None and self.slot is not None and self.steps:
             state = self.arena.state(self.slot)
-        options = (1, self.exploration, seed, patience_ns)
+        options = (1, self.exploration, self._step_seed(), patience_ns)
         return await self.admission.act(self.policy, tensors | state, *options, self.step_recorder())
 
     def step_recorder(self) -> StepRecorder | None:
         """The recorder of the next step."""
-        return None if self._recorder is None else self._recorder.step(self.steps + 1)
+        if self._recorder is None:
+            return None
+        recorder = self._recorder.step(self.steps + 1)
+        recorder.seed = self._step_seed()
+        return recorder
 
     def _keep(self, acted: Acted) -> None:
         # `state_after` copies: a view would keep the array of the whole batch in memory.
@@ -150,9 +165,11 @@ class EpisodeState:
         committed(acted.recorder)
 
     def close(self) -> None:
-        """Free the state."""
+        """Free the state. A step that is still in progress changes nothing else: the slot may be another episode's."""
         if self.chunks is not None:
             self.chunks.close()
         if self.arena is not None:
             self.arena.forget(self.slot)
+        self.arena = self.slot = None
         self.admission.memory.give_back(self._held_bytes)
+        self._held_bytes = 0

@@ -3,7 +3,7 @@
 A request takes the fast path if its head is understood to the last byte, and names an observation of a live policy in
 some encoding, with or without state, and how to encode the answer. The body of raw observations is received straight
 into the memory of the next batch; other bodies are decoded into it. The answer is one write. The same holds for binary
-messages of a stream. Everything else goes unchanged to uvicorn's protocols, which call the routes in
+messages of streams and robots. Everything else goes unchanged to uvicorn's protocols, which call the routes in
 `actserve.server.http`.
 
     acceptor.py            accepts connections in groups
@@ -17,6 +17,6 @@ messages of a stream. Everything else goes unchanged to uvicorn's protocols, whi
     session_step.py        one step of a session
     http_protocol.py       one HTTP connection
     uvicorn_protocol.py    uvicorn's protocol, which handles all other requests
-    websocket_protocol.py  one WebSocket connection
+    websocket_protocol.py  one WebSocket connection, and the steps of its episode
     websocket_frames.py    reads and writes the headers of WebSocket frames
 """

@@ -128,7 +128,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         self._arena, self._tensors = arena, tensors
         self.row = arena.place(tensors) if self.size == 1 else None
 
-    def _receive_body(self, body_bytes: int, arena: Arena) -> None:
+    def _receive_body(self, body_bytes: int, arena: Arena | None) -> None:
         """Receive a body of any form. Its memory is counted as it arrives."""
         self._arena = arena
         self._take_memory(min(body_bytes, len(self._data)))
@@ -150,14 +150,14 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     def _received(self, count: int) -> None:
         """Handle `count` more bytes in `_missing`."""
         assert self._missing is not None
-        assert self._arena is not None
         if self._block is not None and self._admission is None:
             self._take_memory(count)
         if count < len(self._missing):
             self._missing = self._missing[count:]
             return
         self._missing = None
-        self._arena.coming.pop(self, None)
+        if self._arena is not None:
+            self._arena.coming.pop(self, None)
         self._complete()
 
     def _take_memory(self, size_bytes: int) -> None:
@@ -184,16 +184,16 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
         """Free the memory of the request, when it is answered or the client has disconnected."""
         arena, row, block, admission = self._arena, self.row, self._block, self._admission
         self._arena = self.row = self._block = self._tensors = self._admission = self.recorder = None
-        if arena is None:
-            return
         if self._counted_bytes:
             self._memory.give_back(self._counted_bytes)
             self._counted_bytes = 0
+        was_coming, self._missing = self._missing is not None, None
+        if arena is None:
+            return
         if block is not None and admission is not None:
             admission.memory.release(block.nbytes)
             arena.take_back(block)
-        if self._missing is not None:
-            self._missing = None
+        if was_coming:
             arena.coming.pop(self, None)
         if row is not None:
             arena.release(row)
@@ -216,7 +216,7 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
             self._inner.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self.transport is None or self._arena is not None or not self._data or self._waits_for_reader:
+        if self.transport is None or self._in_progress or not self._data or self._waits_for_reader:
             return
         data, self._data = self._data, b""
         if len(data) >= BUFFER_BYTES:
@@ -232,12 +232,16 @@ class Receiver(asyncio.BufferedProtocol, BatchRequest):
     @property
     def observations(self) -> Array:
         """The bytes of a body that was received in place, (n,) uint8."""
-        assert self._arena is not None
-        if self.row is not None:
+        if self._arena is not None and self.row is not None:
             row: Array = self._arena.bytes[self.row]
             return row
         assert self._block is not None
         return self._block
+
+    @property
+    def _in_progress(self) -> bool:
+        """Whether there is a request that is not answered."""
+        return self._arena is not None
 
     @property
     def waits_for_row(self) -> bool:

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from actserve.core.errors import ActserveError, MemoryFull
-from actserve.core.signature import Array
-from actserve.engine.arena import Arena
+from actserve.core.signature import Array, Arrays
 from actserve.engine.batch import BatchResult
 from actserve.engine.recorders import committed
 from actserve.server.admission import Ticket
@@ -28,6 +27,11 @@ from actserve.server.fastpath.receiver import Receiver
 from actserve.server.http.episode_socket import Message, SteppableEpisode
 from actserve.server.http.websocket import WebSocketProtocol
 from actserve.server.memory import Memory
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # websockets was installed without its compiled part
+    from websockets.utils import apply_mask
 
 
 class FastPathSocket(Receiver):
@@ -39,6 +43,7 @@ class FastPathSocket(Receiver):
         self._offered: SteppableEpisode | None = None
         self._episode: SteppableEpisode | None = None  # of the step in progress
         self._ticket = Ticket()  # of the step in progress
+        self._own_inputs: Arrays | None = None  # of the step in progress, without an arena
         self._mask = b""
         self._passing = 0  # remaining bytes of a frame for the inner protocol
         self._idle = asyncio.Event()
@@ -126,7 +131,7 @@ class FastPathSocket(Receiver):
         ):
             return False
         state = episode.state
-        if state.arena is None or header.length > state.admission.memory.free_bytes:
+        if header.length > state.admission.memory.free_bytes:
             return False
         ticket = state.new_ticket()
         try:
@@ -140,33 +145,40 @@ class FastPathSocket(Receiver):
         self._idle.clear()
         self._data = data[header.size :]
         if episode.in_place:
+            assert state.arena is not None
             self._seek(state.arena)
+        elif len(self._data) >= header.length:  # small messages come whole
+            message, self._data = self._data[: header.length], self._data[header.length :]
+            self._arena, self._block = state.arena, unmasked(message, header.mask)
+            self._step(self._block)
         else:
             self._receive_body(header.length, state.arena)
         return True
 
     def _complete(self) -> None:
-        episode, message = self._episode, self.observations
-        assert episode is not None
+        message = self.observations
         unmask(message, self._mask)
+        self._step(message)
+
+    def _step(self, message: Array) -> None:
+        """Queue the step of a whole message."""
+        episode = self._episode
+        assert episode is not None
         state = episode.state
         try:
-            if not episode.in_place and not self._read(episode, message, state.batcher.arena):
-                self._leave_to_route(message)
-                return
+            if not episode.in_place:
+                tensors = episode.read(message)
+                if tensors is None:
+                    self._leave_to_route(message)
+                    return
+                if state.arena is not None:
+                    self._place(tensors, state.arena)
+                else:
+                    self._own_inputs = state.inputs(tensors)
             self.since_ns = perf_counter_ns()
             state.admission.enter(state.batcher, self)
         except ActserveError:  # the route answers, and closes the connection if need be
             self._leave_to_route(message)
-
-    def _read(self, episode: SteppableEpisode, message: Array, arena: Arena | None) -> bool:
-        """Take the observations in a message; returns whether the episode finds them."""
-        assert arena is not None
-        tensors = episode.read(message)
-        if tensors is None:
-            return False
-        self._place(tensors, arena)
-        return True
 
     def _leave_to_route(self, message: Array) -> None:
         assert self._episode is not None
@@ -176,7 +188,14 @@ class FastPathSocket(Receiver):
         self._leave()
         self._go_on_soon()
 
+    @property
+    def _in_progress(self) -> bool:
+        return self._episode is not None
+
     # called by the batcher
+
+    def inputs(self) -> Arrays:
+        return super().inputs() if self._own_inputs is None else self._own_inputs
 
     def settle(self, outcome: BatchResult, start: int) -> None:
         episode = self._episode
@@ -196,8 +215,13 @@ class FastPathSocket(Receiver):
 
     def _leave(self) -> None:
         super()._leave()
-        self._episode = None
+        self._episode = self._own_inputs = None
         self._idle.set()
+
+
+def unmasked(payload: bytes, mask: bytes) -> Array:
+    """A copy of `payload`, (n,) uint8, unmasked."""
+    return np.frombuffer(bytearray(apply_mask(payload, mask)), np.uint8)
 
 
 def unmask(payload: Array, mask: bytes) -> None:

@@ -88,10 +88,9 @@ class StreamEpisode(SteppableEpisode):
         return error_json(error.code, error.message, error.detail, status=status_of(error), step=step).decode()
 
     def takes(self, size_bytes: int) -> bool:
-        arena = self._state.arena
-        if arena is None:
-            return False
-        return size_bytes == arena.item_bytes if self.in_place else size_bytes <= self.max_message_bytes
+        if self._state.arena is not None and self.in_place:
+            return size_bytes == self._state.arena.item_bytes
+        return self._state.chunks is None and size_bytes <= self.max_message_bytes
 
     def read(self, message: Array) -> Arrays | None:
         body = message.data
