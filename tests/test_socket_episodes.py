@@ -44,6 +44,10 @@ def openpi_with_text(x: int) -> bytes:
     return pack({"prompt": "more" * (x % 5), "camera": camera, "x": np.array([x], np.int32)}, of_openpi)
 
 
+def openpi_with_flag(x: int) -> bytes:
+    return pack({"x": np.array(x), "is_init": False}, of_openpi)
+
+
 def roboarena(x: int) -> bytes:
     return pack({"endpoint": "infer", "x": x}, of_openpi)
 
@@ -60,6 +64,7 @@ WIRES = {
     "stream": Wire("/stream", True, raw, lambda reply: REPLY.unpack(reply)[3], is_text),
     "openpi": Wire("/", True, openpi, lambda reply: unpack(reply)["action"], is_text),
     "openpi, text": Wire("/", True, openpi_with_text, lambda reply: unpack(reply)["actions"][0, 0], is_text),
+    "openpi, flag": Wire("/", True, openpi_with_flag, lambda reply: unpack(reply)["action"], is_text),
     "RoboArena": Wire("/", True, roboarena, lambda reply: unpack(reply)[0, 0], is_text),
     "vla-eval": Wire(
         *("/vla-eval", False, vla_eval, lambda reply: unpack(reply)["payload"]["actions"]),
@@ -258,11 +263,12 @@ def test_an_episode_stays_on_its_version(wire: Wire) -> None:
             assert other.act(1) == expected(alone(version=2), 1)
 
 
-def test_a_robot_that_begins_anew_acts_with_the_live_version(routed: list[Any]) -> None:
+@pytest.mark.parametrize("flag", [True, np.array(True)], ids=["bool", "array"])
+def test_a_robot_that_begins_anew_acts_with_the_live_version(flag: Any, routed: list[Any]) -> None:
     with running(SETTINGS) as service, opened(service, WIRES["openpi"]) as client:
         assert client.act(1) == expected(alone(), 1)
         service.publish()
-        client.ws.send(pack({"x": np.array(3), "is_init": True}, of_openpi))
+        client.ws.send(pack({"x": np.array(3), "is_init": flag}, of_openpi))
         model = alone(version=2)
         assert client.receive() == expected(model, 3)
         assert len(routed) == 1

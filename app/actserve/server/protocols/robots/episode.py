@@ -95,7 +95,7 @@ class RobotEpisode:
         None: `step` does, as for encoded images and a new episode. Raises an `ActserveError`, as `step` then does.
         """
         values = flatten(observation)
-        if IS_INIT.name in values or encoded_bytes(values.values()):
+        if values.pop(IS_INIT.name, False) is not False or encoded_bytes(values.values()):
             return None
         found = {known: values[name] for name, known in self._map(values).items()}
         return found if found.keys() == self._observations.keys() else None
