@@ -49,6 +49,7 @@ def test_the_hello_says_what_a_client_needs(service: Service) -> None:
             "parameters": [],
             "noise": [],
             "chunk": None,
+            "limits": None,
         },
         "offsets": {"action": 16, "value": 24},
         "environment": None,
