@@ -25,6 +25,7 @@ from actserve_export.sources.policy_source import PolicySource
 from tests.replay import ReplayEnv
 
 ROWS, STEPS, DRAWS = 5, 24, 2000
+NO_OBSERVATIONS = {"action", "done", "next", "reward", "terminated", "truncated"}
 ENDS = (9, 10)  # steps of the replayed environment at which an episode ends
 DIFFERENCE = 1e-4
 DISTANCE = 2.3 * (2 / DRAWS) ** 0.5  # Kolmogorov-Smirnov, beyond which one column in 20,000 would be by chance
@@ -122,7 +123,7 @@ def _played(source: PolicySource, signature: Signature) -> Steps:
     transform, actor = source.policy[0], source.policy[1:]
     base = _base(transform.parent)
     if not isinstance(base, ReplayEnv):
-        names = {spec.name for spec in signature.observations} - {"reward"}
+        names = set(source.example.keys()) - NO_OBSERVATIONS  # a transform may take away what the policy does not read
         specs = {name: _spec(source.example[name]) for name in names}
         base = ReplayEnv(specs, Bounded(-1, 1, (2,)))
     parts = transform if isinstance(transform, Compose) else [transform]
