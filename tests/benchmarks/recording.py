@@ -4,8 +4,10 @@
 their peak. The figure is the ratio of their CPU times an action (user and system, all their processes), the median of
 the rounds.
 
-`scale`: sessions of `pong-lstm` side by side, `--steps` in all, are recorded whole in this process, and the recording
-is replayed: every output must be the same bit for bit.
+`scale`: sessions of two versions of `pong-lstm` side by side, `--steps` in all, are recorded whole in this process:
+with resets, random exploration and retried steps. Replayed on the version that acted, every output must be the same
+bit for bit. On the other version, the first step that diverges must be the one that a plain loop over all steps
+finds.
 """
 
 from __future__ import annotations
@@ -18,32 +20,38 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 from rich.console import Console
 
 from actserve.cli.tools import replay
 from actserve.cli.tools.local_service import free_port
+from actserve.core.completion import complete
 from actserve.core.settings import Settings
-from actserve.core.signature import Array
-from actserve.engine.policy import Policy
+from actserve.core.signature import Array, Arrays, Noise, TensorSpec
+from actserve.engine import golden
+from actserve.engine.registry import Registry
+from actserve.engine.runtimes.onnx_runtime import OnnxRuntime
 from actserve.recording.budget import Budget
-from actserve.recording.reader import Recording
+from actserve.recording.reader import Recording, Steps
 from actserve.recording.recorder import Recorder
 from actserve.recording.writer import Writer
-from actserve.server.admission import Admission
-from actserve.server.episode_state import EpisodeState
-from actserve.store.artifact import Artifact
+from actserve.server.sessions import Session, SessionLimits, Sessions
+from actserve.store.artifact import GOLDEN, Artifact
 from actserve.store.local import ModelStore
-from actserve.telemetry.counts import Tally
 from tests.benchmarks.cost import measure
 from tests.benchmarks.questions import request
 from tests.benchmarks.server import Server, cores, running
 from tests.benchmarks.ways import RAW_TYPE, any_answer, observations
 
 PEAK, LSTM = "pong", "pong-lstm"
+NUDGE = 1.0005  # of the weights of the other version
+EPISODE, RETRIED = 500, 0.01  # steps of an episode, on average; share of the steps that are retried
 CONSOLE = Console(stderr=True)
 
 
@@ -73,46 +81,155 @@ def cost(store: Path, rounds: int, seconds: float, connections: int) -> dict[str
     return {"cpu_us": {name: statistics.median(each) for name, each in found.items()}, "ratio": ratio}
 
 
+def explore(model: Any) -> None:
+    """Let `model` draw its actions if `explore` says so, by a Gumbel number for each score."""
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for node in model.graph.node:
+        node.output[:] = ["greedy" if name == "action" else name for name in node.output]
+    for name, kind, shape in (
+        ("explore", onnx.TensorProto.BOOL, [batch]),
+        ("noise", onnx.TensorProto.FLOAT, [batch, 6]),
+    ):
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "last_axis"))
+    for kind, inputs, output, options in (
+        ("Cast", ["explore"], "explore_number", {"to": onnx.TensorProto.FLOAT}),
+        ("Unsqueeze", ["explore_number", "last_axis"], "explore_column", {}),
+        ("Mul", ["noise", "explore_column"], "noise_taken", {}),
+        ("Add", ["action_value", "noise_taken"], "noisy", {}),
+        ("ArgMax", ["noisy"], "action", {"axis": 1, "keepdims": 0}),
+    ):
+        model.graph.node.append(onnx.helper.make_node(kind, inputs, [output], **options))
+
+
+def two_versions(artifact: Artifact, store: ModelStore) -> None:
+    """Publish `artifact` with exploration as version 1, and with other weights of its first layer as version 2."""
+    manifest = artifact.manifest
+    model = onnx.load_model_from_string(artifact.read(manifest.programs["onnx"].file))
+    explore(model)
+    signature = replace(
+        manifest.signature,
+        exploration=("deterministic", "random"),
+        noise=(Noise(TensorSpec("noise", "float32", (6,)), "gumbel"),),
+    )
+    inputs, outputs = golden.read(artifact)
+    size = len(inputs["pixels"])
+    inputs |= {"explore": np.zeros(size, bool), "noise": np.zeros((size, 6), np.float32)}
+    weights = next(each for each in model.graph.initializer if len(each.dims) == 4)
+    programs = {"onnx": replace(manifest.programs["onnx"], file="policy.onnx")}
+    for factor in (1.0, NUDGE):
+        nudged = onnx.numpy_helper.to_array(weights) * np.float32(factor)
+        weights.CopyFrom(onnx.numpy_helper.from_array(nudged, weights.name))
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        found = dict(zip(outputs, session.run(list(outputs), inputs), strict=True))
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {name: Path(folder, name) for name in ("policy.onnx", GOLDEN)}
+            paths["policy.onnx"].write_bytes(model.SerializeToString())
+            paths[GOLDEN].write_bytes(golden.save(inputs, found))
+            store.publish(replace(manifest, signature=signature, programs=programs), paths)
+
+
 def scale(store: Path, steps: int, sessions: int, folder: Path) -> dict[str, Any]:
-    """Record and replay; the figures of both."""
-    artifact = ModelStore(store).resolve(LSTM)
-    begun_s = time.monotonic()
-    recorder = asyncio.run(_record(artifact, observations(store, LSTM), steps, sessions, folder))
-    recorded_s = time.monotonic() - begun_s
-    assert recorder.stopped is None, recorder.stopped
-    found = Recording(folder).of(LSTM)
-    size_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    budget = recorder.budget
-    with replay.program(artifact) as (actor, runtime):
-        result = replay.replay(found, actor, artifact.label, runtime, "full", lambda _: None)
+    """Record sessions of two versions, and replay each on both; the figures of all."""
+    with tempfile.TemporaryDirectory() as temporary:
+        versions = ModelStore(Path(temporary))
+        two_versions(ModelStore(store).resolve(LSTM), versions)
+        begun_s = time.monotonic()
+        recorder, retries = asyncio.run(_record(versions, observations(store, LSTM), steps, sessions, folder))
+        recorded_s = time.monotonic() - begun_s
+        assert recorder.stopped is None, recorder.stopped
+        recording = Recording(folder)
+        budget = recorder.budget
+        return {
+            "steps": recording.of(LSTM).count,
+            "retries": retries,
+            "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+            "recording_s": recorded_s,
+            "recording_cpu_us_a_step": (budget.copying_ns + budget.writing_ns) / 1e3 / steps,
+            "versions": [_replayed(recording.of(LSTM, number), versions, number) for number in (1, 2)],
+        }
+
+
+def _replayed(found: Steps, store: ModelStore, recorded: int) -> dict[str, Any]:
+    """Replay the steps of the version `recorded` on that version and on the other one."""
+    results = {}
+    for number in (recorded, 3 - recorded):
+        artifact = store.resolve(LSTM, number)
+        CONSOLE.print(f"  {found.count:,} steps of version {recorded} on version {number}")
+        with replay.program(artifact) as (actor, runtime):
+            results[number] = replay.replay(found, actor, artifact.label, runtime, "full", lambda _: None)
+    same, other = results[recorded].comparison, results[3 - recorded].comparison
+    assert other.first is not None
     return {
         "steps": found.count,
-        "bytes": size_bytes,
-        "recording_s": recorded_s,
-        "recording_cpu_us_a_step": (budget.copying_ns + budget.writing_ns) / 1e3 / steps,
-        "replay_s": result.seconds,
-        "identical": result.comparison.identical,
+        "identical": same.identical,
+        "replay_s": results[recorded].seconds,
+        "other version: same actions": other.same,
+        "other version: first": (other.first.episode, other.first.step),
+        "found directly": first_divergence(found, store.resolve(LSTM, 3 - recorded)),
     }
 
 
-async def _record(artifact: Artifact, screens: Array, steps: int, sessions: int, folder: Path) -> Recorder:
+def first_divergence(found: Steps, artifact: Artifact) -> tuple[str, int] | None:
+    """The episode and step of the first recorded action that the version `artifact` does not take.
+
+    It is found one step after the other, without the code of replays.
+    """
+    runtime, signature = OnnxRuntime.load(artifact, 1), artifact.manifest.signature
+    states: dict[str, Arrays] = {}
+    for window in found.windows(replay.WINDOW_BYTES):
+        for step in window:
+            given = {"pixels": step.tensors["observation.pixels"][None], "is_init": step.tensors["is_init"][None]}
+            given |= states.get(step.episode, {})
+            completed = complete(signature, given, 1, step.exploration, step.seed)
+            results = runtime.run(completed.inputs)
+            if results["action"][0] != step.tensors["output.action"]:
+                return step.episode, step.step
+            states[step.episode] = {each.spec.name: results[each.output] for each in signature.state}
+    return None
+
+
+async def _record(store: ModelStore, screens: Array, steps: int, sessions: int, folder: Path) -> tuple[Recorder, int]:
+    """Sessions of both versions side by side, half of them at random, with new episodes and retried steps.
+
+    Returns the recorder and the number of retries.
+    """
     recorder = Recorder(str(folder), Budget(1.0), 256 << 20)
-    with Writer(recorder, folder):
-        policy = Policy.load(artifact, Settings(runtime="onnx", max_wait_ms=60_000))
-        policy.recorder = recorder.of(artifact, policy.choice.runtime)
-        policy.start()
-        admission, rng = Admission(), np.random.default_rng(0)
-        episodes = [EpisodeState(policy, admission, Tally(), None, {}, "stream") for _ in range(sessions)]
-        for step in range(steps // sessions):
-            chosen = screens[rng.integers(0, len(screens), sessions)]
-            acts = (each.act({"pixels": screen[None]}) for each, screen in zip(episodes, chosen, strict=True))
-            await asyncio.gather(*acts)
+    registry = Registry(store, Settings(runtime="onnx", max_wait_ms=60_000))
+    registry.record(recorder)
+    retries = 0
+
+    async def play(session: Session) -> None:
+        nonlocal retries
+        rng = np.random.default_rng(session.number)
+        for number in range(1, steps // sessions + 1):
+            pixels = screens[rng.integers(0, len(screens))][None]
+            tensors = {"pixels": pixels, "is_init": np.array([number == 1 or rng.random() < 1 / EPISODE])}
+            result = await held.step(registry, session, tensors, number)
+            if rng.random() < RETRIED:
+                again = await held.step(registry, session, tensors, number)
+                assert again.replayed
+                assert again.acted.outputs["action"] == result.acted.outputs["action"]
+                retries += 1
             while recorder.budget.waiting_bytes > 64 << 20:  # the disk and the other core are slower than the policy
                 await asyncio.sleep(0.05)
-            if step % 1000 == 999:
-                CONSOLE.print(f"  {(step + 1) * sessions:,} steps")
-        await policy.close()
-    return recorder
+            if number % 1000 == 0 and session.number == 1:
+                CONSOLE.print(f"  {number * sessions:,} steps")
+
+    with (
+        Writer(recorder, folder),
+        tempfile.TemporaryDirectory() as temporary,
+        Sessions(Path(temporary) / "sessions", SessionLimits()) as held,
+    ):
+        registry.start()
+        await registry.wait_loaded(60.0)
+        begun = [
+            held.begin(LSTM, 1 + number % 2, seed=number, exploration="random" if number % 4 < 2 else None)
+            for number in range(sessions)
+        ]
+        await asyncio.gather(*map(play, begun))
+        await registry.close()
+    return recorder, retries
 
 
 def main() -> int:
@@ -132,7 +249,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         found = scale(wanted.store, wanted.steps, wanted.sessions, wanted.folder or Path(temporary) / "recording")
     print(json.dumps(found))
-    return 0 if found["identical"] == found["steps"] else 1
+    right = all(
+        each["identical"] == each["steps"] and each["found directly"] == each["other version: first"]
+        for each in found["versions"]
+    )
+    return 0 if right and found["steps"] == sum(each["steps"] for each in found["versions"]) else 1
 
 
 if __name__ == "__main__":
