@@ -1,4 +1,4 @@
-"""The table of policies that can be exported, made from the results of `tests/e2e/test_kinds.py`.
+"""The table of policies that can be exported, made from the results of `tests/e2e/test_kinds.py` and `tests/robots`.
 
 `python -m tests.kinds` writes it between the marks in docs/bring-your-own-policy.md.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests import policies, policies_agents, policies_heads, policies_models
+from tests import policies, policies_agents, policies_heads, policies_models, policies_sb3
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "bring-your-own-policy.md"
@@ -47,6 +47,22 @@ TITLES = {
 FROM_DOCSTRINGS = policies_agents.KINDS | policies_heads.KINDS | policies_models.KINDS
 KINDS: dict[str, Callable[[], Any]] = policies.KINDS | FROM_DOCSTRINGS
 TITLES |= {name: str(factory.__doc__) for name, factory in FROM_DOCSTRINGS.items()}
+# Policies of other libraries; those of the last group are made and recorded in tests/robots/test_kinds.py.
+OF_LIBRARIES: dict[str, Callable[[], Any]] = policies_sb3.KINDS
+TITLES_OF_LIBRARIES = policies_sb3.TITLES | {
+    "rsl_rl_mlp": "rsl_rl: `MLPModel`",
+    "rsl_rl_lstm": "rsl_rl: `RNNModel`, 2-layer LSTM (state)",
+    "rsl_rl_cnn": "rsl_rl: `CNNModel`",
+    "skrl_gaussian": "skrl: Gaussian",
+    "skrl_recurrent": "skrl: Gaussian, 2-layer LSTM (state)",
+    "skrl_choice": "skrl: Categorical",
+    "rl_games_ppo": "rl_games: PPO, 2-layer LSTM (state)",
+    "rl_games_sac": "rl_games: SAC",
+    "lerobot_act": "LeRobot: ACT (chunks are state)",
+    "lerobot_diffusion": "LeRobot: Diffusion (chunks and observations are state)",
+    "decision_transformer": "`DTActor` in `DecisionTransformerInferenceWrapper`",
+    "online_decision_transformer": "`OnlineDTActor` in `DecisionTransformerInferenceWrapper`",
+}
 
 # Why a class of `torchrl.modules` has no row.
 _REMOVED = "TorchRL has removed it: it raises when it is made"
@@ -93,10 +109,16 @@ def record(kind: str, runtime: str, exploration: str, max_batch: int) -> None:
 
 def table() -> str:
     """Markdown. A cell is the largest batch of one call; "n/a" where the policy has nothing random."""
-    found = {kind: {cell.name: int(cell.read_text()) for cell in (FOUND / kind).iterdir()} for kind in TITLES}
+    titles = TITLES | TITLES_OF_LIBRARIES
+    folders = {kind: FOUND / kind for kind in titles}
+    found = {
+        kind: {cell.name: int(cell.read_text()) for cell in folder.iterdir()}
+        for kind, folder in folders.items()
+        if folder.exists()
+    }
     columns = [f"{runtime} {mode}" for runtime in ("pt2", "onnx") for mode in ("deterministic", "random")]
     lines = ["| policy | " + " | ".join(f".{column}" for column in columns) + " |", "|---" * 5 + "|"]
-    for kind, title in TITLES.items():
+    for kind, title in titles.items():
         cells = [_cell(found.get(kind, {}), column) for column in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

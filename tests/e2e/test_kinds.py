@@ -32,6 +32,9 @@ COMPILED = ("epsilon_greedy", "gru")
 SOME = ("cart_pair", "several_observations", "tanh_normal", "cat_frames", "gsde")
 
 
+ROWS = kinds.KINDS | kinds.OF_LIBRARIES
+
+
 class Kinds:
     """A service with each of `runtimes` over one store, to which a kind is published when a test first asks for it."""
 
@@ -43,7 +46,7 @@ class Kinds:
     def get(self, kind: str) -> Artifact:
         """The artifact of a kind, once every service has it: a program for each, with its certificate."""
         (made,) = (
-            p for p in exported(f"{kinds.KINDS[kind].__module__}:{kind}", tuple(self.urls)).root.iterdir() if p.is_dir()
+            p for p in exported(f"{ROWS[kind].__module__}:{kind}", tuple(self.urls)).root.iterdir() if p.is_dir()
         )
         if not (self._root / "store" / made.name).exists():
             shutil.copytree(made, self._root / "copying" / made.name)
@@ -98,12 +101,8 @@ def observations(artifact: Artifact) -> Arrays:
 @pytest.mark.parametrize(
     ("published", "kind"),
     [
-        *(pytest.param(BOTH, kind, marks=[] if kind in COMPILED else pytest.mark.wide) for kind in kinds.KINDS),
-        *(
-            pytest.param(("onnx",), kind, marks=[] if kind in SOME else pytest.mark.wide)
-            for kind in kinds.KINDS
-            if kind not in COMPILED
-        ),
+        *(pytest.param(BOTH, kind, marks=[] if kind in COMPILED else pytest.mark.wide) for kind in ROWS),
+        *(pytest.param(("onnx",), kind) for kind in SOME),
     ],
     indirect=["published"],
 )
