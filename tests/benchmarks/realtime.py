@@ -1,9 +1,9 @@
 """A control loop at a fixed rate through a slow network. Run: python -m tests.benchmarks.realtime --minutes 30
 
 Each answer of the service is delayed by 150 ± 20 ms. `Realtime` acts at 50 Hz all the same: it asks for the next chunk
-of actions while it takes those of the last one. Beside it, in a process of its own, a loop that only sleeps shows how
-late this machine wakes a process. Then the same loop asks and waits for each action. The policy follows a clock: its
-observation is the number of the control period, so each action says for which period it was planned.
+of 50 actions while it takes those of the last one. Beside it, in a process of its own, a loop that only sleeps shows
+how late this machine wakes a process. Then the same loop asks and waits for each action. The policy follows a clock:
+its observation is the number of the control period, so each action says for which period it was planned.
 """
 
 from __future__ import annotations
