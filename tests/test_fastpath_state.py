@@ -342,6 +342,8 @@ def test_a_sequence_that_another_process_began_again_goes_on_there(fast: Service
     for x in (5, 6):
         assert action_of(infer(fast, in_sequence(x, 6))[3]) == int(expected.take(seen(x))["action"][0])
     assert infer_taken(fast) == before + 2
+    found = urllib3.request("GET", f"{fast.url}/v2/models/{NAME}/stats").json()["model_stats"][0]["inference_stats"]
+    assert all(found[part]["ns"] >= 0 for part in ("queue", "compute_input", "compute_infer", "compute_output"))
     app.state.sessions.end(app.state.sessions.sequence(NAME, 6))
     status, *_, body = infer(fast, in_sequence(7, 6))
     assert (status, json.loads(body)["error"]) == (404, f"no sequence '6' of {NAME}: never begun, ended or timed out")

@@ -22,8 +22,8 @@ from actserve.core.signature import Arrays
 from actserve.engine.runtimes.load import load
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
-from actserve_export.capture.cost import first
 from actserve_export.certify.limits import POOL, Findings, fuzz
+from actserve_export.programs.cost import first
 from actserve_export.publish import export
 from actserve_export.sources import samples
 from actserve_export.sources.policy_source import PolicySource

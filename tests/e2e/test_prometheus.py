@@ -22,7 +22,8 @@ from tests.waiting import until
 PROMETHEUS = shutil.which("prometheus")
 SCREEN = np.zeros((210, 160, 3), np.uint8)
 VARIABLES = {"$job": "actserve", "$policy": ".*", "$__rate_interval": "1m"}
-EMPTY = {"actserve_refused_total", "actserve_shadow_items_total"}  # nothing was refused, and there is no shadow
+# Nothing was refused, no policy has limits, and there is no shadow.
+EMPTY = {"actserve_limited_total", "actserve_refused_total", "actserve_shadow_items_total"}
 
 # In CI a missing Prometheus is a failure.
 pytestmark = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from actserve.core.errors import CaptureFailed
 from actserve.core.signature import Arrays, Signature
 from actserve.engine import golden
 from actserve.engine.golden import Tolerance
-from actserve_export.capture.cost import Run, cpu_seconds, first
+from actserve_export.programs.cost import Run, cpu_seconds, first
 
 FAR = 1e6  # an end of a range without bounds
 ITEMS, FEWEST_ITEMS = 32, 8  # that are compared

@@ -23,7 +23,6 @@ from actserve.store.artifact import Program
 from actserve_export.capture.bounds import IndexBounds, narrowed, spec_bounds
 from actserve_export.capture.chunks import with_chunk
 from actserve_export.capture.company import FEWEST_ITEMS, ITEMS, affordable, dependence, refuse_hidden_draws
-from actserve_export.capture.cost import first
 from actserve_export.capture.hidden_state import refuse_hidden_state
 from actserve_export.capture.indices import refuse_negative_indices
 from actserve_export.capture.layout import Layout, layout_of, modules_in_order
@@ -35,6 +34,7 @@ from actserve_export.capture.step_program import StepProgram
 from actserve_export.capture.swaps import swap
 from actserve_export.capture.trace import MAX_BATCH, trace
 from actserve_export.capture.transforms import connect
+from actserve_export.programs.cost import first
 from actserve_export.programs.exported import PROGRAM, save_program
 from actserve_export.programs.reasons import explain, refuse_what_has_no_values_or_source
 from actserve_export.programs.rewrites.optimize import fold, optimize

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actserve.core.signature import Arrays, Signature
-from actserve_export.capture.cost import Run, cpu_seconds, first
+from actserve_export.programs.cost import Run, cpu_seconds, first
 
 BATCH_SIZES = (1, 3, 8, 32)
 LEAST_SAMPLES, MOST_SAMPLES = 64, 512

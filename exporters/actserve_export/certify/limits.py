@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,13 @@ from actserve.core.errors import CaptureFailed, Disagreement, RefusedByProgram, 
 from actserve.core.limits import LIMITED, OutputLimits, Reason
 from actserve.core.signature import IS_INIT, Array, Arrays, Signature, TensorSpec
 from actserve.engine.runtimes.base import Runtime
-from actserve_export.capture.cost import Run, cpu_seconds
-from actserve_export.capture.limits.policy import LimitedPolicy
-from actserve_export.capture.limits.signature import action_spec, starting_action, taken_of_chunk
+from actserve_export.programs.cost import Run, cpu_seconds
 from actserve_export.sources import samples
 from actserve_export.sources.interfaces import ExportSource
+from actserve_export.sources.limited_actions import action_spec, starting_action, taken_of_chunk
+
+if TYPE_CHECKING:
+    from actserve_export.capture.limits.policy import LimitedPolicy
 
 INPUTS = 100_000  # for each program, if they fit into the budget
 FEWEST = 2_000

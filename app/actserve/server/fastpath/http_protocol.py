@@ -396,7 +396,8 @@ class FastPathProtocol(Receiver):
         try:
             observations = {name: array.copy() for name, array in self.inputs().items() if name in names}
             result = await step.finish(self._fast_path.registry, observations)
-            self._answer_with_outputs(BatchResult(result.acted.outputs, None, 0, 0), 0, step.fields(result))
+            outcome = BatchResult(result.acted.outputs, None, perf_counter_ns(), 0)
+            self._answer_with_outputs(outcome, 0, step.fields(result))
         except ActserveError as error:
             self._answer(codec.refusal(error, self._state.default_headers))
         except Exception:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from actserve.core.limits import OutputLimits
 from actserve.core.signature import TensorSpec
 from actserve_export.capture.limits.flags import every, wide
-from actserve_export.capture.limits.signature import starting_action
+from actserve_export.sources.limited_actions import starting_action
 
 
 class Previous(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 from actserve.core.errors import UsageError
 from actserve.core.limits import LIMITED, Limits, OutputLimits
 from actserve.core.signature import INFERENCE_DELAY, PREV_CHUNK, Array, Signature, State, TensorSpec
+from actserve_export.sources.limited_actions import action_spec, starting_action
 from actserve_export.sources.limits_file import HOLD, LARGEST, LimitsFile, OutputSection
 
 _SCORES = ("action_value", "logits")
@@ -43,18 +44,6 @@ def limited_signature(signature: Signature, file: LimitsFile) -> Signature:
     )
 
 
-def action_spec(signature: Signature, output: str) -> TensorSpec:
-    """One action of an output: the output itself, or one entry of a chunk."""
-    spec = signature.outputs[_index(signature, output)]
-    return signature.planned_action if signature.chunk is not None and signature.chunk.output == output else spec
-
-
-def taken_of_chunk(signature: Signature, output: str) -> int | None:
-    """How many actions of a chunk are taken; None for an output that is no chunk."""
-    chunk = signature.chunk
-    return chunk.execute if chunk is not None and chunk.output == output else None
-
-
 def _index(signature: Signature, name: str) -> int:
     if name not in signature.output_names:
         raise UsageError(f"limits: {name}: no such output; the policy gives {', '.join(signature.output_names)}")
@@ -70,17 +59,6 @@ def _states(limit: OutputLimits, spec: TensorSpec) -> list[State]:
     if limit.age is not None:
         states.append(State(TensorSpec(limit.age, "int64", spec.shape), f"next_{limit.age}"))
     return states
-
-
-def starting_action(limit: OutputLimits, spec: TensorSpec) -> tuple[float, ...]:
-    """The action that "hold" means in the first step: `start`, or the allowed values nearest to zero."""
-    if limit.start is not None:
-        return limit.start
-    if limit.allowed is not None:
-        return (float(limit.allowed[0]),) * spec.elements
-    low, high = limit.low or (-np.inf,), limit.high or (np.inf,)
-    nearest = np.broadcast_to(np.clip(0.0, low, high), (spec.elements,))
-    return tuple(nearest.tolist())
 
 
 def _bounded(spec: TensorSpec, limit: OutputLimits) -> TensorSpec:

@@ -12,8 +12,8 @@ from actserve.core.limits import LIMITED, OutputLimits, Reason
 from actserve.core.signature import IS_INIT, Signature, State, TensorSpec
 from actserve_export.capture.limits.flags import all_of, every, wide
 from actserve_export.capture.limits.outputs import BoundLimits, DiscreteLimits
-from actserve_export.capture.limits.signature import action_spec, taken_of_chunk
 from actserve_export.capture.step_program import named_forward
+from actserve_export.sources.limited_actions import action_spec, taken_of_chunk
 
 
 class LimitedStep(nn.Module):
