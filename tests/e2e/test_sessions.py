@@ -88,9 +88,9 @@ class Connection:
     def worker(self, service: LocalService) -> int:
         """The process at the other end: the one that has the socket whose peer is ours."""
         self.ask("GET", "/healthz")
-        peer = f"{self._http.sock.getsockname()[1]:04X}"
+        peer, port = (f"{name[1]:04X}" for name in (self._http.sock.getsockname(), self._http.sock.getpeername()))
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        (inode,) = (row[9] for row in rows if row[2].endswith(":" + peer) and row[3] == "01")
+        (inode,) = (row[9] for row in rows if (row[1][-4:], row[2][-4:], row[3]) == (port, peer, "01"))
         for worker in service.workers:
             with suppress(OSError):  # it has just ended
                 if f"socket:[{inode}]" in map(os.readlink, Path(f"/proc/{worker}/fd").iterdir()):
