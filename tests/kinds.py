@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests import policies, policies_agents, policies_heads, policies_models, po
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "bring-your-own-policy.md"
 FOUND = ROOT / ".cache" / "kinds"  # a file for each cell of the table
+LIBRARIES = ("torch", "torchrl", "tensordict", "onnxruntime", "stable-baselines3")
 BEGIN, END = "<!-- kinds -->", "<!-- /kinds -->"
 TITLES = {
     "cart_pair": "Q-values, categorical action",
@@ -108,7 +110,7 @@ def record(kind: str, runtime: str, exploration: str, max_batch: int) -> None:
 
 
 def table() -> str:
-    """Markdown. A cell is the largest batch of one call; "n/a" where the policy has nothing random."""
+    """Markdown. A cell is the largest batch of one call; "n/a" where the policy does not act in this way."""
     titles = TITLES | TITLES_OF_LIBRARIES
     folders = {kind: FOUND / kind for kind in titles}
     found = {
@@ -129,13 +131,22 @@ def _commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def _versions() -> str:
+    return ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in LIBRARIES)
+
+
 def _cell(found: dict[str, int], column: str) -> str:
     if column in found:
         return f"1 to {found[column]}"
-    return "n/a: nothing random" if column.endswith("random") and found else "not run"
+    runtime, mode = column.split()
+    if not any(cell.startswith(runtime) for cell in found):
+        return "not run"
+    return "n/a: nothing random" if mode == "random" else "n/a: always random"
 
 
 if __name__ == "__main__":
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n\nTested at commit {_commit()}.\n{END}{after}")
+    DOCUMENT.write_text(
+        f"{before}{BEGIN}\n{table()}\n\nTested at commit {_commit()}, with {_versions()}.\n{END}{after}"
+    )
