@@ -1,4 +1,4 @@
-"""What recording costs, and how much can be recorded. Run: python -m tests.benchmarks.recording cost|scale
+"""The cost of recording, and recordings at scale. Run: python -m tests.benchmarks.recording cost|scale
 
 `cost`: two services with `pong`, one that records and one that does not, take turns on one core with raw requests at
 their peak. The figure is the ratio of their CPU times an action (user and system, all their processes), the median of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +12,7 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torchrl.modules import (
-    DecisionTransformerInferenceWrapper,
-    DTActor,
-    OnlineDTActor,
-    ProbabilisticActor,
-    TanhDelta,
-    TanhNormal,
-)
+from torchrl.modules import DTActor, OnlineDTActor, TanhDelta, TanhNormal
 
 from actserve.core.completion import complete
 from actserve.core.signature import Arrays
@@ -31,18 +21,10 @@ from actserve.store.local import ModelStore
 from actserve_export import PolicySource, from_lerobot, from_rl_games, from_rsl_rl, from_skrl
 from actserve_export.publish import RUNTIMES, export
 from tests import kinds
-from tests.robots import test_lerobot, test_rl_games, test_rsl_rl, test_skrl, test_transformers
+from tests.robots import test_lerobot, test_rl_games, test_rsl_rl, test_skrl
+from tests.robots.test_transformers import decision_transformer
 
 ROWS, STEPS = 5, 200
-
-
-def decision_transformer(network: Any, keys: list[str], distribution: Any) -> PolicySource:
-    module = TensorDictModule(
-        network(4, 2, test_transformers.SMALL), in_keys=list(test_transformers.HISTORY), out_keys=keys
-    )
-    actor = ProbabilisticActor(module, in_keys=keys, distribution_class=distribution)
-    policy = DecisionTransformerInferenceWrapper(actor, inference_context=test_transformers.CONTEXT).eval()
-    return PolicySource(policy, TensorDict(test_transformers.HISTORY))
 
 
 def act_of_lerobot() -> PolicySource:

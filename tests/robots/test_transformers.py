@@ -35,6 +35,13 @@ SMALL = {
 }  # fmt: skip
 
 
+def decision_transformer(network: Any, keys: list[str], distribution: Any) -> PolicySource:
+    module = TensorDictModule(network(4, 2, SMALL), in_keys=list(HISTORY), out_keys=keys)
+    actor = ProbabilisticActor(module, in_keys=keys, distribution_class=distribution)
+    policy = DecisionTransformerInferenceWrapper(actor, inference_context=CONTEXT).eval()
+    return PolicySource(policy, TensorDict(HISTORY))
+
+
 @pytest.mark.parametrize(
     ("network", "keys", "distribution"),
     [(DTActor, ["param"], TanhDelta), (OnlineDTActor, ["loc", "scale"], TanhNormal)],
@@ -43,14 +50,12 @@ def test_a_decision_transformer_reads_its_history(
     network: Any, keys: list[str], distribution: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    module = TensorDictModule(network(4, 2, SMALL), in_keys=list(HISTORY), out_keys=keys)
-    actor = ProbabilisticActor(module, in_keys=keys, distribution_class=distribution)
-    policy = DecisionTransformerInferenceWrapper(actor, inference_context=CONTEXT).eval()
-    artifact = published(PolicySource(policy, TensorDict(HISTORY)), tmp_path)
+    source = decision_transformer(network, keys, distribution)
+    artifact = published(source, tmp_path)
 
     def act(observed: dict[str, Tensor], _: Tensor) -> Tensor:
         with set_exploration_type(ExplorationType.DETERMINISTIC):
-            action: Tensor = policy(TensorDict(observed, [len(observed["observation"])]))["action"]
+            action: Tensor = source.policy(TensorDict(observed, [len(observed["observation"])]))["action"]
         return action
 
     assert_same_episodes(artifact, act)

@@ -15,7 +15,8 @@ from actserve.engine.policy import Acted
 from actserve.engine.recorders import Door, committed
 from actserve.engine.registry import Registry
 from actserve.server.fastpath.request_heads import RequestHead
-from actserve.server.sessions import Session, Sessions, StepResult, step_recorder
+from actserve.server.sessions import Session, Sessions, StepResult
+from actserve.server.sessions.recorded import step_recorder
 from actserve.server.sessions.step_record import StepRecord
 
 

@@ -18,8 +18,9 @@ from actserve.engine.policy import Policy
 from actserve.engine.recorders import Feedback
 from actserve.server.admission import current_token
 from actserve.server.http.requests import read_patience_ns, read_raw_body, registry_of, sessions_of
-from actserve.server.sessions import Session, StepResult, chunk_state, end_recorded, policy_of, replayed
+from actserve.server.sessions import Session, StepResult, chunk_state, policy_of, replayed
 from actserve.server.sessions.feedback import DONE_HEADER, REWARD_HEADER, read_feedback
+from actserve.server.sessions.recorded import end_recorded
 
 router = APIRouter(tags=["sessions"])
 

@@ -36,13 +36,14 @@ from actserve.core.errors import (
 )
 from actserve.core.signature import Arrays, Exploration, Signature
 from actserve.engine.policy import Acted, Policy
-from actserve.engine.recorders import Door, Feedback, StepRecorder, committed
+from actserve.engine.recorders import Door, Feedback, committed
 from actserve.engine.registry import Registry
 from actserve.server.access.tokens import Token
-from actserve.server.admission import Admission, name_of
+from actserve.server.admission import Admission
 from actserve.server.sessions.chunk_state import by_action, take_action
 from actserve.server.sessions.ids import SessionIds, first_number, home_of_number
 from actserve.server.sessions.recent_sessions import RecentSessions
+from actserve.server.sessions.recorded import step_recorder
 from actserve.server.sessions.session import Session
 from actserve.server.sessions.session_file import SessionFile
 from actserve.server.sessions.step_record import StepRecord
@@ -53,11 +54,9 @@ __all__ = [
     "SessionStatistics",
     "Sessions",
     "StepResult",
-    "end_recorded",
     "policy_of",
     "replayed",
     "signature_of",
-    "step_recorder",
 ]
 
 log = logging.getLogger("actserve")
@@ -449,28 +448,6 @@ class Sessions:
 
     def _idle_since_ms(self) -> int:
         return self._now_ms() - int(self.limits.idle_s * 1000)
-
-
-def step_recorder(
-    policy: Policy, session: Session, number: int, door: Door = "session", previous: Feedback | None = None
-) -> StepRecorder | None:
-    """The recorder of step `number` of `session`; None: it is not recorded."""
-    if policy.recorder is None:
-        return None
-    episode = policy.recorder.session(session.id, door, name_of(session.holder))
-    if episode is None:
-        return None
-    recorder = episode.step(number)
-    recorder.previous = previous
-    return recorder
-
-
-def end_recorded(policy: Policy, session: Session, feedback: Feedback) -> None:
-    """Record the feedback on the session's last step."""
-    if policy.recorder is not None:
-        episode = policy.recorder.session(session.id, "session", name_of(session.holder))
-        if episode is not None:
-            episode.end(feedback)
 
 
 def replayed(policy: Policy, session: Session, last: StepRecord) -> StepResult:
