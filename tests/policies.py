@@ -322,6 +322,7 @@ class Ahead(nn.Module):
     """Plans to follow a clock: the observation is the time, and the actions are the times from then on."""
 
     HORIZON = 50  # as π0 plans for ALOHA's arms, at 50 Hz
+    EXECUTE = 25
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
         return time.unsqueeze(-2) + torch.arange(float(self.HORIZON)).unsqueeze(-1)
@@ -329,7 +330,7 @@ class Ahead(nn.Module):
 
 def planner() -> PolicySource:
     module = TensorDictModule(Ahead(), in_keys=["time"], out_keys=["actions"])
-    chunk = Chunk("actions", 25, period_s=0.01)
+    chunk = Chunk("actions", Ahead.EXECUTE, period_s=0.01)
     return PolicySource(module, TensorDict({"time": torch.zeros(1)}), outputs=("actions",), chunk=chunk)
 
 

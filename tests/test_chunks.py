@@ -26,6 +26,7 @@ from actserve.server.sessions.chunk_state import by_action, take_action
 from actserve_export import PolicySource
 from actserve_export.capture import capture
 from tests.exported import exported
+from tests.policies import Ahead
 
 HORIZON, EXECUTE = 8, 6
 SIGNATURE = Signature(
@@ -122,21 +123,21 @@ def url() -> Iterator[str]:
 
 
 def test_a_stream_hands_out_one_action_for_each_observation(url: str) -> None:
-    times = [np.array([float(tick)], np.float32) for tick in range(50)]
+    times = [np.array([float(tick)], np.float32) for tick in range(2 * Ahead.HORIZON)]
     with Stream(url, "planner", chunk="step", ahead=4) as stream:
         assert stream.signature.action.shape == (1,)
         found = [stream.act(time) for time in times]
-        assert [float(action[0]) for action in found] == list(range(50))
+        assert [float(action[0]) for action in found] == list(range(2 * Ahead.HORIZON))
     with Stream(url, "planner") as stream:
-        assert stream.act(times[3]).tolist() == [[3.0 + i] for i in range(20)]
-        assert stream.signature.chunk == Chunk("actions", 10, 0.01)
+        assert stream.act(times[3]).tolist() == [[3.0 + i] for i in range(Ahead.HORIZON)]
+        assert stream.signature.chunk == Chunk("actions", Ahead.EXECUTE, 0.01)
 
 
 @pytest.mark.parametrize(
     ("query", "message"),
     [
         ({"chunk": "steps"}, "expected chunk=whole, or chunk=step"),
-        ({"chunk": "step", "ahead": 6}, "at most half of the 10 actions"),
+        ({"chunk": "step", "ahead": 13}, "at most half of the 25 actions"),
         ({"chunk": "step", "ahead": -1}, "expected chunk=whole, or chunk=step and the steps in ahead; got .*ahead=-1"),
     ],
 )
@@ -147,8 +148,8 @@ def test_a_stream_says_what_is_wrong(url: str, query: Any, message: str) -> None
 
 def test_a_client_sees_that_a_policy_plans(url: str) -> None:
     with RemotePolicy(url, "planner") as remote:
-        assert remote.signature.chunk == Chunk("actions", 10, 0.01)
-        assert remote.act(np.zeros(1, np.float32)).shape == (20, 1)
+        assert remote.signature.chunk == Chunk("actions", Ahead.EXECUTE, 0.01)
+        assert remote.act(np.zeros(1, np.float32)).shape == (Ahead.HORIZON, 1)
 
 
 def test_a_chunk_that_no_output_is_is_refused() -> None:
@@ -160,26 +161,27 @@ def test_a_chunk_that_no_output_is_is_refused() -> None:
 
 
 def test_a_session_hands_out_one_action_with_each_step(url: str) -> None:
-    times = [np.array([float(tick)], np.float32) for tick in range(25)]
+    times = [np.array([float(tick)], np.float32) for tick in range(30)]
     with RemotePolicy(url, "planner") as remote:
         with remote.session(chunk="step") as session:
-            assert [session.act(time).tolist() for time in times] == [[tick] for tick in range(25)]
+            assert [session.act(time).tolist() for time in times] == [[tick] for tick in range(30)]
             again = remote.run(
                 operations.step(
-                    remote.description, {"time": times[0]}, (), session_step=SessionStep(session.id, 25, by_action=True)
+                    remote.description, {"time": times[0]}, (), session_step=SessionStep(session.id, 30, by_action=True)
                 )
             )
-            assert again.outputs["actions"].tolist() == [24], "the stored answer of the last step"
+            assert again.outputs["actions"].tolist() == [29], "the stored answer of the last step"
         with remote.session() as session:
-            assert session.act(times[7]).tolist() == [[7.0 + i] for i in range(20)]
+            assert session.act(times[7]).tolist() == [[7.0 + i] for i in range(Ahead.HORIZON)]
 
 
 def test_a_session_takes_what_was_planned_until_it_is_time(url: str) -> None:
     """The observation of a step between two chunks has no effect: the policy does not run."""
     with RemotePolicy(url, "planner") as remote, remote.session(chunk="step") as session:
         far = np.array([1000.0], np.float32)
-        found = [float(session.act(far if 0 < tick < 10 else far * 0 + tick)[0]) for tick in range(12)]
-        assert found == list(range(12))
+        planned = range(1, Ahead.EXECUTE)
+        found = [float(session.act(far if tick in planned else far * 0 + tick)[0]) for tick in range(30)]
+        assert found == list(range(30))
 
 
 def test_sessions_of_other_policies_hand_out_no_chunks() -> None:
@@ -218,7 +220,7 @@ def test_a_robot_gets_one_action_for_each_observation_if_its_url_says_so(url: st
     address = url.replace("http", "ws") + "/policies/planner/openpi?chunk=step&ahead=3"
     with connect(address, proxy=None, compression=None) as socket:
         unpack(socket.recv(decode=False))
-        for tick in range(30):
+        for tick in range(60):
             socket.send(pack({"time": np.array([tick], np.float32)}, of_openpi))
             answer = unpack(socket.recv(decode=False))
             assert answer["action"].tolist() == [tick]
