@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
 
 from actserve.core.errors import CorruptFile
 from actserve.engine import golden
 from actserve.engine.runtimes import onnx_runtime
 from actserve.engine.runtimes.made_once import MadeOnce
+from actserve.engine.runtimes.onnx_weights import external_data
 from actserve.store.artifact import Artifact
 from actserve.store.local import ModelStore
+from actserve_export import PolicySource
+from actserve_export.publish import export
 from tests.contracts import RuntimeContract
 
 
@@ -57,6 +65,34 @@ def test_the_answers_are_those_of_a_program_in_memory(cart: Artifact, tmp_path: 
     mapped, own = (onnx_runtime.OnnxRuntime.load(cart, 1, shared) for shared in (tmp_path, None))
     for name, array in own.run(inputs).items():
         np.testing.assert_array_equal(mapped.run(inputs)[name], array)
+
+
+def test_kernels_for_avx512_find_the_weights_at_multiples_of_64(published: ModelStore, tmp_path: Path) -> None:
+    """Otherwise they crash. The policy's layers have 5, 3 and 7 outputs, so that sizes are odd."""
+    artifact = published.resolve("odd")
+    runtime = onnx_runtime.OnnxRuntime.load(artifact, 1, tmp_path)
+    (folder,) = folders(tmp_path)
+    model = onnx.load(str(folder / onnx_runtime.MODEL), load_external_data=False)
+    places = [external_data(tensor.SerializeToString()) for tensor in model.graph.initializer]
+    offsets = [int(entries["offset"]) for entries in places if entries]
+    packed = [value.split("|")[1:] for entries in places for key, value in entries.items() if "prepacked" in key]
+    offsets += [int(buffer.split(";")[0]) for buffers in packed for buffer in buffers]
+    assert packed
+    assert len(set(offsets)) > 4
+    assert all(offset % 64 == 0 for offset in offsets)
+    golden.prove(runtime, "onnx", artifact)
+    runtime.close()
+
+
+@pytest.fixture
+def published(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    layers = nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 7))
+    source = PolicySource(
+        TensorDictModule(layers, ["observation"], ["action"]), TensorDict({"observation": torch.zeros(9)})
+    )
+    store = ModelStore(tmp_path_factory.mktemp("store"))
+    export(source, "odd", store, origin="test", runtimes=("onnx",))
+    return store
 
 
 def test_small_programs_and_services_without_workers_have_no_files(

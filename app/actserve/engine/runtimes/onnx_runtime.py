@@ -22,6 +22,7 @@ from actserve.engine.malloc import trim
 from actserve.engine.runtimes.base import Runtime, brief
 from actserve.engine.runtimes.made_once import MadeOnce
 from actserve.engine.runtimes.onnx_check import inspect_model
+from actserve.engine.runtimes.onnx_weights import align
 from actserve.store.artifact import Artifact
 
 log = logging.getLogger("actserve")
@@ -141,6 +142,8 @@ def _write_optimized(artifact: Artifact, folder: Path) -> None:
         options.add_session_config_entry(f"session.{name}", value)
     _session(data, options)
     del data
+    if (folder / WEIGHTS).exists():  # a model may have none of that size
+        align(folder / MODEL, folder / WEIGHTS)
     trim()
 
 
