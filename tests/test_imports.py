@@ -26,7 +26,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"core"},
         {"telemetry", "wire", "store"},
         {"engine", "client"},
-        {"atari", "loadtest", "recording"},
+        {"atari", "loadtest", "recording", "bundles"},
         {"server"},
         {"cli"},
     ],
@@ -160,7 +160,7 @@ def test_only_one_file_imports_each_engine() -> None:
         users = {
             file.name
             for name, file in MODULES.items()
-            if name.startswith("actserve.")
+            if name.startswith("actserve.") and name != "actserve.bundles.python.policy"  # runs without us
             for node in ast.walk(ast.parse(file.read_text()))
             if (isinstance(node, ast.Import) and any(a.name.split(".")[0] == engine for a in node.names))
             or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == engine)
