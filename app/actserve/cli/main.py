@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from actserve import __version__
 from actserve.cli.commands import artifacts, keys, play, recordings, routing, tokens
+from actserve.cli.commands.bundles import bundle
 from actserve.cli.commands.serve import serve
 from actserve.cli.commands.tune import tune
 from actserve.cli.plugins import plugin_commands
@@ -43,7 +44,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Make": (tune,),
+    "Make": (tune, bundle),
     "Serve": (serve,),
     "Play": (play.play, play.load),
     "Look": (artifacts.inspect, artifacts.verify, artifacts.diff, artifacts.doctor, recordings.replay),

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from actserve.cli.certificate import print_certificate
+from actserve.cli.commands.bundles import verify_bundle
 from actserve.cli.commands.recordings import open_recording, progress_bar
 from actserve.cli.limits import describe_limits
 from actserve.cli.stores import DEFAULT_STORE, Label, Store, TrustOption, find, open_for_reading
 from actserve.cli.terminal import Json, console, flag, print_json
 from actserve.core.environment import game_of
-from actserve.core.errors import UntrustedProgram
+from actserve.core.errors import UntrustedProgram, UsageError
 from actserve.core.robot import Robot
 
 
@@ -24,6 +25,8 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show an artifact: its signature, programs, environment and certificate."""
+    from actserve.bundles.bundle import noted
+
     artifact = find(open_for_reading(store), label)
     manifest = artifact.manifest
     if graph:
@@ -53,6 +56,8 @@ def inspect(
         actions = ", ".join(f"{i}={action.meaning}({action.code})" for i, action in enumerate(game.actions))
         print(f"  plays  {game.id}: frame skip {game.frame_skip}, sticky {game.repeat_action_probability}; {actions}")
     print_certificate(manifest.certificate)
+    for verified in noted(artifact):
+        print(f"verified in a bundle: {verified}")
 
 
 def _print_robot(robot: Robot) -> None:
@@ -81,8 +86,24 @@ def _listed(values: tuple[float, ...], default: str) -> str:
     return f"[{', '.join(numbers)}]" if len(numbers) > 1 else (numbers or [default])[0]
 
 
-def verify(label: Label, store: Store = DEFAULT_STORE, trust: TrustOption = None, json: Json = False) -> None:
+def verify(
+    label: Annotated[
+        str | None, typer.Argument(metavar="NAME[@VERSION]", help="Policy, and optionally its version.")
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    trust: TrustOption = None,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Check this bundle, with its own code, in place of an artifact.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Check an artifact: the hash of each file, and the golden samples on each program that this host can run."""
+    if (label is None) == (bundle is None):
+        raise UsageError("expected NAME[@VERSION] or --bundle DIR")
+    if bundle is not None:
+        verify_bundle(bundle, store, json)
+        return
+    assert label is not None
     from actserve.engine import golden
     from actserve.engine.runtimes import preflight
     from actserve.engine.runtimes.load import load
