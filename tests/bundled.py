@@ -9,10 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from actserve.atari.emulator import AtariGame
 from actserve.core.completion import complete, step_seed
+from actserve.core.environment import Environment
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine import golden
 from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
+from tests.exported import exported
+from tests.shipped import SHIPPED
 
 POLICIES = (
     "tutorial_lstm",
@@ -23,6 +28,13 @@ POLICIES = (
     "ornstein_uhlenbeck",
     "nested",
 )
+
+
+def artifact_of(name: str) -> Artifact:
+    """A policy that ships, or one of tests/policies.py."""
+    if name.startswith("pong"):
+        return ModelStore(SHIPPED).resolve(name)
+    return exported(f"tests.policies:{name}", ("onnx",)).resolve(name.replace("_", "-"))
 
 
 def observations(artifact: Artifact, steps: int) -> list[Arrays]:
@@ -48,6 +60,32 @@ def session(
         found.append({spec.name: outputs[spec.name][0] for spec in signature.outputs})
     runtime.close()
     return found
+
+
+def screens(artifact: Artifact, steps: int, seed: int) -> tuple[list[Arrays], list[int]]:
+    """The screens of a game that the artifact plays in a session with `seed`, and its actions."""
+    signature = artifact.manifest.signature
+    game = AtariGame(atari(artifact), seed)
+    runtime = golden.load("onnx", artifact, 1)
+    seen: list[Arrays] = []
+    actions: list[int] = []
+    state: Arrays = {}
+    while len(seen) < steps and not game.over:
+        screen = game.screen().copy()
+        inputs = complete(signature, {"pixels": screen[None]} | state, 1, None, step_seed(seed, len(seen) + 1)).inputs
+        outputs = runtime.run(inputs)
+        state = {part.spec.name: outputs[part.output] for part in signature.state}
+        seen.append({"pixels": screen})
+        actions.append(int(outputs["action"][0]))
+        game.act(actions[-1])
+    runtime.close()
+    return seen, actions
+
+
+def atari(artifact: Artifact) -> Environment:
+    environment = artifact.manifest.environment
+    assert isinstance(environment, Environment)
+    return environment
 
 
 def flip_a_weight(folder: Path, file: str = "policy.onnx") -> None:

@@ -16,19 +16,11 @@ from actserve.bundles import bundle as bundles
 from actserve.core.completion import draw_noise
 from actserve.core.errors import RuntimeFailure, UsageError
 from actserve.store.artifact import Artifact
-from actserve.store.local import ModelStore
-from tests.bundled import POLICIES, flip_a_weight, observations, session
+from tests.bundled import POLICIES, artifact_of, flip_a_weight, observations, session
 from tests.command_line import actserve
 from tests.exported import exported
-from tests.shipped import SHIPPED
 
 STEPS = 60
-
-
-def artifact_of(name: str) -> Artifact:
-    if name.startswith("pong"):
-        return ModelStore(SHIPPED).resolve(name)
-    return exported(f"tests.policies:{name}", ("onnx",)).resolve(name.replace("_", "-"))
 
 
 def opened(artifact: Artifact, folder: Path) -> Any:

@@ -20,12 +20,13 @@ from actserve.core.errors import UsageError
 from actserve.engine.runtimes.host import cpu_model, this_host
 from actserve.store.artifact import GOLDEN, MANIFEST, Artifact, Manifest
 
-Target = Literal["python"]
+Target = Literal["browser", "python"]
 Runtime = Literal["onnx", "pt2"]
 MODULES: dict[Target, str] = {
+    "browser": "actserve.bundles.browser.target",
     "python": "actserve.bundles.python.target",
 }
-RUNTIMES: dict[Target, tuple[Runtime, ...]] = {"python": ("onnx",)}
+RUNTIMES: dict[Target, tuple[Runtime, ...]] = {"browser": ("onnx",), "python": ("onnx",)}
 BUNDLE = "bundle.json"
 
 

@@ -15,15 +15,15 @@ from actserve.core.errors import NotFound
 def bundle(
     label: Label,
     target: Annotated[
-        Literal["python"],
-        typer.Option(help="python: one file, with numpy and onnxruntime."),
+        Literal["browser", "python"],
+        typer.Option(help="browser: static files. python: one file, with numpy and onnxruntime."),
     ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: NAME-TARGET.")] = None,
     runtime: Annotated[Literal["onnx", "pt2"], typer.Option(help="Program of the bundle; pt2 for cpp only.")] = "onnx",
     store: Store = DEFAULT_STORE,
     json: Json = False,
 ) -> None:
-    """Write a folder that acts without the service."""
+    """Write a folder that acts without the service: a web page or a Python file."""
     from actserve.bundles import bundle as bundles
 
     artifact = find(open_for_reading(store), label)
