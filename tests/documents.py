@@ -24,7 +24,7 @@ from tests.shipped import ship
 ROOT = Path(__file__).parent.parent
 RUN = ("bash", "python")
 OUTPUT = ("json", "text")  # of the block before, if that was run: see `agrees`
-SHOWN = ("nginx", "yaml")
+SHOWN = ("js", "nginx", "yaml")
 PORTS = ("8000", "8001", "8900")  # as the documents have them: HTTP, gRPC, administration
 READY_WITHIN_S = 300.0
 BLOCK_WITHIN_S = 1500.0  # a bound for what hangs: compiling takes long where others compile, too

@@ -36,10 +36,14 @@ class Service:
 
 @contextmanager
 def running(
-    max_games: int = 4, session_idle_s: float = 600, store: Path = SHIPPED, tokens: Path | None = None
+    max_games: int = 4,
+    session_idle_s: float = 600,
+    store: Path = SHIPPED,
+    tokens: Path | None = None,
+    bundles: Path | None = None,
 ) -> Iterator[Service]:
-    settings = Settings(store=store, runtime="onnx", max_games=max_games, session_idle_s=session_idle_s, tokens=tokens)
-    app = create_app(settings)
+    options = {"max_games": max_games, "session_idle_s": session_idle_s, "tokens": tokens, "bundles": bundles}
+    app = create_app(Settings.model_validate({"store": store, "runtime": "onnx", **options}))
     with serving(app) as server:
         until(lambda: app.state.registry.not_ready() is None)
         yield Service(f"127.0.0.1:{port_of(server)}", app, server)

@@ -85,29 +85,33 @@ def played(
 
 def test_a_game_is_the_emulators_and_the_policy_carries_its_state() -> None:
     steps = played(40, counting())
-    assert [step.proposed for step in steps] == [step.taken for step in steps] == [(3 + i) % 6 for i in range(40)]
-    assert [step.number for step in steps] == list(range(1, 41))
+    assert (
+        [step.proposal.action for step in steps] == [step.taken for step in steps] == [(3 + i) % 6 for i in range(40)]
+    )
+    assert [step.proposal.number for step in steps] == list(range(1, 41))
     reference = AtariGame(PONG, 1)
     for step in steps:
-        assert np.array_equal(step.screen, reference.screen())
+        assert np.array_equal(step.proposal.screen, reference.screen())
         reference.act(step.taken)
         assert step.score == reference.score
-        assert step.values is not None
-        assert np.argmax(step.values) == step.proposed
+        assert step.proposal.values is not None
+        assert np.argmax(step.proposal.values) == step.proposal.action
 
 
 def test_what_is_held_is_taken_and_the_policys_proposal_still_told() -> None:
     steps = played(12, counting(), held=2)
     assert {step.taken for step in steps} == {2}
-    assert [step.proposed for step in steps] == [(3 + i) % 6 for i in range(12)]
+    assert [step.proposal.action for step in steps] == [(3 + i) % 6 for i in range(12)]
     reference = AtariGame(PONG, 1)
     for _ in range(11):
         reference.act(2)
-    assert np.array_equal(steps[-1].screen, reference.screen())
+    assert np.array_equal(steps[-1].proposal.screen, reference.screen())
 
 
 def test_exploration_comes_from_the_seed_and_the_step() -> None:
-    one, again, other = ([step.proposed for step in played(20, counting(), "random", seed)] for seed in (1, 1, 2))
+    one, again, other = (
+        [step.proposal.action for step in played(20, counting(), "random", seed)] for seed in (1, 1, 2)
+    )
     assert one == again != other
     assert one != [(3 + i) % 6 for i in range(20)]
     noise = np.random.Generator(np.random.Philox(key=np.array([step_seed(1, 1), 0], np.uint64))).random((), np.float32)

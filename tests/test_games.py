@@ -144,6 +144,35 @@ def test_the_keyboard_takes_over(service: Service) -> None:
         assert heads[-1]["taken"] == heads[-1]["proposed"]
 
 
+def test_a_browser_acts_and_gets_every_screen(service: Service) -> None:
+    """It takes what the service would take, but for two steps; the game is the one that is played so."""
+    with opened(service, seed=5, acts="browser", policy="pong-lstm") as ws:
+        hello(ws)
+        reference = AtariGame(PONG, 5)
+        for step in range(1, 41):
+            head, screen = picture(ws)
+            assert (head["step"], head["taken"]) == (step, None)
+            np.testing.assert_array_equal(screen, reference.screen())
+            action = LEFT if step in (7, 8) else head["proposed"]
+            tell(ws, held=action, step=step - 1, **FAST)  # an old step's action is not taken
+            tell(ws, held=action, step=step, **FAST)
+            reward = reference.act(action)
+        head, _ = picture(ws)
+        assert head["rewards"] == [reward] * (reward != 0)
+        assert head["score"] == reference.score
+
+
+def test_a_game_that_a_browser_plays_ends(service: Service) -> None:
+    with opened(service, seed=5, acts="browser") as ws:
+        hello(ws)
+        while not (head := picture(ws)[0])["over"]:
+            tell(ws, held=0, step=head["step"], **FAST)
+        assert head["taken"] == 0
+        assert head["score"] == -21
+        with pytest.raises(ConnectionClosed, match="1000"):
+            ws.recv(60)
+
+
 def test_a_pause_stands_still(service: Service) -> None:
     with opened(service) as ws:
         hello(ws)
@@ -166,6 +195,7 @@ def test_a_pause_stands_still(service: Service) -> None:
         ({"policy": "pong", "exploration": "random"}, "invalid_request"),
         ({"policy": "pong", "exploration": "wild"}, "malformed_body"),
         ({"policy": "pong", "seed": "-1"}, "malformed_body"),
+        ({"policy": "pong", "acts": "nobody"}, "invalid_request"),
     ],
 )
 def test_what_cannot_be_played_is_refused(service: Service, query: Any, code: str) -> None:

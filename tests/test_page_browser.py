@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import urllib3
 from playwright.sync_api import Browser, Page, expect
 
 from actserve.atari.emulator import AtariGame
+from actserve.bundles import bundle as bundles
 from actserve.server.access.tokens import add_token
 from actserve.server.arcade.game import encode_png
+from actserve.store.local import ModelStore
 from tests.browser import WITHIN_MS, Visit, chromium, needs_chromium, visit
 from tests.page_service import Service, running
+from tests.shipped import SHIPPED
 from tests.test_atari import PONG
 from tests.waiting import until
 
@@ -192,6 +196,54 @@ def test_without_ale_it_says_so_and_still_answers_about_a_screen(
     page.set_input_files("#file", screen)
     expect(page.locator("#answer")).to_have_text(re.compile("^The policy would take "))
     assert visitor.complaints == []
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("bundles")
+    for name in ("pong", "pong-lstm"):
+        bundles.write(ModelStore(SHIPPED).resolve(name), "browser", "onnx", folder / name)
+    with running(bundles=folder) as up:
+        yield up
+
+
+@pytest.mark.parametrize("name", ["pong", "pong-lstm"])
+def test_the_policy_acts_in_this_browser_and_takes_the_services_actions(
+    name: str, visitor: Visit, bundled: Service
+) -> None:
+    for page in visited(visitor, bundled):
+        page.select_option("#policy", name)
+        page.select_option("#speed", "0")
+        expect(page.locator("#place")).to_be_visible()
+        page.select_option("#acts", "browser")
+        page.click("#start")
+        expect(page.locator("#local")).to_be_visible()
+        until(lambda: number(visitor.page, "#step") > 150)
+        same, _, steps = page.locator("#same").inner_text().partition(" of ")
+        assert same == steps
+        assert int(steps) > 100
+        for place in ("#here", "#there"):
+            assert number(page, place) > 0
+        page.keyboard.down("ArrowLeft")
+        expect(page.locator("#yours")).to_be_visible()
+        page.keyboard.up("ArrowLeft")
+        page.click("#stop")
+
+
+def test_without_a_bundle_nothing_is_offered(page: Page, service: Service) -> None:
+    expect(page.locator("#place")).to_be_hidden()
+    assert urllib3.request("GET", f"{service.url}/bundles").json() == {"bundles": []}
+    policy = urllib3.request("GET", f"{service.url}/").headers["Content-Security-Policy"]
+    assert "wasm" not in policy
+
+
+def test_bundles_are_served_and_nothing_beside_them(bundled: Service) -> None:
+    listed = urllib3.request("GET", f"{bundled.url}/bundles").json()["bundles"]
+    assert [(bundle["name"], bundle["version"]) for bundle in listed] == [("pong", 1), ("pong-lstm", 1)]
+    assert urllib3.request("GET", f"{bundled.url}/{listed[0]['module']}").status == 200
+    for path in ("../manifest.json", "%2e%2e/pong/1/manifest.json", "pong/..%2f..%2fother"):
+        with urllib3.HTTPConnectionPool(bundled.address) as pool:
+            assert pool.urlopen("GET", f"/bundles/{path}", assert_same_host=False).status == 404
 
 
 def test_a_service_that_wants_a_token_is_given_one(visitor: Visit, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tables of the ziggurats by which numpy draws float32 normal and exponential samples.
+"""Ziggurats: the tables with which numpy draws float32 normal and exponential samples.
 
 Marsaglia and Tsang 2000, "The Ziggurat Method for Generating Random Variables", with 256 layers of equal area. A draw
 takes the lowest 8 bits of a random number as its layer, and the 23 highest bits as its place in the layer. Programs

@@ -123,6 +123,11 @@ class Settings(BaseModel):
         False,
         description="Log each request to the routes. Plain `/act` requests take the fast path and are not logged.",
     )
+    bundles: Path | None = Field(
+        None,
+        description="A folder of browser bundles (`actserve bundle --target browser`). The page can then let their "
+        "policies act in the browser. Everybody who can reach the service gets their files, without a token.",
+    )
     max_games: int = Field(4, ge=0, description="The most games on the page at once, per worker; 0 turns it off.")
     tokens: Path | None = Field(
         None,

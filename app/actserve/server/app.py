@@ -23,7 +23,7 @@ from actserve.server import admin, protocols
 from actserve.server.access import tls
 from actserve.server.access.tokens import Access, read_tokens
 from actserve.server.admission import Admission
-from actserve.server.arcade import game_routes, page
+from actserve.server.arcade import browser_bundles, game_routes, page
 from actserve.server.arcade.game import GameSlots
 from actserve.server.fastpath.act_codec import act_resources
 from actserve.server.fastpath.codec import Resources
@@ -58,6 +58,8 @@ def check(settings: Settings) -> Sequence[Protocol]:
     if settings.record is not None:
         import_extra("record", "actserve.recording.writer:prepare")(settings.record)
     tls.check(settings)
+    if settings.bundles is not None:
+        browser_bundles.check(settings.bundles)
     return found
 
 
@@ -165,7 +167,9 @@ def create_app(
     app.state.traces = traces
     error_responses.install(app)
     security.install(app, admission, settings)
-    for routes in (act, sessions, policies, metrics, health, game_routes, page):
+    for routes in (act, sessions, policies, metrics, health, game_routes, browser_bundles, page):
         app.include_router(routes.router)
+    if settings.bundles is not None:
+        browser_bundles.install(app, settings.bundles)
     install(app, found)
     return app

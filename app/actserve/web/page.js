@@ -5,6 +5,7 @@ import { Bars } from "./bars.js";
 import { Chart, POINT_MS, quantile } from "./chart.js";
 import { Game } from "./game.js";
 import * as keys from "./keys.js";
+import { LocalPolicy, offered } from "./local.js";
 import * as token from "./token.js";
 
 const $ = (id) => document.getElementById(id);
@@ -15,6 +16,8 @@ const batches = new Chart($("batches"), "items", 2, ["--accent"]);
 
 let described = null; // GET /policies/{name} of the chosen policy
 let game = null; // the current game
+let local = null; // the policy that acts in this browser, where that is chosen
+let bundle; // the module of the chosen version for this browser, if there is one
 let frame = null; // the PNG of the last frame
 let meanings = []; // the actions' names
 let playable = false; // whether the service can run games
@@ -45,10 +48,18 @@ async function describe() {
   meanings = manifest?.environment?.actions?.map(({ meaning }) => meaning) ?? [];
   bars.name(meanings);
   $("start").disabled = !playable || !meanings.length;
+  await offer();
   if (!playable) return;
   if (!manifest) $("note").textContent = `No version of ${described.name} can be served.`;
   else if (!meanings.length) $("note").textContent = `${described.name} was not trained on an Atari game.`;
   else $("note").textContent = `${described.name} plays ${manifest.environment.id}, live on this service.`;
+}
+
+// Offers to act in this browser if the service has a bundle of the chosen version.
+async function offer() {
+  bundle = await offered(described.name, Number($("version").value));
+  $("place").hidden = !bundle;
+  if (!bundle) $("acts").value = "service";
 }
 
 // The name of the output with one value per action, if there is one.
@@ -63,6 +74,7 @@ const chosen = () => ({
   // Empty for the live runtime: then the game plays the policy as it is served.
   runtime: $("runtime").value === described.runtime ? "" : $("runtime").value,
   exploration: $("exploration").value,
+  acts: $("acts").value === "browser" ? "browser" : "",
 });
 
 // The current game
@@ -70,19 +82,32 @@ const chosen = () => ({
 const WINDOW = 5; // marks, over which rates are measured: two seconds
 const meter = { latencies: [], last: null, marks: [] };
 
-function start() {
+async function start() {
   game?.stop();
-  const command = { held: held(), speed: Number($("speed").value), paused: document.hidden };
+  const command = { held: $("acts").value === "browser" ? null : held(), speed: Number($("speed").value), paused: document.hidden };
   for (const line of [latency, batches]) line.clear();
   Object.assign(meter, { latencies: [], last: null, marks: [] });
   $("score").textContent = "0";
   $("verdict").textContent = $("note").textContent = "";
   $("start").disabled = true;
   $("start").textContent = "starting";
+  $("local").hidden = $("acts").value !== "browser";
+  local = null;
+  if (!$("local").hidden) {
+    $("note").textContent = "Loading the policy into this browser.";
+    try {
+      local = await LocalPolicy.open(bundle);
+    } catch (error) {
+      end({ over: false, error: error.message });
+      return;
+    }
+    $("note").textContent = "";
+  }
   game = new Game(chosen(), command, { hello, picture, end });
 }
 
-function hello({ policy, version, runtime, environment, seed, values }) {
+function hello({ policy, version, runtime, environment, seed, values, exploration }) {
+  local?.begin({ seed, exploration });
   meanings = environment.actions.map(({ meaning }) => meaning);
   bars.name(meanings);
   $("values").textContent = values?.replaceAll("_", " ") ?? "";
@@ -98,8 +123,9 @@ function hello({ policy, version, runtime, environment, seed, values }) {
 function picture(head, bitmap, png) {
   frame = png;
   pen.drawImage(bitmap, 0, 0);
-  bars.show(head.proposed, head.values, head.taken);
-  $("yours").hidden = game.command.held === null;
+  if (local && !head.over) answer(head, bitmap);
+  else bars.show(head.proposed, head.values, head.taken);
+  $("yours").hidden = held() === null;
   $("step").textContent = head.step.toLocaleString("en");
   if (head.rewards.length) {
     $("score").textContent = signed(head.score);
@@ -109,6 +135,25 @@ function picture(head, bitmap, png) {
   }
   head.queue_us.forEach((queue, index) => meter.latencies.push((queue + head.run_us[index]) / 1000));
   meter.last = head;
+}
+
+// Acts in this browser, and tells the service which action to take.
+async function answer(head, bitmap) {
+  const playing = game;
+  const serviceMs = meter.latencies.at(-1);
+  try {
+    const action = await local.act(bitmap, head.proposed, serviceMs);
+    if (playing !== game) return;
+    const taken = held() ?? action;
+    playing.send({ held: taken, step: head.step });
+    bars.show(action, head.values, taken);
+    const { here, there, same, differs } = local.summary;
+    [$("here").textContent, $("there").textContent, $("same").textContent] = [here, there, same];
+    $("same").classList.toggle("differs", differs);
+  } catch (error) {
+    game?.stop();
+    end({ over: false, error: error.message });
+  }
 }
 
 function end({ over, error }) {
@@ -171,8 +216,13 @@ function held() {
 
 function toggleManual() {
   $("manual").setAttribute("aria-pressed", String(!manual()));
-  game?.send({ held: held() });
+  hold();
   $("screen").focus();
+}
+
+// Where this browser acts, its next action says what is held.
+function hold() {
+  if (!local) game?.send({ held: held() });
 }
 
 function togglePause() {
@@ -229,7 +279,8 @@ $("choice").addEventListener("change", async ({ target }) => {
   if (wasPlaying) stop();
   try {
     if (target.id === "policy") await describe();
-    if (wasPlaying) start();
+    if (target.id === "version") await offer();
+    if (wasPlaying) await start();
   } catch (error) {
     $("note").textContent = error.message;
   }
@@ -241,7 +292,7 @@ document.addEventListener("visibilitychange", () => {
 addEventListener("pagehide", () => game && stop()); // a browser may cache the page with its socket open
 keys.listen($("pad"), listening, (now) => {
   heldKeys = now;
-  game?.send({ held: held() });
+  hold();
 });
 ask.install(
   () => ({

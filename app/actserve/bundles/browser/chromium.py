@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -28,25 +30,27 @@ LARGEST_REPORT_BYTES = 1 << 16
 
 
 def report(folder: Path, query: str = "") -> dict[str, Any]:
-    """What the page of the bundle in `folder` reports. Raises `UsageError` without a browser, or `RuntimeFailure`."""
+    """Open the bundle in `folder` -> the report of its page. Raises `UsageError` or `RuntimeFailure`."""
     browser = next((path for name in NAMES if (path := shutil.which(name)) is not None), None)
     if browser is None:
         raise UsageError(f"expected a browser to verify the bundle in: {', '.join(NAMES)}; none is installed")
-    with served(folder) as (url, reports), tempfile.TemporaryDirectory() as profile:
+    with served(folder) as (url, reports), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [browser, *OPTIONS, f"--user-data-dir={profile}", f"{url}/?report={REPORT}&{query}"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             return reports.get(timeout=LIMIT_S)
         except Empty:
             raise RuntimeFailure(f"expected a report of the page within {LIMIT_S:g} s; none came") from None
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # its helpers, too, which write into the profile
             process.wait()
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, SimpleQueue[dict[str, Any]]]]:
-    """(URL of the folder, what is posted to it), on this host alone. Its pages may use threads."""
+    """Serve the folder on the loopback interface -> (its URL, the reports posted to it). Its pages may use threads."""
     reports: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     class Handler(SimpleHTTPRequestHandler):

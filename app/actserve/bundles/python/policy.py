@@ -33,7 +33,7 @@ INPUT, OUTPUT = "input.", "output."  # of the names of golden samples
 
 
 class BadInput(ValueError):
-    """What was given is not what the policy takes: says what was expected and what came."""
+    """The input is wrong. The message says what was expected and what came."""
 
 
 class Tensor:
@@ -71,7 +71,7 @@ class Tensor:
 
 
 class Policy:
-    """The program, and what it takes and gives: `observations`, `state`, `outputs` (the action first)."""
+    """The program with its `observations`, `state` and `outputs` (the action first)."""
 
     def __init__(self, folder: str | Path | None = None, threads: int = 1) -> None:
         """Open the bundle in `folder`, by default the one of this file. Raises `ValueError` if a file was changed."""
@@ -206,7 +206,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def verify(policy: Policy) -> list[str]:
-    """What is wrong: empty if the program repeats the golden samples, one by one and in batches."""
+    """Run the golden samples, one by one and in batches -> the differences; empty if there are none."""
     tensors, inputs = _golden(policy), _golden_inputs(policy)
     wrong: list[str] = []
     for size in sorted({1, min(8, policy.max_batch)}):
@@ -279,7 +279,7 @@ def _read_safetensors(data: bytes) -> Arrays:
 
 
 def check(policy: Policy, calls: int) -> dict[str, Any]:
-    """What `python policy.py` shows: the samples that were repeated, versions, and the median time of a call in ms.
+    """Verify the golden samples, and time calls -> samples, versions, and the median time of a call in ms.
 
     Raises `ValueError` if the golden samples are not repeated.
     """

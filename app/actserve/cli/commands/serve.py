@@ -106,6 +106,14 @@ def serve(
     record_except: Annotated[
         list[str] | None, typer.Option(help="Do not record clients with a token of this name; may be repeated.")
     ] = None,
+    bundles: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Offer the browser bundles in this folder to everybody: on the page, their policies can act in the "
+            "browser. Default: none.",
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate chain (PEM file).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM file).")] = None,
     root_path: Annotated[
@@ -150,6 +158,7 @@ def serve(
         "tokens": tokens,
         "record": record,
         "record_except": record_except and ",".join(record_except),
+        "bundles": bundles,
         "tls_cert": tls_cert,
         "tls_key": tls_key,
         "root_path": root_path,

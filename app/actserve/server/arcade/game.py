@@ -60,18 +60,25 @@ class GameSlots:
 
 
 @dataclass(frozen=True)
-class GameStep:
-    """One step: the observation, the action and the result."""
+class Proposal:
+    """What the policy would do at one step."""
 
-    number: int  # from 1
+    number: int  # of the step, from 1
     screen: Screen  # the observation
-    proposed: int  # the index of the policy's action
-    taken: int  # the index of the action that was taken
+    action: int  # the index
     values: list[float] | None  # one per action
-    reward: float
-    score: float  # after the step
     queue_ns: int
     run_ns: int
+
+
+@dataclass(frozen=True)
+class GameStep:
+    """One step that was taken."""
+
+    proposal: Proposal
+    taken: int  # the index of the action
+    reward: float
+    score: float  # after the step
     over: bool
 
 
@@ -105,6 +112,10 @@ class Game:
 
     async def step(self, override: int | None = None) -> GameStep:
         """Let the policy act, then take its action, or the action `override` if given. Raises as the policy."""
+        return await self.take(await self.propose(), override)
+
+    async def propose(self) -> Proposal:
+        """Let the policy act on the current screen. `take` must follow. Raises as the policy."""
         self.policy = policy = await self._find()
         screen, seed = self._screen, step_seed(self.seed, self._steps + 1)
         inputs = {self.environment.screen: screen[None]} | self._state
@@ -112,17 +123,20 @@ class Game:
         # `state_after` copies: a view would keep the array of the whole batch in memory.
         self._state = policy.state_after(acted)
         proposed = int(acted.outputs[policy.signature.action.name][0])
-        taken = proposed if override is None else override
-        reward, self._screen = await self._in_thread(self._advance, taken)
-        self._steps += 1
-        self.over = self._game.over
         values = acted.outputs[self.values][0].tolist() if self.values else None
-        score, queue_ns, run_ns = self._game.score, acted.queue_ns, acted.run_ns
-        return GameStep(self._steps, screen, proposed, taken, values, reward, score, queue_ns, run_ns, self.over)
+        self._steps += 1
+        return Proposal(self._steps, screen, proposed, values, acted.queue_ns, acted.run_ns)
 
-    async def png(self, step: GameStep) -> bytes:
+    async def take(self, proposal: Proposal, override: int | None = None) -> GameStep:
+        """Take the proposed action, or `override` if given."""
+        taken = proposal.action if override is None else override
+        reward, self._screen = await self._in_thread(self._advance, taken)
+        self.over = self._game.over
+        return GameStep(proposal, taken, reward, self._game.score, self.over)
+
+    async def png(self, proposal: Proposal) -> bytes:
         """The screen of a step as a PNG, compressed in the thread of the game."""
-        return await self._in_thread(encode_png, step.screen)
+        return await self._in_thread(encode_png, proposal.screen)
 
     def close(self) -> None:
         """End the thread after its current call; does not wait for it."""

@@ -38,13 +38,16 @@ async def games(request: Request) -> dict[str, Any]:
 
 @router.websocket("/games")
 async def play(websocket: WebSocket) -> None:
-    """Play a game. The query has `policy`, `version`, `runtime`, `exploration` and `seed`, each optional.
+    """Play a game. The query has `policy`, `version`, `runtime`, `exploration`, `seed` and `acts`, each optional.
 
     1. The service sends a hello in JSON: the policy, its environment and the options of the game.
     2. It sends pictures as binary messages: the length of a head (uint32, little-endian), the head in JSON, and the
        screen that the policy saw, as a PNG. It skips pictures for slow clients and beyond 60 a second; each head has
        the times of all steps since the last picture.
     3. The client may send a `Command` in JSON at any time.
+
+    With `acts=browser` it sends the picture of every step, and waits for a command with the number of the `step` and
+    the action to take in `held`.
 
     On an error, the service sends `{"error": ...}` as for other routes, and closes the connection.
     """
@@ -65,6 +68,9 @@ async def _play(websocket: WebSocket) -> int:
     query = websocket.query_params
     try:
         exploration, seed = wire.read_randomness(query)
+        if (acts := query.get("acts", "service")) not in ("service", "browser"):
+            raise InvalidRequest(f"expected acts=service or browser; got {acts[:80]!r}")
+        browser_acts = acts == "browser"
         if reason := game_slots.why_closed():
             raise InvalidRequest(reason)
         with game_slots.take(), admission_of(websocket).memory.taken(GAME_BYTES):
@@ -73,7 +79,7 @@ async def _play(websocket: WebSocket) -> int:
                 game = Game(find, exploration, seed, admission_of(websocket))
                 try:
                     await game.begin()
-                    return await GameBroadcast(websocket, game, settings.session_idle_s).run()
+                    return await GameBroadcast(websocket, game, settings.session_idle_s, browser_acts).run()
                 finally:
                     game.close()
     except ActserveError as error:

@@ -51,6 +51,8 @@ async def asset(request: Request, name: str) -> Response:
 def _file(request: Request, name: str) -> Response:
     content, tag = assets()[name]
     headers = HEADERS | {"ETag": tag}
+    if request.app.state.settings.bundles is not None:
+        headers["Content-Security-Policy"] += security.IN_BROWSER
     if request.headers.get("if-none-match") == tag:
         return Response(None, 304, headers)
     return Response(content, headers=headers, media_type=TYPES[name.rpartition(".")[2]])

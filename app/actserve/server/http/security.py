@@ -20,10 +20,11 @@ from actserve.server.http.root_path import route_path
 from actserve.server.protocols.oip.error_responses import response as oip_response
 
 PUBLIC = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/"})  # need no token
-PAGE = "/page/"  # the page's files need none either
+OPEN = ("/page/", "/bundles/")  # the page's files, and policies for browsers, need none either
 METRICS = "/metrics"
 SUBPROTOCOL, TOKEN = "actserve", "bearer."
 
+IN_BROWSER = "; script-src 'self' 'wasm-unsafe-eval'"  # what a policy in the browser needs beside it
 PAGE_POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _DOCS_POLICY = (  # FastAPI's pages load scripts from a CDN
     "default-src 'self'; script-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; "
@@ -58,7 +59,7 @@ class SecurityMiddleware:
         try:
             if scope["type"] == "websocket":
                 self._check_origin(headers)
-            is_public = path in self._public or path.startswith(PAGE)
+            is_public = path in self._public or path.startswith(OPEN)
             if not is_public or scope["type"] == "websocket":  # `/` is the page, and openpi's WebSocket
                 ticket = self._admission.open(_authorization(scope, headers))
         except ActserveError as error:
