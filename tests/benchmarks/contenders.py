@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from actserve.cli.tools.local_service import free_port
+from actserve.engine.runtimes.host import this_host
+from actserve_export.programs.aoti import BF16_FLAGS
 from tests.benchmarks.load import Address
 from tests.benchmarks.questions import SAFETENSORS, ZSTD, Way, constant, open_inference, posts, several, stream
 from tests.benchmarks.server import Server, running
@@ -23,6 +25,7 @@ LIBRARIES = str(sysconfig.get_config_var("LIBDIR"))  # with our libpython, which
 SCRIPT = "{python} -m tests.benchmarks.peers.{module}"
 BENTOML = "{python} -m bentoml serve tests.benchmarks.peers.bentoml:Policy --host 127.0.0.1 --port {port}"
 ACTSERVE = "{python} -m actserve serve --runtime onnx --store {store} --port {port}"
+ACTSERVE_PT2 = ACTSERVE.replace("onnx", "pt2")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Contender:
     own: bool = False  # it has an environment of its own
 
     def missing(self) -> str | None:
-        """How to install its dependencies, if they are missing."""
+        """How to install its dependencies, or what this host lacks, if it cannot run."""
+        if self.policy == "pong-bf16" and not {*BF16_FLAGS} & this_host().cpu_flags:
+            return f"a processor with {' or '.join(BF16_FLAGS)}"
         if self.own:
             return None if self._python.exists() else f"make .venv/{self.module}/installed"
         return None if self.kind != "peer" or find_spec(self.module) else "pip install 'actserve[peers]'"
@@ -87,4 +92,5 @@ CONTENDERS = (
     Contender("actserve-8-frames", "actserve, 8 frames a request", "ours", ACTSERVE, several(8),
               environment={"ACTSERVE_MAX_WAIT_MS": "250"}),  # 512 frames at a time are 60 ms of work
     ours("actserve-int8", "actserve, int8", posts(), "pong-int8"),
+    Contender("actserve-bf16", "actserve, bf16", "ours", ACTSERVE_PT2, posts(), policy="pong-bf16"),
 )  # fmt: skip

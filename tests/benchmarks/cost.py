@@ -145,12 +145,14 @@ class Run:
     def play(self) -> None:
         wanted = self._wanted
         self._say("screens and programs")
-        ground = prepare(wanted.store, {contender.policy for contender in wanted.contenders})
+        able = [contender for contender in wanted.contenders if contender.missing() is None]
+        ground = prepare(wanted.store, {contender.policy for contender in able})
         self.found["machine"] = machine.describe(*self._on)
         os.sched_setaffinity(0, {self._on[1]})
         for number in range(wanted.rounds):
             self._say(f"round {number + 1}/{wanted.rounds}: bare programs")
-            found = bare.measure(ground.programs, ground.pixels, self._on[0], wanted.seconds / 5)
+            programs = {name: file for name, file in ground.programs.items() if file.suffix == ".onnx"}
+            found = bare.measure(programs, ground.pixels, self._on[0], wanted.seconds / 5)
             self.found["bare"].append(found)
             # Each round begins with another contender, so that none is always the first.
             first = number * len(wanted.contenders) // wanted.rounds
@@ -160,7 +162,7 @@ class Run:
 
     def _turn(self, contender: Contender, ground: Ground) -> None:
         if missing := contender.missing():
-            self._leave_out(contender, f"not installed: {missing}")
+            self._leave_out(contender, f"it needs {missing}")
             return
         questions = contender.way(ground.screens[contender.policy])
         store, program = ground.stores[contender.policy], ground.programs[contender.policy]

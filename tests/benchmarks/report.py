@@ -22,7 +22,7 @@ BY_NAME = {contender.name: contender for contender in CONTENDERS}
 HEADER = (
     "contender", "µs/action", "× T", "× best peer", "actions/s", "p50 ms", "p99", "p99.9", "RSS MB", "PSS MB", "start s"
 )  # fmt: skip
-LOOKED_AT = ("actserve", "actserve-int8")
+LOOKED_AT = ("actserve", "actserve-int8", "actserve-bf16")
 
 Document = dict[str, Any]  # `cost.Run.found`
 Titled = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, lines
@@ -129,7 +129,9 @@ def ratios(found: Document, all_rows: Sequence[Row], t_us: float) -> Iterable[li
                 count: row.rate / max(peer.rate for peer in others) for count, (row, others) in against.items()
             },
             "p50 less a bare call at batch 1, ms": {
-                count: row.p50_ms - bare(found, program, 1, "p50_us") / 1e3 for count, row in ours.items() if count == 1
+                count: row.p50_ms - bare(found, program, 1, "p50_us") / 1e3
+                for count, row in ours.items()
+                if count == 1 and program in found["bare"][0]
             },
         }
         for figure, by in figures.items():
