@@ -26,7 +26,7 @@ settings.load_profile("shared-machine")
 
 # The tests that `make test-fast` leaves out, named by a fixture, a folder, a file or a function.
 LEFT_OUT = {
-    "browser": {"test_page_browser.py"},
+    "browser": {"test_page_browser.py", "test_bundles_browser.py"},
     "cluster": {"test_scale.py"},
     "compiler": {
         *("cart_store", "pong_store", "gru_store", "recurrent", "published", "cartpole"),
@@ -37,7 +37,14 @@ LEFT_OUT = {
     },
     "container": {"test_compose_lays_an_override_over_the_rest"},
     "exporter": {
-        *("test_behaviour.py", "test_capture.py", "test_commands.py", "test_compile.py", "test_every_game.py"),
+        *(
+            "test_behaviour.py",
+            "test_bundles.py",
+            "test_capture.py",
+            "test_commands.py",
+            "test_compile.py",
+            "test_every_game.py",
+        ),
         *("test_modules.py", "test_onnx_file.py", "test_onnx_kinds.py", "test_remote_episodes.py"),
         *("test_optimize.py", "test_publish.py", "test_quantize.py", "test_sb3.py", "test_swaps.py"),
         *("test_bounds.py", "test_refusals.py", "test_captured_transforms.py", "test_effort.py", "test_exploration.py"),

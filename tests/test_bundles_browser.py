@@ -28,6 +28,7 @@ pytestmark = needs_chromium
 FEW = ("tutorial_lstm", "gaussian_noise", "epsilon_greedy")  # of the policies, in `make test`
 LAST_BITS = 3e-7  # libraries round logarithms another way
 STEPS = 40
+WHOLE_GAME = 30_000  # steps, which no game of these policies takes
 # Keeps an episode in the page. `arrays` are [type, base64] of each observation.
 ASK = """async ({arrays, begin}) => {
   const {Policy} = await import("./policy.js");
@@ -103,10 +104,11 @@ def test_an_episode_is_a_session_of_the_service(name: str, browser: Browser, tmp
                         np.testing.assert_array_equal(ours, outputs[spec.name])
 
 
+@pytest.mark.parametrize("most", [250, pytest.param(WHOLE_GAME, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("name", ["pong", "pong-lstm"])
-def test_it_plays_the_games_of_the_service(name: str, browser: Browser, tmp_path: Path) -> None:
+def test_it_plays_the_games_of_the_service(name: str, most: int, browser: Browser, tmp_path: Path) -> None:
     artifact = artifact_of(name)
-    _, expected = screens(artifact, 250, seed=3)
+    _, expected = screens(artifact, most, seed=3)
     game = AtariGame(atari(artifact), 3)
     with opened(browser, artifact, tmp_path / "bundle") as page:
         actions = []
@@ -115,6 +117,7 @@ def test_it_plays_the_games_of_the_service(name: str, browser: Browser, tmp_path
             game.act(actions[-1])
     assert actions == expected
     assert len(set(actions)) > 2
+    assert game.over == (most == WHOLE_GAME)
 
 
 def test_seeds_draw_the_noise_of_the_service(browser: Browser, tmp_path: Path) -> None:
