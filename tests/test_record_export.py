@@ -86,6 +86,17 @@ def test_safetensors_has_a_file_for_each_trajectory(recorded: Path, tmp_path: Pa
         assert each["output.value"].shape == (STEPS, 2)
 
 
+def test_show_says_what_an_episode_earned(recorded: Path, tmp_path: Path) -> None:
+    (shown,) = json.loads(actserve("record", "show", str(recorded), "--json").stdout)["policies"]
+    sums = [sum(10 * s + k for k in range(STEPS)) for s in range(TRAJECTORIES)]
+    assert shown["reward"] == sum(sums) / TRAJECTORIES
+    assert f" {shown['reward']:g} " in actserve("record", "show", str(recorded)).stdout
+    with recorded_remote(tmp_path) as (_, policy):
+        policy.act(np.array(1))
+    (unknown,) = json.loads(actserve("record", "show", str(tmp_path), "--json").stdout)["policies"]
+    assert unknown["reward"] is None
+
+
 def test_a_folder_with_files_is_left_as_it_is(recorded: Path) -> None:
     done = actserve("record", "export", str(recorded), str(recorded), "--format", "torchrl")
     assert (done.returncode, "expected a new or empty folder" in done.stderr) == (2, True)

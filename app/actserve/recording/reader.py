@@ -105,6 +105,7 @@ class Summary:
     first: datetime
     last: datetime
     size_bytes: int
+    reward: float | None  # what an episode earned, on average over those whose clients told rewards
     doors: Mapping[str, int] = field(default_factory=dict)  # steps
 
     def as_json(self) -> dict[str, Any]:
@@ -169,6 +170,13 @@ class Transitions:
     done: Array  # bool; False if it is not known
     is_last: Array  # bool: no recorded step follows
 
+    def mean_return(self) -> float | None:
+        """The mean sum of rewards, over the trajectories with known rewards; None if there are none."""
+        known = ~np.isnan(self.reward)
+        sums = np.bincount(self.trajectory, np.where(known, self.reward, 0.0))
+        told = np.bincount(self.trajectory, known) > 0
+        return float(sums[told].mean()) if told.any() else None
+
 
 class Steps:
     """The steps in some shards of one policy."""
@@ -211,7 +219,7 @@ class Steps:
         size = sum(shard.path.stat().st_size for shard in self.shards)
         return Summary(
             header.policy, header.version, len(episodes), self.count, len(incomplete & episodes), min(times),
-            max(times), size, dict(doors),
+            max(times), size, self.transitions().mean_return(), dict(doors),
         )  # fmt: skip
 
     def transitions(self) -> Transitions:

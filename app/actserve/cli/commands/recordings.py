@@ -104,12 +104,14 @@ def show(folder: Folder, json: Json = False) -> None:
     from rich.table import Table
 
     table = Table()
-    for title in ("policy", "episodes", "incomplete", "steps", "MB"):
+    for title in ("policy", "episodes", "incomplete", "steps", "MB", "reward"):
         table.add_column(title, no_wrap=True, justify="left" if title == "policy" else "right")
     table.add_column("time, UTC")
     for each in summaries:
-        first, last = (moment.strftime("%Y-%m-%d %H:%M:%S") for moment in (each.first, each.last))
+        first = each.first.strftime("%Y-%m-%d %H:%M:%S")
+        last = each.last.strftime("%H:%M:%S" if each.first.date() == each.last.date() else "%Y-%m-%d %H:%M:%S")
         numbers = [f"{count:,}" for count in (each.episodes, each.incomplete, each.steps)]
         size = f"{each.size_bytes / 1e6:,.1f}"
-        table.add_row(f"{each.policy}@{each.version}", *numbers, size, f"{first} to {last}")
+        reward = "" if each.reward is None else f"{each.reward:,.5g}"
+        table.add_row(f"{each.policy}@{each.version}", *numbers, size, reward, f"{first} to {last}")
     Console().print(table)
