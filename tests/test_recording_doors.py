@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import urllib3
+from websockets.sync.client import connect
 
 from actserve.client.remote_policy import RemotePolicy
 from actserve.client.sequence import OipSequence
+from actserve.client.stream import Stream
+from actserve.core.errors import UsageError
 from actserve.recording.reader import Recording
+from actserve.server.protocols.robots.packed import of_vla_eval, pack, unpack
 from tests import doors, streams
 from tests.fake_policy import NAME, SIGNATURE, DigestRuntime
 from tests.fastpath_service import NAME as TINY
@@ -191,6 +195,84 @@ def test_feedback_is_stored_with_the_step_that_it_is_about(tmp_path: Path) -> No
     ]  # fmt: skip
     found = Recording(tmp_path).of(NAME).transitions()
     assert (found.reward.tolist(), found.done.tolist()) == ([0.0, 0.5, 1.0], [False, False, True])
+
+
+def feedback_in(folder: Path, policy: str = NAME) -> tuple[list[float], list[bool]]:
+    found = Recording(folder).of(policy).transitions()
+    return found.reward.tolist(), found.done.tolist()
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("query", ["", "?exploration=random&seed=3"])  # with and without the arena
+def test_a_stream_tells_the_result_of_a_step_with_a_text_message(tmp_path: Path, slow: bool, query: str) -> None:
+    with (
+        recording(tmp_path) as recorder,
+        running(slow=slow, recorder=recorder) as service,
+        streams.opened(service, query) as ws,
+    ):
+        assert json.loads(ws.recv(60))["recorded"] is True
+        ws.send('{"result": {"reward": 9.0}}')  # there was no step
+        for x in range(4):
+            streams.ask(ws, streams.raw(x) if x % 2 else json.dumps({"x": x}))
+            ws.send(json.dumps({"result": {"reward": x / 2}}))
+            ws.send(json.dumps({"result": {"reward": 1, "done": x == 3}}))  # both count
+        refused = streams.ask(ws, '{"result": {"reward": "much"}}')
+        assert (refused["status"], refused["step"]) == (422, 5)
+        assert refused["error"]["message"].startswith("expected a result with reward, a number, and done; reward:")
+    assert [step.previous_reward for step in steps_in(tmp_path, NAME)] == [None, 1.0, 1.5, 2.0]
+    assert feedback_in(tmp_path) == ([1.0, 1.5, 2.0, 2.5], [False, False, False, True])
+
+
+def test_the_client_tells_the_results_of_a_stream(tmp_path: Path) -> None:
+    """An episode that begins within the stream has rewards of its own."""
+    with recording(tmp_path) as recorder, running(recorder=recorder) as service, Stream(service.url) as stream:
+        for x in range(6):
+            stream.act({"x": np.array(x), "is_init": np.array(x == 3)})
+            stream.tell(x / 2, done=x % 3 == 2)
+        stream.send({"x": np.array(1)})
+        with pytest.raises(UsageError, match="receive the replies to the 1 messages"):
+            stream.tell(1.0)
+        stream.receive()
+        with pytest.raises(UsageError, match="expected a finite reward; got nan"):
+            stream.tell(np.nan)
+    reward, done = feedback_in(tmp_path)
+    np.testing.assert_array_equal(reward, [0, 0.5, 1, 1.5, 2, 2.5, np.nan])
+    assert done == [False, False, True, False, False, True, False]
+
+
+def test_without_a_recording_a_result_is_ignored(tmp_path: Path) -> None:
+    with running() as service, streams.opened(service) as ws:
+        assert json.loads(ws.recv(60))["recorded"] is False
+        ws.send('{"result": {"reward": 1.0, "done": true}}')
+        assert streams.ask(ws, streams.raw(1))[0] == 1
+    with running() as service, Stream(service.url) as stream:
+        stream.act(np.array(1))
+        stream.tell(1.0)
+        assert stream.act(np.array(2)) is not None
+        assert stream.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reward", "done"),
+    [({"success": True}, 1.0, True), ({"success": 0.0}, 0.0, False), ({"success": "yes"}, None, False)],
+)
+def test_a_robot_tells_its_success(tmp_path: Path, metrics: Any, reward: float | None, done: bool) -> None:
+    folder = tmp_path / "recording"
+    observation = {"type": "observation", "payload": {"pixels": doors.screens(1)[0]}}
+    end = {"type": "episode_end", "payload": {"metrics": metrics, "steps": 2, "elapsed_sec": 0.1}}
+    begin = {"type": "episode_start", "payload": {"name": "task"}}
+    with recording(folder) as recorder, doors.running(tmp_path, recorder=recorder) as service:
+        url = f"ws://127.0.0.1:{service.port}/policies/{TINY}/vla-eval"
+        with connect(url, compression=None, proxy=None, max_size=None) as socket:
+            for message in (observation, observation, end, begin, observation):
+                socket.send(pack({**message, "seq": 1}, of_vla_eval))
+                if message is observation:
+                    answer = socket.recv(60)
+                    assert isinstance(answer, bytes)
+                    assert unpack(answer)["type"] == "action"
+    rewards, dones = feedback_in(folder, TINY)
+    told = [value for value in rewards if not np.isnan(value)]
+    assert (told, sum(dones)) == ([] if reward is None else [reward], done)
 
 
 @pytest.mark.parametrize("header", [{"X-Reward": "much"}, {"X-Reward": "nan"}, {"X-Done": "maybe"}])

@@ -58,6 +58,7 @@ def test_the_hello_says_what_a_client_needs(service: Service) -> None:
         "window": 8,
         "max_message_bytes": (64 << 10) + 2 * 32,
         "idle_s": 600.0,
+        "recorded": False,
     }
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actserve.core.errors import MalformedBody
+from actserve.core.errors import InvalidRequest, MalformedBody
 from actserve.core.signature import TensorSpec
-from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
+from actserve.wire.stream_messages import Hello, Reply, ReplyCodec, Result, read_result, result_message
 from tests import tensors
 
 UINT32 = st.integers(0, 2**32 - 1)
@@ -45,6 +45,33 @@ def test_a_binary_reply_is_read_without_us() -> None:
         "010001" + 5 * "00" +  # flags
         "0000c03f0000807f"  # value
     )  # fmt: skip
+
+
+@given(st.none() | st.floats(allow_nan=False, allow_infinity=False), st.none() | st.booleans())
+def test_a_result_survives(reward: float | None, done: bool | None) -> None:
+    result = Result(reward=reward, done=done)
+    assert read_result(result_message(result)) == result
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '"result"',
+        '{"result": [1, 2]}',
+        '{"result": {}, "x": 1}',
+        '{"result": {"dtype": "float32", "shape": [], "b64": "AAAAAA=="}}',
+        '{"result": {}' + 256 * " " + "}",
+    ],
+)
+def test_what_is_no_result_is_another_message(text: str) -> None:
+    assert read_result(text) is None
+
+
+@pytest.mark.parametrize("result", ['{"reward": NaN}', '{"reward": "x"}', '{"done": 1}', '{"reword": 1}'])
+def test_a_wrong_result_is_refused(result: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected a result with reward, a number, and done"):
+        read_result('{"result": ' + result + "}")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"action": [1, 2], "step": 1, "queue_us": 1, "run_us": 1}'])

@@ -25,7 +25,7 @@ from actserve.core.environment import Contract
 from actserve.core.errors import MalformedBody, ServiceError, ServiceUnreachable, UsageError
 from actserve.core.signature import Array, Arrays, Exploration, Signature, TensorSpec
 from actserve.wire.payload import find_spec
-from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
+from actserve.wire.stream_messages import Hello, Reply, ReplyCodec, Result, result_message
 
 CLOSE_TIMEOUT_S = 2.0
 
@@ -101,6 +101,20 @@ class Stream:
         with self._translated():
             self._socket.send(message)
         self.unanswered += 1
+
+    def tell(self, reward: float | None = None, done: bool | None = None) -> None:
+        """Tell the service the result of the last step, for its recording. If it does not record, nothing is sent.
+
+        Raises `UsageError` if messages are unanswered, or if the reward is not finite.
+        """
+        if self.unanswered:
+            raise UsageError(f"receive the replies to the {self.unanswered} messages sent ahead before calling tell")
+        if reward is not None and not np.isfinite(reward):
+            raise UsageError(f"expected a finite reward; got {reward}")
+        if self.hello.recorded:
+            result = Result(reward=None if reward is None else float(reward), done=None if done is None else bool(done))
+            with self._translated():
+                self._socket.send(result_message(result))
 
     def receive(self) -> Reply:
         """The reply to the oldest unanswered message. Also sets `outputs` and `steps`."""

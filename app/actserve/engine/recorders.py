@@ -24,6 +24,13 @@ class Feedback:
     reward: float | None
     done: bool | None
 
+    def plus(self, later: Feedback | None) -> Feedback:
+        """The result of this step and the `later` ones together: the sum of the rewards, and the last `done`."""
+        if later is None:
+            return self
+        rewards = [reward for reward in (self.reward, later.reward) if reward is not None]
+        return Feedback(sum(rewards) if rewards else None, self.done if later.done is None else later.done)
+
 
 class StepRecorder(ABC):
     """One step of an episode, or the items of one stateless request."""
@@ -51,8 +58,12 @@ class EpisodeRecorder(ABC):
         """The step `number`, counted from 1."""
 
     @abstractmethod
-    def end(self, feedback: Feedback) -> None:
-        """The episode has ended with this feedback on its last step."""
+    def tell(self, feedback: Feedback) -> None:
+        """Feedback on the last step, which the next one is recorded with, or the end."""
+
+    @abstractmethod
+    def end(self, feedback: Feedback | None = None) -> None:
+        """The episode has ended with this feedback on its last step, or with what was told."""
 
 
 class PolicyRecorder(ABC):

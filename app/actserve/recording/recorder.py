@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from time import perf_counter_ns
 from typing import Any, Literal
@@ -206,6 +206,7 @@ class RecordedEpisode(EpisodeRecorder):
         self.last_step: int | None = None  # that was recorded here
         self.skipped: Outcome | None = None  # why this episode is not recorded
         self.is_decided = False  # whether it is recorded
+        self._told: Feedback | None = None  # on the steps since the last recorded one
 
     def step(self, number: int) -> RecordedStep:
         return RecordedStep(self, number)
@@ -218,8 +219,18 @@ class RecordedEpisode(EpisodeRecorder):
     def decide(self) -> None:
         self.skipped, self.is_decided = self.policy.recorder.may_begin(), True
 
-    def end(self, feedback: Feedback) -> None:
-        if self.last_step is not None:
+    def tell(self, feedback: Feedback) -> None:
+        if self.last_step is not None and self.skipped is None:
+            self._told = feedback if self._told is None else self._told.plus(feedback)
+
+    def take_told(self) -> Feedback | None:
+        """What was told since the last call."""
+        told, self._told = self._told, None
+        return told
+
+    def end(self, feedback: Feedback | None = None) -> None:
+        feedback = feedback or self.take_told()  # a door has one way to tell
+        if self.last_step is not None and feedback is not None:
             self.policy.recorded.feedback[self.first_id] = feedback
 
     def drop(self, step: int) -> None:
@@ -265,6 +276,9 @@ class RecordedStep(StepRecorder):
 
     def commit(self) -> None:
         rows, self._rows = self._rows, None
+        told = self._episode.take_told()
         if rows is not None:
+            if told is not None:
+                rows = replace(rows, previous=told)
             self._episode.last_step = self._number
             self._episode.policy.recorder.add(self._episode.policy.recorded, rows)

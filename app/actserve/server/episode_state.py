@@ -12,7 +12,7 @@ from actserve.core.errors import ActserveError
 from actserve.core.signature import IS_INIT, Arrays, TensorSpec
 from actserve.engine.batch import BatchResult
 from actserve.engine.policy import Acted, Policy
-from actserve.engine.recorders import Door, EpisodeRecorder, StepRecorder, committed
+from actserve.engine.recorders import Door, EpisodeRecorder, Feedback, StepRecorder, committed
 from actserve.server.access.tokens import Token
 from actserve.server.admission import Admission, Ticket, name_of
 from actserve.server.chunk_steps import chunk_steps
@@ -155,6 +155,16 @@ class EpisodeState:
         recorder.seed = self._step_seed()
         return recorder
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the service records, and this client is not excluded."""
+        return self._recorder is not None
+
+    def tell(self, feedback: Feedback) -> None:
+        """The client tells the result of the last step, for the recording."""
+        if self._recorder is not None:
+            self._recorder.tell(feedback)
+
     def _keep(self, acted: Acted) -> None:
         # `state_after` copies: a view would keep the array of the whole batch in memory.
         state = self.policy.state_after(acted)
@@ -166,6 +176,8 @@ class EpisodeState:
 
     def close(self) -> None:
         """Free the state. A step that is still in progress changes nothing else: the slot may be another episode's."""
+        if self._recorder is not None:
+            self._recorder.end()
         if self.chunks is not None:
             self.chunks.close()
         if self.arena is not None:

@@ -1,4 +1,4 @@
-"""The messages that the service sends on a stream: a hello, then one reply per message, in order.
+"""The messages on a stream: the service sends a hello, then one reply per message, in order.
 
 The reply to a binary message has a fixed layout, all little-endian:
 
@@ -9,6 +9,9 @@ The reply to a binary message has a fixed layout, all little-endian:
 
 The reply to a text message is JSON: the outputs by name, and `step`, `queue_us` and `run_us`. An error is JSON in
 either case: `{"error": {"code", "message", "detail"}, "status", "step"}`, where `step` is the step that failed.
+
+A client may tell the result of its last step, in a text message without a reply: `{"result": {"reward": 1.0, "done":
+false}}`. Both members are optional.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ import pydantic
 import pydantic_core
 
 from actserve.core.environment import Contract
-from actserve.core.errors import MalformedBody
+from actserve.core.errors import InvalidRequest, MalformedBody
 from actserve.core.signature import Arrays, Exploration, Signature, TensorSpec
 
 _HEADER = struct.Struct("<QII")
 _ALIGNMENT = 8  # bytes; JavaScript's typed arrays can read any output in place
 _UINT32_MAX = 2**32 - 1
+RESULT_CHARACTERS = 256  # a longer text message is no result
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Hello:
     window: int  # the most unanswered messages
     max_message_bytes: int
     idle_s: float  # the stream is closed after so long without a message
+    recorded: bool = False  # whether results are recorded; otherwise they are ignored
 
     def to_json(self) -> str:
         return _HELLO.dump_json(self).decode()
@@ -60,6 +65,42 @@ class Hello:
 
 
 _HELLO = pydantic.TypeAdapter(Hello)
+
+
+class Result(pydantic.BaseModel):
+    """The result of a step, which only the client knows. None: it does not say."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    reward: pydantic.FiniteFloat | None = None
+    done: pydantic.StrictBool | None = None
+
+
+def result_message(result: Result) -> str:
+    """The message that tells the result of the last step."""
+    return pydantic_core.to_json({"result": result.model_dump(exclude_none=True)}).decode()
+
+
+def read_result(text: str) -> Result | None:
+    """The inverse; None: it is another message. Raises `InvalidRequest` for a result that is none."""
+    if len(text) > RESULT_CHARACTERS or '"result"' not in text:
+        return None
+    try:
+        document = pydantic_core.from_json(text)
+    except ValueError:
+        return None
+    if not isinstance(document, dict) or document.keys() != {"result"} or not isinstance(document["result"], dict):
+        return None
+    if document["result"].keys() >= {"dtype", "shape", "b64"}:  # an observation of this name
+        return None
+    try:
+        return Result.model_validate(document["result"])
+    except pydantic.ValidationError as error:
+        said = error.errors(include_url=False)[0]
+        spot = ".".join(map(str, said["loc"])) or "result"
+        raise InvalidRequest(
+            f"expected a result with reward, a number, and done; {spot}: {said['msg']}"[:200]
+        ) from None
 
 
 class Reply(NamedTuple):

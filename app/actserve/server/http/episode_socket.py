@@ -56,6 +56,13 @@ class SocketEpisode(ABC):
     async def answer(self, message: Message) -> Message | None:
         """The reply to a message, if it has one. Raises an `ActserveError`; then no step was taken."""
 
+    def notes(self, message: Message) -> bool:
+        """Take a message that is no step, costs nothing and has no reply; False: it is another one.
+
+        Raises an `ActserveError`.
+        """
+        return False
+
     @abstractmethod
     def refusal(self, error: ActserveError) -> Message:
         """The reply to a message that raised `error`."""
@@ -140,9 +147,11 @@ async def _answer_messages(websocket: WebSocket, episode: SocketEpisode, fast_pa
             raise WebSocketDisconnect(received["code"])
         message: Message = received["bytes"] if received.get("text") is None else received["text"]
         try:
-            episode.state.open_message()
-            with memory.taken(len(message)):
-                reply = await episode.answer(message)
+            reply = None
+            if not episode.notes(message):
+                episode.state.open_message()
+                with memory.taken(len(message)):
+                    reply = await episode.answer(message)
         except ActserveError as error:
             episode.state.refused(error)
             await _send(websocket, episode.refusal(error))

@@ -29,6 +29,9 @@ Upgrade to a WebSocket: the connection is the episode, and the service keeps its
    message, little-endian: step (uint64), queue_us (uint32), run_us (uint32), and each output at its offset in the
    hello.
 
+A text message `{{"result": {{"reward": 1.0, "done": false}}}}` tells the result of the last step, for the recording of
+the service, if it has one. It has no reply.
+
 Up to `window` ({WINDOW}) messages may be unanswered. An invalid message is answered with
 `{{"error": {{"code", "message", "detail"}}, "status", "step"}}` and does not change the state; the stream continues.
 

@@ -11,13 +11,14 @@ from actserve.core.errors import ActserveError, InvalidRequest, UnsupportedConte
 from actserve.core.settings import Settings
 from actserve.core.signature import Array, Arrays
 from actserve.engine.policy import Policy
+from actserve.engine.recorders import Feedback
 from actserve.server import off_loop
 from actserve.server.admission import Admission, current_token
 from actserve.server.episode_state import EpisodeState, Step
 from actserve.server.http.episode_socket import Message, SteppableEpisode
 from actserve.server.http.error_responses import error_json, status_of
 from actserve.telemetry.counts import STREAM, Tally
-from actserve.wire.stream_messages import Hello, Reply, ReplyCodec
+from actserve.wire.stream_messages import Hello, Reply, ReplyCodec, read_result
 
 WINDOW = 8  # unanswered messages; their replies fit into any socket's buffers, which prevents a deadlock
 ENCODINGS = (wire.RAW, wire.PNG, wire.SAFETENSORS)  # of binary messages; the first is the default
@@ -54,6 +55,7 @@ class StreamEpisode(SteppableEpisode):
             window=WINDOW,
             max_message_bytes=min(admission.max_body_bytes, self._largest_bytes()),
             idle_s=settings.session_idle_s,
+            recorded=state.is_recorded,
         )
         self._observations = {spec.name for spec in signature.observations}
         self.in_place = self._encoding == wire.RAW and state.arena is not None and state.arena.is_received_into
@@ -82,6 +84,12 @@ class StreamEpisode(SteppableEpisode):
             raise InvalidRequest(f"expected {', '.join(items.metadata)} in the stream's query; got it with a message")
         step = await self._state.act(items.tensors)
         return self._replies.to_json(self._reply(step)) if isinstance(message, str) else self.reply(step)
+
+    def notes(self, message: Message) -> bool:
+        told = read_result(message) if isinstance(message, str) else None
+        if told is not None:
+            self._state.tell(Feedback(told.reward, told.done))
+        return told is not None
 
     def refusal(self, error: ActserveError) -> str:
         step = self._state.steps + 1

@@ -1,7 +1,8 @@
 """vla-eval's WebSocket: `{"type", "payload", "seq", "timestamp"}` in msgpack.
 
 `hello` has a reply with the policy; `episode_start` begins an episode; the reply to `observation` is an `action` of the
-same `seq`; `episode_end` has no reply. An error is a message of the type `error`, with the `seq` of the message.
+same `seq`; `episode_end` has no reply. The `success` among its metrics is recorded as the reward of the last step. An
+error is a message of the type `error`, with the `seq` of the message.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from actserve import __version__
 from actserve.core.errors import ActserveError, MalformedBody
+from actserve.engine.recorders import Feedback
 from actserve.server.episode_state import Step
 from actserve.server.protocols import Protocol
 from actserve.server.protocols.robots.packed import MapPacker, of_vla_eval
@@ -45,7 +47,16 @@ class VlaEval(PackedWire):
             return self._pack("hello", self._hello())
         if request["type"] == "episode_start":
             await self.episode.reset()
+        if request["type"] == "episode_end":
+            self._note_end(request.get("payload"))
         return None
+
+    def _note_end(self, payload: Any) -> None:
+        """An episode without success may have been cut, so nothing says that it is done."""
+        metrics = payload.get("metrics") if isinstance(payload, dict) else None
+        success = metrics.get("success") if isinstance(metrics, dict) else None
+        if isinstance(success, bool | int | float) and 0 <= success <= 1:
+            self.state.tell(Feedback(float(success), True if success else None))
 
     def reply(self, step: Step) -> bytes:
         return self._pack("action", {**step.outputs, "actions": step.outputs[self.episode.action]})
