@@ -23,7 +23,7 @@ ROBOTS := $(patsubst %,.venv/%/installed,openpi vla-eval positronic json-numpy g
 demo: .venv/all
 	$(BIN)/python -m actserve_export.demo
 
-test: .venv/dev .venv/kserve/installed .venv/s3/installed $(ROBOTS) chromium servers
+test: .venv/dev .venv/kserve/installed .venv/s3/installed .venv/lerobot/installed $(ROBOTS) chromium servers
 	$(PYTEST) -m "not wide"
 
 test-wide: .venv/dev .venv/ray/installed .venv/robots/installed
@@ -75,12 +75,13 @@ bench: .venv/peers .venv/bentoml/installed .venv/ray/installed .venv/triton/inst
 	$(PIP) --editable '.[all,peers]'
 	@touch $@
 
-# The libraries of tests/robots, over what .venv has: they pin other versions of it, so nothing but they is installed.
-.venv/robots/installed: .ci/robots.txt | .venv/dev
-	$(PYTHON) -m venv .venv/robots
-	.venv/robots/bin/pip install $(PINNED) --requirement .ci/robots.txt
+# The libraries of tests/robots, and LeRobot's datasets, over what .venv has: they pin other versions of it, so nothing but
+# they is installed.
+.venv/robots/installed .venv/lerobot/installed: .venv/%/installed: .ci/%.txt | .venv/dev
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/pip install $(PINNED) --requirement .ci/$*.txt
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
-		"$$(.venv/robots/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/actserve.pth"
+		"$$(.venv/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/actserve.pth"
 	@touch $@
 
 # Tools with conflicting dependencies get their own virtual environment.

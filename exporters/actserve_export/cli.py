@@ -267,7 +267,11 @@ def _evaluation(episodes: int, seed: int) -> Callable[[Any, Callable[[str], None
     return lambda artifact, progress: {"evaluation": evaluate(artifact, episodes, seed, progress)}
 
 
-FORMATS = {"torchrl": "actserve_export.recordings.torchrl", "safetensors": "actserve_export.recordings.as_safetensors"}
+FORMATS = {  # module, what it writes, the extra that it needs
+    "torchrl": ("torchrl", "transitions", "export"),
+    "safetensors": ("as_safetensors", "trajectories", "record"),
+    "lerobot": ("as_lerobot", "trajectories", "record"),
+}
 
 
 @record.command("export")
@@ -275,10 +279,11 @@ def export_recording(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="Folder to write into; new or empty.")],
     format_: Annotated[
-        Literal["torchrl", "safetensors"],
+        Literal["torchrl", "safetensors", "lerobot"],
         typer.Option(
             "--format",
-            help="torchrl: a memory-mapped TensorDict of transitions; safetensors: a file for each trajectory.",
+            help="torchrl: a memory-mapped TensorDict of transitions; safetensors: a file for each trajectory; "
+            "lerobot: a dataset of LeRobot.",
         ),
     ],
     policy: Annotated[
@@ -288,11 +293,11 @@ def export_recording(
 ) -> None:
     """Export a recording in the format of another project."""
     recording = open_recording(folder)
-    write = import_extra("export", f"{FORMATS[format_]}:write")
+    module, what, extra = FORMATS[format_]
+    write = import_extra(extra, f"actserve_export.recordings.{module}:write")
     steps = recording.of(*recording.named(policy))
     with progress_bar("exporting", steps.count) as progress:
         count = write(steps, out, progress)
-    what = "transitions" if format_ == "torchrl" else "trajectories"
     if json:
         print_json({"format": format_, "out": str(out), "steps": steps.count, what: count})
     else:

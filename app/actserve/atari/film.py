@@ -13,8 +13,6 @@ from actserve.client.remote_policy import RemotePolicy
 from actserve.core.errors import UsageError
 from actserve.core.signature import Arrays
 
-EMULATOR_FPS = 60
-
 
 class Film:
     """A video of the games of `remote` that shows every `speed`-th step. A context manager, like `VideoWriter`."""
@@ -35,7 +33,7 @@ class Film:
             None,
         )
         self._overlay = Overlay(environment, self._values_output or "")
-        self._writer = VideoWriter(path, fps=EMULATOR_FPS / environment.frame_skip, scale=1)
+        self._writer = VideoWriter(path, fps=environment.actions_per_second, scale=1)
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from pydantic import ConfigDict
 
 from actserve.core.robot import Robot
 
+EMULATOR_FPS = 60
+
 
 @dataclass(frozen=True)
 class GameAction:
@@ -36,6 +38,11 @@ class Environment:
     frame_skip: int = 4  # emulator frames per action
     repeat_action_probability: float = 0.25  # sticky actions
     max_frames: int = 108_000  # emulator frames per episode: half an hour of play
+
+    @property
+    def actions_per_second(self) -> float:
+        """At the speed of the console."""
+        return EMULATOR_FPS / self.frame_skip
 
 
 Contract: TypeAlias = Environment | Robot

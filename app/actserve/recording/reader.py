@@ -166,6 +166,7 @@ class Transitions:
     row: Array  # int64: the number of each step in the order of `Steps.windows`
     trajectory: Array  # int64, from 0: steps that follow one another
     step: Array  # int64
+    time: Array  # datetime64, UTC
     reward: Array  # float64; NaN: not known
     done: Array  # bool; False if it is not known
     is_last: Array  # bool: no recorded step follows
@@ -191,7 +192,12 @@ class Steps:
     @property
     def signature(self) -> Signature:
         """The signature of the newest version."""
-        return max(self.shards, key=lambda shard: shard.header.version).header.signature
+        return self.newest.signature
+
+    @property
+    def newest(self) -> Header:
+        """The header of the newest version."""
+        return max((shard.header for shard in self.shards), key=lambda header: header.version)
 
     @cached_property
     def _last(self) -> dict[tuple[str, str], int]:
@@ -228,9 +234,9 @@ class Steps:
         table = pa.concat_tables(tables)
         episodes = np.array(table["episode"].to_pylist())
         session = np.array([episode.partition(".")[0] for episode in episodes])
-        step = table["step"].to_numpy()
-        row = np.lexsort((table["time"].to_numpy(), step, session))
-        episodes, session, step = episodes[row], session[row], step[row]
+        step, time = table["step"].to_numpy(), table["time"].to_numpy()
+        row = np.lexsort((time, step, session))
+        episodes, session, step, time = episodes[row], session[row], step[row], time[row]
         follows = np.array(table["follows"].to_pylist(), np.float64)[row]  # NaN: the state is in the row
         joined = (session[1:] == session[:-1]) & (step[1:] > step[:-1])  # the next request of the same client
         goes_on = joined & (episodes[1:] == episodes[:-1]) & ((follows[1:] == step[:-1]) | (step[1:] == step[:-1] + 1))
@@ -245,7 +251,7 @@ class Steps:
             done[place] = bool(last_done)
         goes_on &= ~done[:-1]
         trajectory = np.concatenate([[0], np.cumsum(~goes_on)])
-        return Transitions(row, trajectory, step, reward, done, np.append(~goes_on, True))
+        return Transitions(row, trajectory, step, time, reward, done, np.append(~goes_on, True))
 
     def windows(self, window_bytes: int) -> Iterator[list[Step]]:
         """The steps in order, in lists of about so many bytes. Each writer's come one after the other."""
