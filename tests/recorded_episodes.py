@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,12 @@ def record_episodes(
     lengths: Sequence[int] = (4, 3),
     rewards: bool = True,
     environment: Contract | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> list[Recorded]:
-    """Record episodes of random values, side by side, `PERIOD_S` apart. The last one is cut: nobody says it is done."""
+    """Record episodes of random values, side by side, `PERIOD_S` apart. The last one is cut: nobody says it is done.
+
+    `values` are inputs or outputs that are the same in every step, each (*shape).
+    """
     now_s = BEGUN_S
     recorder = Recorder(str(folder), Unlimited(1.0), 64 << 20, clock=lambda: now_s)
     manifest = Manifest(1, NAME, 1, None, "", signature, environment, {}, {}, {}, {})
@@ -64,6 +68,9 @@ def record_episodes(
                 if signature.is_init:
                     inputs[IS_INIT.name] = np.array([number == 0])
                 outputs = {spec.name: spec.sample(rng, 1) for spec in signature.results}
+                for name, value in (values or {}).items():
+                    target = inputs if name in inputs else outputs
+                    target[name] = np.array(value, target[name].dtype)[None]
                 step = episode.step(number + 1)
                 step.capture(inputs, outputs, slice(0, 1), 1000)
                 step.commit()

@@ -271,6 +271,7 @@ FORMATS = {  # module, what it writes, the extra that it needs
     "torchrl": ("torchrl", "transitions", "export"),
     "safetensors": ("as_safetensors", "trajectories", "record"),
     "lerobot": ("as_lerobot", "trajectories", "record"),
+    "mcap": ("as_mcap", "trajectories", "mcap"),
 }
 
 
@@ -279,11 +280,11 @@ def export_recording(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="Folder to write into; new or empty.")],
     format_: Annotated[
-        Literal["torchrl", "safetensors", "lerobot"],
+        Literal["torchrl", "safetensors", "lerobot", "mcap"],
         typer.Option(
             "--format",
             help="torchrl: a memory-mapped TensorDict of transitions; safetensors: a file for each trajectory; "
-            "lerobot: a dataset of LeRobot.",
+            "lerobot: a dataset of LeRobot; mcap: a file for each trajectory, for Foxglove and ROS.",
         ),
     ],
     policy: Annotated[

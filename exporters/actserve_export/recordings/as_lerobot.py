@@ -20,7 +20,7 @@ from actserve.recording.images import as_image, image_shape, is_image
 from actserve.recording.rate import contract_of, steps_per_second
 from actserve.recording.reader import Step, Steps
 from actserve.recording.rows import OBSERVATION, OUTPUT
-from actserve_export.recordings.trajectories import Trajectory, trajectories
+from actserve_export.recordings.trajectories import Trajectory, check_new, trajectories
 
 REWARD, DONE = "next.reward", "next.done"
 _GIVEN = ("state", "environment_state")  # names that LeRobot's policies look for
@@ -32,8 +32,7 @@ def write(steps: Steps, out: Path, progress: Callable[[int], None]) -> int:
     Trajectories of one step, such as stateless requests, are left out. Raises `UsageError` if the folder has files, if
     there is no other trajectory, or if the policy plans chunks.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"expected a new or empty folder; {out} has files")
+    check_new(out)
     signature = steps.signature
     if signature.chunk is not None:
         raise UsageError(

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from actserve.core.errors import UsageError
 from actserve.core.signature import Arrays
 from actserve.recording.reader import Steps
 from actserve.recording.rows import OBSERVATION, OUTPUT
-from actserve_export.recordings.trajectories import Trajectory, trajectories
+from actserve_export.recordings.trajectories import Trajectory, make_new, trajectories
 
 
 def write(steps: Steps, out: Path, progress: Callable[[int], None]) -> int:
@@ -22,9 +21,7 @@ def write(steps: Steps, out: Path, progress: Callable[[int], None]) -> int:
     `time_us`, `reward` (NaN: not known) and `done`. `progress` gets numbers of steps. Raises `UsageError` if the folder
     has files.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"expected a new or empty folder; {out} has files")
-    out.mkdir(parents=True, exist_ok=True)
+    make_new(out)
     count = 0
     for trajectory in trajectories(steps, progress):
         first = trajectory.steps[0]

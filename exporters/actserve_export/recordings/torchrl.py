@@ -22,6 +22,7 @@ from actserve.core.errors import UsageError
 from actserve.core.signature import Array, Signature, TensorSpec
 from actserve.recording.reader import Step, Steps, Transitions
 from actserve.recording.rows import OBSERVATION, OUTPUT
+from actserve_export.recordings.trajectories import check_new
 
 WINDOW_BYTES = 64 << 20  # of steps that are in memory at once
 
@@ -31,8 +32,7 @@ def write(steps: Steps, out: Path, progress: Callable[[int], None]) -> int:
 
     Raises `UsageError` if the folder has something, or if no two steps follow one another.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"expected a new or empty folder; {out} has files")
+    check_new(out)
     transitions, signature = steps.transitions(), steps.signature
     kept = ~transitions.is_last | transitions.done
     count = int(kept.sum())

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from actserve.core.errors import UsageError
 from actserve.core.signature import Array
 from actserve.recording.reader import Step, Steps
 
 WINDOW_BYTES = 64 << 20  # of steps that are read at once
+
+
+def check_new(folder: Path) -> None:
+    """Raise `UsageError` if there is a folder with files."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"expected a new or empty folder; {folder} has files")
+
+
+def make_new(folder: Path) -> None:
+    """Make the folder. Raises `UsageError` if it has files."""
+    check_new(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 @dataclass(frozen=True)
