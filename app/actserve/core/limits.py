@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 LIMITED = "limited"  # the output's name
@@ -27,6 +29,11 @@ class Reason(IntFlag):
     def label(self) -> str:
         """Its name in metrics and certificates."""
         return str(self.name).lower()
+
+
+def by_reason(limited: NDArray[Any]) -> dict[Reason, int]:
+    """How many items were limited for each reason. `limited`: (B,) uint8, bits of `Reason`."""
+    return {reason: int(np.count_nonzero(limited & reason)) for reason in Reason}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ recorded gives the same outputs bit for bit. Steps of several episodes run in on
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from actserve.core.completion import draw_noise
 from actserve.core.errors import UsageError
+from actserve.core.limits import LIMITED, Reason, by_reason
 from actserve.core.signature import EXPLORE, IS_INIT, Array, Arrays, Exploration, Signature
 from actserve.engine.golden import Tolerance, agreeing
 from actserve.recording.reader import Step
@@ -189,6 +190,27 @@ class Divergence:
 
 
 @dataclass
+class LimitedSteps:
+    """How often the limits of a policy acted. `steps` counts those of a policy that has limits."""
+
+    steps: int = 0
+    limited: int = 0
+    reasons: Counter[Reason] = field(default_factory=Counter)  # a step may have several
+
+    def add(self, limited: Array) -> None:
+        """`limited` is the output of this name, (B,)."""
+        self.steps += len(limited)
+        self.limited += int(np.count_nonzero(limited))
+        self.reasons.update(by_reason(limited))
+
+    def as_json(self) -> dict[str, int] | None:
+        """None: no step was of a policy with limits."""
+        if not self.steps:
+            return None
+        return {"steps": self.steps, "limited": self.limited} | {r.label: self.reasons[r] for r in Reason}
+
+
+@dataclass
 class Comparison:
     """The recorded outputs, compared with those of the replay."""
 
@@ -197,6 +219,13 @@ class Comparison:
     same: int = 0  # steps with the same action; a continuous one within the tolerance of certificates
     identical: int = 0  # steps whose outputs are all the same, bit for bit
     first: Divergence | None = None  # the earliest one
+    recorded_limits: LimitedSteps = field(default_factory=LimitedSteps)
+    replayed_limits: LimitedSteps = field(default_factory=LimitedSteps)
+
+    @property
+    def share(self) -> float:
+        """The share of steps with the same action; 0 if there are no steps."""
+        return self.same / self.steps if self.steps else 0.0
 
     def add(self, batch: Sequence[Step], outputs: Arrays) -> None:
         """Compare the `outputs` of a batch, each (B, *shape), with the recorded ones."""
@@ -206,6 +235,11 @@ class Comparison:
         same = agreeing(outputs[action.name], recorded[action.name], Tolerance().of(action))
         self.steps += len(batch)
         self.same += int(same.sum())
+        if LIMITED in outputs:
+            self.replayed_limits.add(outputs[LIMITED])
+        limited = [step.tensors[OUTPUT + LIMITED] for step in batch if OUTPUT + LIMITED in step.tensors]
+        if limited:
+            self.recorded_limits.add(np.stack(limited))
         self.identical += int(np.all([_identical(outputs[name], recorded[name]) for name in names], axis=0).sum())
         for row in map(int, np.flatnonzero(~same)):
             step = batch[row]

@@ -6,10 +6,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
-from actserve.core.limits import Reason
+from actserve.core.limits import Reason, by_reason
 
 _MICROSECONDS = (25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000)
 TIMES_NS = (*(us * 1000 for us in _MICROSECONDS), 10**9, 2_500_000_000, 5 * 10**9, 10**10)
@@ -66,5 +65,5 @@ class Meters:
         """Count the items of a call that the limits changed. `limited`: (B,) uint8, bits of `Reason`."""
         self.limited = self.limited or dict.fromkeys(Reason, 0)
         if limited.any():
-            for reason in Reason:
-                self.limited[reason] += int(np.count_nonzero(limited & reason))
+            for reason, items in by_reason(limited).items():
+                self.limited[reason] += items

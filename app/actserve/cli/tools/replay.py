@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 
 from actserve.cli.tools.programs import open_best
 from actserve.core.errors import RuntimeRefused, UsageError
+from actserve.core.limits import Reason
 from actserve.recording.reader import Step, Steps
 from actserve.recording.remote_actor import RemoteActor
-from actserve.recording.replay import Actor, Comparison, Player, ProgramActor
+from actserve.recording.replay import Actor, Comparison, LimitedSteps, Player, ProgramActor
 from actserve.store.artifact import Artifact
 
 WINDOW_BYTES = 64 << 20  # of steps that are read at once: steps of so many episodes are in one batch
@@ -49,6 +50,10 @@ class Replayed:
             "identical": found.identical,
             "skipped": self.skipped,
             "seconds": round(self.seconds, 3),
+            "limits": {
+                "recorded": found.recorded_limits.as_json(),
+                "replayed": found.replayed_limits.as_json(),
+            },
             "first": found.first and found.first.as_json(found.signature.action.name),
         }
 
@@ -103,14 +108,16 @@ def _windows(steps: Steps, rate: Rate) -> Iterator[list[Step]]:
 def show(found: Replayed, console: Console, saved: Path | None, command: str) -> None:
     """Print the result as text. `command` shows how to see the first step that diverges."""
     comparison = found.comparison
-    share = comparison.same / comparison.steps if comparison.steps else 0.0
     console.print(
         f"{found.label} (.{found.runtime}): the same action in {comparison.same:,} of {comparison.steps:,} steps "
-        f"({share:.2%}); all outputs bit for bit in {comparison.identical:,}",
+        f"({comparison.share:.2%}); all outputs bit for bit in {comparison.identical:,}",
         highlight=False,
     )
     if found.skipped:
         console.print(f"  {found.skipped:,} steps not played: their state is not in the recording", highlight=False)
+    for what, limits in (("recorded", comparison.recorded_limits), ("replayed", comparison.replayed_limits)):
+        if limits.steps:
+            console.print(f"  {_limited(what, limits)}", highlight=False)
     first = comparison.first
     if first is None:
         return
@@ -129,6 +136,11 @@ def show(found: Replayed, console: Console, saved: Path | None, command: str) ->
         else f"to see it: {command} --save step.safetensors"
     )
     console.print(f"  {where}", highlight=False, markup=False)
+
+
+def _limited(what: str, found: LimitedSteps) -> str:
+    reasons = ", ".join(f"{reason.label} {found.reasons[reason]:,}" for reason in Reason if found.reasons[reason])
+    return f"{what}: limits acted in {found.limited:,} of {found.steps:,} steps" + (f" ({reasons})" if reasons else "")
 
 
 def save(found: Replayed, path: Path) -> bool:
