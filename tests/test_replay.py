@@ -163,3 +163,38 @@ def test_two_versions_are_compared_on_a_recording(recorded: Path, variants: Vari
         assert (done.returncode, found["samples"], found["same"], found["of"]) == (0, steps, same, "recorded steps")
         assert found["largest_difference"] == {"action_value": 0.0}
     assert f"0 of {steps} recorded steps" in actserve("diff", f"{LSTM}@2", f"{LSTM}@1", *options).stdout
+
+
+def test_a_canary_is_held_against_a_recording(recorded: Path, variants: Variants) -> None:
+    """Version 1 never acts as version 2, which was recorded."""
+    store = ("--store", str(variants.store.root))
+    options = (*store, "--recording", str(recorded), "--at-least", "0.99")
+    done = actserve("canary", LSTM, "1", *options)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 1
+    assert f"{LSTM}@1 (.onnx): the same action in 0 of {2 * STEPS + 1} steps (0.00%)" in text
+    assert "first at step 1 of episode" in text
+    assert f"to see it: actserve replay {recorded} --policy {LSTM}@1 {' '.join(store)} --save" in text
+    assert f"{LSTM}@1 gets no requests: expected the same action in at least 99.00% of the steps" in text
+    refused = json.loads(actserve("canary", LSTM, "1", *options, "--json").stdout)
+    assert (refused["refused"], refused["replayed"]["same"], "canary" in refused) == (True, 0, False)
+    assert json.loads(actserve("pin", LSTM, *store, "--json").stdout)["canary"] is None
+    taken = json.loads(actserve("canary", LSTM, "2", *options, "--share", "0.2", "--json").stdout)
+    assert (taken["canary"], taken["replayed"]["same"]) == ({"version": 2, "share": 0.2}, 2 * STEPS + 1)
+    # Without a threshold it is only shown.
+    shown = actserve("canary", LSTM, "1", *options[:4])
+    assert (shown.returncode, "version 1 answers 10% of the requests" in shown.stdout) == (0, True)
+    actserve("canary", LSTM, *store)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("1", "--at-least", "0.5"), "--at-least is for a recording: add --recording DIR"),
+        (("--recording", "somewhere"), "--recording is for a version"),
+        (("1", "--recording", "nowhere"), "expected a folder with a recording"),
+    ],
+)
+def test_a_canary_without_what_it_needs_is_refused(variants: Variants, options: tuple[str, ...], said: str) -> None:
+    done = actserve("canary", LSTM, *options, "--store", str(variants.store.root))
+    assert (done.returncode, said in " ".join(done.stderr.split())) == (2, True)

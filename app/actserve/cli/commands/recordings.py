@@ -17,7 +17,9 @@ from actserve.cli.terminal import Json, console, print_json
 from actserve.core.imports import import_extra
 
 if TYPE_CHECKING:
-    from actserve.recording.reader import Recording
+    from actserve.cli.tools.replay import Rate, Replayed
+    from actserve.recording.reader import Recording, Steps
+    from actserve.store.artifact import Artifact
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the recording, as in `serve --record DIR`.")]
 
@@ -41,6 +43,14 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+def replay_on(artifact: Artifact, steps: Steps, rate: Rate = "full") -> Replayed:
+    """Replay on the best program of an artifact, with a progress bar. Raises as `Player`, and `RuntimeRefused`."""
+    from actserve.cli.tools import replay as tool
+
+    with progress_bar("replaying", steps.count) as progress, tool.program(artifact) as (actor, runtime):
+        return tool.replay(steps, actor, artifact.label, runtime, rate, progress)
 
 
 def replay(
@@ -74,14 +84,15 @@ def replay(
 
     name, version = recording.named(policy)
     steps = recording.of(name, recorded)
-    with progress_bar("replaying", steps.count) as progress:
-        if url is None:
-            artifact = find(open_for_reading(store), name if version is None else f"{name}@{version}")
-            with tool.program(artifact) as (actor, runtime):
-                found = tool.replay(steps, actor, artifact.label, runtime, rate, progress)
-        else:
-            with tool.service(url, name, version, token) as (remote, label, runtime):
-                found = tool.replay(steps, remote, label, runtime, rate, progress)
+    if url is None:
+        artifact = find(open_for_reading(store), name if version is None else f"{name}@{version}")
+        found = replay_on(artifact, steps, rate)
+    else:
+        with (
+            progress_bar("replaying", steps.count) as progress,
+            tool.service(url, name, version, token) as (remote, label, runtime),
+        ):
+            found = tool.replay(steps, remote, label, runtime, rate, progress)
     saved = save if save is not None and tool.save(found, save) else None
     if json:
         print_json(found.as_json() | ({"saved": str(saved)} if saved else {}))
