@@ -156,7 +156,7 @@ def _replayed(found: Steps, store: ModelStore, recorded: int) -> dict[str, Any]:
     for number in (recorded, 3 - recorded):
         artifact = store.resolve(LSTM, number)
         CONSOLE.print(f"  {found.count:,} steps of version {recorded} on version {number}")
-        with replay.program(artifact) as (actor, runtime):
+        with replay.program(artifact) as (actor, _, runtime):
             results[number] = replay.replay(found, actor, artifact.label, runtime, "full", lambda _: None)
     same, other = results[recorded].comparison, results[3 - recorded].comparison
     assert other.first is not None

@@ -47,13 +47,21 @@ class Overlay:
         self._layout: _Layout | None = None
 
     def compose(
-        self, screen: Picture, *, score: float, step: int, action: int, values: NDArray[Any] | None, note: str = ""
+        self,
+        screen: Picture,
+        *,
+        score: float | None,
+        step: int,
+        action: int,
+        values: NDArray[Any] | None,
+        note: str = "",
     ) -> Picture:
         """The picture of one step, (height, width, 3) uint8 RGB, both even. The next call overwrites the array.
 
         `screen` is uint8[H, W, 3], of the same shape in every call. `action` is the index of the chosen action.
         `values` has one number per action of the environment; the bars scale from the least finite value of the step
         to the greatest. Without values only the chosen action is marked. `note` is a line below the environment's name.
+        A `score` of None is not known.
         Raises `UsageError` for a screen, an action or values of another shape or range.
         """
         self._check(screen, action, values)
@@ -63,7 +71,8 @@ class Overlay:
         layout = self._layout
         frame, left, right = layout.begin(screen), layout.left, layout.right
         self._small.write(frame, " ".join(note.split()), left, NOTE, PLAIN)
-        self._large.write(frame, f"{score + 0.0:,.0f}", left, FIGURES, BRIGHT)  # + 0.0 turns -0.0 into 0.0
+        shown = "?" if score is None else f"{score + 0.0:,.0f}"  # + 0.0 turns -0.0 into 0.0
+        self._large.write(frame, shown, left, FIGURES, BRIGHT)
         self._title.write_number(frame, f"{step:,}", right, FIGURES, BRIGHT)
         layout.mark_chosen(action)
         if values is not None:

@@ -38,11 +38,7 @@ class VideoWriter:
         self._encoder: _Encoder | None = None
 
     def __enter__(self) -> Self:
-        kind = _ENCODERS.get(self.path.suffix.lower())
-        if kind is None:
-            raise UsageError(f"expected a video file ending in {' or '.join(_ENCODERS)}; got {self.path.name!r}")
-        if not self.path.parent.is_dir():
-            raise UsageError(f"cannot write {self.path.name}: there is no folder {self.path.parent}")
+        kind = check_video_path(self.path)
         self._encoder = kind(import_extra("play", "av"), self._part, self.fps, self.scale)
         return self
 
@@ -193,3 +189,13 @@ def _distance(one: int, other: int) -> int:
 
 
 _ENCODERS: dict[str, type[_Encoder]] = {".mp4": _Encoder, ".gif": _GifEncoder}
+
+
+def check_video_path(path: Path) -> type[_Encoder]:
+    """The encoder for a video file. Raises `UsageError` for another suffix, or a missing folder."""
+    kind = _ENCODERS.get(path.suffix.lower())
+    if kind is None:
+        raise UsageError(f"expected a video file ending in {' or '.join(_ENCODERS)}; got {path.name!r}")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path.name}: there is no folder {path.parent}")
+    return kind

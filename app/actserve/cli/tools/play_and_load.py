@@ -58,7 +58,7 @@ def play(
             raise UsageError(f"{remote.name} was trained on {environment.game}; got --game {game}")
         if protocol is not None:
             PROTOCOLS[protocol](environment)
-        film = stack.enter_context(Film(video, remote, speed)) if video is not None else None
+        film = stack.enter_context(Film.of(video, remote, speed)) if video is not None else None
         status = stack.enter_context(console.status(f"{environment.id}: starting"))
         episodes_stack = stack.enter_context(ExitStack())
         episode: EpisodeClient | None = None

@@ -59,13 +59,13 @@ class Replayed:
 
 
 @contextmanager
-def program(artifact: Artifact) -> Iterator[tuple[ProgramActor, str]]:
-    """The best program of an artifact, and its runtime. Raises `RuntimeRefused` if this host can run none."""
+def program(artifact: Artifact) -> Iterator[tuple[ProgramActor, str, str]]:
+    """The best program of an artifact, its label and its runtime. Raises `RuntimeRefused` if this host can run none."""
     runtime, (choice, reason) = open_best(artifact)
     if runtime is None or choice is None:
         raise RuntimeRefused(f"{artifact.label} cannot run here: {reason}")
     try:
-        yield ProgramActor(runtime.signature, runtime.run), choice.runtime
+        yield ProgramActor(runtime.signature, runtime.run), artifact.label, choice.runtime
     finally:
         runtime.close()
 
