@@ -223,6 +223,26 @@ def test_a_stream_tells_the_result_of_a_step_with_a_text_message(tmp_path: Path,
     assert feedback_in(tmp_path) == ([1.0, 1.5, 2.0, 2.5], [False, False, False, True])
 
 
+def test_a_flood_of_results_is_charged_to_the_token(tmp_path: Path) -> None:
+    """One for each step is free."""
+    with doors.running(tmp_path, tokens=True) as service:
+        url = f"ws://127.0.0.1:{service.port}/policies/{TINY}/stream"
+        with connect(url, compression=None, proxy=None, additional_headers=service.headers, max_size=None) as ws:
+            ws.recv(60)
+            left = service.left
+            for number in range(3):
+                ws.send(doors.screens(1)[0].tobytes())
+                ws.recv(60)
+                ws.send('{"result": {"reward": 1}}')
+                ws.ping().wait(60)
+                assert left - service.left == number + 1
+            for _ in range(int(service.left)):
+                ws.send('{"result": {"reward": 1}}')
+            ws.send('{"result": {"reward": 2}}')
+            answer = json.loads(ws.recv(60))
+    assert (answer["status"], answer["step"]) == (429, 4)
+
+
 def test_the_client_tells_the_results_of_a_stream(tmp_path: Path) -> None:
     """An episode that begins within the stream has rewards of its own."""
     with recording(tmp_path) as recorder, running(recorder=recorder) as service, Stream(service.url) as stream:

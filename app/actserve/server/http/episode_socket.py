@@ -57,7 +57,7 @@ class SocketEpisode(ABC):
         """The reply to a message, if it has one. Raises an `ActserveError`; then no step was taken."""
 
     def notes(self, message: Message) -> bool:
-        """Take a message that is no step, costs nothing and has no reply; False: it is another one.
+        """Take a message that is no step and has no reply, and charge for it if need be; False: it is another one.
 
         Raises an `ActserveError`.
         """

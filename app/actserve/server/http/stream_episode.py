@@ -57,6 +57,7 @@ class StreamEpisode(SteppableEpisode):
             idle_s=settings.session_idle_s,
             recorded=state.is_recorded,
         )
+        self._told_step = 0  # the last step whose result the client told
         self._observations = {spec.name for spec in signature.observations}
         self.in_place = self._encoding == wire.RAW and state.arena is not None and state.arena.is_received_into
 
@@ -87,9 +88,13 @@ class StreamEpisode(SteppableEpisode):
 
     def notes(self, message: Message) -> bool:
         told = read_result(message) if isinstance(message, str) else None
-        if told is not None:
-            self._state.tell(Feedback(told.reward, told.done))
-        return told is not None
+        if told is None:
+            return False
+        if self._told_step == self._state.steps:  # one for each step is free
+            self._state.open_message()
+        self._told_step = self._state.steps
+        self._state.tell(Feedback(told.reward, told.done))
+        return True
 
     def refusal(self, error: ActserveError) -> str:
         step = self._state.steps + 1
