@@ -20,13 +20,14 @@ from actserve.core.errors import UsageError
 from actserve.engine.runtimes.host import cpu_model, this_host
 from actserve.store.artifact import GOLDEN, MANIFEST, Artifact, Manifest
 
-Target = Literal["browser", "python"]
+Target = Literal["browser", "cpp", "python"]
 Runtime = Literal["onnx", "pt2"]
 MODULES: dict[Target, str] = {
     "browser": "actserve.bundles.browser.target",
+    "cpp": "actserve.bundles.cpp.target",
     "python": "actserve.bundles.python.target",
 }
-RUNTIMES: dict[Target, tuple[Runtime, ...]] = {"browser": ("onnx",), "python": ("onnx",)}
+RUNTIMES: dict[Target, tuple[Runtime, ...]] = {"browser": ("onnx",), "cpp": ("onnx", "pt2"), "python": ("onnx",)}
 BUNDLE = "bundle.json"
 
 

@@ -15,8 +15,10 @@ from actserve.core.errors import NotFound
 def bundle(
     label: Label,
     target: Annotated[
-        Literal["browser", "python"],
-        typer.Option(help="browser: static files. python: one file, with numpy and onnxruntime."),
+        Literal["browser", "cpp", "python"],
+        typer.Option(
+            help="browser: static files. cpp: a CMake project. python: one file, with numpy and onnxruntime."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: NAME-TARGET.")] = None,
     runtime: Annotated[Literal["onnx", "pt2"], typer.Option(help="Program of the bundle; pt2 for cpp only.")] = "onnx",

@@ -1,0 +1,1 @@
+"""The bundle for C++: a CMake project with a library, the program `policy`, and tests."""

@@ -1,0 +1,5 @@
+# The target `runtime`: the libraries of PyTorch. CMAKE_PREFIX_PATH has them:
+# python -c "import torch; print(torch.utils.cmake_prefix_path)"
+find_package(Torch REQUIRED)
+add_library(runtime INTERFACE)
+target_link_libraries(runtime INTERFACE ${TORCH_LIBRARIES})
