@@ -16,9 +16,7 @@ def bundle(
     label: Label,
     target: Annotated[
         Literal["browser", "cpp", "python"],
-        typer.Option(
-            help="browser: static files. cpp: a CMake project. python: one file, with numpy and onnxruntime."
-        ),
+        typer.Option(help="browser: static files. cpp: a CMake project. python: one file, with numpy and onnxruntime."),
     ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: NAME-TARGET.")] = None,
     runtime: Annotated[Literal["onnx", "pt2"], typer.Option(help="Program of the bundle; pt2 for cpp only.")] = "onnx",
