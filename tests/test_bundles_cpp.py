@@ -111,7 +111,7 @@ def test_parameters_are_those_of_the_frame_or_of_the_training() -> None:
         assert [int(policy.step(tensors, RANDOM, seed)["action"]) for seed in range(50)] == [
             int(policy.step(tensors, RANDOM, seed, None, [0.25])["action"]) for seed in range(50)
         ]
-        with pytest.raises(Refused, match="epsilon: expected values of at most 1; got 1.5"):
+        with pytest.raises(Refused, match=r"epsilon: expected values of at most 1; got 1\.5"):
             actions(1.5)
 
 

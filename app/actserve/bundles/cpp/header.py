@@ -8,7 +8,7 @@ import numpy as np
 
 from actserve.bundles.cpp import literals
 from actserve.core.limits import LIMITED
-from actserve.core.signature import EXPLORE, IS_INIT, Bound, Signature, State, TensorSpec
+from actserve.core.signature import EXPLORE, IS_INIT, Signature, State, TensorSpec
 from actserve.store.artifact import Manifest
 
 _TYPES = {
@@ -146,34 +146,23 @@ def _details(name: str, spec: TensorSpec, bounds: bool = True) -> str:
     lines = []
     if spec.shape:
         lines.append(f"inline constexpr std::int64_t {name}_shape[] = {{{', '.join(map(str, spec.shape))}}};\n")
-    for side, bound in (("low", spec.low), ("high", spec.high)) if bounds else ():
-        if bound is not None:
-            values = ", ".join(map(literals.number, _values(spec, side, bound)))
-            lines.append(f"inline constexpr double {name}_{side}[] = {{{values}}};\n")
+    for side, values in (("low", spec.each_low), ("high", spec.each_high)) if bounds else ():
+        if np.isfinite(values).any():
+            listed = ", ".join(map(literals.number, values.reshape(-1)))
+            lines.append(f"inline constexpr double {name}_{side}[] = {{{listed}}};\n")
     return "".join(lines)
-
-
-def _values(spec: TensorSpec, side: str, bound: Bound) -> list[float]:
-    """One number, or one for each element if any bound of the tensor has so many."""
-    each = spec.each_low if side == "low" else spec.each_high
-    return [float(value) for value in (np.broadcast_to(each, spec.shape) if _each(spec) else each).reshape(-1)]
-
-
-def _each(spec: TensorSpec) -> bool:
-    return isinstance(spec.low, tuple) or isinstance(spec.high, tuple)
 
 
 def _spec(name: str, spec: TensorSpec, bounds: bool = True) -> str:
     shape = f"{name}_shape" if spec.shape else "nullptr"
     low, high = (
-        f"{name}_{side}" if bounds and bound is not None else "nullptr"
-        for side, bound in (("low", spec.low), ("high", spec.high))
+        f"{{{name}_{side}, {values.size}}}" if bounds and np.isfinite(values).any() else "{nullptr, 0}"
+        for side, values in (("low", spec.each_low), ("high", spec.each_high))
     )
     dtype = f"DType::{_DTYPES.get(spec.dtype, spec.dtype)}"
-    count = spec.elements if _each(spec) else 1
     return (
         f"{{{literals.text(spec.name)}, {dtype}, {literals.text(str(spec))}, {shape}, {len(spec.shape)}, "
-        f"{spec.elements}, {low}, {high}, {count}}}"
+        f"{spec.elements}, {low}, {high}}}"
     )
 
 

@@ -31,24 +31,26 @@ std::string place_of(const TensorSpec& spec, std::size_t element) {
   throw InvalidInput(std::string(spec.name) + ": expected " + expected + "; got " + got);
 }
 
-// `Wrong` says whether a value is beyond a bound.
+// `wrong` says whether a value is beyond a bound.
 template <class T, class Wrong>
-void check_bound(const TensorSpec& spec, const T* values, std::size_t count, const double* bound, const char* relation,
+void check_bound(const TensorSpec& spec, const T* values, std::size_t count, Bound bound, const char* relation,
                  Wrong wrong) {
-  const bool each = spec.bounds != 1;
-  const auto find = [&](std::size_t i) { return wrong(static_cast<double>(values[i]), bound[each ? i % spec.elements : 0]); };
+  if (bound.count == 0) return;
+  const auto is_wrong = [&](std::size_t i) {
+    return wrong(static_cast<double>(values[i]), bound.values[bound.count == 1 ? 0 : i % bound.count]);
+  };
   bool any = false;
-  if (each) {
-    for (std::size_t i = 0; i < count; ++i) any |= find(i);
+  if (bound.count == 1) {  // without a division
+    for (std::size_t i = 0; i < count; ++i) any |= wrong(static_cast<double>(values[i]), bound.values[0]);
   } else {
-    for (std::size_t i = 0; i < count; ++i) any |= wrong(static_cast<double>(values[i]), bound[0]);
+    for (std::size_t i = 0; i < count; ++i) any |= is_wrong(i);
   }
   for (std::size_t i = 0; any && i < count; ++i) {
-    if (!find(i)) continue;
-    refuse(spec,
-           std::string("values of ") + relation + " " + text_of(bound[each ? i % spec.elements : 0]) +
-               (each ? place_of(spec, i % spec.elements) : ""),
-           text_of(static_cast<double>(values[i])));
+    if (!is_wrong(i)) continue;
+    const std::size_t element = i % spec.elements;
+    const std::string limit = bound.count == 1 ? text_of(bound.values[0])
+                                               : text_of(bound.values[element]) + place_of(spec, element);
+    refuse(spec, std::string("values of ") + relation + " " + limit, text_of(static_cast<double>(values[i])));
   }
 }
 
@@ -64,12 +66,8 @@ void check(const TensorSpec& spec, const void* data, std::size_t items) {
     }
     if (nan) refuse(spec, "numbers", "NaN");
   }
-  if (spec.low != nullptr) {
-    check_bound(spec, values, count, spec.low, "at least", [](double value, double bound) { return value < bound; });
-  }
-  if (spec.high != nullptr) {
-    check_bound(spec, values, count, spec.high, "at most", [](double value, double bound) { return value > bound; });
-  }
+  check_bound(spec, values, count, spec.low, "at least", [](double value, double bound) { return value < bound; });
+  check_bound(spec, values, count, spec.high, "at most", [](double value, double bound) { return value > bound; });
 }
 
 }  // namespace

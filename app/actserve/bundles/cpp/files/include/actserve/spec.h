@@ -76,6 +76,13 @@ constexpr std::size_t size_of(DType dtype) {
   return dispatch(dtype, [](auto zero) { return sizeof zero; });
 }
 
+// An inclusive bound of values. `count` is 0 for none, 1 for one that holds for every element; otherwise each element of
+// an item has its own.
+struct Bound {
+  const double* values;
+  std::size_t count;
+};
+
 // One named tensor. Its shape is that of one item: the batch axis is no part of it.
 struct TensorSpec {
   const char* name;
@@ -84,9 +91,7 @@ struct TensorSpec {
   const std::int64_t* shape;
   std::size_t rank;
   std::size_t elements;  // of one item
-  const double* low;     // inclusive bounds; nullptr: none
-  const double* high;
-  std::size_t bounds;  // 1: a bound holds for every element; otherwise each of the `elements` has its own
+  Bound low, high;
 
   constexpr std::size_t bytes() const { return elements * size_of(dtype); }  // of one item
   constexpr std::size_t program_bytes() const { return elements * size_of(in_program(dtype)); }
