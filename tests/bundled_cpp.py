@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,16 +14,28 @@ import pytest
 
 from actserve.bundles import bundle as bundles
 from actserve.bundles.bundle import Runtime
-from actserve.bundles.cpp.target import libraries
+from actserve.bundles.cpp.target import libraries, tool
+from actserve.core.errors import UsageError
 from actserve.core.signature import Arrays, Signature
 from actserve.store.artifact import Artifact
 from tests.bundled import artifact_of
 from tests.exported import exported, made_once
 
 RESET, RANDOM, SEED, COUNT, PARAMETERS, SHARED = 1, 2, 4, 8, 16, 32  # flags of frames
-MISSING = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
-needs_compiler = pytest.mark.skipif(bool(MISSING), reason=f"install {' and '.join(MISSING)} to build C++")
 FILES = Path(bundles.__file__).parent / "cpp"
+
+
+def _missing() -> str:
+    """What a test needs and this host lacks."""
+    try:
+        tool("cmake")
+        tool("c++")
+    except UsageError as error:
+        return error.message
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(_missing()), reason=_missing())
 
 
 def artifact(name: str, runtime: Runtime) -> Artifact:
@@ -48,8 +59,8 @@ def built(name: str, runtime: Runtime = "onnx") -> Path:
 def build(folder: Path, runtime: Runtime) -> None:
     """Warnings of the compiler are errors."""
     flags = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -Werror"]
-    run("cmake", "-S", str(folder), "-B", str(folder / "build"), *flags, *libraries(runtime))
-    run("cmake", "--build", str(folder / "build"), "--parallel", "2")
+    run(tool("cmake"), "-S", str(folder), "-B", str(folder / "build"), *flags, *libraries(runtime))
+    run(tool("cmake"), "--build", str(folder / "build"), "--parallel", "2")
 
 
 def run(*command: str) -> str:

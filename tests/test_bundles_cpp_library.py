@@ -73,7 +73,7 @@ def stateless() -> Signature:
     return replace(signature, outputs=tuple(replace(spec, name=f"{spec.name}'") for spec in signature.inputs))
 
 
-def compiled(signature: Signature, folder: Path) -> Path:
+def compiled(signature: Signature, folder: Path, *flags: str) -> Path:
     """An executable that acts in `folder` with the library and echo_program.cpp."""
     (folder / "policy.onnx").write_bytes(b"a program")
     files = {"policy.onnx": FileRecord(hashlib.sha256(b"a program").hexdigest(), 9)}
@@ -87,14 +87,25 @@ def compiled(signature: Signature, folder: Path) -> Path:
     sources = [str(source / "src" / f"{name}.cpp") for name in SOURCES]
     sources += [str(source / "program" / "frames.cpp"), str(Path(__file__).with_name("echo_program.cpp"))]
     includes = [f"-I{path}" for path in (folder, source / "include", source / "src", source / "program")]
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=undefined,address", "-fno-sanitize-recover", "-ffp-contract=off"]
-    run("c++", *flags, "-Wall", "-Wextra", "-Werror", *includes, *sources, "-o", str(folder / "policy"))
+    run(
+        "c++",
+        "-std=c++17",
+        "-ffp-contract=off",
+        *flags,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *includes,
+        *sources,
+        "-o",
+        str(folder / "policy"),
+    )
     return folder / "policy"
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(echoing(), tmp_path_factory.mktemp("echo"))
+    return compiled(echoing(), tmp_path_factory.mktemp("echo"), "-fsanitize=undefined,address", "-fno-sanitize-recover")
 
 
 @pytest.fixture

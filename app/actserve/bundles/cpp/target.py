@@ -15,7 +15,6 @@ from actserve.core.errors import UsageError
 from actserve.store.artifact import Artifact
 
 _FILES = Path(__file__).with_name("files")
-_TOOLS = ("cmake", "c++")
 
 
 def write(artifact: Artifact, runtime: str, folder: Path) -> None:
@@ -40,13 +39,21 @@ def verify(folder: Path) -> dict[str, str]:
 
     Raises `UsageError` without a compiler or CMake.
     """
-    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
-        raise UsageError(f"expected {' and '.join(_TOOLS)}, to build the bundle; {missing[0]} is not installed")
+    cmake = tool("cmake")
+    tool("c++")
     runtime = re.findall(r"BUNDLE_RUNTIME (\w+)", (folder / "bundle.cmake").read_text())[0]
-    run_check(["cmake", "-S", ".", "-B", "build", *libraries(runtime)], folder)
-    run_check(["cmake", "--build", "build"], folder)
+    run_check([cmake, "-S", ".", "-B", "build", *libraries(runtime)], folder)
+    run_check([cmake, "--build", "build"], folder)
     said = run_check(["build/policy", "--check"], folder)
     return dict(re.findall(r"^built with: (.+) (\S+)$", said, re.MULTILINE))
+
+
+def tool(name: str) -> str:
+    """The path of a program, also of one that a Python package has brought. Raises `UsageError`."""
+    found = shutil.which(name) or shutil.which(name, path=Path(sys.executable).parent)
+    if found is None:
+        raise UsageError(f"expected {name}, to build the bundle; it is not installed")
+    return found
 
 
 def libraries(runtime: str) -> list[str]:
