@@ -18,12 +18,12 @@ PINNED := $(QUIET) --no-deps
 # Robots' clients, which tests/e2e/test_robot_clients.py runs.
 ROBOTS := $(patsubst %,.venv/%/installed,openpi vla-eval positronic json-numpy gr00t)
 
-.PHONY: demo test test-wide test-fast chromium servers check format docs bench
+.PHONY: demo test test-wide test-fast chromium servers aarch64 check format docs bench
 
 demo: .venv/all
 	$(BIN)/python -m actserve_export.demo
 
-test: .venv/dev .venv/kserve/installed .venv/s3/installed .venv/lerobot/installed $(ROBOTS) chromium servers
+test: .venv/dev .venv/kserve/installed .venv/s3/installed .venv/lerobot/installed $(ROBOTS) chromium servers aarch64
 	$(PYTEST) -m "not wide"
 
 test-wide: .venv/dev .venv/ray/installed .venv/robots/installed
@@ -39,6 +39,10 @@ chromium:
 # For the tests behind a proxy and of the metrics: nginx and Prometheus, skipped in the same way.
 servers:
 	@.ci/servers
+
+# For the tests of C++ on another processor: a cross-compiler, an emulator and ONNX Runtime, skipped in the same way.
+aarch64: .venv/dev
+	@.ci/aarch64
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ LEFT_OUT = {
     "browser": {"test_page_browser.py", "test_bundles_browser.py"},
     "cluster": {"test_scale.py"},
     "compiler": {
-        *("test_bundles_cpp.py", "test_bundles_cpp_library.py"),
+        *("test_bundles_cpp.py", "test_bundles_cpp_aarch64.py", "test_bundles_cpp_library.py"),
         *("cart_store", "pong_store", "gru_store", "recurrent", "published", "cartpole"),
         *("test_what_a_document_says_works", "test_compile_takes_the_weights_from_the_onnx"),
         "test_the_tutorials_recurrent_policy_from_a_users_own_file_answers_like_eager",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
@@ -224,6 +225,12 @@ def test_ctest_runs_the_golden_samples_and_finds_a_flipped_weight(tmp_path: Path
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def test_onnx_runtime_keeps_no_telemetry(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([built("tanh_normal") / "build" / "policy", "--check"], env=home, check=True, capture_output=True)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from actserve.core.errors import UsageError
 from actserve.store.artifact import Artifact
 
 _FILES = Path(__file__).with_name("files")
+_NOT_FOR = {"onnx": ("pt2*",), "pt2": ("onnx*", "Dockerfile")}
 
 
 def write(artifact: Artifact, runtime: str, folder: Path) -> None:
     """Raises a `StoreError`, and `RuntimeFailure` if the .onnx program does not repeat the golden samples here."""
-    other = {"onnx": "pt2*", "pt2": "onnx*"}[runtime]
-    shutil.copytree(_FILES, folder, ignore=shutil.ignore_patterns(other, "__pycache__"), dirs_exist_ok=True)
+    shutil.copytree(_FILES, folder, ignore=shutil.ignore_patterns(*_NOT_FOR[runtime]), dirs_exist_ok=True)
     written = samples.collect(artifact)
     text = Template((folder / "README.md").read_text())
     (folder / samples.FILE).write_bytes(written.data)

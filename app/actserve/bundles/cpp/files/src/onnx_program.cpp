@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <string>
@@ -93,6 +94,7 @@ struct Program::Runtime {
 std::string Program::version() { return std::string("onnxruntime ") + OrtGetApiBase()->GetVersionString(); }
 
 Program::Program(const std::string&, const std::string& data, int threads) : runtime_(std::make_unique<Runtime>()) {
+  ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // otherwise ONNX Runtime keeps a database in the user's home
   OrtEnv* environment = nullptr;
   check(api().CreateEnv(ORT_LOGGING_LEVEL_ERROR, "actserve", &environment));
   runtime_->environment.reset(environment);
