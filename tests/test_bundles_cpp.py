@@ -87,8 +87,8 @@ def test_items_of_a_batch_have_the_noise_of_a_request() -> None:
         answer = policy.step(stacked, RANDOM, seed=2**62 + 1, count=5)
         for name, array in expected.items():
             np.testing.assert_array_equal(answer[name], array)
-        drawn = [policy.step({"observation": np.zeros(4)}, RANDOM)["action"] for _ in range(2)]
-        assert not np.array_equal(*drawn), "without a seed, each step has its own noise"
+        first, second = (policy.step({"observation": np.zeros(4)}, RANDOM)["action"] for _ in range(2))
+        assert not np.array_equal(first, second), "without a seed, each step has its own noise"
 
 
 def answered(found: Artifact, tensors: Arrays, size: int, exploration: Exploration, seed: int) -> Arrays:

@@ -1,14 +1,14 @@
-# The target `runtime`: ONNX Runtime. It is found as a CMake package, in ONNXRUNTIME_ROOT, or in the usual places.
+# The target `actserve_runtime`: ONNX Runtime. It is found as a CMake package, in ONNXRUNTIME_ROOT, or in the usual places.
 # ONNXRUNTIME_ROOT is a folder of a release of ONNX Runtime, or any folder with the library, such as
 # onnxruntime/capi of the Python package, which has no headers: src/onnx_abi.h replaces them.
 set(ONNXRUNTIME_ROOT "" CACHE PATH "a folder with ONNX Runtime's library, and its headers if there are any")
 
-add_library(runtime INTERFACE)
+add_library(actserve_runtime INTERFACE)
 if(NOT ONNXRUNTIME_ROOT)
   find_package(onnxruntime CONFIG QUIET)
 endif()
 if(onnxruntime_FOUND)
-  target_link_libraries(runtime INTERFACE onnxruntime::onnxruntime)
+  target_link_libraries(actserve_runtime INTERFACE onnxruntime::onnxruntime)
   target_compile_definitions(actserve_policy PRIVATE ACTSERVE_ONNXRUNTIME_HEADER)
 else()
   # A Python package has the library under its full version only: libonnxruntime.so.1.31.1.
@@ -27,9 +27,10 @@ else()
     target_include_directories(actserve_policy SYSTEM PRIVATE ${ONNXRUNTIME_INCLUDE})
     target_compile_definitions(actserve_policy PRIVATE ACTSERVE_ONNXRUNTIME_HEADER)
   endif()
-  target_link_libraries(runtime INTERFACE ${ONNXRUNTIME_LIBRARY})
   # Programs look for the library under the name libonnxruntime.so.1: a link to it beside them.
-  file(CREATE_LINK "${ONNXRUNTIME_LIBRARY}" "${CMAKE_CURRENT_BINARY_DIR}/libonnxruntime.so.1" SYMBOLIC)
+  set(link "${CMAKE_CURRENT_BINARY_DIR}/libonnxruntime.so.1")
+  file(CREATE_LINK "${ONNXRUNTIME_LIBRARY}" "${link}" SYMBOLIC)
+  target_link_libraries(actserve_runtime INTERFACE "${link}")
   set(CMAKE_BUILD_RPATH "$ORIGIN")
   message(STATUS "ONNX Runtime: ${ONNXRUNTIME_LIBRARY}, headers: ${ONNXRUNTIME_INCLUDE}")
 endif()

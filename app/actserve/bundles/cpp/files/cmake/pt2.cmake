@@ -1,5 +1,5 @@
-# The target `runtime`: the libraries of PyTorch. CMAKE_PREFIX_PATH has them:
+# The target `actserve_runtime`: the libraries of PyTorch. CMAKE_PREFIX_PATH has them:
 # python -c "import torch; print(torch.utils.cmake_prefix_path)"
 find_package(Torch REQUIRED)
-add_library(runtime INTERFACE)
-target_link_libraries(runtime INTERFACE ${TORCH_LIBRARIES})
+add_library(actserve_runtime INTERFACE)
+target_link_libraries(actserve_runtime INTERFACE ${TORCH_LIBRARIES})
