@@ -54,6 +54,7 @@ def echoing() -> Signature:
         *(TensorSpec(f"bounded {dtype}", dtype, (), 0, 1) for dtype in DTYPES[:-1]),
         TensorSpec('each "\\\n', "float32", (2, 2), (0.0, None, -1.5, 0.0), 3.0),
         TensorSpec("int", "uint8", (2, 0)),
+        *(TensorSpec(name, "float32", ()) for name in ("source", "std", "float16", "NULL", "unix", "")),
     )
     signature = Signature(
         observations=observations,

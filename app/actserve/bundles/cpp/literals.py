@@ -18,7 +18,10 @@ _KEYWORDS = (
     "static_cast struct switch template this thread_local throw true try typedef typeid typename union unsigned using "
     "virtual void volatile wchar_t while xor xor_eq"
 )
-_MEMBERS = ("pointers", "assign", "values")  # functions of the generated structs
+_TAKEN = (  # by the generated structs, their types, and macros
+    *("pointers", "assign", "values", "source", "std", "float16", "bfloat16"),
+    *("linux", "unix", "NULL", "EOF", "NAN", "INFINITY"),
+)
 
 
 def identifiers(names: Iterable[str]) -> list[str]:
@@ -28,7 +31,7 @@ def identifiers(names: Iterable[str]) -> list[str]:
         plain = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
         if not plain or plain[0].isdigit():
             plain = f"n{plain}"
-        if plain in {*_KEYWORDS.split(), *_MEMBERS}:
+        if plain in {*_KEYWORDS.split(), *_TAKEN}:
             plain += "_"
         unique, count = plain, 2
         while unique in found:
