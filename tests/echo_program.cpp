@@ -1,5 +1,6 @@
 // A program for tests of the library without a runtime: its results are its inputs, and each state plus one.
 
+#include <cstdio>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -61,8 +62,26 @@ const void* Program::output(std::size_t index) const { return runtime_->outputs[
 
 }  // namespace actserve
 
+// The ages of two episodes that take steps by turns, and of one of them after a reset.
+static int take_turns(actserve::Policy& policy) {
+  actserve::Episode first(policy), second(policy);
+  const auto step = [&](actserve::Episode& episode) {
+    policy.prepare(1);
+    for (std::size_t i = 0; i < actserve::signature::observation_count; ++i) {
+      std::memset(policy.observation(i), 0, actserve::signature::inputs[i].bytes());
+    }
+    std::printf("%d ", static_cast<int>(*policy.finish({}, &episode).age));
+  };
+  for (actserve::Episode* episode : {&first, &second, &first, &first, &second}) step(*episode);
+  first.reset();
+  step(first);
+  step(second);
+  return 0;
+}
+
 int main(int count, char** arguments) {
   actserve::Policy policy(arguments[count - 1]);
+  if (std::strcmp(arguments[1], "--turns") == 0) return take_turns(policy);
   actserve::Episode episode(policy, 7);
   return actserve::serve(policy, episode, 0, 1, true) ? 0 : 1;
 }

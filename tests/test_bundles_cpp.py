@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,8 @@ from actserve.core.signature import Arrays, Exploration
 from actserve.engine import golden
 from actserve.store.artifact import Artifact
 from tests.bundled import artifact_of, flip_a_weight, observations, screens, session
-from tests.bundled_cpp import RANDOM, RESET, SHARED, Refused, artifact, build, built, driven, needs_compiler, run
+from tests.bundled_cpp import FILES, RANDOM, RESET, SHARED, Refused, artifact, build, built, driven, needs_compiler, run
+from tests.exported import ROOT
 
 pytestmark = needs_compiler
 
@@ -182,6 +184,19 @@ def test_an_input_that_ends_within_a_frame_is_an_error(sent: bytes) -> None:
     assert done.stderr == b"policy: the input ended in the middle of a frame\n"
 
 
+def test_an_output_that_is_closed_ends_the_program() -> None:
+    command = [built("tanh_normal") / "build" / "policy"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as policy:
+        assert policy.stdout is not None
+        policy.stdout.close()
+        assert policy.stdin is not None
+        policy.stdin.write(struct.pack("<IB", 17, 0) + bytes(16))
+        policy.stdin.close()
+        assert policy.stderr is not None
+        assert policy.stderr.read() == b"policy: cannot write the output: Broken pipe\n"
+        assert policy.wait(60) == 1
+
+
 def test_observations_in_shared_memory(tmp_path: Path) -> None:
     found = artifact_of("several_observations")
     signature = found.manifest.signature
@@ -231,6 +246,12 @@ def test_onnx_runtime_keeps_no_telemetry(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     subprocess.run([built("tanh_normal") / "build" / "policy", "--check"], env=home, check=True, capture_output=True)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_the_image_has_the_version_that_is_tested() -> None:
+    image = re.search(r"ARG ONNXRUNTIME=(\S+)", (FILES / "files" / "Dockerfile").read_text())
+    assert image is not None
+    assert f"onnxruntime=={image[1]}\n" in (ROOT / ".ci" / "constraints.txt").read_text()
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

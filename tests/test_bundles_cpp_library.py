@@ -70,7 +70,8 @@ def echoing() -> Signature:
 
 
 def stateless() -> Signature:
-    signature = replace(echoing(), state=(), is_init=False)
+    age = replace(STATE[2].spec, name="age")  # an observation here
+    signature = replace(echoing(), observations=(*echoing().observations, age), state=(), is_init=False)
     return replace(signature, outputs=tuple(replace(spec, name=f"{spec.name}'") for spec in signature.inputs))
 
 
@@ -145,6 +146,10 @@ def test_every_input_is_that_of_a_session(policy: Driver) -> None:
 
 def rounded(spec: TensorSpec, array: Array) -> Array:
     return spec.from_wire(spec.to_wire(array.astype(spec.numpy_dtype)))
+
+
+def test_episodes_of_one_policy_keep_their_own_state(program: Path) -> None:
+    assert run(str(program), "--turns", str(program.parent)).split() == ["-3", "-3", "-2", "-1", "-2", "-3", "-1"]
 
 
 def test_every_input_is_that_of_a_batch(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 // The part of ONNX Runtime's C interface that onnx_program.cpp uses, for hosts that have the library without its
-// headers, such as the one in the Python package. CMake prefers onnxruntime_c_api.h where there is one.
+// headers, such as the one in the Python package. Where there is onnxruntime_c_api.h, that is used.
 //
 // OrtApi is a table of functions. ONNX Runtime only ever appends to it, so that the places below hold for every version
 // from 1.8 on.

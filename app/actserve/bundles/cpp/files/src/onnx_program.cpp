@@ -12,8 +12,10 @@
 #include "actserve/policy.h"
 #include "program.h"
 
-#ifdef ACTSERVE_ONNXRUNTIME_HEADER
+#if __has_include(<onnxruntime_c_api.h>)
 #include <onnxruntime_c_api.h>
+#elif __has_include(<onnxruntime/core/session/onnxruntime_c_api.h>)
+#include <onnxruntime/core/session/onnxruntime_c_api.h>
 #else
 #include "onnx_abi.h"
 #endif
