@@ -26,7 +26,7 @@ FILES = Path(bundles.__file__).parent / "cpp"
 
 
 def _missing() -> str:
-    """What a test needs and this host lacks."""
+    """The error if this host has no compiler or no CMake; otherwise empty."""
     try:
         tool("cmake")
         tool("c++")

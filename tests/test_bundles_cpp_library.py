@@ -1,4 +1,4 @@
-"""The library of the bundle for C++, with a program that returns what it is given: every dtype, and the noise."""
+"""The library of the bundle for C++, with a program that returns its inputs: every dtype, and the noise."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def sampled(signature: Signature, size: int) -> Arrays:
 
 
 def same(found: Arrays, expected: Arrays, signature: Signature) -> None:
-    """What the program was given is what the service gives to a program, bit for bit."""
+    """Compare the inputs of the program with those of the service, bit for bit."""
     for spec in signature.inputs:
         array = spec.from_wire(spec.to_wire(expected[spec.name]))
         np.testing.assert_array_equal(found[f"{spec.name}'"], array, spec.name)

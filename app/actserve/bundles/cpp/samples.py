@@ -1,4 +1,4 @@
-"""What `policy --check` compares: the golden samples, noise of some seeds, and an episode of the service."""
+"""The data of `policy --check`: golden samples, noise of some seeds, and an episode of the service."""
 
 from __future__ import annotations
 
