@@ -39,6 +39,7 @@ def exported(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "transitions"
     done = actserve("record", "export", str(recorded), str(out), "--format", "torchrl", "--json")
     assert json.loads(done.stdout)["transitions"] == TRAJECTORIES * STEPS - 1
+    assert json.loads(done.stdout)["rewards"] is True
     return out
 
 
@@ -100,6 +101,19 @@ def test_show_says_what_an_episode_earned(recorded: Path, tmp_path: Path) -> Non
 def test_a_folder_with_files_is_left_as_it_is(recorded: Path) -> None:
     done = actserve("record", "export", str(recorded), str(recorded), "--format", "torchrl")
     assert (done.returncode, "expected a new or empty folder" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("format_", ["torchrl", "safetensors"])
+def test_without_rewards_the_export_says_so(tmp_path: Path, format_: str) -> None:
+    with recorded_remote(tmp_path / "recording") as (_, policy), policy.session() as session:
+        for x in range(3):
+            session.act(np.array(x))
+    options = ("record", "export", str(tmp_path / "recording"))
+    done = actserve(*options, str(tmp_path / "text"), "--format", format_)
+    assert done.stdout.rstrip().endswith("; no reward is known")
+    assert (
+        json.loads(actserve(*options, str(tmp_path / "json"), "--format", format_, "--json").stdout)["rewards"] is False
+    )
 
 
 def test_requests_alone_are_no_transitions(tmp_path: Path) -> None:

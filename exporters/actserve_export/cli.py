@@ -284,7 +284,7 @@ def export_recording(
         typer.Option(
             "--format",
             help="torchrl: a memory-mapped TensorDict of transitions; safetensors: a file for each trajectory; "
-            "lerobot: a dataset of LeRobot; mcap: a file for each trajectory, for Foxglove and ROS.",
+            "lerobot: a dataset of LeRobot; mcap: a file for each trajectory, as viewers of robots' logs open it.",
         ),
     ],
     policy: Annotated[
@@ -299,7 +299,9 @@ def export_recording(
     steps = recording.of(*recording.named(policy))
     with progress_bar("exporting", steps.count) as progress:
         count = write(steps, out, progress)
+    has_rewards = steps.transitions().mean_return() is not None
     if json:
-        print_json({"format": format_, "out": str(out), "steps": steps.count, what: count})
+        done = {"format": format_, "out": str(out), "steps": steps.count, "rewards": has_rewards, what: count}
+        print_json(done)
     else:
-        print(f"{count:,} {what} of {steps.count:,} steps in {out}")
+        print(f"{count:,} {what} of {steps.count:,} steps in {out}" + ("" if has_rewards else "; no reward is known"))

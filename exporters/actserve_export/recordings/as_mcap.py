@@ -1,4 +1,4 @@
-"""A recording as MCAP files, one for each trajectory, which Foxglove and the tools of ROS read.
+"""A recording as MCAP files, one for each trajectory, with schemas that Foxglove knows.
 
 Each step has messages at the time when it was taken, with its number as the sequence:
 
