@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import urllib3
 from rich.console import Console
 
 from actserve.cli.tools import replay
@@ -52,11 +54,16 @@ from tests.benchmarks.ways import RAW_TYPE, any_answer, observations
 PEAK, LSTM = "pong", "pong-lstm"
 NUDGE = 1.0005  # of the weights of the other version
 EPISODE, RETRIED = 500, 0.01  # steps of an episode, on average; share of the steps that are retried
+STEPS = r'(?m)^actserve_recording_steps_total{outcome="(\w+)",policy="pong",version="1"} (\S+)$'
 CONSOLE = Console(stderr=True)
 
 
 def cost(store: Path, rounds: int, seconds: float, connections: int) -> dict[str, Any]:
-    """The CPU microseconds an action without and with recording, and their ratio."""
+    """The CPU microseconds an action without and with recording, and their ratio: of all actions, and by round.
+
+    The services are asked in turn. Recording has its share of the time that passes, and so twice the share of the time
+    in which its service is asked: the share is halved.
+    """
     on = cores()
     items = observations(store, PEAK)
     questions = any_answer([request(f"/policies/{PEAK}/act", item.tobytes(), RAW_TYPE) for item in items])
@@ -68,7 +75,8 @@ def cost(store: Path, rounds: int, seconds: float, connections: int) -> dict[str
             port = free_port()
             command = ["serve", "--runtime", "onnx", "--store", str(store), "--policy", PEAK, "--port", str(port)]
             command += ["--record", str(folder)] if name == "on" else []
-            started = running([sys.executable, "-m", "actserve", *command], ("127.0.0.1", port), on[:1], {})
+            share = {"ACTSERVE_RECORD_CPU": str(Settings().record_cpu / 2)}  # each is asked half of the time
+            started = running([sys.executable, "-m", "actserve", *command], ("127.0.0.1", port), on[:1], share)
             servers[name] = stack.enter_context(started)
             servers[name].first_answer_s(questions)
         for number in range(rounds + 1):
@@ -77,8 +85,14 @@ def cost(store: Path, rounds: int, seconds: float, connections: int) -> dict[str
                 if number:  # the first round warms up, and spends what the budget has saved
                     found[name].append(cell.cpu_us)
             CONSOLE.print(f"  round {number}: {', '.join(f'{k} {v[-1]:.1f} µs' for k, v in found.items() if v)}")
-    ratio = statistics.median(on_us / off_us for on_us, off_us in zip(found["on"], found["off"], strict=True))
-    return {"cpu_us": {name: statistics.median(each) for name, each in found.items()}, "ratio": ratio}
+        answer = urllib3.request("GET", "http://{}:{}/metrics".format(*servers["on"].address)).data.decode()
+    counted = {outcome: int(float(count)) for outcome, count in re.findall(STEPS, answer)}
+    ratios = sorted(on_us / off_us for on_us, off_us in zip(found["on"], found["off"], strict=True))
+    mean = {name: statistics.fmean(each) for name, each in found.items()}
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5
+    return {"cpu_us": mean, "ratio": mean["on"] / mean["off"], "median": statistics.median(ratios), "error": error} | {
+        "steps": counted
+    }
 
 
 def explore(model: Any) -> None:
@@ -236,8 +250,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cost", "scale"])
     parser.add_argument("--store", type=Path, default=Path("models_store"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--sessions", type=int, default=64)
