@@ -199,10 +199,16 @@ def test_without_ale_it_says_so_and_still_answers_about_a_screen(
 
 
 @pytest.fixture(scope="module")
-def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("bundles")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a bundle of each policy."""
+    made = tmp_path_factory.mktemp("bundles")
     for name in ("pong", "pong-lstm"):
-        bundles.write(ModelStore(SHIPPED).resolve(name), "browser", "onnx", folder / name)
+        bundles.write(ModelStore(SHIPPED).resolve(name), "browser", "onnx", made / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundled(folder: Path) -> Iterator[Service]:
     with running(bundles=folder) as up:
         yield up
 
@@ -246,10 +252,10 @@ def test_bundles_are_served_and_nothing_beside_them(bundled: Service) -> None:
             assert pool.urlopen("GET", f"/bundles/{path}", assert_same_host=False).status == 404
 
 
-def test_a_service_that_wants_a_token_is_given_one(visitor: Visit, tmp_path: Path) -> None:
+def test_a_service_that_wants_a_token_is_given_one(visitor: Visit, tmp_path: Path, folder: Path) -> None:
     token = add_token(tmp_path / "tokens", "visitor")
     page = visitor.page
-    with running(tokens=tmp_path / "tokens") as guarded:
+    with running(tokens=tmp_path / "tokens", bundles=folder) as guarded:
         page.goto(f"{guarded.url}/")
         expect(page.locator("#token")).to_be_visible()
         expect(page.locator("#note")).to_contain_text("requires a token")
@@ -261,5 +267,7 @@ def test_a_service_that_wants_a_token_is_given_one(visitor: Visit, tmp_path: Pat
         until(lambda: number(page, "#step") > 3)
         page.click("#use")
         expect(page.locator("#answer")).to_have_text(re.compile("^The policy would take"))
+        page.select_option("#acts", "browser")
+        until(lambda: page.locator("#same").inner_text().startswith("9 of 9"))
         page.goto("about:blank")
         until(lambda: guarded.game_slots.taken == 0)

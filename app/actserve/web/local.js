@@ -1,12 +1,13 @@
 // A policy that acts in this browser: a bundle that the service offers (`actserve serve --bundles`).
 
 import { quantile } from "./chart.js";
+import * as token from "./token.js";
 
 const WIDTH = 160, HEIGHT = 210;
 
 // The module's path of the bundle of this version, or undefined.
 export async function offered(name, version) {
-  const { bundles } = await (await fetch("bundles")).json();
+  const { bundles } = await (await fetch("bundles", { headers: token.headers() })).json();
   return bundles.find((bundle) => bundle.name === name && bundle.version === version)?.module;
 }
 
