@@ -2,7 +2,8 @@
 
 import * as ask from "./ask.js";
 import { Bars } from "./bars.js";
-import { Chart, POINT_MS, quantile } from "./chart.js";
+import { POINT_MS } from "./chart.js";
+import { Figures } from "./figures.js";
 import { Game } from "./game.js";
 import * as keys from "./keys.js";
 import { LocalPolicy, offered } from "./local.js";
@@ -11,8 +12,7 @@ import * as token from "./token.js";
 const $ = (id) => document.getElementById(id);
 const pen = $("screen").getContext("2d");
 const bars = new Bars($("actions"));
-const latency = new Chart($("latency"), "ms", 10, ["--bar", "--accent"], 0.1);
-const batches = new Chart($("batches"), "items", 2, ["--accent"]);
+const figures = new Figures();
 
 let described = null; // GET /policies/{name} of the chosen policy
 let game = null; // the current game
@@ -79,14 +79,10 @@ const chosen = () => ({
 
 // The current game
 
-const WINDOW = 5; // marks, over which rates are measured: two seconds
-const meter = { latencies: [], last: null, marks: [] };
-
 async function start() {
   game?.stop();
   const command = { held: $("acts").value === "browser" ? null : held(), speed: Number($("speed").value), paused: document.hidden };
-  for (const line of [latency, batches]) line.clear();
-  Object.assign(meter, { latencies: [], last: null, marks: [] });
+  figures.clear();
   $("score").textContent = "0";
   $("verdict").textContent = $("note").textContent = "";
   $("start").disabled = true;
@@ -133,16 +129,14 @@ function picture(head, bitmap, png) {
     void $("score").offsetWidth; // restarts the animation
     $("score").classList.add("scored");
   }
-  head.queue_us.forEach((queue, index) => meter.latencies.push((queue + head.run_us[index]) / 1000));
-  meter.last = head;
+  figures.add(head);
 }
 
 // Acts in this browser, and tells the service which action to take.
 async function answer(head, bitmap) {
   const playing = game;
-  const serviceMs = meter.latencies.at(-1);
   try {
-    const action = await local.act(bitmap, head.proposed, serviceMs);
+    const action = await local.act(bitmap, head.proposed, figures.newest);
     if (playing !== game) return;
     const taken = held() ?? action;
     playing.send({ held: taken, step: head.step });
@@ -173,34 +167,6 @@ function stop() {
 }
 
 const signed = (score) => score.toLocaleString("en").replace("-", "−");
-
-// The figures, updated every half second
-
-function count() {
-  const { latencies, last, marks } = meter;
-  if (!last || !game || game.command.paused) {
-    meter.marks = [];
-    return;
-  }
-  const mark = { step: last.step, items: last.items, batches: last.batches, at: performance.now() / 1000 };
-  const before = marks.at(-1) ?? mark, first = marks[0] ?? mark;
-  marks.push(mark);
-  if (marks.length > WINDOW) marks.shift();
-  const p50 = quantile(latencies, 0.5), p99 = quantile(latencies, 0.99);
-  const calls = mark.batches - before.batches;
-  const mean = calls ? (mark.items - before.items) / calls : null;
-  latency.add(p99, p50);
-  batches.add(mean);
-  if (p50 !== null) [$("p50").textContent, $("p99").textContent] = [p50.toFixed(2), p99.toFixed(2)];
-  if (mean !== null) $("batch").textContent = mean.toFixed(1);
-  if (mark.at > first.at) {
-    $("pace").textContent = perSecond((mark.step - first.step) / (mark.at - first.at));
-    $("rate").textContent = perSecond((mark.items - first.items) / (mark.at - first.at));
-  }
-  meter.latencies = [];
-}
-
-const perSecond = (rate) => Math.round(rate).toLocaleString("en");
 
 // The controls
 
@@ -302,5 +268,5 @@ ask.install(
   }),
   () => frame,
 );
-setInterval(count, POINT_MS);
+setInterval(() => figures.update(game !== null && !game.command.paused), POINT_MS);
 begin();
