@@ -18,8 +18,8 @@ from actserve.server.http.error_responses import STATUS
 from tests.documents import OUTPUT, ROOT, RUN, SHOWN, Block, Reader, agrees, blocks, tokens
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
-# Documents that compile and measure: `make test-wide` runs them.
-LONG = ("tutorial.md", "bring-your-own-policy.md")
+# Documents that compile, measure or train: `make test-wide` runs them.
+LONG = ("tutorial.md", "bring-your-own-policy.md", "improving.md")
 _LINK = re.compile(r"^(?![a-z]+:)([^#]*)(?:#(.+))?$")
 
 
