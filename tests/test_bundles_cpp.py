@@ -9,9 +9,12 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from actserve.bundles import bundle as bundles
 from actserve.bundles.bundle import Runtime
@@ -22,9 +25,11 @@ from actserve.core.errors import RuntimeFailure, UsageError
 from actserve.core.signature import Arrays, Exploration
 from actserve.engine import golden
 from actserve.store.artifact import Artifact
+from actserve.store.local import ModelStore
 from tests.bundled import artifact_of, flip_a_weight, observations, screens, session
 from tests.bundled_cpp import FILES, RANDOM, RESET, SHARED, Refused, artifact, build, built, driven, needs_compiler, run
 from tests.exported import ROOT
+from tests.publishing import republish
 
 pytestmark = needs_compiler
 
@@ -236,6 +241,36 @@ def test_ctest_runs_the_golden_samples_and_finds_a_flipped_weight(tmp_path: Path
         header.write_text(header.read_text().replace(old, new))
     with pytest.raises(RuntimeFailure, match="beyond the tolerance"):
         bundles.verify(folder)
+
+
+def test_a_flipped_weight_of_a_compiled_program_is_found(tmp_path: Path) -> None:
+    """The package is published with it, so that every hash is right."""
+    found = artifact("epsilon_greedy", "pt2")
+    package = tmp_path / "policy.pt2"
+    flip_a_compiled_weight(found, package)
+    changed = republish(found, ModelStore(tmp_path / "store"), {"policy.pt2": package})
+    bundles.write(changed, "cpp", "pt2", tmp_path / "bundle")
+    build(tmp_path / "bundle", "pt2")
+    with pytest.raises(RuntimeFailure, match=r"action_value: .*beyond the tolerance"):
+        bundles.verify(tmp_path / "bundle")
+
+
+def flip_a_compiled_weight(found: Artifact, package: Path) -> None:
+    """Write the artifact's .pt2 to `package`, with its largest weight -30 times what it was."""
+    model = onnx.load_model_from_string(found.read("policy.onnx"))
+    floats = [each for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT]
+    weights = numpy_helper.to_array(max(floats, key=lambda each: np.prod(each.dims)))
+    replaced = 0
+    with ZipFile(found.folder / "policy.pt2") as source, ZipFile(package, "w") as changed:
+        for member in source.infolist():
+            data = source.read(member)
+            for laid_out in (weights, weights.T):  # as the compiler chose
+                other = laid_out.copy()
+                other.flat[np.argmax(np.abs(other))] *= -30
+                replaced += data.count(laid_out.tobytes())
+                data = data.replace(laid_out.tobytes(), other.tobytes())
+            changed.writestr(member, data)
+    assert replaced == 1
 
 
 def sha256(data: bytes) -> str:
