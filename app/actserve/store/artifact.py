@@ -216,6 +216,18 @@ class Artifact:
         self.check_trust(runtime)
         return self.read(self.manifest.programs[runtime].file)
 
+    def beside(self, kind: str) -> Path:
+        """A file about the artifact next to its folder, which never changes: what was found out on this host."""
+        return self.folder.with_name(f"{self.manifest.version}.{kind}.json")
+
+    def write_beside(self, kind: str, document: Any) -> Path:
+        """Write such a file atomically, as JSON. Raises OSError."""
+        file = self.beside(kind)
+        staging = file.with_suffix(f".{os.getpid()}")
+        staging.write_text(json.dumps(document, indent=1) + "\n")
+        staging.replace(file)
+        return file
+
     def check_trust(self, runtime: str) -> None:
         """Raises `UntrustedProgram` for unsigned native code that another user could have written."""
         if runtime in NATIVE and self.signer is None and (reason := self._untrusted_reason(runtime)) is not None:

@@ -6,7 +6,6 @@ size. If the file is missing, unreadable or of another host, the service measure
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from actserve.engine.runtimes.host import cpu_model, this_host
 from actserve.engine.tuning import Tuning, measure, measure_wide
 from actserve.store.artifact import Artifact
 
+FILE = "tuning"  # beside the artifact
 LIMIT_BYTES = 1 << 16
 BRIEFLY_NS = 50_000_000  # measuring time per batch size
 
@@ -66,7 +66,6 @@ class Tuned:
 
     def save(self, artifact: Artifact) -> Path:
         """Write the file atomically. Raises `OSError`."""
-        file = _file(artifact)
         document = {
             "of": _programs(artifact),
             "host": _host(),
@@ -77,16 +76,13 @@ class Tuned:
                 if tuning.wide_ns
             },
         }
-        staging = file.with_suffix(f".{os.getpid()}")
-        staging.write_text(json.dumps(document, indent=1) + "\n")
-        staging.replace(file)
-        return file
+        return artifact.write_beside(FILE, document)
 
     @staticmethod
     def load(artifact: Artifact) -> Tuned | None:
         """The saved result for exactly these files and this kind of host, or None."""
         try:
-            with _file(artifact).open("rb") as file:
+            with artifact.beside(FILE).open("rb") as file:
                 document = from_json(file.read(LIMIT_BYTES))
             if (document["of"], document["host"]) != (_programs(artifact), _host()):
                 return None
@@ -147,10 +143,6 @@ def tune_briefly(artifact: Artifact, progress: Callable[[str], None]) -> None:
 def _programs(artifact: Artifact) -> dict[str, str]:
     manifest = artifact.manifest
     return {runtime: manifest.files[program.file].sha256 for runtime, program in sorted(manifest.programs.items())}
-
-
-def _file(artifact: Artifact) -> Path:
-    return artifact.folder.with_name(f"{artifact.manifest.version}.tuning.json")
 
 
 @cache

@@ -6,6 +6,7 @@ the limits passes through bit for bit.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Limited(NamedTuple):
     memory: dict[str, Tensor]  # the new state of the limits, by the name of the input that it replaces
 
 
-class _OutputLimits(nn.Module):
+class _OutputLimits(nn.Module, ABC):
     """The base of both: the fallback and the previous action."""
 
     start: Tensor
@@ -72,9 +73,9 @@ class _OutputLimits(nn.Module):
         assert previous is not None
         return previous.action
 
+    @abstractmethod
     def _is_valid(self, action: Tensor) -> Tensor:
         """Whether each element is within the limits, (B, *shape) bool."""
-        raise NotImplementedError
 
     def _memory(self, action: Tensor) -> dict[str, Tensor]:
         """The action as the next step's previous one."""
