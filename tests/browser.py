@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATH = next((path for name in NAMES if (path := shutil.which(name))), None)
+from actserve.bundles.browser.chromium import NAMES, executable
+
+PATH = executable()
 WITHIN_MS = 120_000  # a bound for what never happens
 
 # In CI a missing browser is a failure.

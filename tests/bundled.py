@@ -1,10 +1,12 @@
-"""What a bundle must do: the outputs that a session of the service gives, step by step."""
+"""The outputs of sessions of the service, step by step, with which the tests of bundles compare."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -44,41 +46,44 @@ def observations(artifact: Artifact, steps: int) -> list[Arrays]:
     return [{spec.name: spec.sample(rng, 1)[0] for spec in specs} for _ in range(steps)]
 
 
+@contextmanager
+def stepping(artifact: Artifact, exploration: Exploration | None, seed: int) -> Iterator[Callable[[Arrays], Arrays]]:
+    """A function that takes the observations of one item, and gives all outputs, each (*shape), with the state kept."""
+    signature = artifact.manifest.signature
+    runtime = golden.load("onnx", artifact, 1)
+    steps = count(1)
+    state: Arrays = {}
+
+    def step(tensors: Arrays) -> Arrays:
+        nonlocal state
+        batch = {name: np.asarray(array)[None] for name, array in tensors.items()}
+        inputs = complete(signature, batch | state, 1, exploration, step_seed(seed, next(steps))).inputs
+        outputs = runtime.run(inputs)
+        state = {part.spec.name: outputs[part.output] for part in signature.state}
+        return {spec.name: outputs[spec.name][0] for spec in signature.outputs}
+
+    yield step
+    runtime.close()
+
+
 def session(
     artifact: Artifact, seen: Sequence[Arrays], exploration: Exploration | None = None, seed: int = 0
 ) -> list[Arrays]:
     """The outputs of an episode, (*shape) each, as a session of the service with this seed gives them."""
-    signature = artifact.manifest.signature
-    runtime = golden.load("onnx", artifact, 1)
-    state: Arrays = {}
-    found = []
-    for step, tensors in enumerate(seen, 1):
-        batch = {name: np.asarray(array)[None] for name, array in tensors.items()}
-        inputs = complete(signature, batch | state, 1, exploration, step_seed(seed, step)).inputs
-        outputs = runtime.run(inputs)
-        state = {part.spec.name: outputs[part.output] for part in signature.state}
-        found.append({spec.name: outputs[spec.name][0] for spec in signature.outputs})
-    runtime.close()
-    return found
+    with stepping(artifact, exploration, seed) as step:
+        return [step(tensors) for tensors in seen]
 
 
 def screens(artifact: Artifact, steps: int, seed: int) -> tuple[list[Arrays], list[int]]:
     """The screens of a game that the artifact plays in a session with `seed`, and its actions."""
-    signature = artifact.manifest.signature
     game = AtariGame(atari(artifact), seed)
-    runtime = golden.load("onnx", artifact, 1)
     seen: list[Arrays] = []
     actions: list[int] = []
-    state: Arrays = {}
-    while len(seen) < steps and not game.over:
-        screen = game.screen().copy()
-        inputs = complete(signature, {"pixels": screen[None]} | state, 1, None, step_seed(seed, len(seen) + 1)).inputs
-        outputs = runtime.run(inputs)
-        state = {part.spec.name: outputs[part.output] for part in signature.state}
-        seen.append({"pixels": screen})
-        actions.append(int(outputs["action"][0]))
-        game.act(actions[-1])
-    runtime.close()
+    with stepping(artifact, None, seed) as step:
+        while len(seen) < steps and not game.over:
+            seen.append({"pixels": game.screen().copy()})
+            actions.append(int(step(seen[-1])["action"]))
+            game.act(actions[-1])
     return seen, actions
 
 

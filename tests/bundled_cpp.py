@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actserve.bundles import Runtime
 from actserve.bundles import bundle as bundles
-from actserve.bundles.bundle import Runtime
 from actserve.bundles.cpp.target import libraries, tool
 from actserve.core.errors import UsageError
 from actserve.core.signature import Arrays, Signature

@@ -1,4 +1,4 @@
-"""Recordings of episodes of any signature, with known values, for the tests of what is made of them."""
+"""Recordings of episodes of any signature, with known values, for the tests of exports and replays."""
 
 from __future__ import annotations
 

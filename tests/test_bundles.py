@@ -124,6 +124,13 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_bundle_without_its_manifest_is_none(tmp_path: Path) -> None:
+    bundles.write(artifact_of("pong"), "python", "onnx", tmp_path / "bundle")
+    (tmp_path / "bundle" / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=r"or no manifest\.json"):
+        bundles.verify(tmp_path / "bundle")
+
+
 def test_the_store_remembers_where_a_bundle_was_verified(tmp_path: Path) -> None:
     store = exported("tests.policies:cart", ("onnx",)).root
     folder, copy = tmp_path / "bundle", tmp_path / "store"

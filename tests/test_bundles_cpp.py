@@ -16,8 +16,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from actserve.bundles import Runtime
 from actserve.bundles import bundle as bundles
-from actserve.bundles.bundle import Runtime
 from actserve.bundles.cpp import target
 from actserve.bundles.cpp.target import tool
 from actserve.core.completion import complete
@@ -292,7 +292,7 @@ def test_the_image_has_the_version_that_is_tested() -> None:
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(UsageError, match="expected cmake, to build the bundle; it is not installed"):
-        target.verify(tmp_path)
+        target.verify(tmp_path, "onnx")
 
 
 def test_the_program_explains_itself(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tables of bundles, by which their programs draw numpy's numbers."""
+"""The tables with which the programs of bundles draw the same random numbers as numpy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Writes a bundle of an artifact for one target, and verifies a bundle on this host.
 
-Each target is a module with `write(artifact, runtime, folder)` and `verify(folder) -> dict` (the versions of what ran),
-which raises `RuntimeFailure` if the golden samples are not repeated.
+Each target is a module, a `TargetModule`.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 from actserve import __version__
+from actserve.bundles import Runtime, Target
 from actserve.core.errors import UsageError
 from actserve.engine.runtimes.host import cpu_model, this_host
 from actserve.store.artifact import GOLDEN, MANIFEST, Artifact, Manifest
 
-Target = Literal["browser", "cpp", "python"]
-Runtime = Literal["onnx", "pt2"]
 MODULES: dict[Target, str] = {
     "browser": "actserve.bundles.browser.target",
     "cpp": "actserve.bundles.cpp.target",
@@ -29,13 +27,14 @@ MODULES: dict[Target, str] = {
 }
 RUNTIMES: dict[Target, tuple[Runtime, ...]] = {"browser": ("onnx",), "cpp": ("onnx", "pt2"), "python": ("onnx",)}
 BUNDLE = "bundle.json"
+NOTES = "bundles"  # the file beside an artifact
 
 
 class TargetModule(Protocol):
     def write(self, artifact: Artifact, runtime: Runtime, folder: Path) -> None:
         """Fill the new folder, which has the manifest, the program and the golden samples already."""
 
-    def verify(self, folder: Path) -> dict[str, str]:
+    def verify(self, folder: Path, runtime: Runtime) -> dict[str, str]:
         """Run the golden samples -> what ran them, with versions. Raises `RuntimeFailure`, or `UsageError`."""
 
 
@@ -86,7 +85,7 @@ def write(artifact: Artifact, target: Target, runtime: Runtime, folder: Path) ->
 
 
 def verify(folder: Path) -> tuple[Manifest, Verified]:
-    """Run the golden samples of a bundle with the bundle's own code, and note in the store's file where that was.
+    """Run the golden samples of a bundle with the bundle's own code.
 
     Raises `RuntimeFailure` if they are not repeated, `UsageError` for a folder that is no bundle or a missing tool, and
     `InvalidManifest`.
@@ -95,12 +94,14 @@ def verify(folder: Path) -> tuple[Manifest, Verified]:
         facts = json.loads((folder / BUNDLE).read_bytes())
         target, runtime = facts["target"], facts["runtime"]
         known = runtime in RUNTIMES[target]
+        manifest_data = (folder / MANIFEST).read_bytes()
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
-        raise UsageError(f"expected a folder that `actserve bundle` wrote; {folder} has no {BUNDLE} of a known target")
-    manifest = Manifest.from_json((folder / MANIFEST).read_bytes(), str(folder))
-    tools = _module(target).verify(folder)
+        lacks = f"{folder} has no {BUNDLE} of a known target, or no {MANIFEST}"
+        raise UsageError(f"expected a folder that `actserve bundle` wrote; {lacks}")
+    manifest = Manifest.from_json(manifest_data, str(folder))
+    tools = _module(target).verify(folder, runtime)
     host = f"{this_host().facts()['platform']} ({cpu_model()})"
     return manifest, Verified(target, runtime, datetime.now(UTC).isoformat(timespec="seconds"), host, tools)
 
@@ -108,17 +109,13 @@ def verify(folder: Path) -> tuple[Manifest, Verified]:
 def note(artifact: Artifact, verified: Verified) -> None:
     """Remember in the store where a bundle of the artifact was verified; the last time for each target and host."""
     kept = [each for each in noted(artifact) if _key(each) != _key(verified)]
-    data = json.dumps([vars(each) for each in (*kept, verified)], indent=1) + "\n"
-    file = _notes(artifact)
-    staging = file.with_suffix(".new")
-    staging.write_text(data)
-    staging.replace(file)
+    artifact.write_beside(NOTES, [vars(each) for each in (*kept, verified)])
 
 
 def noted(artifact: Artifact) -> list[Verified]:
     """Where bundles of the artifact were verified; none if the store's file cannot be read."""
     try:
-        found: list[dict[str, Any]] = json.loads(_notes(artifact).read_bytes())
+        found: list[dict[str, Any]] = json.loads(artifact.beside(NOTES).read_bytes())
         return [Verified(**each) for each in found]
     except (OSError, ValueError, TypeError):
         return []
@@ -126,10 +123,6 @@ def noted(artifact: Artifact) -> list[Verified]:
 
 def _key(verified: Verified) -> tuple[str, str, str, tuple[tuple[str, str], ...]]:
     return verified.target, verified.runtime, verified.host, tuple(sorted(verified.tools.items()))
-
-
-def _notes(artifact: Artifact) -> Path:
-    return artifact.folder.with_name(f"{artifact.manifest.version}.bundles.json")
 
 
 def _module(target: Target) -> TargetModule:

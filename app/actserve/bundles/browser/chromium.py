@@ -31,7 +31,7 @@ LARGEST_REPORT_BYTES = 1 << 16
 
 def report(folder: Path, query: str = "") -> dict[str, Any]:
     """Open the bundle in `folder` -> the report of its page. Raises `UsageError` or `RuntimeFailure`."""
-    browser = next((path for name in NAMES if (path := shutil.which(name)) is not None), None)
+    browser = executable()
     if browser is None:
         raise UsageError(f"expected a browser to verify the bundle in: {', '.join(NAMES)}; none is installed")
     with served(folder) as (url, reports), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -46,6 +46,11 @@ def report(folder: Path, query: str = "") -> dict[str, Any]:
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # its helpers, too, which write into the profile
             process.wait()
+
+
+def executable() -> str | None:
+    """The path of a browser that is installed."""
+    return next((path for name in NAMES if (path := shutil.which(name)) is not None), None)
 
 
 @contextmanager

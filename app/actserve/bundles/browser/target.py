@@ -39,7 +39,7 @@ def _typed(array: Array) -> str:
     return f"new {kind}([{', '.join(map(str, array.tolist()))}])"
 
 
-def verify(folder: Path) -> dict[str, str]:
+def verify(folder: Path, _runtime: str) -> dict[str, str]:
     """One thread, then two."""
     found: dict[str, Any] = {}
     for threads in (1, 2):

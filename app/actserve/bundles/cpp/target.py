@@ -34,14 +34,13 @@ def write(artifact: Artifact, runtime: str, folder: Path) -> None:
         (folder / path).write_text(content)
 
 
-def verify(folder: Path) -> dict[str, str]:
+def verify(folder: Path, runtime: str) -> dict[str, str]:
     """Build in `folder`/build, and run `policy --check`. The libraries are those of this Python's packages.
 
     Raises `UsageError` without a compiler or CMake.
     """
     cmake = tool("cmake")
     tool("c++")
-    runtime = re.findall(r"BUNDLE_RUNTIME (\w+)", (folder / "bundle.cmake").read_text())[0]
     run_check([cmake, "-S", ".", "-B", "build", *libraries(runtime)], folder)
     run_check([cmake, "--build", "build"], folder)
     said = run_check(["build/policy", "--check"], folder)

@@ -84,6 +84,9 @@ class Policy:
         self.action = self.outputs[0].name
         self.state = [(Tensor(part["spec"]), part["output"], part["initial"]) for part in signature["state"]]
         self.parameters = signature["parameters"]
+        numbers = [Tensor({"dtype": "float32", "shape": (), **parameter}) for parameter in self.parameters]
+        flags = [Tensor({"name": "is_init", "dtype": "bool", "shape": ()})] if signature["is_init"] else []
+        self._known = [*self.observations, *(state for state, _, _ in self.state), *flags, *numbers]
         self.noise = [(Tensor(one["spec"]), one["distribution"], one["always"]) for one in signature["noise"]]
         self.modes = signature["exploration"]
         self.takes_is_init: bool = signature["is_init"]
@@ -114,26 +117,19 @@ class Policy:
         episode begins. `exploration` is "deterministic" or "random". Raises `BadInput`.
         """
         found = self.run(self._complete(tensors, exploration, seed))
-        return {name: found[name] for name in found if name not in self._new_state} | {
-            state.name: found[output] for state, output, _ in self.state
-        }
+        outputs = {tensor.name: found[tensor.name] for tensor in self.outputs}
+        return outputs | {state.name: found[output] for state, output, _ in self.state}
 
     def episode(self, exploration: str | None = None, seed: int | None = None) -> Episode:
         return Episode(self, exploration, seed)
 
-    @property
-    def _new_state(self) -> set[str]:
-        return {output for _, output, _ in self.state}
-
     def _complete(self, tensors: Arrays, exploration: str | None, seed: int | None) -> Arrays:
         """Every input of the program."""
         begins = not any(state.name in tensors for state, _, _ in self.state)
-        flag = Tensor({"name": "is_init", "dtype": "bool", "shape": ()})
-        numbers = [Tensor({"dtype": "float32", "shape": (), **parameter}) for parameter in self.parameters]
-        known = [*self.observations, *(state for state, _, _ in self.state), *[flag] * self.takes_is_init, *numbers]
-        if unknown := set(tensors) - {tensor.name for tensor in known}:
-            raise BadInput(f"expected inputs of {', '.join(tensor.name for tensor in known)}; got {unknown.pop()}")
-        given = {tensor.name: tensor.check(tensors[tensor.name]) for tensor in known if tensor.name in tensors}
+        if unknown := set(tensors) - {tensor.name for tensor in self._known}:
+            names = ", ".join(tensor.name for tensor in self._known)
+            raise BadInput(f"expected inputs of {names}; got {unknown.pop()}")
+        given = {tensor.name: tensor.check(tensors[tensor.name]) for tensor in self._known if tensor.name in tensors}
         needed = self.observations + [state for state, _, _ in self.state if not begins]
         if missing := [tensor for tensor in needed if tensor.name not in given]:
             raise BadInput(f"expected {missing[0].name}, {missing[0]}; got nothing")
@@ -205,25 +201,26 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(digest[:8], "little") & MAX_SEED
 
 
-def verify(policy: Policy) -> list[str]:
+def golden_samples(policy: Policy) -> tuple[Arrays, Arrays]:
+    """(inputs, the trained policy's own outputs), by name. Raises `ValueError` if the file has changed."""
+    tensors = _read_safetensors(policy.read("golden.safetensors"))
+    inputs, outputs = (
+        {name[len(prefix) :]: array for name, array in tensors.items() if name.startswith(prefix)}
+        for prefix in (INPUT, OUTPUT)
+    )
+    return inputs, outputs
+
+
+def verify(policy: Policy, inputs: Arrays, outputs: Arrays) -> list[str]:
     """Run the golden samples, one by one and in batches -> the differences; empty if there are none."""
-    tensors, inputs = _golden(policy), _golden_inputs(policy)
     wrong: list[str] = []
     for size in sorted({1, min(8, policy.max_batch)}):
         parts = [policy.run(part) for part in _batches(inputs, size)]
         for name, tensor in policy._results.items():
-            ours, expected = np.concatenate([part[name] for part in parts]), tensors[OUTPUT + name]
+            ours, expected = np.concatenate([part[name] for part in parts]), outputs[name]
             if not _agree(policy, tensor, ours, expected):
                 wrong.append(f"{name} differs from the golden samples in batches of {size}")
     return wrong
-
-
-def _golden(policy: Policy) -> Arrays:
-    return _read_safetensors(policy.read("golden.safetensors"))
-
-
-def _golden_inputs(policy: Policy) -> Arrays:
-    return {name[len(INPUT) :]: array for name, array in _golden(policy).items() if name.startswith(INPUT)}
 
 
 def _agree(policy: Policy, tensor: Tensor, ours: Any, expected: Any) -> bool:
@@ -283,9 +280,9 @@ def check(policy: Policy, calls: int) -> dict[str, Any]:
 
     Raises `ValueError` if the golden samples are not repeated.
     """
-    if wrong := verify(policy):
+    inputs, outputs = golden_samples(policy)
+    if wrong := verify(policy, inputs, outputs):
         raise ValueError("; ".join(wrong[:MAX_WRONG]))
-    inputs = _golden_inputs(policy)
     one = next(_batches(inputs, 1))
     times = []
     for _ in range(calls):

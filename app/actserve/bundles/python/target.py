@@ -16,6 +16,6 @@ def write(artifact: Artifact, _runtime: str, folder: Path) -> None:
     (folder / PROGRAM).write_bytes(Path(__file__).with_name(PROGRAM).read_bytes())
 
 
-def verify(folder: Path) -> dict[str, str]:
+def verify(folder: Path, _runtime: str) -> dict[str, str]:
     versions: dict[str, str] = json.loads(run_check([sys.executable, PROGRAM, "--json"], folder))["versions"]
     return versions

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from actserve.bundles import Runtime, Target
 from actserve.cli.stores import DEFAULT_STORE, Label, Store, find, open_for_reading
 from actserve.cli.terminal import Json, print_json, steps
 from actserve.core.errors import NotFound
@@ -15,15 +16,15 @@ from actserve.core.errors import NotFound
 def bundle(
     label: Label,
     target: Annotated[
-        Literal["browser", "cpp", "python"],
+        Target,
         typer.Option(help="browser: static files. cpp: a CMake project. python: one file, with numpy and onnxruntime."),
     ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: NAME-TARGET.")] = None,
-    runtime: Annotated[Literal["onnx", "pt2"], typer.Option(help="Program of the bundle; pt2 for cpp only.")] = "onnx",
+    runtime: Annotated[Runtime, typer.Option(help="Program of the bundle; pt2 for cpp only.")] = "onnx",
     store: Store = DEFAULT_STORE,
     json: Json = False,
 ) -> None:
-    """Write a folder that acts without the service: a web page or a Python file."""
+    """Write a folder that acts without the service: a web page, a C++ project or a Python file."""
     from actserve.bundles import bundle as bundles
 
     artifact = find(open_for_reading(store), label)

@@ -6,9 +6,8 @@ const READERS = {
 const EPSILONS = { float16: 2 ** -10, bfloat16: 2 ** -7 };
 const [INPUT, OUTPUT] = ["input.", "output."];
 
-// { samples, wrong: [what is wrong] } of a loaded policy, one by one and in batches.
-export async function verify(policy) {
-  const { inputs, outputs, samples } = await goldenSamples(policy);
+// What is wrong: a line for each output that differs, one by one or in batches.
+export async function verify(policy, { inputs, outputs, samples }) {
   const wrong = [];
   for (const size of new Set([1, Math.min(8, policy.maxBatch)])) {
     const differing = new Map(policy.results.map((spec) => [spec, 0]));
@@ -27,9 +26,10 @@ export async function verify(policy) {
       }
     }
   }
-  return { samples, wrong };
+  return wrong;
 }
 
+// { inputs, outputs, samples: how many }, from the file of the bundle.
 export async function goldenSamples(policy) {
   const tensors = readSafetensors(await policy.read("golden.safetensors"));
   const named = (prefix) => Object.fromEntries(
