@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from safetensors.numpy import load, save
 
 from actserve import wire
+from actserve.server.fastpath.session_step import SessionStep
 from actserve.server.protocols.oip.fast_infer import INFER
 from actserve.server.sessions import SessionLimits, Sessions
 from actserve.telemetry.counts import ACT
@@ -177,6 +178,45 @@ def test_one_step_that_several_requests_take_is_taken_once() -> None:
         gate.set()
         told = {client.result()[1].split(",")[0]: json.loads(client.result()[2])["action"] for client in free}
         assert told == {f"x-step: {n}": int(expected.take(seen(4))["action"][0]) for n in (2, 3, 4, 5)}
+
+
+def test_a_step_that_cannot_be_answered_is_stored_and_the_others_of_its_batch_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stream_service.running(slow=True) as service, ThreadPoolExecutor(4) as clients:
+        ids = [begin(service) for _ in range(4)]
+        unlucky = ids[1]
+        first = post(service, b'{"x": 3}', wire.JSON, X_Session=unlucky)
+        assert first[0] == 200
+        fields = SessionStep.fields
+
+        def fail_once(step: SessionStep, *taken: Any) -> bytes:
+            if step._number == 2:
+                monkeypatch.undo()
+                raise ZeroDivisionError
+            return fields(step, *taken)
+
+        monkeypatch.setattr(SessionStep, "fields", fail_once)
+        gate = service.hold()
+        headers = {"Content-Type": wire.JSON}
+        answers = [
+            clients.submit(
+                urllib3.request, "POST", service.url + PATH, body=b'{"x": 4}', headers=headers | {"X-Session": id_},
+                retries=False,
+            )
+            for id_ in ids
+        ]  # fmt: skip
+        batcher = service.registry.policies[1].batcher
+        until(lambda: batcher.statistics().waiting == 4)
+        gate.set()
+        assert [answers[i].result().status for i in (0, 2, 3)] == [200] * 3
+        with pytest.raises(urllib3.exceptions.ProtocolError):
+            answers[1].result()
+        status, told, body = post(service, b'{"x": 999}', wire.JSON, X_Session=unlucky, X_Step="2")
+        expected = Alone(1, 0, None)
+        expected.take(seen(3))
+        assert (status, told.split(", ")[:2]) == (200, ["x-step: 2", "x-replayed: 1"])
+        assert json.loads(body)["action"] == int(expected.take(seen(4))["action"][0])
 
 
 def test_a_session_stays_on_its_version() -> None:

@@ -202,6 +202,32 @@ def test_requests_with_ids_have_one_entry_in_the_cache() -> None:
     assert len(parser._cache) == 1
 
 
+def test_the_head_of_a_session_is_read_once_if_it_is_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser, read = HeadParser(RESOURCES), list[Any]()
+    with_session = HeadParser._with
+
+    def remember(*found: Any) -> RequestHead | None:
+        read.append(found)
+        return with_session(parser, *found)
+
+    monkeypatch.setattr(parser, "_with", remember)
+    for _ in range(3):
+        for session in ("abc=", "def="):
+            found = parser.find(request(b"", length="12", headers=[f"X-Session: {session}"]))
+            assert found is not None
+            assert (found.session, found.step, found.items) == (session, None, 1)
+    assert len(read) == 2
+
+
+def test_the_heads_of_many_sessions_are_not_all_remembered() -> None:
+    parser = HeadParser(RESOURCES)
+    for session in range(3 * CACHED):
+        found = parser.find(request(b"", length="12", headers=[f"X-Session: {session}"]))
+        assert found is not None
+        assert found.session == str(session)
+        assert len(parser._cache) <= CACHED
+
+
 def test_the_steps_of_a_session_have_one_entry_in_the_cache() -> None:
     parser = HeadParser(RESOURCES)
     for step in range(1, 3 * CACHED):

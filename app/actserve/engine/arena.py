@@ -79,7 +79,7 @@ class Arena:
         self._states = signature.state
         self._kept: Arrays = {state.spec.name: state.spec.zeros(0) for state in self._states}
         self._extend_defaults(rows)
-        self._initial: Arrays = {state.spec.name: state.initial_value(1)[0] for state in self._states}
+        self._initial: Arrays = {state.spec.name: state.initial_value(1) for state in self._states}
         self._slots: list[int] = []  # free ones
 
     @staticmethod
@@ -149,20 +149,20 @@ class Arena:
 
     # slots
 
-    def keep(self) -> int | None:
-        """A slot for the state of an episode; None if the policy has no state. The number of slots grows."""
+    def keep(self, state: Arrays | None = None) -> int | None:
+        """A slot for the state of an episode, which begins with `state`, each (1, *shape), or with the initial state.
+
+        None if the policy has no state. The number of slots grows.
+        """
         if not self._states:
             return None
         if not self._slots:
             size = len(next(iter(self._kept.values())))
             self._slots = list(range(2 * size + 8, size - 1, -1))
-            for state in self._states:
-                more = state.spec.zeros(size + 9)
-                self._kept[state.spec.name] = np.concatenate([self._kept[state.spec.name], more])
-        slot = self._slots.pop()
-        for name, array in self._kept.items():
-            array[slot] = self._initial[name]
-        return slot
+            for spec in (each.spec for each in self._states):
+                self._kept[spec.name] = np.concatenate([self._kept[spec.name], spec.zeros(size + 9)])
+        self.set_state(self._slots[-1], state or self._initial)
+        return self._slots.pop()
 
     def forget(self, slot: int | None) -> None:
         if slot is not None:

@@ -19,13 +19,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from enum import Enum, auto
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from actserve.core.errors import ActserveError, MemoryFull, SessionsLocked, TooManyConnections, Unavailable
+from actserve.core.errors import ActserveError, MemoryFull, TooManyConnections, Unavailable
 from actserve.core.signature import Arrays
 from actserve.engine.batch import BatchResult
 from actserve.server.admission import Ticket, name_of
@@ -321,11 +322,9 @@ class FastPathProtocol(Receiver):
         """Put the state of the episode into a slot: what the client carries, the session's, or the initial state."""
         assert self._codec is not None
         arena = self._codec.endpoint.arena
-        self.slot = arena.keep()
         if self._step is not None:
             state, self._step.is_init = self._step.state, is_init
-        if state and self.slot is not None:
-            arena.set_state(self.slot, state)
+        self.slot = arena.keep(state)
         self.begins = not state if is_init is None else is_init
 
     def _pass(self, data: bytes) -> None:
@@ -371,23 +370,24 @@ class FastPathProtocol(Receiver):
         elif self._step is None:
             self._answer_with_outputs(outcome, start)
         else:
-            self._store(self._step, outcome, start)
+            self._step.store(outcome, start, partial(self._stored, self._step, outcome, start))
 
-    def _store(self, step: SessionStep, outcome: BatchResult, start: int) -> None:
-        """Store the step of a session, then answer."""
-        assert self._codec is not None
-        try:
-            if step.store(outcome, start):
-                self._answer_with_outputs(outcome, start, step.fields())
-                return
-        except SessionsLocked:
-            pass
-        except ActserveError as error:
-            self._answer(self._codec.refusal(error, self._state.default_headers))
+    def _stored(self, step: SessionStep, outcome: BatchResult, start: int, result: bool | ActserveError) -> None:
+        """Answer a step of a session. Never raises: other steps of the batch follow."""
+        if self._step is not step or self._codec is None:  # the connection was abandoned
             return
-        finishing = self._inner.loop.create_task(self._finish(step, self._codec))
-        self._state.tasks.add(finishing)
-        finishing.add_done_callback(self._state.tasks.discard)
+        try:
+            if isinstance(result, ActserveError):
+                self._answer(self._codec.refusal(result, self._state.default_headers))
+            elif result:
+                self._answer_with_outputs(outcome, start, step.fields())
+            else:
+                finishing = self._inner.loop.create_task(self._finish(step, self._codec))
+                self._state.tasks.add(finishing)
+                finishing.add_done_callback(self._state.tasks.discard)
+        except Exception:
+            log.exception("a step of a session could not be answered; its connection is closed")
+            self.abandon()
 
     async def _finish(self, step: SessionStep, codec: Codec) -> None:
         """Answer a step of a session that could not be stored at once."""

@@ -2,7 +2,7 @@
 
 A head is either understood in full or left to uvicorn's parser, so the two never disagree about a head. Clients send
 the same head again and again, so results are cached by the bytes of the head, without the headers that have another
-value each time.
+value each time. The head of a session's steps is the same each time if it has no number of the step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actserve.server.sessions.feedback import read_feedback
 from actserve.telemetry.call import is_request_id
 
 MAX_BYTES = 4096  # of a head; longer ones go to the routes
-CACHED = 1024  # heads
+CACHED = 4096  # heads
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")  # visible ASCII, spaces between
@@ -100,17 +100,23 @@ class HeadParser:
         names, values = [name.lower() for name in varying[::3]], varying[1::3]
         constant = b"".join([constant, *varying[2::3]])
         found = self._cached((constant, *names), constant, names)
-        return found and self._with(found, names, values)
+        completed = found and self._with(found, names, values)
+        if completed is not None and names == [_SESSION]:
+            self._remember(head, completed)
+        return completed
 
     def _cached(self, key: bytes | tuple[bytes, ...], head: bytes, varying: Sequence[bytes] = ()) -> RequestHead | None:
         """The parsed `head`, from which the headers `varying` were removed."""
         if key not in self._cache:
-            if len(self._cache) >= CACHED:
-                self._cache.clear()
             once = all(varying.count(name) <= 1 for name in (_REQUEST_ID, _SESSION, *_OF_SESSION))
             of_session = _SESSION in varying or not _OF_SESSION.intersection(varying)
-            self._cache[key] = self._parse(head, _SESSION in varying) if once and of_session else None
+            self._remember(key, self._parse(head, _SESSION in varying) if once and of_session else None)
         return self._cache[key]
+
+    def _remember(self, key: bytes | tuple[bytes, ...], found: RequestHead | None) -> None:
+        if len(self._cache) >= CACHED:
+            self._cache.clear()
+        self._cache[key] = found
 
     def _with(self, head: RequestHead, names: Sequence[bytes], values: Sequence[bytes]) -> RequestHead | None:
         """`head` with the headers that have another value in each request."""

@@ -21,6 +21,7 @@ from actserve.server.http.requests import read_patience_ns, read_raw_body, regis
 from actserve.server.sessions import Session, StepResult, chunk_state, policy_of, replayed
 from actserve.server.sessions.feedback import DONE_HEADER, REWARD_HEADER, read_feedback
 from actserve.server.sessions.recorded import end_recorded
+from actserve.server.sessions.step_record import StepRecord
 
 router = APIRouter(tags=["sessions"])
 
@@ -105,13 +106,14 @@ class StepRequest:
     """A request to take a step of a session."""
 
     session: Session
+    last: StepRecord
     policy: Policy  # the version that the session began with
     step: int | None  # None: the next one
 
 
 async def read_step_request(request: Request, policy: Policy, version: int | None, id_: str) -> StepRequest:
     """The step that a request wants of session `id_` of `policy`. `version` is the one in the URL, if any."""
-    session = sessions_of(request).resume(policy.name, id_, current_token())
+    session, last = sessions_of(request).resume(policy.name, id_, current_token())
     if version is not None and session.version != version:
         raise InvalidRequest(
             f"a session stays on its version: expected {session.version}; got {version}",
@@ -120,14 +122,13 @@ async def read_step_request(request: Request, policy: Policy, version: int | Non
         )
     if session.version != policy.version:
         policy = await policy_of(registry_of(request), session)
-    return StepRequest(session, policy, _read_step(request))
+    return StepRequest(session, last, policy, _read_step(request))
 
 
 async def take_step(request: Request, step: StepRequest, decode: Callable[[], Awaitable[wire.Payload]]) -> StepResult:
     """Take the step, or return the stored answer if it was taken before: then the body is not decoded."""
-    last = step.session.last
-    if last is not None and 0 < last.step == step.step:
-        return replayed(step.policy, step.session, last)
+    if 0 < step.last.step == step.step:
+        return replayed(step.policy, step.session, step.last)
     items = await decode()
     if items.session not in (None, step.session.id):
         raise InvalidRequest(f"{SESSION_HEADER} and the body name different sessions; expected one")
@@ -139,7 +140,7 @@ async def take_step(request: Request, step: StepRequest, decode: Callable[[], Aw
     registry, patience_ns = registry_of(request), read_patience_ns(request)
     previous = _feedback(request)
     return await sessions_of(request).step(
-        registry, step.session, items.tensors, step.step, patience_ns, previous=previous
+        registry, step.session, items.tensors, step.step, patience_ns, previous=previous, last=step.last
     )
 
 

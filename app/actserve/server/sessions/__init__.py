@@ -30,7 +30,6 @@ from actserve.core.errors import (
     SessionExpired,
     SessionsLocked,
     SessionsUnavailable,
-    SessionTooLarge,
     StepConflict,
     UnknownSession,
 )
@@ -44,9 +43,11 @@ from actserve.server.sessions.chunk_state import by_action, take_action
 from actserve.server.sessions.ids import SessionIds, first_number, home_of_number
 from actserve.server.sessions.recent_sessions import RecentSessions
 from actserve.server.sessions.recorded import step_recorder
-from actserve.server.sessions.session import Session
+from actserve.server.sessions.room import Room, SessionLimits
+from actserve.server.sessions.session import Resumed, Session
 from actserve.server.sessions.session_file import SessionFile
 from actserve.server.sessions.step_record import StepRecord
+from actserve.server.sessions.step_writer import StepChange, StepWriter
 
 __all__ = [
     "Session",
@@ -61,24 +62,11 @@ __all__ = [
 
 log = logging.getLogger("actserve")
 
-SWEEP_EVERY_S = 1.0
 LOCK_TIMEOUT_S = 5.0
 MAX_PAUSE_S = 0.05  # between two attempts
 _RECORD = "checksum, step, seeded, answer, state"  # the columns of a `StepRecord`
-MAX_SWEPT = 100  # sessions in one sweep, which takes about a millisecond of the event loop
-
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class SessionLimits:
-    """Bounds of the sessions of one service."""
-
-    sessions: int = 10_000
-    bytes: int = 256 << 20  # of states and last answers
-    idle_s: float = 600.0  # a session expires after so long without a step
-    sessions_each: int = 1000  # sessions of one token, unless the token has its own limit
 
 
 @dataclass(frozen=True)
@@ -129,9 +117,9 @@ class Sessions:
         self._admission = admission or Admission()
         self._file = SessionFile(path, first_number(home or 0))
         self._home = home
-        self._clock = clock  # monotonic: the same in all processes of a host, and never set back
+        self._room = Room(self._file, limits, clock)  # monotonic: the same in all processes, and never set back
         self._recent = RecentSessions(int(limits.idle_s * 1000))
-        self._swept_s = 0.0
+        self.writer = StepWriter(self._file, self._room, self._recent)
         self._ids = SessionIds(b"")
 
     def __enter__(self) -> Self:
@@ -139,7 +127,7 @@ class Sessions:
         ((key,),) = self._file.rows("SELECT key FROM service")
         self._refuse_file_of_another_home()
         self._ids = SessionIds(key, self._home)
-        now_ms = self._now_ms()  # the clock restarts with the host, so older times can be in the future
+        now_ms = self._room.now_ms  # the clock restarts with the host, so older times can be in the future
         self._file.change("UPDATE session SET used_ms = ? WHERE used_ms > ?", now_ms, now_ms)
         self._file.never_wait()
         return self
@@ -192,11 +180,11 @@ class Sessions:
             ((number,),) = self._file.rows(
                 "INSERT INTO session (used_ms, policy, version, seed, exploration, by_action, owner, sequence)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING number",
-                *(self._now_ms(), policy, version, seed, exploration, by_action, owner_digest, sequence_digest),
+                *(self._room.now_ms, policy, version, seed, exploration, by_action, owner_digest, sequence_digest),
             )
             if holder is not None:
-                self._enforce_token_limit(holder, number)
-            self._make_room(number, holder)
+                self._room.enforce_token_limit(holder, number)
+            self._room.make(number, holder)
         id_ = self._ids.id(policy, number, holder)
         return Session(id_, policy, version, 0, seed, exploration, 0.0, number, holder, by_action)
 
@@ -212,47 +200,48 @@ class Sessions:
             raise SessionExpired
         return found[0]
 
-    def resume(self, policy: str, id_: str, holder: Token | None = None) -> Session:
-        """As `get`, with the record of the last step: for a session that is about to take the next one."""
+    def resume(self, policy: str, id_: str, holder: Token | None = None) -> Resumed:
+        """As `get`, for a session that is about to take the next step."""
         found = self._resumed(policy, holder, "number = ?", self._ids.number(policy, id_, holder))
         if found is None:
             raise SessionExpired
         return found
 
-    def resume_sequence(self, policy: str, sequence: int | str, holder: Token | None = None) -> Session:
-        """As `sequence`, with the record of the last step."""
+    def resume_sequence(self, policy: str, sequence: int | str, holder: Token | None = None) -> Resumed:
+        """As `sequence`, for one that is about to take the next step."""
         digest = self._ids.sequence(policy, sequence, None, holder)
         found = self._resumed(policy, holder, "sequence = ?", digest)
         if found is None:
             raise _unknown_sequence(policy, sequence)
-        return replace(found, sequence=sequence)
+        return Resumed(replace(found.session, sequence=sequence), found.last)
 
-    def _resumed(self, policy: str, holder: Token | None, condition: str, value: int | bytes) -> Session | None:
-        self._sweep()
+    def _resumed(self, policy: str, holder: Token | None, condition: str, value: int | bytes) -> Resumed | None:
+        self._room.sweep()
         found = self._file.rows(
             f"SELECT number, version, seed, exploration, by_action, used_ms, {_RECORD} FROM session"
             f" WHERE {condition} AND used_ms > ?",
-            *(value, self._idle_since_ms()),
+            *(value, self._room.idle_since_ms),
         )
         if not found:
             return None
         number, version, seed, exploration, by_action, used_ms, *fields = found[0]
         last = self._checked(policy, number, fields)
-        return Session(
+        session = Session(
             self._ids.id(policy, number, holder), policy, version, last.step, seed, exploration,
-            max(0, self._now_ms() - used_ms) / 1000, number, holder, bool(by_action), last,
+            max(0, self._room.now_ms - used_ms) / 1000, number, holder, bool(by_action),
         )  # fmt: skip
+        return Resumed(session, last)
 
-    def recent(self, policy: str, id_: str, holder: Token | None = None) -> Session | None:
+    def recent(self, policy: str, id_: str, holder: Token | None = None) -> Resumed | None:
         """The session after the last step that this process took, without reading the file; None: it took none lately.
 
-        Another process may have stepped or ended it since: then `write` returns False.
+        Another process may have stepped or ended it since: then the next step is not written.
         """
-        return self._recent.get(policy, id_, None, holder, self._now_ms())
+        return self._recent.get(policy, id_, None, holder, self._room.now_ms)
 
-    def recent_sequence(self, policy: str, sequence: int | str, holder: Token | None = None) -> Session | None:
+    def recent_sequence(self, policy: str, sequence: int | str, holder: Token | None = None) -> Resumed | None:
         """As `recent`, the session of this sequence. Another process may have begun the sequence again, too."""
-        return self._recent.get(policy, None, sequence, holder, self._now_ms())
+        return self._recent.get(policy, None, sequence, holder, self._room.now_ms)
 
     def sequence(
         self, policy: str, sequence: int | str, owner: str | None = None, holder: Token | None = None
@@ -270,7 +259,9 @@ class Sessions:
 
     def versions(self) -> set[tuple[str, int]]:
         """(policy name, version) of all sessions."""
-        found = self._file.rows("SELECT DISTINCT policy, version FROM session WHERE used_ms > ?", self._idle_since_ms())
+        found = self._file.rows(
+            "SELECT DISTINCT policy, version FROM session WHERE used_ms > ?", self._room.idle_since_ms
+        )
         return {(policy, version) for policy, version in found}
 
     def end(self, session: Session) -> None:
@@ -278,7 +269,7 @@ class Sessions:
         self._delete(session.number)
 
     def statistics(self) -> SessionStatistics:
-        self._sweep()
+        self._room.sweep()
         ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
         return SessionStatistics(count, size)
 
@@ -291,19 +282,20 @@ class Sessions:
         patience_ns: int = 0,
         door: Door = "session",
         previous: Feedback | None = None,
+        last: StepRecord | None = None,
     ) -> StepResult:
         """Take one step. `tensors` are observations and flags, each (1, *shape), without state.
 
         `step` is the number of the step: the last one plus one, or None for the next one. The last number again returns
         the stored answer; any other raises `StepConflict`. `door` and `previous`, the feedback on the step before, are
-        for the recording.
+        for the recording. `last` is the record of the last step, if it was read already.
 
-        Also raises `InvalidRequest`, `SessionExpired`, and as the
-        policy. If it raises, the state of the session has not changed.
+        Also raises `InvalidRequest`, `SessionExpired`, and as the policy. If it raises, the state of the session has
+        not changed.
         """
         policy = await policy_of(registry, session)
         signature = signature_of(policy, session)
-        last = session.last or self._read(session)
+        last = last or self._read(session)
         while True:
             number = last.step + 1
             if 0 < last.step == step:
@@ -323,7 +315,7 @@ class Sessions:
             else:
                 acted = await self._admission.act(policy, inputs, *options)
             record = StepRecord.of(number, acted, signature)
-            if await self.when_unlocked(partial(self.write, session, last, record)):
+            if await self.when_unlocked(partial(self.writer.write, StepChange(session, last, record))):
                 committed(acted.recorder)
                 outputs = {name: acted.outputs[name] for name in signature.output_names}
                 return StepResult(replace(acted, outputs=outputs), number, replayed=False)
@@ -346,10 +338,10 @@ class Sessions:
 
     def _read(self, session: Session) -> StepRecord:
         """The record of the session's last step. Raises `SessionExpired`."""
-        self._sweep()
+        self._room.sweep()
         found = self._file.rows(
             f"SELECT {_RECORD} FROM session WHERE number = ? AND used_ms > ?",
-            *(session.number, self._idle_since_ms()),
+            *(session.number, self._room.idle_since_ms),
         )
         if not found:
             raise SessionExpired
@@ -368,73 +360,14 @@ class Sessions:
     def _delete(self, number: int) -> None:
         self._file.change("DELETE FROM session WHERE number = ?", number)
 
-    def write(self, session: Session, last: StepRecord, new: StepRecord) -> bool:
-        """Replace the record `last` by `new`. False if another request has taken the step, or the session has ended.
-
-        Raises `SessionTooLarge` or `SessionsLocked`.
-        """
-        number, now_ms = session.number, self._now_ms()
-        values = (now_ms, new.step, new.seeded, new.checksum(number), new.answer, new.state)
-        columns = "used_ms = ?, step = ?, seeded = ?, checksum = ?, answer = ?, state = ?"
-        where = "WHERE number = ? AND step = ?"
-        if new.size_bytes == last.size_bytes:  # the total size does not change
-            written = self._file.change(f"UPDATE session SET {columns} {where}", *values, number, last.step) > 0
-        else:
-            with self._file.transaction():
-                update = f"UPDATE session SET {columns}, bytes = ? {where}"
-                written = self._file.change(update, *values, new.size_bytes, number, last.step) > 0
-                self._make_room(number, session.holder)
-        if written:
-            self._recent.add(replace(session, step=new.step, idle_s=0.0, last=new), now_ms)
-        else:
-            self._recent.forget(session)
-        return written
-
-    def _enforce_token_limit(self, holder: Token, keep: int) -> None:
-        """Delete sessions of the token that were idle for longest, but not session `keep`, down to its limit."""
-        ((count,),) = self._file.rows("SELECT count(*) FROM session WHERE owner = ?", self._ids.owner(None, holder))
-        for _ in range(count - (holder.sessions or self.limits.sessions_each)):
-            self._delete_oldest(keep, holder)
-
-    def _make_room(self, keep: int, holder: Token | None) -> None:
-        """Delete sessions that were idle for longest, but not session `keep`, until the others fit.
-
-        Sessions of the holder go first.
-        """
-        while True:
-            ((count, size),) = self._file.rows("SELECT sessions, bytes FROM service")
-            if count <= self.limits.sessions and size <= self.limits.bytes:
-                return
-            if not ((holder is not None and self._delete_oldest(keep, holder)) or self._delete_oldest(keep)):
-                raise SessionTooLarge(self.limits.bytes, size)
-
-    def _delete_oldest(self, keep: int, holder: Token | None = None) -> bool:
-        """Delete the session, if any, that was idle for longest, but not `keep`. With `holder`, only one of its own."""
-        condition, values = ("", ()) if holder is None else (" AND owner = ?", (self._ids.owner(None, holder),))
-        oldest = f"(SELECT number FROM session WHERE number <> ?{condition} ORDER BY used_ms LIMIT 1)"
-        return self._file.change(f"DELETE FROM session WHERE number = {oldest}", keep, *values) > 0
-
-    def _sweep(self) -> None:
-        """Once a second, delete expired sessions."""
-        now = self._clock()
-        if 0 <= now - self._swept_s < SWEEP_EVERY_S:
-            return
-        idle = "(SELECT number FROM session WHERE used_ms <= ? ORDER BY used_ms LIMIT ?)"
-        try:
-            swept = self._file.change(f"DELETE FROM session WHERE number IN {idle}", self._idle_since_ms(), MAX_SWEPT)
-        except SessionsLocked:  # a second later, then
-            swept = 0
-        if swept < MAX_SWEPT:
-            self._swept_s = now
-
     def _find(self, holder: Token | None, condition: str, *values: Any) -> list[Session]:
-        self._sweep()
+        self._room.sweep()
         found = self._file.rows(
             "SELECT number, policy, version, step, seed, exploration, by_action, used_ms FROM session"
             f" WHERE {condition} AND used_ms > ?",
-            *(*values, self._idle_since_ms()),
+            *(*values, self._room.idle_since_ms),
         )
-        now_ms = self._now_ms()
+        now_ms = self._room.now_ms
         return [
             Session(
                 self._ids.id(policy, number, holder), policy, version, step, seed, exploration,
@@ -442,12 +375,6 @@ class Sessions:
             )
             for number, policy, version, step, seed, exploration, by_action, used_ms in found
         ]  # fmt: skip
-
-    def _now_ms(self) -> int:
-        return int(self._clock() * 1000)
-
-    def _idle_since_ms(self) -> int:
-        return self._now_ms() - int(self.limits.idle_s * 1000)
 
 
 def replayed(policy: Policy, session: Session, last: StepRecord) -> StepResult:

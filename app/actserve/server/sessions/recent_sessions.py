@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from actserve.server.access.tokens import Token
-from actserve.server.sessions.session import Session
+from actserve.server.sessions.session import Resumed, Session
+from actserve.server.sessions.step_record import StepRecord
 
 MAX_SESSIONS = 4096
 MAX_BYTES = 16 << 20  # of records
@@ -22,30 +23,29 @@ class RecentSessions:
 
     def __init__(self, idle_ms: int) -> None:
         self._idle_ms = idle_ms
-        self._found: dict[_Key, tuple[Session, int]] = {}  # the session, and the time of its step; the oldest first
+        self._found: dict[_Key, tuple[Resumed, int]] = {}  # with the time of the last step; the oldest first
         self._bytes = 0
 
     def get(
         self, policy: str, id_: str | None, sequence: int | str | None, holder: Token | None, now_ms: int
-    ) -> Session | None:
-        """The session with this id, or of this sequence, after its last step here, which is `last`; None if it is not
-        known."""
-        session, stepped_ms = self._found.get(_key(policy, id_, sequence, holder), (None, 0))
-        if session is None or now_ms - stepped_ms >= self._idle_ms:
+    ) -> Resumed | None:
+        """The session with this id, or of this sequence, after its last step here; None if it is not known."""
+        found, stepped_ms = self._found.get(_key(policy, id_, sequence, holder), (None, 0))
+        if found is None or now_ms - stepped_ms >= self._idle_ms:
             return None
-        return session if session.holder is holder else replace(session, holder=holder)
+        session, last = found
+        return found if session.holder is holder else Resumed(replace(session, holder=holder), last)
 
-    def add(self, session: Session, now_ms: int) -> None:
-        assert session.last is not None
+    def add(self, session: Session, last: StepRecord, now_ms: int) -> None:
         self.forget(session)
-        self._found[_key_of(session)] = session, now_ms
-        self._bytes += session.last.size_bytes
+        self._found[_key_of(session)] = Resumed(session, last), now_ms
+        self._bytes += last.size_bytes
         while len(self._found) > MAX_SESSIONS or self._bytes > MAX_BYTES:
-            self.forget(next(iter(self._found.values()))[0])
+            self.forget(next(iter(self._found.values()))[0].session)
 
     def forget(self, session: Session) -> None:
         known, _ = self._found.pop(_key_of(session), (None, 0))
-        if known is not None and known.last is not None:
+        if known is not None:
             self._bytes -= known.last.size_bytes
 
 

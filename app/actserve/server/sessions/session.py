@@ -1,8 +1,9 @@
-"""Session: a snapshot of one session."""
+"""Session: a snapshot of one session. Resumed: one that is about to take the next step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from actserve.core.signature import Exploration
 from actserve.server.access.tokens import Token
@@ -23,5 +24,11 @@ class Session:
     number: int  # the primary key in the file
     holder: Token | None  # only this token may use the session; None: anyone who knows the id
     by_action: bool = False  # chunks of actions are handed out one by one
-    last: StepRecord | None = None  # of the last step; None: it was not read
     sequence: int | str | None = None  # the client's name, if the session was found by it
+
+
+class Resumed(NamedTuple):
+    """A session and the record of its last step, which can be later than the snapshot."""
+
+    session: Session
+    last: StepRecord

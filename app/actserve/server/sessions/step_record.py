@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,18 @@ class StepRecord:
     @classmethod
     def of(cls, step: int, acted: Acted, signature: Signature) -> StepRecord:
         """`acted` is the result for one item."""
-        answer = _pack(signature.outputs, acted.outputs)
-        state = _pack([state.spec for state in signature.state], acted.outputs)
-        return cls(step, acted.seed is not None, answer, state)
+        outputs = acted.outputs
+        answer = [spec.to_wire(outputs[spec.name]) for spec in signature.outputs]
+        state = [item.spec.to_wire(outputs[item.spec.name]) for item in signature.state]
+        return cls(step, acted.seed is not None, _pack(answer), _pack(state))
+
+    @classmethod
+    def of_batch(cls, step: int, results: Arrays, item: int, signature: Signature) -> StepRecord:
+        """`results` are those of a program without noise, each (B, *shape)."""
+        which = slice(item, item + 1)
+        answer = [spec.to_wire(results[spec.name][which]) for spec in signature.outputs]
+        state = [item.spec.to_wire(results[item.output][which]) for item in signature.state]
+        return cls(step, False, _pack(answer), _pack(state))
 
     @property
     def size_bytes(self) -> int:
@@ -38,9 +47,12 @@ class StepRecord:
         head = b"%d %d %d" % (number, self.step, self.seeded)
         return zlib.crc32(self.state, zlib.crc32(self.answer, zlib.crc32(head)))
 
-    def carried(self, signature: Signature) -> Arrays:
-        """The state for the next step, each (1, *shape); empty before the first step."""
-        return _unpack([state.spec for state in signature.state], self.state) if self.step else {}
+    def carried(self, signature: Signature, copy: bool = True) -> Arrays:
+        """The state for the next step, each (1, *shape); empty before the first step.
+
+        Without `copy`, the arrays share the memory of the record: they are only to be copied from.
+        """
+        return _unpack([state.spec for state in signature.state], self.state, copy) if self.step else {}
 
     def acted(self, signature: Signature, seed: int) -> Acted:
         """The answer to the step, without state. `seed` is the seed of the session."""
@@ -48,16 +60,16 @@ class StepRecord:
         return Acted(outputs, step_seed(seed, self.step) if self.seeded else None, queue_ns=0, run_ns=0)
 
 
-def _pack(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> bytes:
-    return b"".join(spec.to_wire(arrays[spec.name]).tobytes() for spec in specs)
+def _pack(arrays: Iterable[Array]) -> bytes:
+    return b"".join([array.tobytes() for array in arrays])
 
 
-def _unpack(specs: Sequence[TensorSpec], data: bytes) -> Arrays:
-    """Packed bytes -> arrays that own their memory, each (1, *shape)."""
+def _unpack(specs: Sequence[TensorSpec], data: bytes, copy: bool = True) -> Arrays:
+    """Packed bytes -> arrays, each (1, *shape). Without `copy` they can be in `data`, and not aligned."""
     arrays: Arrays = {}
     offset = 0
     for spec in specs:
-        packed = np.ndarray((1, *spec.shape), spec.wire_dtype, data, offset)
-        arrays[spec.name] = spec.from_wire(packed).astype(spec.numpy_dtype)
+        unpacked = spec.from_wire(np.ndarray((1, *spec.shape), spec.wire_dtype, data, offset))
+        arrays[spec.name] = unpacked.astype(spec.numpy_dtype) if copy else unpacked
         offset += spec.item_bytes
     return arrays
