@@ -5,7 +5,8 @@ all. In each round they are asked in turn, by one client and by 64. The ratios a
 on the machine slows all of them down; the table has their medians. The clients share the cores with the services.
 
 Then the memory (PSS: pages that several processes share are divided among them) of a service with one worker and of one
-with two, after each worker has answered. Their calls have one thread, so that both services hold the same.
+with two, after each worker has answered. Their calls have one thread and one item, so that both services hold the same:
+larger batches, which a service chooses where they save much, have larger activations.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,8 @@ from rich.table import Table
 
 from actserve.cli.tools.local_service import free_port
 from actserve.engine.cores import usable_cores
+from actserve.engine.tuning import Tuning
+from actserve.engine.tuning.tuned import Tuned
 from actserve.store.local import ModelStore
 from tests.benchmarks.load import Load
 from tests.benchmarks.peers.program import open_session
@@ -84,9 +89,11 @@ def one_round(loads: dict[tuple[str, int], Load], seconds: float) -> dict[tuple[
     for (name, clients), load_ in loads.items():
         tally = load_.closed(seconds)
         found[name, clients] = {
-            "p50_ms": float(np.percentile(tally.good, 50)) * 1e3,
+            "p50_ms": float(np.percentile(tally.good, 50)) * 1e3 if tally.good else math.inf,
             "answers_a_second": tally.in_time / seconds,
-            "errors": dict(tally.errors) | ({"refused": len(tally.refused)} if tally.refused else {}),
+            "errors": dict(tally.errors)
+            | ({} if tally.good else {"no answer in time": 1})
+            | ({"refused": len(tally.refused)} if tally.refused else {}),
         }
     return found
 
@@ -103,9 +110,19 @@ def ratios(rounds: Sequence[dict[tuple[str, int], dict[str, Any]]]) -> dict[str,
     return found
 
 
+@contextmanager
+def one_by_one(store: Path) -> Iterator[Path]:
+    """A copy of the store in which the policy is tuned to batches of one item."""
+    with TemporaryDirectory(dir=CACHE) as folder:
+        copy = Path(folder) / "store"
+        shutil.copytree(store, copy, copy_function=os.link)
+        Tuned({"onnx": Tuning({1: 1})}).save(ModelStore(copy).resolve(NAME))
+        yield copy
+
+
 def memory(store: Path, questions: Questions, workers: int) -> float:
     """PSS of a whole service in MB, after its workers have answered."""
-    with service(store, workers, "--threads", "1") as server:
+    with one_by_one(store) as tuned, service(tuned, workers, "--threads", "1") as server:
         server.first_answer_s(questions)
         with Load(server.address, questions, MEMORY_CLIENTS) as load_:
             load_.closed(MEMORY_S)
