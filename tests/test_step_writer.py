@@ -121,6 +121,22 @@ def test_a_full_disk_stores_none_and_loses_none(sessions_file: Path) -> None:
         assert written(sessions, seconds(found)) == [True] * 3
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_of_ours_is_an_answer_too(sessions_file: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    def fail(_: StepRecord, number: int) -> int:
+        raise ZeroDivisionError(number)
+
+    with Sessions(sessions_file, SessionLimits()) as sessions:
+        found = begun(sessions, count)
+        with monkeypatch.context() as broken:
+            broken.setattr(StepRecord, "checksum", fail)
+            results = written(sessions, seconds(found))
+        assert [str(result) for result in results] == [
+            "the step could not be stored (ZeroDivisionError); try again shortly"
+        ] * count
+        assert written(sessions, seconds(found)) == [True] * count
+
+
 def test_a_session_that_grows_too_large_fails_alone(sessions_file: Path) -> None:
     with Sessions(sessions_file, SessionLimits(bytes=400)) as sessions:
         large, *others = begun(sessions, 3)

@@ -7,15 +7,20 @@ A transaction takes locks, and writes every page that it changes. For the steps 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from actserve.core.errors import ActserveError
+from actserve.core.errors import ActserveError, SessionsUnavailable
 from actserve.server.sessions.recent_sessions import RecentSessions
 from actserve.server.sessions.room import Room
 from actserve.server.sessions.session import Session
 from actserve.server.sessions.session_file import SessionFile
 from actserve.server.sessions.step_record import StepRecord
+
+log = logging.getLogger("actserve")
+
+Result = TypeVar("Result")
 
 _COLUMNS = "used_ms = ?, step = ?, seeded = ?, checksum = ?, answer = ?, state = ?"
 _WHERE = "WHERE number = ? AND step = ?"
@@ -72,25 +77,23 @@ class StepWriter:
             self._write_together(together)
             waiting = [each for each in waiting if not each[0].keeps_size]
         for change, written in waiting:
-            try:
-                result: bool | ActserveError = self.write(change)
-            except ActserveError as error:
-                result = error
-            written(result)
+            written(_attempt(lambda: self.write(change)))  # noqa: B023
 
     def _write_together(self, waiting: list[tuple[StepChange, Written]]) -> None:
         """Write steps after which their sessions have the same size as before."""
         now_ms = self._room.now_ms
-        results: list[bool | ActserveError]
-        try:
+
+        def write_all() -> list[bool]:
             with self._file.transaction():
-                results = [self._update(change, now_ms) for change, _ in waiting]
-        except ActserveError as error:
-            results = [error] * len(waiting)
-        for (change, written), result in zip(waiting, results, strict=True):
-            if isinstance(result, bool):
-                self._remember(change, result, now_ms)
-            written(result)
+                return [self._update(change, now_ms) for change, _ in waiting]
+
+        results = _attempt(write_all)
+        for index, (change, written) in enumerate(waiting):
+            if isinstance(results, ActserveError):
+                written(results)
+            else:
+                self._remember(change, results[index], now_ms)
+                written(results[index])
 
     def _update(self, change: StepChange, now_ms: int) -> bool:
         (session, last, new), number = change, change.session.number
@@ -103,3 +106,14 @@ class StepWriter:
             self._recent.add(change.session, change.new, now_ms)
         else:
             self._recent.forget(change.session)
+
+
+def _attempt(write: Callable[[], Result]) -> Result | ActserveError:
+    """The result of `write`, or why there is none: every step that waits gets an answer."""
+    try:
+        return write()
+    except ActserveError as error:
+        return error
+    except Exception as error:
+        log.exception("steps of sessions could not be written")
+        return SessionsUnavailable(f"the step could not be stored ({type(error).__name__}); try again shortly")
