@@ -143,3 +143,16 @@ def test_the_store_remembers_where_a_bundle_was_verified(tmp_path: Path) -> None
     shown = actserve("inspect", "cart", *at).stdout
     assert shown.count("verified in a bundle: python (.onnx) on ") == 1
     assert "expected NAME[@VERSION] or --bundle DIR" in actserve("verify", *at).stderr
+
+
+def test_a_bundle_holds_if_the_store_cannot_remember_it(tmp_path: Path) -> None:
+    folder, copy = tmp_path / "bundle", tmp_path / "store"
+    artifact = artifact_of("pong")
+    bundles.write(artifact, "python", "onnx", folder)
+    shutil.copytree(artifact.folder, copy / "pong" / artifact.folder.name)
+    (copy / "pong" / f"{artifact.manifest.version}.bundles.json").mkdir()  # where the file should be
+    said = actserve("verify", "--bundle", str(folder), "--store", str(copy))
+    assert said.returncode == 0
+    assert "the golden samples are repeated by python" in said.stdout
+    assert "cannot be written beside pong@" in said.stderr
+    assert [file.name for file in (copy / "pong").glob("*.bundles.*")] == [f"{artifact.manifest.version}.bundles.json"]

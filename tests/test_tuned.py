@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actserve.cli.main import cli
+from actserve.core.errors import StoreError
 from actserve.core.settings import Settings
 from actserve.core.signature import Signature, TensorSpec
 from actserve.engine import tuning
@@ -100,3 +101,12 @@ def test_tune_measures_and_writes_beside_the_version(own: Artifact) -> None:
     assert all(us > 0 for curve in found["item_us"].values() for us in curve.values())
     assert ModelStore(store).versions(own.manifest.name) == [own.manifest.version]
     ModelStore(store).verify(own)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_tune_measured_is_shown_even_if_it_cannot_be_written(own: Artifact, options: list[str]) -> None:
+    own.beside("tuning").mkdir()  # where the file should be
+    result = CliRunner().invoke(cli, ["tune", own.manifest.name, "--store", str(own.folder.parent.parent), *options])
+    assert "onnx" in result.stdout
+    assert isinstance(result.exception, StoreError)
+    assert "tuning.json cannot be written beside" in result.exception.message

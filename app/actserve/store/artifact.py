@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from actserve.core.errors import (
     InvalidManifest,
     MissingFile,
     NewerManifest,
+    StoreError,
     UnexpectedFile,
     UnfinishedVersion,
     UntrustedProgram,
@@ -221,11 +223,16 @@ class Artifact:
         return self.folder.with_name(f"{self.manifest.version}.{kind}.json")
 
     def write_beside(self, kind: str, document: Any) -> Path:
-        """Write such a file atomically, as JSON. Raises OSError."""
+        """Write such a file atomically, as JSON. Raises `StoreError`."""
         file = self.beside(kind)
         staging = file.with_suffix(f".{os.getpid()}")
-        staging.write_text(json.dumps(document, indent=1) + "\n")
-        staging.replace(file)
+        try:
+            staging.write_text(json.dumps(document, indent=1) + "\n")
+            staging.replace(file)
+        except OSError as error:
+            with suppress(OSError):
+                staging.unlink()
+            raise StoreError(f"{file.name} cannot be written beside {self.label}: {error.strerror}") from None
         return file
 
     def check_trust(self, runtime: str) -> None:

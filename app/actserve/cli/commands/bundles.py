@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from actserve.bundles import Runtime, Target
 from actserve.cli.stores import DEFAULT_STORE, Label, Store, find, open_for_reading
-from actserve.cli.terminal import Json, print_json, steps
-from actserve.core.errors import NotFound
+from actserve.cli.terminal import Json, console, print_json, steps
+from actserve.core.errors import NotFound, StoreError
+
+if TYPE_CHECKING:
+    from actserve.bundles.bundle import Verified
+    from actserve.store.artifact import Artifact
 
 
 def bundle(
@@ -43,6 +47,15 @@ def bundle(
     print(f"verify it where it runs: actserve verify --bundle {folder}")
 
 
+def _note(artifact: Artifact, verified: Verified) -> None:
+    from actserve.bundles import bundle as bundles
+
+    try:
+        bundles.note(artifact, verified)
+    except StoreError as error:  # the bundle is right all the same
+        console().print(f"the store does not remember it: {error.message}", soft_wrap=True, markup=False)
+
+
 def verify_bundle(folder: Path, store: str, json: bool) -> None:
     """Run the bundle's golden samples with its own code. A store in a folder remembers it, if it has the artifact."""
     from actserve.bundles import bundle as bundles
@@ -57,7 +70,7 @@ def verify_bundle(folder: Path, store: str, json: bool) -> None:
             pass
         else:
             if artifact.manifest == manifest:
-                bundles.note(artifact, verified)
+                _note(artifact, verified)
     if json:
         print_json({"policy": label, "holds": True, **vars(verified)})
     else:

@@ -33,7 +33,6 @@ def tune(
     artifact = find(open_for_reading(store, trust), label)
     with console().status(f"measuring {artifact.label}"):
         tuned, failed = Tuned.measure(artifact, MIN_NS_PER_BATCH_SIZE)
-    file = tuned.save(artifact)
     for runtime, reason in failed.items():
         console().print(f".{runtime} does not run here: {reason}", soft_wrap=True, markup=False)
     if json:
@@ -49,11 +48,13 @@ def tune(
                 },
             }
         )
+        tuned.save(artifact)
         return
     out = Console(width=None if sys.stdout.isatty() else 120)
     out.print(curve(tuned))
     for runtime, tuning in tuned.programs.items():
         out.print(f".{runtime}: {threads_of(tuning)}", markup=False, highlight=False, soft_wrap=True)
+    file = tuned.save(artifact)
     out.print(f"{artifact.label}: .{tuned.fastest} is the fastest; written to {file.name} beside it", markup=False)
     out.print("A running service uses the result after a restart.")
 

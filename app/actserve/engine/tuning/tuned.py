@@ -65,7 +65,7 @@ class Tuned:
         return min(self.programs, key=lambda runtime: self.programs[runtime].best_ns)
 
     def save(self, artifact: Artifact) -> Path:
-        """Write the file atomically. Raises `OSError`."""
+        """Write the file atomically. Raises `StoreError`."""
         document = {
             "of": _programs(artifact),
             "host": _host(),
