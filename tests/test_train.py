@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from actserve.core.errors import UsageError
 from actserve_export.training import distill
-from actserve_export.training.dqn import Recipe, train
+from actserve_export.training.dqn import Recipe, _pack, train
 from actserve_export.training.games import CODES, Games
 from actserve_export.training.pong import (
     WEIGHTS,
@@ -25,7 +25,7 @@ from actserve_export.training.pong import (
 from actserve_export.training.recurrent import RecurrentRecipe, RecurrentStudent
 from actserve_export.training.run import Run, draw, optimizer_tensors, restore_optimizer
 from actserve_export.training.student import ACTIONS, Student, StudentRecipe, centre, centred, uncentre
-from actserve_export.training.teacher import SIZES, Points, TeacherRecipe, features
+from actserve_export.training.teacher import CONTINUED, SIZES, Points, Teacher, TeacherRecipe, features
 from actserve_export.training.train import train as train_by_name
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -210,6 +210,86 @@ def test_the_teacher_and_the_student_learn_in_turn_and_go_on(tmp_path: Path, mon
     assert not torch.equal(first["student.network.0.0.weight"], second["student.network.0.0.weight"])
 
 
+def test_a_teacher_learns_what_a_policy_does() -> None:
+    torch.manual_seed(0)
+    recipe = TeacherRecipe(games=4, imitation_steps=4_000)
+    teacher, games = Teacher(recipe), Games(4, 0)
+
+    def values(games: Games) -> TensorDict:
+        """RIGHT while the ball is in the upper half, else LEFT, and NOOP without a ball."""
+        ball = features(games.screens)[:, 1] - SIZES[0]
+        sure = torch.tensor([[0.0, 4, 0], [0, 0, 4], [4, 0, 0]])
+        return TensorDict({"values": sure[torch.where(ball == 127, 2, (ball > 64).long())]}, [4])
+
+    def difference() -> float:
+        found = [(teacher.probabilities(games) - values(games)["values"].softmax(-1)).abs().mean()]
+        for _ in range(100):
+            games.step(CODES[teacher.probabilities(games).argmax(-1).numpy()])
+            found.append((teacher.probabilities(games) - values(games)["values"].softmax(-1)).abs().mean())
+        return float(torch.stack(found).mean())
+
+    before = difference()
+    teacher.imitate(games, values, lambda *_: None)
+    assert teacher.imitated == 4_000
+    assert before > 0.3
+    assert difference() < 0.1
+
+
+def test_the_bundled_weights_are_improved_from_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (Student, Teacher):
+        monkeypatch.setattr(kind, "evaluate", lambda *_: [-21.0])  # whole games take most of the time
+    teacher = replace(CONTINUED, total_steps=256, games=2, steps_per_round=64, batch_size=32, imitation_steps=32)
+    student = StudentRecipe(total_steps=64, games=2, batch_size=8, buffer_size=256, warm_up=1_000, evaluate_every=64)
+    distill.improve(Run(tmp_path / "pong", None, resume=True), 0, teacher, student)
+    kept = load_file(tmp_path / "pong" / "best.safetensors")
+    for name, weights in load_file(WEIGHTS["pong"]).items():  # it has not begun to learn
+        torch.testing.assert_close(kept[name], weights, atol=1e-5, rtol=1e-5)
+    tensors = load_file(tmp_path / "pong" / "training.safetensors")
+    assert (int(tensors["teacher.imitated"]), int(tensors["teacher.steps"])) == (32, 256)
+    assert not torch.equal(tensors["teacher.policy.0.table.weight"], tensors["teacher.average.module.0.table.weight"])
+    recurrent = RecurrentRecipe(total_steps=48, games=2, batch_size=2, buffer_size=8, warm_up=1_000, evaluate_every=48)
+    movement = replace(teacher, movement=True)
+    distill.improve_recurrent(Run(tmp_path / "lstm", None, resume=True), 0, movement, recurrent)
+    kept = load_file(tmp_path / "lstm" / "best.safetensors")
+    for name, weights in load_file(WEIGHTS["pong-lstm"]).items():
+        torch.testing.assert_close(kept[name], weights, atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_critic_learns_at_first() -> None:
+    torch.manual_seed(0)
+    recipe = TeacherRecipe(total_steps=256, games=2, steps_per_round=64, batch_size=32, critic_share=0.5)
+    teacher = Teacher(recipe)
+    changed = []
+    before = [weights.clone() for weights in (teacher.policy[-1].weight, teacher.value[-1].weight)]
+
+    def compare(_: float) -> None:
+        now = [teacher.policy[-1].weight, teacher.value[-1].weight]
+        changed.append([not torch.equal(*pair) for pair in zip(before, now, strict=True)])
+
+    teacher.train(Games(2, 0), compare)
+    assert changed == [[False, True], [True, True]]
+
+
+def test_the_steps_that_are_wanted_are_shared_by_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (Student, Teacher):
+        monkeypatch.setattr(kind, "evaluate", lambda *_: [-21.0])
+    student = StudentRecipe(total_steps=3_000, games=2, warm_up=10_000, batch_size=8)
+    teacher = TeacherRecipe(total_steps=6_000, games=2, steps_per_round=32, batch_size=32, imitation_steps=1_000)
+    distill.improve(Run(tmp_path, 1_000, resume=True), 0, teacher, student)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    steps = (recipe["teacher"]["imitation_steps"], recipe["teacher"]["total_steps"], recipe["student"]["total_steps"])
+    assert steps == (100, 600, 300)
+    assert recipe["method"] == "improve"
+
+
+def test_rewards_are_learned_from_as_their_sign() -> None:
+    pixels = torch.rand(3, 1, 84, 84)
+    steps = TensorDict(
+        {"pixels": pixels, "next": {"pixels": pixels, "reward": torch.tensor([[-7.0], [0], [400]])}}, [3]
+    )
+    assert _pack(steps)["next", "reward"].flatten().tolist() == [-1, 0, 1]
+
+
 def test_a_student_with_memory_learns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Student, "evaluate", lambda *_: [-21.0])  # whole games take most of the time
     teacher = TeacherRecipe(total_steps=128, games=2, steps_per_round=64, batch_size=32, movement=True)
@@ -309,5 +389,5 @@ def test_centring_is_folded_into_the_first_convolution_exactly() -> None:
 
 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="pong can be trained by distill, dqn; got 'magic'"):
+    with pytest.raises(UsageError, match="pong can be trained by distill, improve, dqn; got 'magic'"):
         train_by_name("pong", out=tmp_path, total_frames=1, seed=0, method="magic")

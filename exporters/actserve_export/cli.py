@@ -42,7 +42,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[bool, flag(says="Go on from the run folder's checkpoint.")] = True,
     method: Annotated[
-        str | None, typer.Option(help="pong: distill, which made the weights that ship, or dqn, the tutorial's.")
+        str | None,
+        typer.Option(help="pong: distill; improve, which goes on from the bundled weights; or dqn, the tutorial's."),
     ] = None,
     json: Json = False,
 ) -> None:

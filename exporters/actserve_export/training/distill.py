@@ -1,4 +1,8 @@
-"""The training of the bundled weights: a teacher learns by PPO on a few numbers, a student from it by DAgger."""
+"""The training of the bundled weights: a teacher learns by PPO on a few numbers, a student from it by DAgger.
+
+`improve` goes on from bundled weights, on any machine: a new teacher first learns what they do, then more by PPO, and
+teaches that to the student.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from actserve_export.training.run import (
     unprefixed,
 )
 from actserve_export.training.student import Student, StudentRecipe
-from actserve_export.training.teacher import Teacher, TeacherRecipe
+from actserve_export.training.teacher import CONTINUED, Teacher, TeacherRecipe
 
 
 def train(run: Run, seed: int, teacher: TeacherRecipe | None = None, student: StudentRecipe | None = None) -> None:
@@ -37,14 +41,34 @@ def train_recurrent(
     _train(run, seed, RecurrentStudent, teacher, student or RecurrentRecipe())
 
 
-def _train(run: Run, seed: int, kind: type[Student], teacher: TeacherRecipe, student: StudentRecipe) -> None:
+def improve(run: Run, seed: int, teacher: TeacherRecipe | None = None, student: StudentRecipe | None = None) -> None:
+    """Train the bundled `pong` further. As `train` otherwise."""
+    student = student or StudentRecipe(learning_rate=3e-4, teacher_steps=1)
+    _train(run, seed, Student, teacher or CONTINUED, student, from_bundled=True)
+
+
+def improve_recurrent(
+    run: Run, seed: int, teacher: TeacherRecipe | None = None, student: RecurrentRecipe | None = None
+) -> None:
+    """Train the bundled `pong-lstm` further. As `train_recurrent` otherwise."""
+    teacher = teacher or replace(CONTINUED, movement=True)
+    _train(run, seed, RecurrentStudent, teacher, student or RecurrentRecipe(), from_bundled=True)
+
+
+def _train(
+    run: Run, seed: int, kind: type[Student], teacher: TeacherRecipe, student: StudentRecipe, from_bundled: bool = False
+) -> None:
     torch.manual_seed(seed)
     teacher, student = _scale_steps(run.total_frames, teacher, student)
     tensors = run.restore()
-    run.describe(game="pong", seed=seed, method="distill", teacher=asdict(teacher), student=asdict(student))
+    method = "improve" if from_bundled else "distill"
+    run.describe(game="pong", seed=seed, method=method, teacher=asdict(teacher), student=asdict(student))
     with progress_bar() as bar:
         stages = _Stages(run, bar, Teacher(teacher), kind(student, seed))
+        if from_bundled:
+            stages.student.load_bundled()
         stages.restore(tensors)
+        stages.imitate(seed)
         stages.teach(seed)
         stages.distil(seed)
 
@@ -55,8 +79,10 @@ def _scale_steps(
     """The recipes scaled to `total` steps together."""
     if total is None:
         return teacher, student
-    first = total * teacher.total_steps // (teacher.total_steps + student.total_steps)
-    return replace(teacher, total_steps=first), replace(student, total_steps=total - first)
+    share = total / (teacher.imitation_steps + teacher.total_steps + student.total_steps)
+    imitation, first = int(share * teacher.imitation_steps), int(share * teacher.total_steps)
+    scaled = replace(teacher, imitation_steps=imitation, total_steps=first)
+    return scaled, replace(student, total_steps=total - imitation - first)
 
 
 class _Stages:
@@ -73,6 +99,20 @@ class _Stages:
     def teaching(self) -> bool:
         return self.teacher.steps < self.teacher.recipe.total_steps
 
+    def imitate(self, seed: int) -> None:
+        teacher = self.teacher
+        if teacher.imitated >= teacher.recipe.imitation_steps:
+            return
+        games = Games(teacher.recipe.games, seed + 2 + teacher.imitated)
+        task = self.bar.add_task("imitation", total=teacher.recipe.imitation_steps, completed=teacher.imitated)
+
+        def after_round(steps: int, loss: float) -> None:
+            self.bar.update(task, advance=steps, description=f"imitation  loss {loss:.4f}")
+
+        teacher.imitate(games, self.student.playing(self.student.average.module), after_round)
+        self._evaluate_teacher(seed)
+        self.run.save(*self.tensors())
+
     def teach(self, seed: int) -> None:
         recipe = self.teacher.recipe
         if not self.teaching:
@@ -82,7 +122,10 @@ class _Stages:
 
         def after_round(points: float) -> None:
             self.points += 0.05 * (points - self.points)
-            self._count(games, recipe.games * recipe.steps_per_round, every=50_000, stage="teacher")
+            size = recipe.games * recipe.steps_per_round
+            self._count(games, size, every=50_000, stage="teacher")
+            if self.teacher.steps % recipe.evaluate_every < size:
+                self._evaluate_teacher(seed)
             description = f"teacher  {self.points:+.1f} points per 1,000 steps"
             self.bar.update(task, completed=self.teacher.steps, description=description)
 
@@ -124,12 +167,18 @@ class _Stages:
         if self.run.save_is_due:
             self.run.save(*self.tensors())
 
-    def _keep_best(self, seed: int) -> None:
-        scores = self.student.evaluate(seed + 500)
+    def _evaluate_teacher(self, seed: int) -> None:
+        self._print("teacher", self.teacher.steps, self.teacher.evaluate(seed + 500))
+
+    def _print(self, who: str, steps: int, scores: list[float]) -> float:
         mean = sum(scores) / len(scores)
         self.bar.console.print(
-            f"after {self.student.steps:,} steps the student's mean score is {mean:+.1f} ({min(scores):+.0f} at least)"
+            f"after {steps:,} steps the {who}'s mean score is {mean:+.1f} ({min(scores):+.0f} at least)"
         )
+        return mean
+
+    def _keep_best(self, seed: int) -> None:
+        mean = self._print("student", self.student.steps, self.student.evaluate(seed + 500))
         if mean >= self.student.best:
             self.student.best = mean
             self.run.keep("best.safetensors", self.student.weights())
@@ -139,10 +188,12 @@ class _Stages:
         training = (
             prefixed("teacher.policy", self.teacher.policy.state_dict())
             | prefixed("teacher.value", self.teacher.value.state_dict())
+            | prefixed("teacher.average", self.teacher.average.state_dict())
             | prefixed("student.network", self.student.network.state_dict())
             | prefixed("student.average", self.student.average.state_dict())
             | optimizer_tensors(self.teacher.optimizer if self.teaching else self.student.optimizer)
             | {"teacher.steps": torch.tensor(self.teacher.steps), "student.steps": torch.tensor(self.student.steps)}
+            | {"teacher.imitated": torch.tensor(self.teacher.imitated)}
             | {"student.best": torch.tensor(self.student.best)}
         )
         return self.student.weights(), {name: tensor.detach().clone().contiguous() for name, tensor in training.items()}
@@ -153,6 +204,8 @@ class _Stages:
         self.recorded = self.run.counters["frames"]
         self.teacher.policy.load_state_dict(unprefixed("teacher.policy", tensors))
         self.teacher.value.load_state_dict(unprefixed("teacher.value", tensors))
+        self.teacher.average.load_state_dict(unprefixed("teacher.average", tensors))
+        self.teacher.imitated = int(tensors["teacher.imitated"])
         self.student.network.load_state_dict(unprefixed("student.network", tensors))
         self.student.average.load_state_dict(unprefixed("student.average", tensors))
         self.teacher.steps, self.student.steps = int(tensors["teacher.steps"]), int(tensors["student.steps"])

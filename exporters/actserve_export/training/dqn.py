@@ -147,7 +147,9 @@ class _Learner:
 
 
 def _pack(data: Any) -> Any:
-    """Frames as bytes, which take a quarter of the memory. A pixel changes by at most 1/510."""
+    """Rewards as -1, 0 or 1, as in the paper, so that one learning rate fits all games. Frames as bytes, which take a
+    quarter of the memory; a pixel changes by at most 1/510."""
+    data.set(("next", "reward"), data.get(("next", "reward")).sign())
     for key in ("pixels", ("next", "pixels")):
         data.set(key, (data.get(key) * 255).round().to(torch.uint8))
     return data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from numpy.typing import NDArray
+from torch import Tensor
 
 CODES = np.array((0, 3, 4))  # ALE's codes of NOOP, RIGHT, LEFT
 PALETTE = {
@@ -80,6 +82,18 @@ class Games:
 
     def _look(self, i: int) -> None:
         self.games[i].getScreen().ravel().take(self._picked_pixels, out=self._flat[i], mode="clip")
+
+
+def whole_games(count: int, seed: int, choose: Callable[[Games], Tensor]) -> list[float]:
+    """The scores of `count` games, -21 to 21. `choose(games)` gives indices into `CODES`, (count,)."""
+    games = Games(count, seed)
+    scores: dict[int, float] = {}
+    while len(scores) < count:
+        before = games.scores.copy()
+        points = games.step(CODES[choose(games).numpy()])
+        for i in np.flatnonzero(games.restarted):
+            scores.setdefault(int(i), float(before[i] + points[i]))
+    return list(scores.values())
 
 
 def _game(seed: int) -> Any:

@@ -30,10 +30,18 @@ class KnownPolicy:
 BUNDLED = {
     "pong": KnownPolicy(
         "actserve_export.training.pong:pong",
-        {"distill": "actserve_export.training.distill:train", "dqn": "actserve_export.training.dqn:train"},
+        {
+            "distill": "actserve_export.training.distill:train",
+            "improve": "actserve_export.training.distill:improve",
+            "dqn": "actserve_export.training.dqn:train",
+        },
     ),
     "pong-lstm": KnownPolicy(
-        "actserve_export.training.pong:pong_lstm", {"distill": "actserve_export.training.distill:train_recurrent"}
+        "actserve_export.training.pong:pong_lstm",
+        {
+            "distill": "actserve_export.training.distill:train_recurrent",
+            "improve": "actserve_export.training.distill:improve_recurrent",
+        },
     ),
 }
 

@@ -40,6 +40,7 @@ class RecurrentRecipe(StudentRecipe):
 class RecurrentStudent(Student):
     """A student with an LSTM."""
 
+    name = "pong-lstm"
     recipe: RecurrentRecipe
 
     def make(self) -> nn.Module:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from actserve_export.training import pong
-from actserve_export.training.games import CODES, Games, grey_table
+from actserve_export.training.games import CODES, Games, grey_table, whole_games
 from actserve_export.training.teacher import Teacher
 
 ACTIONS = torch.tensor([pong.CODES.index(int(code)) for code in CODES])  # the policy's indices of the teacher's actions
@@ -54,6 +55,8 @@ class Student:
     It learns on centred screens; `weights` folds the centring into the first convolution.
     """
 
+    name = "pong"
+
     def __init__(self, recipe: StudentRecipe, seed: int) -> None:
         self.recipe = recipe
         self.steps = 0
@@ -72,6 +75,14 @@ class Student:
     def make(self) -> nn.Module:
         """A new network."""
         return pong.value_network().to(memory_format=torch.channels_last)
+
+    def load_bundled(self) -> None:
+        """Begin with the bundled weights."""
+        network = self.make()
+        network.load_state_dict(load_file(pong.WEIGHTS[self.name]))
+        centre(network)
+        for target in (self.network, self.average.module):
+            target.load_state_dict(network.state_dict())
 
     def train(self, games: Games, teacher: Teacher, after_round: Callable[[], None]) -> None:
         """Learn for the recipe's steps. While one round is played, another thread learns from the rounds before.
@@ -147,15 +158,8 @@ class Student:
 
     def evaluate(self, seed: int) -> list[float]:
         """The scores of whole games with greedy actions, -21 to 21."""
-        playing = Games(self.recipe.evaluation_games, seed)
         values = self.playing(self.average.module)
-        scores: dict[int, float] = {}
-        while len(scores) < len(playing.games):
-            before = playing.scores.copy()
-            points = playing.step(CODES[values(playing)["values"].argmax(-1).numpy()])
-            for i in np.flatnonzero(playing.restarted):
-                scores.setdefault(int(i), float(before[i] + points[i]))
-        return list(scores.values())
+        return whole_games(self.recipe.evaluation_games, seed, lambda games: values(games)["values"].argmax(-1))
 
     def weights(self) -> dict[str, Tensor]:
         """The weights for greys in 0..1, for a checkpoint."""

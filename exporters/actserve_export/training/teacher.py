@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.collectors import Collector
 from torchrl.data import (
     Categorical,
@@ -31,7 +32,7 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from actserve_export.training.games import CODES, Games, Screens
+from actserve_export.training.games import CODES, Games, Screens, whole_games
 
 BALL, ENEMY, OWN = 14, 56, 200  # indices into ALE's palette
 FIELD = slice(14, 78)  # the rows of the 84 between the walls
@@ -143,11 +144,31 @@ class TeacherRecipe:
     batch_size: int = 1024
     learning_rate: float = 7e-4  # constant for 40 %, then linear to 5 %
     gamma: float = 0.99
-    late_gamma: float = 0.999  # from 70 % on: learn quick points first, then points after long rallies
+    late_gamma: float = 0.9995  # from 2/3 on: learn quick points first, then points after long rallies
     lmbda: float = 0.95
     clip: float = 0.2
     entropy: float = 0.01  # falls linearly to 10 %
     critic: float = 0.5
+    critic_share: float = 0.0  # of the steps, at the start: only the critic learns
+    average_over: int = 2_000  # updates in the exponential moving average of the weights that the student learns from
+    evaluate_every: int = 1_000_000
+    evaluation_games: int = 24
+    imitation_steps: int = 0  # steps before PPO, in which the teacher learns what the student does
+    imitation_rate: float = 2e-3  # linear to 2 %
+
+
+CONTINUED = TeacherRecipe(
+    total_steps=12_000_000,
+    games=64,
+    epochs=3,
+    batch_size=2048,
+    learning_rate=4e-4,
+    gamma=0.9995,
+    entropy=0.004,
+    critic_share=0.05,
+    imitation_steps=600_000,
+)
+"""The recipe of a teacher that begins with what a student has learnt from an earlier one."""
 
 
 class Teacher:
@@ -156,6 +177,7 @@ class Teacher:
     def __init__(self, recipe: TeacherRecipe) -> None:
         self.recipe = recipe
         self.steps = 0
+        self.imitated = 0
         self.policy, self.value = network(len(CODES), recipe.movement), network(1, recipe.movement)
         self.actor = ProbabilisticActor(
             TensorDictModule(self.policy, in_keys=["bins"], out_keys=["logits"]),
@@ -176,13 +198,52 @@ class Teacher:
             normalize_advantage=True,
         )
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=recipe.learning_rate, eps=1e-5)
+        decay = get_ema_multi_avg_fn(1 - 1 / recipe.average_over)
+        self.average = AveragedModel(self.policy, multi_avg_fn=decay).requires_grad_(False)
 
     def probabilities(self, games: Games) -> Tensor:
         """(games, 3): the probabilities of NOOP, RIGHT, LEFT."""
         with torch.no_grad():
-            bins = features(games.screens, games.before if self.recipe.movement else None)
-            probabilities: Tensor = self.policy(bins).softmax(-1)
+            probabilities: Tensor = self.average(self._see(games)).softmax(-1)
         return probabilities
+
+    def evaluate(self, seed: int) -> list[float]:
+        """The scores of whole games with greedy actions, -21 to 21."""
+        return whole_games(self.recipe.evaluation_games, seed, lambda games: self.probabilities(games).argmax(-1))
+
+    def imitate(
+        self, games: Games, values: Callable[[Games], TensorDict], after_round: Callable[[int, float], None]
+    ) -> None:
+        """Learn the action probabilities of a policy: `values(games)["values"]` (games, 3) are its logits.
+
+        The policy plays, with every tenth action at random. `after_round` gets the steps and the loss of each round.
+        """
+        recipe = self.recipe
+        optimizer = torch.optim.Adam(self.policy.parameters(), lr=recipe.imitation_rate)
+        replay = TensorDictReplayBuffer(storage=LazyTensorStorage(200_000), batch_size=1024)
+        count = len(games.games)
+        while self.imitated < recipe.imitation_steps:
+            optimizer.param_groups[0]["lr"] = recipe.imitation_rate * (
+                1 - 0.98 * self.imitated / recipe.imitation_steps
+            )
+            for _ in range(8):
+                bins, found = self._see(games), values(games)["values"].softmax(-1)
+                replay.extend(TensorDict({"bins": bins, "target": found}, batch_size=[count]))
+                action = torch.where(torch.rand(count) < 0.1, torch.randint(len(CODES), (count,)), found.argmax(-1))
+                games.step(CODES[action.numpy()])
+            for _ in range(2):
+                batch = replay.sample()
+                logits = self.policy(batch["bins"]).log_softmax(-1)
+                loss = nn.functional.kl_div(logits, batch["target"], reduction="batchmean")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            self.imitated += 8 * count
+            after_round(8 * count, float(loss.detach()))
+        self.average.module.load_state_dict(self.policy.state_dict())
+
+    def _see(self, games: Games) -> Tensor:
+        return features(games.screens, games.before if self.recipe.movement else None)
 
     def train(self, games: Games, after_round: Callable[[float], None]) -> None:
         """Learn for the recipe's steps. `after_round` gets each round's points per 1,000 steps."""
@@ -215,12 +276,16 @@ class Teacher:
     def _schedule(self, done: float) -> None:
         share = 1 - 0.95 * max(0.0, (done - 0.4) / 0.6)
         self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * share
-        self.advantage.gamma.fill_(self.recipe.gamma if done < 0.7 else self.recipe.late_gamma)
+        self.advantage.gamma.fill_(self.recipe.gamma if done < 2 / 3 else self.recipe.late_gamma)
         self.loss.entropy_coeff.fill_(self.recipe.entropy * (1 - 0.9 * done))
 
     def _update(self, batch: TensorDict) -> None:
         losses = self.loss(batch)
         self.optimizer.zero_grad()
-        (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
+        loss = losses["loss_critic"]
+        if self.steps >= self.recipe.critic_share * self.recipe.total_steps:
+            loss = loss + losses["loss_objective"] + losses["loss_entropy"]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.loss.parameters(), 0.5)
         self.optimizer.step()
+        self.average.update_parameters(self.policy)
