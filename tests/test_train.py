@@ -217,7 +217,7 @@ def test_a_teacher_learns_what_a_policy_does() -> None:
 
     def values(games: Games) -> TensorDict:
         """RIGHT while the ball is in the upper half, else LEFT, and NOOP without a ball."""
-        ball = features(games.screens)[:, 1] - SIZES[0]
+        ball = features(games.screens, games.before)[:, 1] - SIZES[0]
         sure = torch.tensor([[0.0, 4, 0], [0, 0, 4], [4, 0, 0]])
         return TensorDict({"values": sure[torch.where(ball == 127, 2, (ball > 64).long())]}, [4])
 
@@ -352,19 +352,28 @@ def test_games_begin_from_any_seed() -> None:
 
 def test_movement_is_what_changed_between_two_screens() -> None:
     games = Games(1, 0)
-    while (features(games.before)[:, 0] == 84).any() or (features(games.screens)[:, 0] == 84).any():
+    while any((features(screens, screens)[:, 0] == 84).any() for screens in (games.before, games.screens)):
         games.step(CODES[[0]])  # until there is a ball
-    with_movement, without = features(games.screens, games.before), features(games.screens)
-    assert torch.equal(with_movement[:, :5], without)
-    still = features(games.screens, games.screens)
-    assert not torch.equal(with_movement, still)
+    moved, still = features(games.screens, games.before), features(games.screens, games.screens)
+    assert torch.equal(moved[:, :5], still[:, :5])
+    assert not torch.equal(moved[:, 5:], still[:, 5:])
     assert (still[0, 5:7] - still.new_tensor([sum(SIZES) + 12, sum(SIZES) + 26 + 40])).tolist() == [0, 0]
+
+
+def test_a_teacher_without_movement_acts_on_places_alone() -> None:
+    bins = torch.arange(16).reshape(2, 8) + torch.tensor([0, 85, 213, 341, 469, 551, 577, 659])
+    moved = torch.cat((bins[:, :5], bins[:, 5:] + 1), 1)
+    for movement in (False, True):
+        recipe = TeacherRecipe(movement=movement)
+        teacher = Teacher(recipe)
+        assert torch.equal(teacher.policy(bins), teacher.policy(moved)) is not movement
+        assert not torch.equal(teacher.value(bins), teacher.value(moved))
 
 
 def test_a_point_is_an_episode_and_the_game_goes_on() -> None:
     from torchrl.envs.utils import check_env_specs
 
-    env = Points(Games(2, 0), movement=True)
+    env = Points(Games(2, 0))
     check_env_specs(env)
     rollout = env.rollout(200, break_when_any_done=False)
     scored = rollout["next", "reward"] != 0

@@ -1,8 +1,8 @@
 """Pong's teacher: PPO (Schulman et al. 2017) on a few numbers that are read from the 84x84 screen.
 
-The numbers are the ball's x and y, both paddles' y, and the ball's height over the own paddle. A teacher with
-`movement` also gets the movement of the ball and the own paddle since the last screen. A student without memory cannot
-see movement, so its teacher does not get it either.
+The numbers are the ball's x and y, both paddles' y, and the ball's height over the own paddle, and then the movement of
+the ball and the own paddle since the last screen. A student without memory cannot see movement, so its teacher acts
+without it. The critic, which only judges the actions, always has it (Pinto et al. 2017).
 """
 
 from __future__ import annotations
@@ -43,22 +43,20 @@ MOVES = (12, 40, 24)  # the largest exact movement of the ball's x and y and the
 MOVE_SIZES = tuple(2 * most + 2 for most in MOVES)
 
 
-def features(screens: Screens, before: Screens | None = None) -> Tensor:
-    """(N, 84, 84) palette indices -> (N, 5) int64, or (N, 8) with the screens `before`: each number's bin.
+def features(screens: Screens, before: Screens) -> Tensor:
+    """Palette indices, (N, 84, 84), and those of the last step -> (N, 8) int64: each number's bin.
 
-    The bins of all numbers are rows of one table, `sum(SIZES)` long, `sum(SIZES + MOVE_SIZES)` with movement.
+    The bins of all numbers are rows of one table, `sum(SIZES + MOVE_SIZES)` long, those without movement first.
     """
     ball_x, ball_y, own_y, enemy_y = _places(screens)
     over = np.where((ball_x < 84) & (own_y < 127), np.clip(ball_y - own_y, -NEAR, NEAR) + NEAR, 2 * NEAR + 1)
-    numbers, sizes = [ball_x, ball_y, own_y, enemy_y, over], SIZES
-    if before is not None:
-        x, y, own, _ = _places(before)
-        both = (ball_x < 84) & (x < 84)
-        seen = (both, both, (own_y < 127) & (own < 127))
-        for most, moved, known in zip(MOVES, (ball_x - x, ball_y - y, own_y - own), seen, strict=True):
-            numbers.append(np.where(known, np.clip(moved, -most, most) + most, 2 * most + 1))
-        sizes += MOVE_SIZES
-    return torch.from_numpy(np.stack(numbers, 1) + np.cumsum((0, *sizes[:-1])))
+    numbers = [ball_x, ball_y, own_y, enemy_y, over]
+    x, y, own, _ = _places(before)
+    both = (ball_x < 84) & (x < 84)
+    seen = (both, both, (own_y < 127) & (own < 127))
+    for most, moved, known in zip(MOVES, (ball_x - x, ball_y - y, own_y - own), seen, strict=True):
+        numbers.append(np.where(known, np.clip(moved, -most, most) + most, 2 * most + 1))
+    return torch.from_numpy(np.stack(numbers, 1) + np.cumsum((0, *(SIZES + MOVE_SIZES)[:-1])))
 
 
 def _places(screens: Screens) -> tuple[NDArray[np.int64], ...]:
@@ -85,50 +83,55 @@ class Points(EnvBase):
     A game continues after a point, so resetting does nothing.
     """
 
-    def __init__(self, games: Games, movement: bool) -> None:
+    def __init__(self, games: Games) -> None:
         count = len(games.games)
         super().__init__(batch_size=[count])
-        self.games, self.movement = games, movement
-        sizes = SIZES + MOVE_SIZES if movement else SIZES
+        self.games = games
+        sizes = SIZES + MOVE_SIZES
         self.observation_spec = Composite(bins=Categorical(sum(sizes), (count, len(sizes))), shape=[count])
         self.action_spec = Categorical(len(CODES), (count,))
         self.reward_spec = Unbounded((count, 1))
 
     def _reset(self, _tensordict: TensorDictBase | None, **_options: Any) -> TensorDict:
-        return TensorDict({"bins": self._see()}, batch_size=self.batch_size)
+        return TensorDict({"bins": _see(self.games)}, batch_size=self.batch_size)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         points = torch.from_numpy(self.games.step(CODES[tensordict["action"].numpy()]))[:, None]
         scored = points != 0
-        after = {"bins": self._see(), "reward": points, "terminated": scored, "done": scored}
+        after = {"bins": _see(self.games), "reward": points, "terminated": scored, "done": scored}
         return TensorDict(after, batch_size=self.batch_size)
 
     def _set_seed(self, seed: int | None) -> None:
         """The games have their own seeds."""
 
-    def _see(self) -> Tensor:
-        return features(self.games.screens, self.games.before if self.movement else None)
+
+def _see(games: Games) -> Tensor:
+    return features(games.screens, games.before)
 
 
 def network(outputs: int, movement: bool) -> nn.Module:
-    """Bins (N, 5), with movement (N, 8) -> (N, outputs). The hidden layers have 192 (a table of the bins) and 128."""
-    table = nn.EmbeddingBag(sum(SIZES + MOVE_SIZES if movement else SIZES), 192, mode="sum")
+    """Bins (N, 8) -> (N, outputs). The hidden layers have 192 (a table of the bins) and 128.
+
+    Without `movement`, it takes only the bins of the places.
+    """
+    sizes = SIZES + MOVE_SIZES if movement else SIZES
+    table = nn.EmbeddingBag(sum(sizes), 192, mode="sum")
     nn.init.normal_(table.weight, std=0.3)
     last = nn.Linear(128, outputs)
     nn.init.orthogonal_(last.weight, 0.01 if outputs > 1 else 1.0)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(_SumOfEmbeddings(table), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), last)
+    return nn.Sequential(_SumOfEmbeddings(table, len(sizes)), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), last)
 
 
 class _SumOfEmbeddings(nn.Module):
-    """An EmbeddingBag over the last axis, (..., bins) -> (..., 192)."""
+    """An EmbeddingBag over the first `count` of the last axis, (..., bins) -> (..., 192)."""
 
-    def __init__(self, table: nn.EmbeddingBag) -> None:
+    def __init__(self, table: nn.EmbeddingBag, count: int) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.count = table, count
 
     def forward(self, bins: Tensor) -> Tensor:
-        summed: Tensor = self.table(bins.reshape(-1, bins.shape[-1]))
+        summed: Tensor = self.table(bins[..., : self.count].reshape(-1, self.count))
         return summed.reshape(*bins.shape[:-1], -1)
 
 
@@ -137,7 +140,7 @@ class TeacherRecipe:
     """PPO's hyperparameters. Steps are environment steps, each of 4 emulator frames."""
 
     total_steps: int = 24_000_000
-    movement: bool = False
+    movement: bool = False  # whether the teacher sees it
     games: int = 32
     steps_per_round: int = 128  # in each game
     epochs: int = 4
@@ -178,7 +181,7 @@ class Teacher:
         self.recipe = recipe
         self.steps = 0
         self.imitated = 0
-        self.policy, self.value = network(len(CODES), recipe.movement), network(1, recipe.movement)
+        self.policy, self.value = network(len(CODES), recipe.movement), network(1, movement=True)
         self.actor = ProbabilisticActor(
             TensorDictModule(self.policy, in_keys=["bins"], out_keys=["logits"]),
             in_keys=["logits"],
@@ -204,7 +207,7 @@ class Teacher:
     def probabilities(self, games: Games) -> Tensor:
         """(games, 3): the probabilities of NOOP, RIGHT, LEFT."""
         with torch.no_grad():
-            probabilities: Tensor = self.average(self._see(games)).softmax(-1)
+            probabilities: Tensor = self.average(_see(games)).softmax(-1)
         return probabilities
 
     def evaluate(self, seed: int) -> list[float]:
@@ -227,7 +230,7 @@ class Teacher:
                 1 - 0.98 * self.imitated / recipe.imitation_steps
             )
             for _ in range(8):
-                bins, found = self._see(games), values(games)["values"].softmax(-1)
+                bins, found = _see(games), values(games)["values"].softmax(-1)
                 replay.extend(TensorDict({"bins": bins, "target": found}, batch_size=[count]))
                 action = torch.where(torch.rand(count) < 0.1, torch.randint(len(CODES), (count,)), found.argmax(-1))
                 games.step(CODES[action.numpy()])
@@ -242,9 +245,6 @@ class Teacher:
             after_round(8 * count, float(loss.detach()))
         self.average.module.load_state_dict(self.policy.state_dict())
 
-    def _see(self, games: Games) -> Tensor:
-        return features(games.screens, games.before if self.recipe.movement else None)
-
     def train(self, games: Games, after_round: Callable[[float], None]) -> None:
         """Learn for the recipe's steps. `after_round` gets each round's points per 1,000 steps."""
         size = self.recipe.games * self.recipe.steps_per_round
@@ -252,7 +252,7 @@ class Teacher:
             storage=LazyTensorStorage(size), sampler=SamplerWithoutReplacement(), batch_size=self.recipe.batch_size
         )
         collector = Collector(
-            Points(games, self.recipe.movement),
+            Points(games),
             self.actor,
             frames_per_batch=size,
             total_frames=-1,
