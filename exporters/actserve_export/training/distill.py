@@ -1,7 +1,7 @@
 """The training of the bundled weights: a teacher learns by PPO on a few numbers, a student from it by DAgger.
 
-`improve` goes on from bundled weights, on any machine: a new teacher first learns what they do, then more by PPO, and
-teaches that to the student.
+`improve` begins with the bundled weights, on any machine. A new teacher first learns what the bundled policy does. Then
+PPO improves the teacher, and the student learns from it.
 """
 
 from __future__ import annotations

@@ -100,9 +100,9 @@ def signature_of(policy: Policy, session: Session) -> Signature:
 class Sessions:
     """The sessions of one service. A context manager that opens and closes their file.
 
-    Every method is short enough for the event loop. All raise `SessionsUnavailable` if the file cannot be used. Those
-    that change it raise `SessionsLocked` while another process writes: see `when_unlocked`. `home`
-    is the number of this host, if several hosts hold sessions.
+    Every method is short enough for the event loop. All raise `SessionsUnavailable` if the file cannot be used. A method
+    that changes the file raises `SessionsLocked` while another process writes (`when_unlocked`). `home` is the number of
+    this host, if several hosts hold sessions.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Room: keeps the sessions of a file within their limits. It deletes those that expired or were idle for longest."""
+"""Room: keeps the sessions of a file within their limits: it deletes expired sessions, and then the ones idle longest."""
 
 from __future__ import annotations
 
