@@ -100,9 +100,10 @@ def signature_of(policy: Policy, session: Session) -> Signature:
 class Sessions:
     """The sessions of one service. A context manager that opens and closes their file.
 
-    Every method is short enough for the event loop. All raise `SessionsUnavailable` if the file cannot be used. A method
-    that changes the file raises `SessionsLocked` while another process writes (`when_unlocked`). `home` is the number of
-    this host, if several hosts hold sessions.
+    Every method is short enough for the event loop. All raise `SessionsUnavailable` if the file cannot be used. A
+    method that changes the file raises `SessionsLocked` while another process writes (`when_unlocked`). `clock` is
+    monotonic: the same in all processes of a host, and never set back. `home` is the number of this host, if several
+    hosts hold sessions.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Sessions:
         self._admission = admission or Admission()
         self._file = SessionFile(path, first_number(home or 0))
         self._home = home
-        self._room = Room(self._file, limits, clock)  # monotonic: the same in all processes, and never set back
+        self._room = Room(self._file, limits, clock)
         self._recent = RecentSessions(int(limits.idle_s * 1000))
         self.writer = StepWriter(self._file, self._room, self._recent)
         self._ids = SessionIds(b"")

@@ -1,4 +1,4 @@
-"""Room: keeps the sessions of a file within their limits: it deletes expired sessions, and then the ones idle longest."""
+"""Room: keeps the sessions of a file within their limits: it deletes expired ones, then the ones idle longest."""
 
 from __future__ import annotations
 
