@@ -52,7 +52,8 @@ def improve_recurrent(
 ) -> None:
     """Train the bundled `pong-lstm` further. As `train_recurrent` otherwise."""
     teacher = teacher or replace(CONTINUED, movement=True)
-    _train(run, seed, RecurrentStudent, teacher, student or RecurrentRecipe(), from_bundled=True)
+    student = student or RecurrentRecipe(total_steps=400_000)
+    _train(run, seed, RecurrentStudent, teacher, student, from_bundled=True)
 
 
 def _train(

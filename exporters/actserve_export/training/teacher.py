@@ -161,7 +161,7 @@ class TeacherRecipe:
 
 
 CONTINUED = TeacherRecipe(
-    total_steps=12_000_000,
+    total_steps=9_000_000,
     games=64,
     epochs=3,
     batch_size=2048,
