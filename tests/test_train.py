@@ -255,6 +255,13 @@ def test_the_bundled_weights_are_improved_from_where_they_are(tmp_path: Path, mo
         torch.testing.assert_close(kept[name], weights, atol=1e-5, rtol=1e-5)
 
 
+def test_a_checkpoint_of_an_older_recipe_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path, None, resume=True)
+    run.save({}, {"teacher.steps": torch.tensor(0), "student.steps": torch.tensor(0)})
+    with pytest.raises(UsageError, match="of an older recipe: start again with --no-resume"):
+        distill.train(Run(tmp_path, None, resume=True), 0)
+
+
 def test_only_the_critic_learns_at_first() -> None:
     torch.manual_seed(0)
     recipe = TeacherRecipe(total_steps=256, games=2, steps_per_round=64, batch_size=32, critic_share=0.5)

@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from actserve.core.errors import UsageError
 from actserve_export.training.games import Games
 from actserve_export.training.recurrent import RecurrentRecipe, RecurrentStudent
 from actserve_export.training.run import (
@@ -202,6 +203,12 @@ class _Stages:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
             return
+        missing = self.tensors()[1].keys() - tensors.keys()
+        if any(not name.startswith("optimizer.") for name in missing):
+            raise UsageError(
+                f"the checkpoint in {self.run.folder} is of an older recipe: start again with --no-resume, "
+                "or in another folder"
+            )
         self.recorded = self.run.counters["frames"]
         self.teacher.policy.load_state_dict(unprefixed("teacher.policy", tensors))
         self.teacher.value.load_state_dict(unprefixed("teacher.value", tensors))
