@@ -11,6 +11,7 @@ import pytest
 
 from actserve.core.errors import ActserveError, SessionExpired, SessionsLocked, SessionsUnavailable, SessionTooLarge
 from actserve.server.sessions import Session, SessionLimits, Sessions
+from actserve.server.sessions.recent_sessions import DISTRUSTED_STEPS
 from actserve.server.sessions.step_record import StepRecord
 from actserve.server.sessions.step_writer import StepChange
 from tests.fake_policy import NAME
@@ -89,6 +90,23 @@ def test_a_step_that_another_process_took_is_the_only_one_that_is_not_stored(ses
         with pytest.raises(SessionExpired):
             sessions.resume(NAME, ended.id)
         assert stored(sessions, first) == stored(sessions, last) == record(2)
+
+
+def test_a_session_that_another_process_steps_too_is_read_for_a_while(sessions_file: Path) -> None:
+    with Sessions(sessions_file, SessionLimits()) as sessions, Sessions(sessions_file, SessionLimits()) as others:
+        shared, own = begun(sessions, 2)
+
+        def take(by: Sessions) -> bool:
+            found, last = by.recent(NAME, shared.id) or by.resume(NAME, shared.id)
+            return by.writer.write(StepChange(found, last, record(last.step + 1)))
+
+        assert take(others)
+        assert not take(sessions), "it did not know of the other's step"
+        taken = [take(by) for _ in range(DISTRUSTED_STEPS) for by in (sessions, others)]
+        assert taken.count(False) == 1, "the other learned it, too"
+        assert stored(sessions, shared).step == 2 + taken.count(True)
+        assert sessions.recent(NAME, shared.id) is not None, "trusted again"
+        assert sessions.recent(NAME, own.id) is not None
 
 
 def test_of_two_that_take_the_same_step_the_first_one_does(sessions_file: Path) -> None:

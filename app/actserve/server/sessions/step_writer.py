@@ -105,7 +105,7 @@ class StepWriter:
         if written:
             self._recent.add(change.session, change.new, now_ms)
         else:
-            self._recent.forget(change.session)
+            self._recent.distrust(change.session)
 
 
 def _attempt(write: Callable[[], Result]) -> Result | ActserveError:
