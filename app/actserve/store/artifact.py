@@ -219,7 +219,7 @@ class Artifact:
         return self.read(self.manifest.programs[runtime].file)
 
     def beside(self, kind: str) -> Path:
-        """A file about the artifact next to its folder, which never changes: what was found out on this host."""
+        """A file next to the artifact's folder, with findings of this host. The folder itself never changes."""
         return self.folder.with_name(f"{self.manifest.version}.{kind}.json")
 
     def write_beside(self, kind: str, document: Any) -> Path:

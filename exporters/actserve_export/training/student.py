@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from actserve_export.training import pong
 from actserve_export.training.games import CODES, Games, grey_table, whole_games
-from actserve_export.training.teacher import Teacher
+from actserve_export.training.teacher import Teacher, moving_average
 
 ACTIONS = torch.tensor([pong.CODES.index(int(code)) for code in CODES])  # the policy's indices of the teacher's actions
 CENTRE, SPREAD = 87.0, 64.0  # the grey of the background, and the typical distance of other greys from it
@@ -64,8 +63,7 @@ class Student:
         self.loss = 0.0
         self.network = self.make()
         self.player = copy.deepcopy(self.network).requires_grad_(False)
-        decay = get_ema_multi_avg_fn(1 - 1 / recipe.average_over)
-        self.average = AveragedModel(self.network, multi_avg_fn=decay).requires_grad_(False)
+        self.average = moving_average(self.network, recipe.average_over)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.learning_rate)
         self.random = np.random.default_rng(seed)
         self.replay = TensorDictReplayBuffer(

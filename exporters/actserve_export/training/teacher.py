@@ -123,6 +123,11 @@ def network(outputs: int, movement: bool) -> nn.Module:
     return nn.Sequential(_SumOfEmbeddings(table, len(sizes)), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), last)
 
 
+def moving_average(network: nn.Module, updates: int) -> AveragedModel:
+    """A copy of `network` whose weights become the exponential moving average over so many updates."""
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / updates)).requires_grad_(False)
+
+
 class _SumOfEmbeddings(nn.Module):
     """An EmbeddingBag over the first `count` of the last axis, (..., bins) -> (..., 192)."""
 
@@ -201,8 +206,7 @@ class Teacher:
             normalize_advantage=True,
         )
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=recipe.learning_rate, eps=1e-5)
-        decay = get_ema_multi_avg_fn(1 - 1 / recipe.average_over)
-        self.average = AveragedModel(self.policy, multi_avg_fn=decay).requires_grad_(False)
+        self.average = moving_average(self.policy, recipe.average_over)
 
     def probabilities(self, games: Games) -> Tensor:
         """(games, 3): the probabilities of NOOP, RIGHT, LEFT."""

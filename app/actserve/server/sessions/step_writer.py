@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from actserve.core.errors import ActserveError, SessionsUnavailable
@@ -77,7 +78,7 @@ class StepWriter:
             self._write_together(together)
             waiting = [each for each in waiting if not each[0].keeps_size]
         for change, written in waiting:
-            written(_attempt(lambda: self.write(change)))  # noqa: B023
+            written(_attempt(partial(self.write, change)))
 
     def _write_together(self, waiting: list[tuple[StepChange, Written]]) -> None:
         """Write steps after which their sessions have the same size as before."""
@@ -96,9 +97,9 @@ class StepWriter:
                 written(results[index])
 
     def _update(self, change: StepChange, now_ms: int) -> bool:
-        (session, last, new), number = change, change.session.number
+        session, last, new = change
         columns, size = (_COLUMNS, ()) if change.keeps_size else (f"{_COLUMNS}, bytes = ?", (new.size_bytes,))
-        values = (now_ms, new.step, new.seeded, new.checksum(number), new.answer, new.state, *size)
+        values = (now_ms, new.step, new.seeded, new.checksum(session.number), new.answer, new.state, *size)
         return self._file.change(f"UPDATE session SET {columns} {_WHERE}", *values, session.number, last.step) > 0
 
     def _remember(self, change: StepChange, written: bool, now_ms: int) -> None:
