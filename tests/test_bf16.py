@@ -22,7 +22,7 @@ from actserve_export.programs import aoti
 from actserve_export.programs.quantize import quantize as quantization
 from actserve_export.programs.rewrites.narrow import layers_in_bfloat16
 from actserve_export.programs.rewrites.optimize import optimize
-from actserve_export.training.pong import pong_lstm
+from actserve_export.training.pong_lstm import pong_lstm
 
 HAS_BF16 = bool(set(aoti.BF16_FLAGS) & preflight.this_host().cpu_flags)
 

@@ -13,7 +13,7 @@ from actserve_export.capture import TracedPolicy, capture
 from actserve_export.programs import onnx
 from actserve_export.programs.onnx_session import open_session
 from actserve_export.programs.rewrites.optimize import fold, optimize
-from actserve_export.training.pong import pong
+from actserve_export.training import bundled
 from tests.policies import cart
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ class Pictures(nn.Module):
 
 @pytest.fixture(scope="module")
 def captured() -> TracedPolicy:
-    return capture(pong())
+    return capture(bundled.policy("pong"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from actserve_export.programs.quantize import compensate
 from actserve_export.programs.quantize import quantize as quantization
 from actserve_export.programs.quantize.quantize import AGREEMENT, quantize
 from actserve_export.programs.rewrites.optimize import optimize
-from actserve_export.training.pong import pong
+from actserve_export.training import bundled
 from tests.policies import cart
 
 SCREENS = 384
@@ -34,7 +34,7 @@ def runner(file: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def screens() -> Array:
-    source = pong()
+    source = bundled.policy("pong")
     assert source.observe is not None
     pixels: Array = source.observe(SCREENS)["pixels"].numpy()
     return pixels
@@ -42,7 +42,7 @@ def screens() -> Array:
 
 @pytest.fixture(scope="module")
 def captured() -> TracedPolicy:
-    found = capture(pong())
+    found = capture(bundled.policy("pong"))
     return replace(found, program=optimize(found.program)[0])
 
 

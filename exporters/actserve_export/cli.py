@@ -43,7 +43,7 @@ def train(
     resume: Annotated[bool, flag(says="Go on from the run folder's checkpoint.")] = True,
     method: Annotated[
         str | None,
-        typer.Option(help="pong: distill; improve, which goes on from the bundled weights; or dqn, the tutorial's."),
+        typer.Option(help="distill (default); improve, from bundled weights on; or dqn, the tutorial's."),
     ] = None,
     json: Json = False,
 ) -> None:

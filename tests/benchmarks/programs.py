@@ -37,7 +37,7 @@ from actserve_export.programs import aoti, onnx
 from actserve_export.programs.quantize.quantize import AGREEMENT, quantize
 from actserve_export.programs.rewrites.narrow import layers_in_bfloat16
 from actserve_export.programs.rewrites.optimize import optimize
-from actserve_export.training.pong import pong
+from actserve_export.training import bundled
 
 BATCHES = (1, 4, 8, 16, 32)
 ROUNDS = 30
@@ -118,7 +118,7 @@ def scores(run: Run, game: Environment, episodes: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path, help="weights of actserve_export.training.pong.value_network()")
+    parser.add_argument("--checkpoint", type=Path, help="weights of actserve_export.training.atari.value_network(6)")
     parser.add_argument("--screens", type=int, default=10_000, help="to compare actions on; int8 is calibrated on half")
     parser.add_argument("--recorded", type=Path, help="screens from an .npy file, rather than from games played now")
     parser.add_argument("--play", type=int, default=0, metavar="GAMES", help="let the programs play")
@@ -127,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
-    source = pong()
+    source = bundled.policy("pong")
     environment = game_of(source.environment)
     assert source.weights is not None
     assert source.observe is not None

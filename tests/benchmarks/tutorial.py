@@ -9,12 +9,12 @@ import torch
 
 from actserve_export.capture import capture
 from actserve_export.programs import onnx
-from actserve_export.training.pong import pong
+from actserve_export.training import bundled
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    captured = capture(pong())
+    captured = capture(bundled.policy("pong"))
     onnx.convert_program(captured.program, captured.signature, Path(sys.argv[1]))
 
 

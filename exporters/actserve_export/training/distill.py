@@ -1,4 +1,4 @@
-"""The training of the bundled weights: a teacher learns by PPO on a few numbers, a student from it by DAgger.
+"""The training of a policy for any game: a teacher learns by PPO on a few numbers, a student from it by DAgger.
 
 `improve` begins with the bundled weights, on any machine. A new teacher first learns what the bundled policy does. Then
 PPO improves the teacher, and the student learns from it.
@@ -14,7 +14,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from actserve.core.errors import UsageError
-from actserve_export.training.games import Games
+from actserve_export.training.games import Game, Games
+from actserve_export.training.pong_view import PONG
+from actserve_export.training.ram_view import by_ram
 from actserve_export.training.recurrent import RecurrentRecipe, RecurrentStudent
 from actserve_export.training.run import (
     Meter,
@@ -26,12 +28,22 @@ from actserve_export.training.run import (
     unprefixed,
 )
 from actserve_export.training.student import Student, StudentRecipe
-from actserve_export.training.teacher import CONTINUED, Teacher, TeacherRecipe
+from actserve_export.training.teacher import ANY_GAME, CONTINUED, Teacher, TeacherRecipe
 
 
-def train(run: Run, seed: int, teacher: TeacherRecipe | None = None, student: StudentRecipe | None = None) -> None:
-    """Train `pong` in both stages, and resume from the run's checkpoint. `best.safetensors` has the best weights."""
-    _train(run, seed, Student, teacher or TeacherRecipe(), student or StudentRecipe())
+def train(
+    run: Run,
+    seed: int,
+    game: str = "pong",
+    teacher: TeacherRecipe | None = None,
+    student: StudentRecipe | None = None,
+) -> None:
+    """Train a policy for `game` in both stages, and resume from the run's checkpoint.
+
+    `best.safetensors` has the best weights.
+    """
+    teacher = teacher or (TeacherRecipe() if game == PONG.rom else ANY_GAME)
+    _train(run, seed, _game(game), Student, teacher, student or StudentRecipe())
 
 
 def train_recurrent(
@@ -39,13 +51,19 @@ def train_recurrent(
 ) -> None:
     """Train `pong-lstm` in the same way. Its teacher also knows the ball's movement."""
     teacher = teacher or TeacherRecipe(total_steps=10_000_000, movement=True)
-    _train(run, seed, RecurrentStudent, teacher, student or RecurrentRecipe())
+    _train(run, seed, PONG, RecurrentStudent, teacher, student or RecurrentRecipe())
 
 
-def improve(run: Run, seed: int, teacher: TeacherRecipe | None = None, student: StudentRecipe | None = None) -> None:
-    """Train the bundled `pong` further. As `train` otherwise."""
+def improve(
+    run: Run,
+    seed: int,
+    game: str = "pong",
+    teacher: TeacherRecipe | None = None,
+    student: StudentRecipe | None = None,
+) -> None:
+    """Train the bundled policy of `game` further. As `train` otherwise."""
     student = student or StudentRecipe(learning_rate=3e-4, teacher_steps=1)
-    _train(run, seed, Student, teacher or CONTINUED, student, from_bundled=True)
+    _train(run, seed, _game(game), Student, teacher or CONTINUED, student, from_bundled=True)
 
 
 def improve_recurrent(
@@ -54,19 +72,29 @@ def improve_recurrent(
     """Train the bundled `pong-lstm` further. As `train_recurrent` otherwise."""
     teacher = teacher or replace(CONTINUED, movement=True)
     student = student or RecurrentRecipe(total_steps=400_000)
-    _train(run, seed, RecurrentStudent, teacher, student, from_bundled=True)
+    _train(run, seed, PONG, RecurrentStudent, teacher, student, from_bundled=True)
+
+
+def _game(rom: str) -> Game:
+    return PONG if rom == PONG.rom else by_ram(rom)
 
 
 def _train(
-    run: Run, seed: int, kind: type[Student], teacher: TeacherRecipe, student: StudentRecipe, from_bundled: bool = False
+    run: Run,
+    seed: int,
+    game: Game,
+    kind: type[Student],
+    teacher: TeacherRecipe,
+    student: StudentRecipe,
+    from_bundled: bool = False,
 ) -> None:
     torch.manual_seed(seed)
     teacher, student = _scale_steps(run.total_frames, teacher, student)
     tensors = run.restore()
     method = "improve" if from_bundled else "distill"
-    run.describe(game="pong", seed=seed, method=method, teacher=asdict(teacher), student=asdict(student))
+    run.describe(game=game.rom, seed=seed, method=method, teacher=asdict(teacher), student=asdict(student))
     with progress_bar() as bar:
-        stages = _Stages(run, bar, Teacher(teacher), kind(student, seed))
+        stages = _Stages(run, bar, game, Teacher(game, teacher), kind(game, student, seed))
         if from_bundled:
             stages.student.load_bundled()
         stages.restore(tensors)
@@ -90,8 +118,8 @@ def _scale_steps(
 class _Stages:
     """Runs the two stages, and writes their history and checkpoints."""
 
-    def __init__(self, run: Run, bar: Progress, teacher: Teacher, student: Student) -> None:
-        self.run, self.bar, self.teacher, self.student = run, bar, teacher, student
+    def __init__(self, run: Run, bar: Progress, game: Game, teacher: Teacher, student: Student) -> None:
+        self.run, self.bar, self.game, self.teacher, self.student = run, bar, game, teacher, student
         self.meter = Meter()
         self.recorded = 0.0
         self.finished = 0
@@ -105,7 +133,7 @@ class _Stages:
         teacher = self.teacher
         if teacher.imitated >= teacher.recipe.imitation_steps:
             return
-        games = Games(teacher.recipe.games, seed + 2 + teacher.imitated)
+        games = Games(self.game, teacher.recipe.games, seed + 2 + teacher.imitated)
         task = self.bar.add_task("imitation", total=teacher.recipe.imitation_steps, completed=teacher.imitated)
 
         def after_round(steps: int, loss: float) -> None:
@@ -119,7 +147,7 @@ class _Stages:
         recipe = self.teacher.recipe
         if not self.teaching:
             return
-        games = Games(recipe.games, seed + self.teacher.steps)
+        games = Games(self.game, recipe.games, seed + self.teacher.steps)
         task = self.bar.add_task("teacher", total=recipe.total_steps, completed=self.teacher.steps)
 
         def after_round(points: float) -> None:
@@ -138,7 +166,7 @@ class _Stages:
         recipe = self.student.recipe
         if self.student.steps >= recipe.total_steps:
             return
-        games = Games(recipe.games, seed + 1 + self.student.steps)
+        games = Games(self.game, recipe.games, seed + 1 + self.student.steps)
         self.finished = 0
         task = self.bar.add_task("student", total=recipe.total_steps, completed=self.student.steps)
 

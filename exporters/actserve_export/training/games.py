@@ -1,107 +1,124 @@
-"""Games of Pong for training, played side by side on the emulator."""
+"""Atari games for training, played side by side on the emulator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
 
-CODES = np.array((0, 3, 4))  # ALE's codes of NOOP, RIGHT, LEFT
-PALETTE = {
-    0: (0, 0, 0),
-    14: (236, 236, 236),
-    34: (144, 72, 17),
-    56: (213, 130, 74),
-    200: (92, 186, 92),
-    # the next four appear only before the first step of a game
-    138: (101, 111, 228),
-    210: (53, 95, 24),
-    228: (109, 118, 43),
-    250: (210, 182, 86),
-}
-
-Screens = NDArray[np.uint8]
+Bytes = NDArray[np.uint8]
+GREY = np.array((0.2989, 0.587, 0.114), np.float32)  # the tutorial's weights of red, green and blue
 
 
-def picked_pixels() -> NDArray[np.int64]:
-    """The flat indices of the pixels that a nearest-neighbour resize of 210x160 to 84x84 keeps, (84 * 84,)."""
-    rows, columns = np.arange(84) * 210 // 84, np.arange(84) * 160 // 84
-    flat: NDArray[np.int64] = (rows[:, None] * 160 + columns).ravel()
+def kept_pixels(height: int, width: int) -> NDArray[np.int64]:
+    """The flat indices of the pixels that a nearest-neighbour resize to 84x84 keeps, (84 * 84,)."""
+    rows, columns = np.arange(84) * height // 84, np.arange(84) * width // 84
+    flat: NDArray[np.int64] = (rows[:, None] * width + columns).ravel()
     return flat
 
 
-def grey_table() -> Screens:
-    """Palette index -> the tutorial's grey, 0 to 255 rounded, (256,)."""
-    table = np.zeros(256, np.uint8)
-    for index, (red, green, blue) in PALETTE.items():
-        table[index] = round(0.2989 * red + 0.587 * green + 0.114 * blue)
-    return table
+class View(Protocol):
+    """What a teacher sees of games, and a network for it."""
+
+    def look(self, emulator: Any) -> Bytes:
+        """What is kept of one game after each step, (n,) uint8."""
+
+    def see(self, now: Bytes, before: Bytes) -> Tensor:
+        """What was kept of N games now and a step before, (N, n) each -> the teacher's input (N, ...)."""
+
+    def spec(self, count: int) -> TensorSpec:
+        """The specification of `see` for `count` games."""
+
+    def network(self, outputs: int, movement: bool) -> nn.Module:
+        """A new network: the result of `see` -> (N, outputs). Without `movement` it takes no account of `before`."""
+
+
+@dataclass(frozen=True)
+class Game:
+    """A game as it is played for training."""
+
+    rom: str  # its name in ale-py
+    codes: tuple[int, ...]  # ALE's codes of the actions that teacher and student choose from
+    view: View
+    point_is_episode: bool = False  # the teacher's episode ends with every reward; otherwise with every life
 
 
 class Games:
-    """`count` games of Pong side by side, played as Gymnasium's v5 plays them: frame skip 4, sticky actions 0.25.
+    """`count` games side by side, played as Gymnasium's v5 plays them: frame skip 4, sticky actions 0.25.
 
-    `screens` (count, 84, 84) uint8 has the picked pixels as indices into ALE's palette; `before` has those of the last
-    step. A finished game restarts, with both the same; `restarted` (count,) bool marks the games that just did.
+    `now` and `before` (count, n) uint8 are what the view kept after the last step, and after the one before it. A
+    finished game restarts, with both the same; `restarted` (count,) bool marks the games that just did. `ended`
+    (count,) bool marks the games in which the last step ended an episode of the teacher.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, game: Game, count: int, seed: int) -> None:
         ALEInterface.setLoggerMode(LoggerMode.Error)
-        self.games = [_game((seed * 1000 + i) % 2**31) for i in range(count)]  # ALE takes 31 bits
-        self.screens: Screens = np.zeros((count, 84, 84), np.uint8)
-        self.before = self.screens.copy()
+        self.game = game
+        self.emulators = [_emulator(game.rom, (seed * 1000 + i) % 2**31) for i in range(count)]  # ALE takes 31 bits
+        self.codes = np.array(game.codes)
+        self.now = np.stack([game.view.look(emulator) for emulator in self.emulators])
+        self.before = self.now.copy()
         self.restarted = np.ones(count, bool)
+        self.ended = np.zeros(count, bool)
         self.scores = np.zeros(count)
         self.finished: list[float] = []  # the scores of finished games
-        self._flat = self.screens.reshape(count, -1)
-        self._picked_pixels = picked_pixels()
-        for i in range(count):
-            self._look(i)
-        self.before[:] = self.screens
+        self._kept = kept_pixels(*self.emulators[0].getScreenDims())
+        self._lives = np.array([emulator.lives() for emulator in self.emulators])
 
-    def step(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Act in every game; the points won (1) and lost (-1), (count,)."""
-        points = np.zeros(len(self.games), np.float32)
-        self.before[:] = self.screens
+    def __len__(self) -> int:
+        return len(self.emulators)
+
+    def step(self, actions: Tensor) -> NDArray[np.float32]:
+        """Act in every game, with indices into the game's codes, (count,); the rewards, (count,)."""
+        rewards = np.zeros(len(self), np.float32)
+        self.before[:] = self.now
         self.restarted[:] = False
-        for i, game in enumerate(self.games):
-            points[i] = game.act(int(codes[i]))
-            self.scores[i] += points[i]
-            if game.game_over(with_truncation=True):
+        for i, (emulator, code) in enumerate(zip(self.emulators, self.codes[actions.numpy()].tolist(), strict=True)):
+            rewards[i] = emulator.act(code)
+            self.scores[i] += rewards[i]
+            if emulator.game_over(with_truncation=True):
                 self.finished.append(float(self.scores[i]))
                 self.scores[i] = 0
-                game.reset_game()
+                emulator.reset_game()
                 self.restarted[i] = True
-            self._look(i)
-        self.before[self.restarted] = self.screens[self.restarted]
-        return points
+            self.now[i] = self.game.view.look(emulator)
+        self.before[self.restarted] = self.now[self.restarted]
+        lives = np.array([emulator.lives() for emulator in self.emulators])
+        self.ended = self.restarted | ((rewards != 0) if self.game.point_is_episode else (lives < self._lives))
+        self._lives = lives
+        return rewards
 
-    def _look(self, i: int) -> None:
-        self.games[i].getScreen().ravel().take(self._picked_pixels, out=self._flat[i], mode="clip")
+    def greys(self) -> Bytes:
+        """The screens as the policy sees them, (count, 84, 84): the tutorial's resize and grey, 0 to 255 rounded."""
+        screens = np.stack([emulator.getScreenRGB().reshape(-1, 3)[self._kept] for emulator in self.emulators])
+        greys: Bytes = np.rint(screens @ GREY).astype(np.uint8)
+        return greys.reshape(-1, 84, 84)
 
 
-def whole_games(count: int, seed: int, choose: Callable[[Games], Tensor]) -> list[float]:
-    """The scores of `count` games, -21 to 21. `choose(games)` gives indices into `CODES`, (count,)."""
-    games = Games(count, seed)
+def whole_games(game: Game, count: int, seed: int, choose: Callable[[Games], Tensor]) -> list[float]:
+    """The scores of `count` games. `choose(games)` gives indices into the game's codes, (count,)."""
+    games = Games(game, count, seed)
     scores: dict[int, float] = {}
     while len(scores) < count:
         before = games.scores.copy()
-        points = games.step(CODES[choose(games).numpy()])
+        rewards = games.step(choose(games))
         for i in np.flatnonzero(games.restarted):
-            scores.setdefault(int(i), float(before[i] + points[i]))
+            scores.setdefault(int(i), float(before[i] + rewards[i]))
     return list(scores.values())
 
 
-def _game(seed: int) -> Any:
-    game = ALEInterface()
-    game.setInt("random_seed", seed)
-    game.setFloat("repeat_action_probability", 0.25)
-    game.setInt("frame_skip", 4)
-    game.setInt("max_num_frames_per_episode", 108_000)
-    game.loadROM(roms.get_rom_path("pong"))
-    game.reset_game()
-    return game
+def _emulator(rom: str, seed: int) -> Any:
+    emulator = ALEInterface()
+    emulator.setInt("random_seed", seed)
+    emulator.setFloat("repeat_action_probability", 0.25)
+    emulator.setInt("frame_skip", 4)
+    emulator.setInt("max_num_frames_per_episode", 108_000)
+    emulator.loadROM(roms.get_rom_path(rom))
+    emulator.reset_game()
+    return emulator

@@ -27,17 +27,16 @@ class KnownPolicy:
     weights_ship: bool = True
 
 
+_GAME = {
+    "distill": "actserve_export.training.distill:train",
+    "dqn": "actserve_export.training.dqn:train",
+}
+_BUNDLED_GAME = _GAME | {"improve": "actserve_export.training.distill:improve"}
+
 BUNDLED = {
-    "pong": KnownPolicy(
-        "actserve_export.training.pong:pong",
-        {
-            "distill": "actserve_export.training.distill:train",
-            "improve": "actserve_export.training.distill:improve",
-            "dqn": "actserve_export.training.dqn:train",
-        },
-    ),
+    "pong": KnownPolicy("actserve_export.training.bundled:policy", _BUNDLED_GAME, ("pong",)),
     "pong-lstm": KnownPolicy(
-        "actserve_export.training.pong:pong_lstm",
+        "actserve_export.training.pong_lstm:pong_lstm",
         {
             "distill": "actserve_export.training.distill:train_recurrent",
             "improve": "actserve_export.training.distill:improve_recurrent",
@@ -47,16 +46,11 @@ BUNDLED = {
 
 
 def find_policy(name: str) -> KnownPolicy | None:
-    """A bundled policy; for any other game of ale-py, the tutorial's DQN, whose weights do not ship; else None."""
+    """A bundled policy; for any other game of ale-py, the tutorial's network, whose weights do not ship; else None."""
     game = name.replace("-", "_")
     if name in BUNDLED or game not in roms.get_all_rom_ids():
         return BUNDLED.get(name)
-    return KnownPolicy(
-        "actserve_export.training.atari:source",
-        {"dqn": "actserve_export.training.dqn:train"},
-        (game,),
-        weights_ship=False,
-    )
+    return KnownPolicy("actserve_export.training.atari:source", _GAME, (game,), weights_ship=False)
 
 
 def known_names() -> str:

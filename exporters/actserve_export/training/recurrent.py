@@ -16,9 +16,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 
-from actserve_export.training import pong
+from actserve_export.training import pong_lstm
+from actserve_export.training.bundled import WEIGHTS
 from actserve_export.training.games import Games
-from actserve_export.training.student import ACTIONS, GREYS, Student, StudentRecipe, centre, centred
+from actserve_export.training.student import Student, StudentRecipe, centre, centred
 
 STATE = ("recurrent_state_h", "recurrent_state_c")
 
@@ -44,26 +45,26 @@ class RecurrentStudent(Student):
     recipe: RecurrentRecipe
 
     def make(self) -> nn.Module:
-        network = pong.recurrent_network()
+        network = pong_lstm.recurrent_network()
         with torch.no_grad():
-            pong.copy_feed_forward_weights(network, load_file(pong.WEIGHTS["pong"]))
+            pong_lstm.copy_feed_forward_weights(network, load_file(WEIGHTS["pong"]))
         centre(network)
         return network.to(memory_format=torch.channels_last)
 
     def playing(self, network: nn.Module) -> Callable[[Games], TensorDict]:
-        shape = (1, pong.MEMORY)
+        shape = (1, pong_lstm.MEMORY)
         state: dict[str, Tensor] = {}
 
         def values(games: Games) -> TensorDict:
-            count = len(games.games)
+            count = len(games)
             before = {key: state.get(key, torch.zeros(count, *shape)) for key in STATE}
-            pixels = torch.from_numpy(GREYS[games.screens])
+            pixels = torch.from_numpy(games.greys())
             restarted = torch.from_numpy(games.restarted.copy())[:, None]
             step = TensorDict({"pixels": centred(pixels), "is_init": restarted, **before}, batch_size=[count])
             with torch.no_grad():
                 network(step)
             state.update({key: step["next", key] for key in STATE})
-            found = step["action_value"][:, ACTIONS]
+            found = step["action_value"][:, self.chosen]
             return TensorDict({"pixels": pixels, "is_init": restarted, "values": found, **before}, batch_size=[count])
 
         return values

@@ -1,4 +1,4 @@
-"""The training of the network of `pong` from a teacher by DAgger (Ross et al. 2011).
+"""The training of a policy without memory from a teacher by DAgger (Ross et al. 2011).
 
 The student plays, the teacher gives its action probabilities for the student's screens, and the student learns them
 (KL divergence).
@@ -20,13 +20,12 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from actserve_export.training import pong
-from actserve_export.training.games import CODES, Games, grey_table, whole_games
+from actserve_export.training import atari
+from actserve_export.training.bundled import WEIGHTS
+from actserve_export.training.games import Game, Games, whole_games
 from actserve_export.training.teacher import Teacher, moving_average
 
-ACTIONS = torch.tensor([pong.CODES.index(int(code)) for code in CODES])  # the policy's indices of the teacher's actions
-CENTRE, SPREAD = 87.0, 64.0  # the grey of the background, and the typical distance of other greys from it
-GREYS = grey_table()
+CENTRE, SPREAD = 87.0, 64.0  # the grey of Pong's background, and the typical distance of other greys from it
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,12 @@ class Student:
     It learns on centred screens; `weights` folds the centring into the first convolution.
     """
 
-    name = "pong"
-
-    def __init__(self, recipe: StudentRecipe, seed: int) -> None:
+    def __init__(self, game: Game, recipe: StudentRecipe, seed: int) -> None:
+        self.game = game
         self.recipe = recipe
+        codes = [action.code for action in atari.environment(game.rom).actions]
+        self.outputs = len(codes)
+        self.chosen = torch.tensor([codes.index(code) for code in game.codes])  # the outputs that are the game's codes
         self.steps = 0
         self.best = float("-inf")
         self.loss = 0.0
@@ -72,12 +73,17 @@ class Student:
 
     def make(self) -> nn.Module:
         """A new network."""
-        return pong.value_network().to(memory_format=torch.channels_last)
+        return atari.value_network(self.outputs).to(memory_format=torch.channels_last)
+
+    @property
+    def name(self) -> str:
+        """The policy that it becomes."""
+        return self.game.rom
 
     def load_bundled(self) -> None:
         """Begin with the bundled weights."""
         network = self.make()
-        network.load_state_dict(load_file(pong.WEIGHTS[self.name]))
+        network.load_state_dict(load_file(WEIGHTS[self.name]))
         centre(network)
         for target in (self.network, self.average.module):
             target.load_state_dict(network.state_dict())
@@ -100,12 +106,12 @@ class Student:
                 after_round()
 
     def playing(self, network: nn.Module) -> Callable[[Games], TensorDict]:
-        """A function: games -> `values` (games, 3) of the next action by `network`, with the inputs of learning."""
+        """A function: games -> `values` (games, codes) of the next action by `network`, with the inputs of learning."""
 
         def values(games: Games) -> TensorDict:
-            pixels = torch.from_numpy(GREYS[games.screens])
+            pixels = torch.from_numpy(games.greys())
             with torch.no_grad():
-                found = network(centred(pixels))[:, ACTIONS]
+                found = network(centred(pixels))[:, self.chosen]
             return TensorDict({"pixels": pixels, "values": found}, batch_size=[len(pixels)])
 
         return values
@@ -115,7 +121,7 @@ class Student:
         return data.select("pixels", "target").reshape(-1)
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """(the student's logits of its six actions, the teacher's probabilities of its three) for a sampled batch."""
+        """(the student's logits of all its actions, the teacher's probabilities of the codes) for a sampled batch."""
         with torch.autocast("cpu", torch.bfloat16):
             values = self.network(centred(batch["pixels"]))
         return values.float(), batch["target"]
@@ -125,18 +131,18 @@ class Student:
         for _ in range(self.recipe.steps_per_round):
             step = values(games)
             step["target"] = teacher.probabilities(games)
-            games.step(CODES[self._choose(step)])
+            games.step(self._choose(step))
             steps.append(step)
         return TensorDict.stack(steps, 1)
 
-    def _choose(self, step: TensorDict) -> NDArray[np.int64]:
-        """The teacher's action, the student's, or a random one, game by game: (games,) indices into `CODES`."""
+    def _choose(self, step: TensorDict) -> Tensor:
+        """The teacher's action, the student's, or a random one, game by game: (games,) indices into the codes."""
         count = len(step)
         action: NDArray[np.int64] = step["values"].argmax(-1).numpy()
         teacher_share = max(0.0, 1 - self.steps / self.recipe.teacher_steps)
         action = np.where(self.random.random(count) < teacher_share, step["target"].argmax(-1).numpy(), action)
         random = self.random.random(count) < self.recipe.random_share
-        return np.where(random, self.random.integers(len(CODES), size=count), action)
+        return torch.from_numpy(np.where(random, self.random.integers(len(self.chosen), size=count), action))
 
     def _learn(self) -> None:
         if self.steps < self.recipe.warm_up or len(self.replay) == 0:
@@ -145,7 +151,7 @@ class Student:
         self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * (1 - 0.98 * done)
         for _ in range(self.recipe.updates_per_round):
             logits, wanted = self.logits(self.replay.sample())
-            target = torch.zeros_like(logits).index_copy(-1, ACTIONS, wanted).flatten(0, -2)
+            target = torch.zeros_like(logits).index_copy(-1, self.chosen, wanted).flatten(0, -2)
             loss = nn.functional.kl_div(logits.flatten(0, -2).log_softmax(-1), target, reduction="batchmean")
             self.optimizer.zero_grad()
             loss.backward()
@@ -155,9 +161,10 @@ class Student:
             self.loss = float(loss.detach())
 
     def evaluate(self, seed: int) -> list[float]:
-        """The scores of whole games with greedy actions, -21 to 21."""
+        """The scores of whole games with greedy actions."""
         values = self.playing(self.average.module)
-        return whole_games(self.recipe.evaluation_games, seed, lambda games: values(games)["values"].argmax(-1))
+        count = self.recipe.evaluation_games
+        return whole_games(self.game, count, seed, lambda games: values(games)["values"].argmax(-1))
 
     def weights(self) -> dict[str, Tensor]:
         """The weights for greys in 0..1, for a checkpoint."""

@@ -1,8 +1,7 @@
-"""Pong's teacher: PPO (Schulman et al. 2017) on a few numbers that are read from the 84x84 screen.
+"""The teacher: PPO (Schulman et al. 2017) on what a `View` sees of the games, which is not the screen.
 
-The numbers are the ball's x and y, both paddles' y, and the ball's height over the own paddle, and then the movement of
-the ball and the own paddle since the last screen. A student without memory cannot see movement, so its teacher acts
-without it. The critic, which only judges the actions, always has it (Pinto et al. 2017).
+A student without memory cannot see movement, so its teacher acts without it. The critic, which only judges the actions,
+always has it (Pinto et al. 2017).
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -32,112 +29,53 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from actserve_export.training.games import CODES, Games, Screens, whole_games
-
-BALL, ENEMY, OWN = 14, 56, 200  # indices into ALE's palette
-FIELD = slice(14, 78)  # the rows of the 84 between the walls
-ENEMY_COLUMN, OWN_COLUMN = 9, 75
-NEAR = 40  # the ball's height over the own paddle is exact up to this many half rows
-SIZES: tuple[int, ...] = (85, 128, 128, 128, 2 * NEAR + 2)  # bins of each number, including "not visible"
-MOVES = (12, 40, 24)  # the largest exact movement of the ball's x and y and the own paddle's y
-MOVE_SIZES = tuple(2 * most + 2 for most in MOVES)
+from actserve_export.training.games import Game, Games, whole_games
 
 
-def features(screens: Screens, before: Screens) -> Tensor:
-    """Palette indices, (N, 84, 84), and those of the last step -> (N, 8) int64: each number's bin.
+class GamesEnv(EnvBase):
+    """`Games` as a TorchRL environment, batch size [games]. An action is an index into the game's codes.
 
-    The bins of all numbers are rows of one table, `sum(SIZES + MOVE_SIZES)` long, those without movement first.
-    """
-    ball_x, ball_y, own_y, enemy_y = _places(screens)
-    over = np.where((ball_x < 84) & (own_y < 127), np.clip(ball_y - own_y, -NEAR, NEAR) + NEAR, 2 * NEAR + 1)
-    numbers = [ball_x, ball_y, own_y, enemy_y, over]
-    x, y, own, _ = _places(before)
-    both = (ball_x < 84) & (x < 84)
-    seen = (both, both, (own_y < 127) & (own < 127))
-    for most, moved, known in zip(MOVES, (ball_x - x, ball_y - y, own_y - own), seen, strict=True):
-        numbers.append(np.where(known, np.clip(moved, -most, most) + most, 2 * most + 1))
-    return torch.from_numpy(np.stack(numbers, 1) + np.cumsum((0, *(SIZES + MOVE_SIZES)[:-1])))
-
-
-def _places(screens: Screens) -> tuple[NDArray[np.int64], ...]:
-    """The ball's x (84: not visible) and y, the own paddle's y and the other's, in half rows (127: not visible)."""
-    field = screens[:, FIELD]
-    ball = field == BALL
-    seen, ball_y = _middle(ball.any(2))
-    ball_x = np.where(seen, ball.any(1).argmax(1), 84)
-    _, own_y = _middle(field[:, :, OWN_COLUMN] == OWN)
-    _, enemy_y = _middle(field[:, :, ENEMY_COLUMN] == ENEMY)
-    return ball_x, ball_y, own_y, enemy_y
-
-
-def _middle(rows: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(N, 64) -> whether any row is set, (N,), and the middle of the set rows in half rows, else 127."""
-    seen = np.asarray(rows.any(axis=1))
-    middle = rows.argmax(1) + 63 - rows[:, ::-1].argmax(1)
-    return seen, np.where(seen, middle, 127)
-
-
-class Points(EnvBase):
-    """`Games` as a TorchRL environment, batch size [games]: an action is an index into `CODES`, a point an episode.
-
-    A game continues after a point, so resetting does nothing.
+    Rewards are -1, 0 or 1. Games restart by themselves, and go on after an episode, so resetting does nothing.
     """
 
     def __init__(self, games: Games) -> None:
-        count = len(games.games)
+        count = len(games)
         super().__init__(batch_size=[count])
         self.games = games
-        sizes = SIZES + MOVE_SIZES
-        self.observation_spec = Composite(bins=Categorical(sum(sizes), (count, len(sizes))), shape=[count])
-        self.action_spec = Categorical(len(CODES), (count,))
+        self.observation_spec = Composite(seen=games.game.view.spec(count), shape=[count])
+        self.action_spec = Categorical(len(games.codes), (count,))
         self.reward_spec = Unbounded((count, 1))
 
     def _reset(self, _tensordict: TensorDictBase | None, **_options: Any) -> TensorDict:
-        return TensorDict({"bins": _see(self.games)}, batch_size=self.batch_size)
+        return TensorDict({"seen": see(self.games)}, batch_size=self.batch_size)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        points = torch.from_numpy(self.games.step(CODES[tensordict["action"].numpy()]))[:, None]
-        scored = points != 0
-        after = {"bins": _see(self.games), "reward": points, "terminated": scored, "done": scored}
+        rewards = torch.from_numpy(self.games.step(tensordict["action"]))[:, None].sign()
+        ended = torch.from_numpy(self.games.ended)[:, None]
+        after = {"seen": see(self.games), "reward": rewards, "terminated": ended, "done": ended}
         return TensorDict(after, batch_size=self.batch_size)
 
     def _set_seed(self, seed: int | None) -> None:
         """The games have their own seeds."""
 
 
-def _see(games: Games) -> Tensor:
-    return features(games.screens, games.before)
+def see(games: Games) -> Tensor:
+    """What the game's teacher sees now, (games, ...)."""
+    return games.game.view.see(games.now, games.before)
 
 
-def network(outputs: int, movement: bool) -> nn.Module:
-    """Bins (N, 8) -> (N, outputs). The hidden layers have 192 (a table of the bins) and 128.
-
-    Without `movement`, it takes only the bins of the places.
-    """
-    sizes = SIZES + MOVE_SIZES if movement else SIZES
-    table = nn.EmbeddingBag(sum(sizes), 192, mode="sum")
-    nn.init.normal_(table.weight, std=0.3)
-    last = nn.Linear(128, outputs)
+def _network(game: Game, outputs: int, movement: bool) -> nn.Module:
+    """The view's network, whose first outputs are nearly 0 for a policy."""
+    network = game.view.network(outputs, movement)
+    *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
     nn.init.orthogonal_(last.weight, 0.01 if outputs > 1 else 1.0)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(_SumOfEmbeddings(table, len(sizes)), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), last)
+    return network
 
 
 def moving_average(network: nn.Module, updates: int) -> AveragedModel:
     """A copy of `network` whose weights become the exponential moving average over so many updates."""
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / updates)).requires_grad_(False)
-
-
-class _SumOfEmbeddings(nn.Module):
-    """An EmbeddingBag over the first `count` of the last axis, (..., bins) -> (..., 192)."""
-
-    def __init__(self, table: nn.EmbeddingBag, count: int) -> None:
-        super().__init__()
-        self.table, self.count = table, count
-
-    def forward(self, bins: Tensor) -> Tensor:
-        summed: Tensor = self.table(bins[..., : self.count].reshape(-1, self.count))
-        return summed.reshape(*bins.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -152,7 +90,7 @@ class TeacherRecipe:
     batch_size: int = 1024
     learning_rate: float = 7e-4  # constant for 40 %, then linear to 5 %
     gamma: float = 0.99
-    late_gamma: float = 0.9995  # from 2/3 on: learn quick points first, then points after long rallies
+    late_gamma: float = 0.9995  # from 2/3 on: learn quick rewards first, then those that come late
     lmbda: float = 0.95
     clip: float = 0.2
     entropy: float = 0.01  # falls linearly to 10 %
@@ -179,22 +117,34 @@ CONTINUED = TeacherRecipe(
 """The recipe of a teacher that begins with what a student has learnt from an earlier one."""
 
 
+ANY_GAME = TeacherRecipe(
+    total_steps=10_000_000,
+    games=64,
+    batch_size=2048,
+    learning_rate=5e-4,
+    late_gamma=0.997,
+)
+"""The recipe of a teacher that sees RAM."""
+
+
 class Teacher:
     """The teacher and its training."""
 
-    def __init__(self, recipe: TeacherRecipe) -> None:
+    def __init__(self, game: Game, recipe: TeacherRecipe) -> None:
+        self.game = game
         self.recipe = recipe
         self.steps = 0
         self.imitated = 0
-        self.policy, self.value = network(len(CODES), recipe.movement), network(1, movement=True)
+        self.policy = _network(game, len(game.codes), recipe.movement)
+        self.value = _network(game, 1, movement=True)
         self.actor = ProbabilisticActor(
-            TensorDictModule(self.policy, in_keys=["bins"], out_keys=["logits"]),
+            TensorDictModule(self.policy, in_keys=["seen"], out_keys=["logits"]),
             in_keys=["logits"],
-            spec=Categorical(len(CODES)),
+            spec=Categorical(len(game.codes)),
             distribution_class=torch.distributions.Categorical,
             return_log_prob=True,
         )
-        critic = ValueOperator(self.value, in_keys=["bins"])
+        critic = ValueOperator(self.value, in_keys=["seen"])
         self.advantage = GAE(gamma=recipe.gamma, lmbda=recipe.lmbda, value_network=critic, deactivate_vmap=True)
         self.loss = ClipPPOLoss(
             self.actor,
@@ -209,38 +159,39 @@ class Teacher:
         self.average = moving_average(self.policy, recipe.average_over)
 
     def probabilities(self, games: Games) -> Tensor:
-        """(games, 3): the probabilities of NOOP, RIGHT, LEFT."""
+        """(games, actions): the probabilities of the actions."""
         with torch.no_grad():
-            probabilities: Tensor = self.average(_see(games)).softmax(-1)
+            probabilities: Tensor = self.average(see(games)).softmax(-1)
         return probabilities
 
     def evaluate(self, seed: int) -> list[float]:
-        """The scores of whole games with greedy actions, -21 to 21."""
-        return whole_games(self.recipe.evaluation_games, seed, lambda games: self.probabilities(games).argmax(-1))
+        """The scores of whole games with greedy actions."""
+        count = self.recipe.evaluation_games
+        return whole_games(self.game, count, seed, lambda games: self.probabilities(games).argmax(-1))
 
     def imitate(
         self, games: Games, values: Callable[[Games], TensorDict], after_round: Callable[[int, float], None]
     ) -> None:
-        """Learn the action probabilities of a policy: `values(games)["values"]` (games, 3) are its logits.
+        """Learn the action probabilities of a policy: `values(games)["values"]` (games, actions) are its logits.
 
         The policy plays, with every tenth action at random. `after_round` gets the steps and the loss of each round.
         """
         recipe = self.recipe
         optimizer = torch.optim.Adam(self.policy.parameters(), lr=recipe.imitation_rate)
         replay = TensorDictReplayBuffer(storage=LazyTensorStorage(200_000), batch_size=1024)
-        count = len(games.games)
+        count, actions = len(games), len(games.codes)
         while self.imitated < recipe.imitation_steps:
             optimizer.param_groups[0]["lr"] = recipe.imitation_rate * (
                 1 - 0.98 * self.imitated / recipe.imitation_steps
             )
             for _ in range(8):
-                bins, found = _see(games), values(games)["values"].softmax(-1)
-                replay.extend(TensorDict({"bins": bins, "target": found}, batch_size=[count]))
-                action = torch.where(torch.rand(count) < 0.1, torch.randint(len(CODES), (count,)), found.argmax(-1))
-                games.step(CODES[action.numpy()])
+                seen, found = see(games), values(games)["values"].softmax(-1)
+                replay.extend(TensorDict({"seen": seen, "target": found}, batch_size=[count]))
+                action = torch.where(torch.rand(count) < 0.1, torch.randint(actions, (count,)), found.argmax(-1))
+                games.step(action)
             for _ in range(2):
                 batch = replay.sample()
-                logits = self.policy(batch["bins"]).log_softmax(-1)
+                logits = self.policy(batch["seen"]).log_softmax(-1)
                 loss = nn.functional.kl_div(logits, batch["target"], reduction="batchmean")
                 optimizer.zero_grad()
                 loss.backward()
@@ -250,13 +201,13 @@ class Teacher:
         self.average.module.load_state_dict(self.policy.state_dict())
 
     def train(self, games: Games, after_round: Callable[[float], None]) -> None:
-        """Learn for the recipe's steps. `after_round` gets each round's points per 1,000 steps."""
+        """Learn for the recipe's steps. `after_round` gets the mean of each round's rewards, per 1,000 steps."""
         size = self.recipe.games * self.recipe.steps_per_round
         replay = TensorDictReplayBuffer(
             storage=LazyTensorStorage(size), sampler=SamplerWithoutReplacement(), batch_size=self.recipe.batch_size
         )
         collector = Collector(
-            Points(games),
+            GamesEnv(games),
             self.actor,
             frames_per_batch=size,
             total_frames=-1,

@@ -1,8 +1,6 @@
-"""The bundled policies: `pong` acts on one raw screen, `pong-lstm` on one raw screen and its LSTM state."""
+"""The bundled policy with memory: `pong-lstm` acts on one raw screen and its LSTM state."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -13,25 +11,11 @@ from torchrl.data import Categorical
 from torchrl.modules import LSTMModule, QValueModule
 
 from actserve_export.sources.policy_source import PolicySource
-from actserve_export.training import atari
+from actserve_export.training import atari, bundled
 
-WEIGHTS = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("pong", "pong-lstm")}
-CODES = (0, 1, 3, 4, 11, 12)  # ALE's codes of NOOP, FIRE, RIGHT, LEFT, RIGHTFIRE, LEFTFIRE
+ACTIONS = 6
 MEMORY = 256  # the size of h and of c
 FEATURES = 512
-
-
-def value_network() -> nn.Module:
-    """(B, 1, 84, 84) -> (B, 6)."""
-    return atari.value_network(len(CODES))
-
-
-def pong() -> PolicySource:
-    """The feed-forward policy for raw screens, with the bundled weights."""
-    source = atari.source("pong")
-    assert source.weights is not None
-    source.weights.load_state_dict(load_file(WEIGHTS["pong"]))
-    return source
 
 
 class Head(nn.Module):
@@ -39,7 +23,7 @@ class Head(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(FEATURES + MEMORY, len(CODES))
+        self.linear = nn.Linear(FEATURES + MEMORY, ACTIONS)
 
     def forward(self, features: Tensor, memory: Tensor) -> Tensor:
         values: Tensor = self.linear(torch.cat((features, memory), -1))
@@ -48,7 +32,7 @@ class Head(nn.Module):
 
 def recurrent_network() -> TensorDictSequential:
     """pixels (B, 1, 84, 84) and LSTM state -> action_value (B, 6): the Nature CNN, an LSTM, a layer on both."""
-    values = value_network()
+    values = atari.value_network(ACTIONS)
     features = nn.Sequential(values[0], *list(values[1])[:-1])
     return TensorDictSequential(
         TensorDictModule(features, in_keys=["pixels"], out_keys=["features"]),
@@ -59,7 +43,7 @@ def recurrent_network() -> TensorDictSequential:
 
 def copy_feed_forward_weights(network: TensorDictSequential, weights: dict[str, Tensor]) -> None:
     """Give a recurrent network the weights of a feed-forward one, so that it first acts in the same way."""
-    feed_forward = value_network()
+    feed_forward = atari.value_network(ACTIONS)
     feed_forward.load_state_dict(weights)
     features, _, head = network
     features.module[0].load_state_dict(feed_forward[0].state_dict())
@@ -73,10 +57,10 @@ def pong_lstm() -> PolicySource:
     """The recurrent policy for raw screens, with the bundled weights."""
     world = atari.environment("pong")
     network = recurrent_network().requires_grad_(False)
-    network.load_state_dict(load_file(WEIGHTS["pong-lstm"]))
-    player = pong().weights  # plays the games whose screens the certificate uses
+    network.load_state_dict(load_file(bundled.WEIGHTS["pong-lstm"]))
+    player = bundled.policy("pong").weights  # plays the games whose screens the certificate uses
     assert player is not None
-    choose = QValueModule(spec=Categorical(len(CODES)))
+    choose = QValueModule(spec=Categorical(ACTIONS))
     return PolicySource(
         policy=TensorDictSequential(atari.preprocessing(), *network, choose),
         example=TensorDict(
