@@ -24,13 +24,13 @@ def kept_pixels(height: int, width: int) -> NDArray[np.int64]:
 
 
 class View(Protocol):
-    """What a teacher sees of games, and a network for it."""
+    """A teacher's observation of games, and a network for it."""
 
     def look(self, emulator: Any) -> Bytes:
-        """What is kept of one game after each step, (n,) uint8."""
+        """Read one game after a step: (n,) uint8."""
 
     def see(self, now: Bytes, before: Bytes) -> Tensor:
-        """What was kept of N games now and a step before, (N, n) each -> the teacher's input (N, ...)."""
+        """The results of `look` for N games, now and a step before, (N, n) each -> the observation (N, ...)."""
 
     def spec(self, count: int) -> TensorSpec:
         """The specification of `see` for `count` games."""
@@ -52,7 +52,7 @@ class Game:
 class Games:
     """`count` games side by side, played as Gymnasium's v5 plays them: frame skip 4, sticky actions 0.25.
 
-    `now` and `before` (count, n) uint8 are what the view kept after the last step, and after the one before it. A
+    `now` and `before` (count, n) uint8 are what the view's `look` returned after the last step and the one before it. A
     finished game restarts, with both the same; `restarted` (count,) bool marks the games that just did. `ended`
     (count,) bool marks the games in which the last step ended an episode of the teacher.
     """

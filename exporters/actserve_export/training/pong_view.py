@@ -1,4 +1,4 @@
-"""What Pong's teacher sees: a few numbers that are read from the 84x84 screen.
+"""The observation of Pong's teacher: a few numbers that are read from the 84x84 screen.
 
 The numbers are the ball's x and y, both paddles' y, and the ball's height over the own paddle, and then the movement of
 the ball and the own paddle since the last screen. A student without memory cannot see movement, so its teacher acts

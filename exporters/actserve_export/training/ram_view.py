@@ -1,4 +1,4 @@
-"""What the teacher of any other game sees: the console's 128 bytes of RAM.
+"""The observation of any other game's teacher: the console's 128 bytes of RAM.
 
 They describe a game fully, and a game's counters and positions are numbers there, so that a small network learns from
 them (Bellemare et al. 2013 offer them for this). Nothing has to be known of the game.

@@ -1,4 +1,4 @@
-"""The teacher: PPO (Schulman et al. 2017) on what a `View` sees of the games, which is not the screen.
+"""The teacher: PPO (Schulman et al. 2017) on a `View` of the games, which is not the screen.
 
 A student without memory cannot see movement, so its teacher acts without it. The critic, which only judges the actions,
 always has it (Pinto et al. 2017).
@@ -60,7 +60,7 @@ class GamesEnv(EnvBase):
 
 
 def see(games: Games) -> Tensor:
-    """What the game's teacher sees now, (games, ...)."""
+    """The teacher's observation now, (games, ...)."""
     return games.game.view.see(games.now, games.before)
 
 
