@@ -78,7 +78,7 @@ def test_export_of_a_users_module(tmp_path: Path) -> None:
     [
         (("export", "chess"), "a game of ale-py (breakout"),
         (("export", "pong", "--runtime", "tflite"), "--runtime takes"),
-        (("train", "chess"), "expected pong, pong-lstm, a game of ale-py"),
+        (("train", "chess"), "expected pong, pong-lstm, boxing, a game of ale-py"),
         (("inspect", "pong@x"), "NAME@VERSION"),
         (("diff", "pong@x", "pong"), "NAME@VERSION"),
         (("serve", "--store", "nowhere"), "no model store at nowhere"),

@@ -16,7 +16,7 @@ from actserve_export.training import bundled, distill
 from actserve_export.training.atari import environment, preprocessing, value_network
 from actserve_export.training.bundled import WEIGHTS
 from actserve_export.training.dqn import Recipe, _pack, train
-from actserve_export.training.games import Games
+from actserve_export.training.games import Games, whole_games
 from actserve_export.training.pong_lstm import Head, copy_feed_forward_weights, recurrent_network
 from actserve_export.training.pong_view import PONG, SIZES
 from actserve_export.training.ram_view import by_ram
@@ -117,7 +117,7 @@ def test_run_trains_by_name_and_draws_the_curve(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"expected pong, pong-lstm, a game of ale-py .*; got 'checkers'"):
+    with pytest.raises(UsageError, match=r"expected pong, pong-lstm, boxing, a game of ale-py .*; got 'checkers'"):
         train_by_name("checkers", out=tmp_path, total_frames=1, seed=0)
 
 
@@ -443,6 +443,18 @@ def test_any_game_is_trained_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_game_for_two_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for two players"):
         train_by_name("joust", out=tmp_path, total_frames=1, seed=0)
+
+
+def test_boxing_plays_well() -> None:
+    weights = bundled.policy("boxing").weights
+    assert weights is not None
+
+    def greedy(games: Games) -> torch.Tensor:
+        with torch.no_grad():
+            chosen: torch.Tensor = weights(torch.from_numpy(games.greys())[:, None] / 255).argmax(-1)
+        return chosen
+
+    assert np.mean(whole_games(by_ram("boxing"), 3, 0, greedy)) >= 15  # at random: 0.1
 
 
 def test_centring_is_folded_into_the_first_convolution_exactly() -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from actserve_export.sources.policy_source import PolicySource
 from actserve_export.training import atari
 
-WEIGHTS = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("pong", "pong-lstm")}
+WEIGHTS = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("pong", "pong-lstm", "boxing")}
 
 
 def policy(game: str) -> PolicySource:

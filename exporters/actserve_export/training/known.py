@@ -42,6 +42,7 @@ BUNDLED = {
             "improve": "actserve_export.training.distill:improve_recurrent",
         },
     ),
+    "boxing": KnownPolicy("actserve_export.training.bundled:policy", _BUNDLED_GAME, ("boxing",)),
 }
 
 

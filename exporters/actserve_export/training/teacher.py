@@ -117,13 +117,7 @@ CONTINUED = TeacherRecipe(
 """The recipe of a teacher that begins with what a student has learnt from an earlier one."""
 
 
-ANY_GAME = TeacherRecipe(
-    total_steps=10_000_000,
-    games=64,
-    batch_size=2048,
-    learning_rate=5e-4,
-    late_gamma=0.997,
-)
+ANY_GAME = TeacherRecipe(total_steps=4_000_000, learning_rate=5e-4, late_gamma=0.997)
 """The recipe of a teacher that sees RAM."""
 
 
