@@ -61,7 +61,6 @@ class Games:
         ALEInterface.setLoggerMode(LoggerMode.Error)
         self.game = game
         self.emulators = [_emulator(game.rom, (seed * 1000 + i) % 2**31) for i in range(count)]  # ALE takes 31 bits
-        self.codes = np.array(game.codes)
         self.now = np.stack([game.view.look(emulator) for emulator in self.emulators])
         self.before = self.now.copy()
         self.restarted = np.ones(count, bool)
@@ -79,8 +78,8 @@ class Games:
         rewards = np.zeros(len(self), np.float32)
         self.before[:] = self.now
         self.restarted[:] = False
-        for i, (emulator, code) in enumerate(zip(self.emulators, self.codes[actions.numpy()].tolist(), strict=True)):
-            rewards[i] = emulator.act(code)
+        for i, (emulator, action) in enumerate(zip(self.emulators, actions.tolist(), strict=True)):
+            rewards[i] = emulator.act(self.game.codes[action])
             self.scores[i] += rewards[i]
             if emulator.game_over(with_truncation=True):
                 self.finished.append(float(self.scores[i]))
@@ -96,7 +95,7 @@ class Games:
 
     def greys(self) -> Bytes:
         """The screens as the policy sees them, (count, 84, 84): the tutorial's resize and grey, 0 to 255 rounded."""
-        screens = np.stack([emulator.getScreenRGB().reshape(-1, 3)[self._kept] for emulator in self.emulators])
+        screens = np.stack([emulator.getScreenRGB().reshape(-1, 3).take(self._kept, 0) for emulator in self.emulators])
         greys: Bytes = np.rint(screens @ GREY).astype(np.uint8)
         return greys.reshape(-1, 84, 84)
 

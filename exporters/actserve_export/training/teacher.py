@@ -43,7 +43,7 @@ class GamesEnv(EnvBase):
         super().__init__(batch_size=[count])
         self.games = games
         self.observation_spec = Composite(seen=games.game.view.spec(count), shape=[count])
-        self.action_spec = Categorical(len(games.codes), (count,))
+        self.action_spec = Categorical(len(games.game.codes), (count,))
         self.reward_spec = Unbounded((count, 1))
 
     def _reset(self, _tensordict: TensorDictBase | None, **_options: Any) -> TensorDict:
@@ -173,7 +173,7 @@ class Teacher:
         recipe = self.recipe
         optimizer = torch.optim.Adam(self.policy.parameters(), lr=recipe.imitation_rate)
         replay = TensorDictReplayBuffer(storage=LazyTensorStorage(200_000), batch_size=1024)
-        count, actions = len(games), len(games.codes)
+        count, actions = len(games), len(self.game.codes)
         while self.imitated < recipe.imitation_steps:
             optimizer.param_groups[0]["lr"] = recipe.imitation_rate * (
                 1 - 0.98 * self.imitated / recipe.imitation_steps
