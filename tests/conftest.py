@@ -62,7 +62,10 @@ LEFT_OUT = {
         *("test_request_heads.py", "test_sessions_model.py", "test_stream_connections.py"),
         "test_users_import_from_the_top",
     },
-    "training": {"test_train.py", "test_any_game_can_be_trained_exported_and_played"},
+    "training": {
+        *("test_train.py", "test_distill.py", "test_training_games.py"),
+        "test_any_game_can_be_trained_exported_and_played",
+    },
 }
 
 # The tests that export a policy for each of their cases: so many cases run in `make test`, all in `make test-wide`.
