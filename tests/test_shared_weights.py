@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -140,7 +139,7 @@ def test_the_others_wait_for_the_one_that_makes_the_folder(tmp_path: Path) -> No
         (folder / "weights").write_bytes(b"w")
         made.append(folder)
 
-    users: list[Any] = []
+    users: list[MadeOnce] = []
     threads = [threading.Thread(target=lambda: users.append(MadeOnce(tmp_path, "x", make))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -158,6 +157,49 @@ def test_the_others_wait_for_the_one_that_makes_the_folder(tmp_path: Path) -> No
     again = MadeOnce(tmp_path, "x", make)
     assert len(made) == 2
     again.close()
+
+
+def test_users_that_start_at_once_do_not_wait_for_each_other_to_close(tmp_path: Path) -> None:
+    made: list[Path] = []
+    for name in map(str, range(30)):
+        users: list[MadeOnce] = []
+        at_once = threading.Barrier(4)
+
+        def use(name: str = name, users: list[MadeOnce] = users, at_once: threading.Barrier = at_once) -> None:
+            at_once.wait(30)
+            users.append(MadeOnce(tmp_path, name, made.append))
+
+        threads = [threading.Thread(target=use, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(users) == 4
+        for user in users:
+            user.close()
+    assert len(made) == 30
+    assert folders(tmp_path) == []
+
+
+def test_a_folder_is_whole_while_others_delete_it(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "weights").write_bytes(b"w")
+
+    used: list[bytes] = []
+
+    def use_often() -> None:
+        for _ in range(100):
+            user = MadeOnce(tmp_path, "x", make)
+            used.append((user.folder / "weights").read_bytes())
+            user.close()
+
+    threads = [threading.Thread(target=use_often, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert used == [b"w"] * 300
+    assert folders(tmp_path) == []
 
 
 def test_a_failure_leaves_nothing_behind_and_the_next_one_tries(tmp_path: Path) -> None:

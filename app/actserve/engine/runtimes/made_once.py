@@ -13,22 +13,25 @@ from pathlib import Path
 class MadeOnce:
     """The folder `parent`/`name`, in use until `close`. The last process that closes it deletes it.
 
-    `make` fills a new folder. Other processes that want the folder wait meanwhile. Each user holds a shared lock
-    (flock), which the kernel releases if the process dies. Raises OSError, and what `make` raises.
+    `make` fills a new folder. Other processes that want the folder wait meanwhile. Two locks (flock), which the kernel
+    releases if the process dies: every user shares one, and one process at a time has the other while it starts to use
+    the folder. Raises OSError, and what `make` raises.
     """
 
     def __init__(self, parent: Path, name: str, make: Callable[[Path], None]) -> None:
         self.folder = parent / name
-        self._lock = os.open(parent / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._users = _opened(parent / f"{name}.users")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
-            while not self.folder.is_dir():
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            starting = _opened(parent / f"{name}.starting")
+            try:
+                fcntl.flock(starting, fcntl.LOCK_EX)
+                fcntl.flock(self._users, fcntl.LOCK_SH)  # waits while another process deletes the folder
                 if not self.folder.is_dir():
                     self._make(make)
-                fcntl.flock(self._lock, fcntl.LOCK_SH)  # not in one step: another process may have deleted the folder
+            finally:
+                os.close(starting)
         except BaseException:
-            os.close(self._lock)
+            os.close(self._users)
             raise
 
     def _make(self, make: Callable[[Path], None]) -> None:
@@ -42,9 +45,13 @@ class MadeOnce:
     def close(self) -> None:
         """Delete the folder if no other process uses it. Files of it that are mapped stay mapped."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(self.folder, ignore_errors=True)
         except OSError:  # in use
             pass
         finally:
-            os.close(self._lock)
+            os.close(self._users)
+
+
+def _opened(lock: Path) -> int:
+    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
