@@ -7,8 +7,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from actserve_export.training import games as training_games
 from actserve_export.training.atari import preprocessing
-from actserve_export.training.games import Games
+from actserve_export.training.games import QUIET_STEPS, Games, whole_games
 from actserve_export.training.pong_view import PONG, SIZES
 from actserve_export.training.ram_view import by_ram
 from actserve_export.training.teacher import GamesEnv, Teacher, TeacherRecipe, see
@@ -65,6 +66,31 @@ def test_a_life_is_an_episode_and_the_game_goes_on() -> None:
         lost += sum(now < before for now, before in zip(left, lives, strict=True)) + int(games.restarted.sum())
         lives = left
     assert ends == lost >= 10
+
+
+def test_an_evaluation_ends_although_nobody_serves() -> None:
+    steps = 0
+
+    def wait(games: Games) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return torch.zeros(len(games), dtype=torch.int64)
+
+    assert whole_games(by_ram("breakout"), 2, 0, wait) == [0, 0]
+    assert steps == QUIET_STEPS
+
+
+def test_a_game_in_which_something_happens_is_played_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_games, "QUIET_STEPS", 100)  # a life is shorter, a game longer
+    played: list[Games] = []
+
+    def serve(games: Games) -> torch.Tensor:
+        played.append(games)
+        return torch.full((len(games),), games.game.codes.index(1))
+
+    scores = whole_games(by_ram("breakout"), 1, 0, serve)
+    assert scores == played[-1].finished
+    assert len(played) > 100
 
 
 @pytest.mark.parametrize("game", ["pong", "boxing", "carnival"])  # screens of two sizes
