@@ -105,6 +105,14 @@ def test_run_trains_by_name_and_draws_the_curve(tmp_path: Path) -> None:
     assert not list(checkpoint.parent.glob("*.part"))
 
 
+def test_the_best_weights_are_those_to_export(tmp_path: Path) -> None:
+    run = Run(tmp_path, None, resume=True)
+    run.save({"w": torch.zeros(1)}, {})
+    assert run.weights == tmp_path / "checkpoint.safetensors"
+    run.keep_best({"w": torch.ones(1)})
+    assert load_file(run.weights)["w"].tolist() == [1]
+
+
 def test_an_unknown_name_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected pong, pong-lstm, boxing, a game of ale-py .*; got 'checkers'"):
         train_by_name("checkers", out=tmp_path, total_frames=1, seed=0)
@@ -140,6 +148,7 @@ def test_a_fresh_start_that_is_stopped_leaves_nothing_of_the_old_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(Run(tmp_path, 128, resume=True), seed=0, recipe=TINY)
+    Run(tmp_path, None, resume=True).keep_best({"w": torch.zeros(1)})
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -149,6 +158,7 @@ def test_a_fresh_start_that_is_stopped_leaves_nothing_of_the_old_run(
         with pytest.raises(KeyboardInterrupt):
             train(Run(tmp_path, 64, resume=False), seed=0, recipe=TINY)
     assert Run(tmp_path, None, resume=True).restore() == {}
+    assert list(tmp_path.glob("*.safetensors")) == []
 
 
 def test_steps_after_the_checkpoint_are_not_in_the_history_twice(tmp_path: Path) -> None:

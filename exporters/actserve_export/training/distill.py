@@ -40,7 +40,7 @@ def train(
 ) -> None:
     """Train a policy for `game` in both stages, and resume from the run's checkpoint.
 
-    `best.safetensors` has the best weights.
+    The best student is kept, too.
     """
     teacher = teacher or (TeacherRecipe() if game == PONG.rom else ANY_GAME)
     _train(run, seed, _game(game), Student, teacher, student or StudentRecipe())
@@ -211,7 +211,7 @@ class _Stages:
         mean = self._print("student", self.student.steps, self.student.evaluate(seed + 500))
         if mean >= self.student.best:
             self.student.best = mean
-            self.run.keep("best.safetensors", self.student.weights())
+            self.run.keep_best(self.student.weights())
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(weights, tensors for resuming). The optimiser is that of the current stage."""

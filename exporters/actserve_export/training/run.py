@@ -1,6 +1,7 @@
 """The run folder of a training: checkpoints, history, learning curve, progress.
 
-    <run>/checkpoint.safetensors   weights, for `actserve export --checkpoint`
+    <run>/checkpoint.safetensors   the last weights, for `actserve export --checkpoint`
+    <run>/best.safetensors         the best weights, if the training evaluates
     <run>/training.safetensors     optimiser, counters and other tensors for resuming
     <run>/recipe.json              hyperparameters, seed, versions
     <run>/history.csv  curve.png   the learning curve, as numbers and as a picture
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 CHECKPOINT_EVERY_S = 60.0
+LAST, BEST, TRAINING = "checkpoint.safetensors", "best.safetensors", "training.safetensors"
 _TOOLS = ("torch", "torchrl", "tensordict", "ale-py", "gymnasium", "numpy")
 
 
@@ -44,10 +46,10 @@ class Run:
     def restore(self) -> dict[str, Tensor]:
         """The tensors of the last checkpoint by name; empty for a new run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        training = self.folder / "training.safetensors"
+        training = self.folder / TRAINING
         if not self.resume or not training.exists():
             # Remove all files of an old run: a run that stops before its first save would seem to own them.
-            for name in ("training.safetensors", "checkpoint.safetensors", "recipe.json", "history.csv", "curve.png"):
+            for name in (TRAINING, LAST, BEST, "recipe.json", "history.csv", "curve.png"):
                 (self.folder / name).unlink(missing_ok=True)
             return {}
         with safe_open(training, "pt") as file:
@@ -68,12 +70,21 @@ class Run:
         # As bytes, because safetensors writes files that only their owner may read. The counters are in the same file
         # as the tensors, because two files cannot be replaced atomically.
         kept = save(dict(training), metadata={"counters": json.dumps(self.counters)})
-        self.keep("checkpoint.safetensors", weights)
-        _write(self.folder / "training.safetensors", lambda path: path.write_bytes(kept))
+        self._keep(LAST, weights)
+        _write(self.folder / TRAINING, lambda path: path.write_bytes(kept))
         self._saved_at = time.monotonic()
 
-    def keep(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Write weights into the run folder atomically."""
+    def keep_best(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the best weights so far."""
+        self._keep(BEST, weights)
+
+    @property
+    def weights(self) -> Path:
+        """The weights to export: the best, if there was an evaluation, else the last."""
+        best = self.folder / BEST
+        return best if best.exists() else self.folder / LAST
+
+    def _keep(self, name: str, weights: Mapping[str, Tensor]) -> None:
         _write(self.folder / name, lambda path: path.write_bytes(save(dict(weights))))
 
     @property

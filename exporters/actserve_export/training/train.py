@@ -13,7 +13,7 @@ from actserve_export.training.known import find_policy, known_names
 def train(
     name: str, *, out: Path, total_frames: int | None, seed: int, resume: bool = True, method: str | None = None
 ) -> Path:
-    """Train the policy `name` in the folder `out`; returns the checkpoint's path. Raises `UsageError`.
+    """Train the policy `name` in the folder `out`; returns the file of the weights to export. Raises `UsageError`.
 
     `method` is one of the policy's training methods, by default its first.
     """
@@ -30,4 +30,4 @@ def train(
     resolve_name(known.train[method])(training, seed, *known.arguments)
     if (out / "history.csv").exists():
         draw(out / "history.csv", out / "curve.png", title=name)
-    return out / "checkpoint.safetensors"
+    return training.weights
