@@ -77,7 +77,10 @@ def _print_limits(shown: dict[str, Any]) -> None:
 
 def _print_narrow(precision: str, found: dict[str, Any]) -> None:
     """A program in `precision`, compared with the one in float32."""
-    print(f"{precision}: {found['agreement']:.2%} of the actions equal the original's; scores {found.get('scores')}")
+    print(f"{precision}: {found['agreement']:.2%} of the actions equal the original's")
+    if scores := found.get("scores"):
+        played = "; ".join(f"{who} {', '.join(f'{score:+g}' for score in each)}" for who, each in scores.items())
+        print(f"scores of the same games: {played}")
     if lead := found.get("largest_lead_of_a_changed_action"):
         print(
             f"where they differ, the original's action led by at most {lead:.2g}; its median lead is "
