@@ -22,7 +22,7 @@ from actserve_export.training.train import train
     [("pacman", 250, 5), ("breakout", 210, 4), ("carnival", 214, 6)],
 )
 def test_any_game_can_be_trained_exported_and_played(tmp_path: Path, game: str, height: int, actions: int) -> None:
-    checkpoint = train(game, out=tmp_path / "run", total_frames=128, seed=0, method="dqn")
+    checkpoint = train(game, out=tmp_path / "run", total_frames=128, seed=0)
     name, source = load(game, checkpoint)
     assert name == game.replace("_", "-")
     export(source, name, ModelStore(tmp_path / "store"), origin=game, runtimes=["onnx"])
