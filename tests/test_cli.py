@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from actserve.cli.certificate import print_certificate
 from actserve.cli.tools.local_service import serve
 from actserve.store.local import ModelStore
 from tests.command_line import actserve
@@ -41,6 +42,14 @@ def test_inspect_and_verify(cart_store: ModelStore) -> None:
     verified = json.loads(actserve("verify", "cart", "--json", *store).stdout)
     assert verified["programs"]["onnx"]["holds"]
     assert verified["programs"]["pt2"]["holds"]
+
+
+def test_inspect_says_how_a_narrow_program_plays(cart_store: ModelStore, capsys: pytest.CaptureFixture[str]) -> None:
+    certificate = cart_store.resolve("cart").manifest.certificate
+    played = {"agreement": 0.996, "scores": {"int8": [18.0], "original": [-21.0]}}
+    print_certificate({**certificate, "int8": played})
+    shown = "int8: 99.60% of the actions equal the original's\nscores of the same games: int8 +18; original -21\n"
+    assert shown in capsys.readouterr().out
 
 
 def test_doctor_diff_and_compile(own_store: ModelStore) -> None:

@@ -59,7 +59,7 @@ def print_certificate(certificate: dict[str, Any]) -> None:
 
 
 def _print_limits(shown: dict[str, Any]) -> None:
-    """What fuzzing showed of the limits."""
+    """The results of fuzzing the limits."""
     for runtime, found in shown["programs"].items():
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in found["reasons"].items())
         print(
@@ -79,7 +79,7 @@ def _print_narrow(precision: str, found: dict[str, Any]) -> None:
     """A program in `precision`, compared with the one in float32."""
     print(f"{precision}: {found['agreement']:.2%} of the actions equal the original's")
     if scores := found.get("scores"):
-        played = "; ".join(f"{who} {', '.join(f'{score:+g}' for score in each)}" for who, each in scores.items())
+        played = "; ".join(f"{who} {', '.join(f'{score:+.0f}' for score in each)}" for who, each in scores.items())
         print(f"scores of the same games: {played}")
     if lead := found.get("largest_lead_of_a_changed_action"):
         print(

@@ -90,7 +90,7 @@ class TeacherRecipe:
     batch_size: int = 1024
     learning_rate: float = 7e-4  # constant for 40 %, then linear to 5 %
     gamma: float = 0.99
-    late_gamma: float = 0.9995  # from 2/3 on: learn quick rewards first, then those that come late
+    late_gamma: float = 0.9995  # in the last third, in which rewards that come late count, too
     lmbda: float = 0.95
     clip: float = 0.2
     entropy: float = 0.01  # falls linearly to 10 %

@@ -22,14 +22,11 @@ class MadeOnce:
         self.folder = parent / name
         self._users = _opened(parent / f"{name}.users")
         try:
-            starting = _opened(parent / f"{name}.starting")
-            try:
+            with os.fdopen(_opened(parent / f"{name}.starting")) as starting:
                 fcntl.flock(starting, fcntl.LOCK_EX)
                 fcntl.flock(self._users, fcntl.LOCK_SH)  # waits while another process deletes the folder
                 if not self.folder.is_dir():
                     self._make(make)
-            finally:
-                os.close(starting)
         except BaseException:
             os.close(self._users)
             raise
